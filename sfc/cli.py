@@ -16,7 +16,8 @@ from sfc.cli_options import Shared, with_shared_options
 from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
-from sfc.tables import show_behaviour, show_checks, show_circuit, show_presets, show_quality
+from sfc.ranks import is_leader
+from sfc.tables import show_behaviour, show_checks, show_circuit, show_collection, show_presets, show_quality
 
 app = typer.Typer(
     help="Find the sparse feature circuits behind a language model's refusals, and prove them.",
@@ -61,32 +62,56 @@ def discover(
 
 @app.command()
 @with_shared_options
-def collect(shared: Shared) -> None:
+def collect(
+    shared: Shared,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="A further site, such as hook_z.21 or resid_mid.5 (also attn_out, mlp_out, resid_pre)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take; no weights are loaded.")] = (
+        False
+    ),
+) -> None:
     """Store the activations of the discovery and reference prompts in HDF5.
 
-    Example: sfc collect --set activations.layers=[20,21,22]
+    Examples: sfc collect --set activations.layers=[20,21,22]; sfc collect --site hook_z.20 --site hook_z.21
     """
     from sfc.pipeline import ensure_store
+    from sfc.sites import in_order, site_from_short
 
-    artifact = ensure_store(shared.run(), shared.rebuild)
+    run = shared.run()
+    sites = in_order([*run.experiment.activations.sites, *map(site_from_short, site or [])])
+    if dry_run:
+        from sfc.stages.collect import what_it_takes
+
+        takes = what_it_takes(run, sites)
+        show_collection(takes)
+        _finish({"preset": shared.preset, **takes, "files": {}}, shared.json)
+        return
+    artifact = ensure_store(run, sites, shared.rebuild)
     manifest = artifact.manifest()
     say(f"{manifest['n_rows']:,} rows from {manifest['n_prompts']:,} prompts in {manifest['seconds']} s")
-    figures = {key: manifest[key] for key in ("n_prompts", "n_tokens", "n_rows", "seconds")}
+    figures = {key: manifest[key] for key in ("n_prompts", "n_tokens", "n_rows", "sites", "seconds")}
     _finish({"preset": shared.preset, **figures, "files": {"store": str(artifact.folder)}}, shared.json)
 
 
 @app.command()
 @with_shared_options
-def train(shared: Shared) -> None:
+def train(
+    shared: Shared,
+    log: Annotated[
+        list[str] | None, typer.Option(help="Also send the figures to wandb or tensorboard. May be repeated.")
+    ] = None,
+) -> None:
     """Train one top-k sparse autoencoder per site and measure them; collects first where needed.
 
-    Example: sfc train --set saes.k=5% --set saes.steps=1000
+    Examples: sfc train --set saes.k=5% --set saes.steps=1000; torchrun --nproc-per-node 4 scripts/train_saes.py
     """
     import pandas as pd
 
     from sfc.pipeline import ensure_saes
 
-    artifact = ensure_saes(shared.run(), shared.rebuild)
+    artifact = ensure_saes(shared.run(), shared.rebuild, log or ())
     quality = pd.read_csv(artifact.folder / "quality.csv")
     show_quality(quality)
     files = {"saes": str(artifact.folder), "quality": str(artifact.folder / "quality.csv")}
@@ -189,6 +214,8 @@ def doctor(shared: Shared) -> None:
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     """The paths of what was made; with `--json` they go to standard error and the object to standard output."""
+    if not is_leader():
+        return
     for path in result["files"].values():
         if as_json:
             say(path)

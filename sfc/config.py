@@ -13,10 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sfc.errors import UserError
+from sfc.sites import SiteKind, site_of
 
 PRESETS = Path(__file__).parent / "presets"
 
-SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
 Method = Literal["learned-mask", "attribution", "correlation", "magnitude"]
 ErrorMode = Literal["node", "keep-current", "ablate"]
 Population = Literal["toxic", "safe"]
@@ -81,10 +81,34 @@ class ActivationsConfig(Section):
             raise ValueError("layers must be ascending, different and not negative")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """What stored activations depend on; which sites a store holds is not part of it."""
+        return self.model_dump(exclude={"kind", "layers"})
+
     @property
     def sites(self) -> list[str]:
         """TransformerLens hook points, in the order in which the model passes them."""
-        return [f"blocks.{layer}.hook_{self.kind}" for layer in self.layers]
+        return [site_of(self.kind, layer) for layer in self.layers]
+
+
+class CorpusConfig(Section):
+    """What the SAEs learn from, apart from the prompts that circuits are discovered on."""
+
+    source: str = Field(
+        "prompts",
+        description="prompts: the circuits' own; replies: these with the model's greedy replies; a file (.txt, .csv or"
+        " .jsonl with a column text); or hf:NAME or hf:NAME:SPLIT, a Hugging Face data set",
+    )
+    reply_tokens: int = Field(32, ge=1, description="replies: at most this many tokens of each")
+    context: int = Field(128, ge=8, description="files and data sets: tokens per piece of a text")
+    max_tokens: int | None = Field(None, ge=1, description="files and data sets: read no more tokens than this")
+    stored: Literal["auto", "always", "never"] = Field(
+        "auto", description="never: run the model again for every epoch; auto: where the store would not fit the disk"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What the activations depend on: whether they are stored is not part of it."""
+        return self.model_dump(exclude={"stored"})
 
 
 class SaeConfig(Section):
@@ -104,7 +128,21 @@ class SaeConfig(Section):
     auxiliary_weight: float = Field(1 / 32, ge=0, description="weight of the dead-feature loss of Gao et al. 2024")
     dead_after: int = Field(100_000, ge=1, description="tokens without firing after which a feature counts as dead")
     held_out: Share = Field(0.05, description="share of the prompts kept from training, for quality.csv")
-    layers_at_once: int = Field(4, ge=1, description="SAEs trained in one pass over the store")
+    l1_weight: float = Field(
+        0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
+    )
+    decoder_bias: Literal["median", "mean"] = Field(
+        "median", description="where b_dec starts: the geometric median or the mean of a sample"
+    )
+    layers_at_once: int = Field(4, ge=1, description="SAEs trained in one pass over the activations: bounds memory")
+    buffer_rows: int = Field(
+        1 << 15, ge=1, description="rows per site that are shuffled at once; two such buffers are in memory"
+    )
+    checkpoint_seconds: float = Field(60, gt=0, description="time between checkpoints, at most a twentieth of it spent")
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on."""
+        return self.model_dump(exclude={"layers_at_once", "checkpoint_seconds"})
 
     def active_features(self, d_sae: int) -> int:
         """The k of top-k for a dictionary of `d_sae` features."""
@@ -162,6 +200,7 @@ class Experiment(Section):
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()  # pyright: ignore[reportCallIssue]
     activations: ActivationsConfig
+    corpus: CorpusConfig = CorpusConfig()  # pyright: ignore[reportCallIssue]
     saes: SaeConfig = SaeConfig()  # pyright: ignore[reportCallIssue]
     discovery: DiscoveryConfig = DiscoveryConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig

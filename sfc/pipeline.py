@@ -3,6 +3,7 @@
 Nothing here imports torch: asking whether anything has to be done takes no time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,12 @@ from sfc.config import Experiment, suggestion
 from sfc.errors import UserError
 from sfc.models.identity import model_identity
 from sfc.progress import say
+from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 1, 1, 1, 1
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 2, 1, 1
 
 _EMBEDDED_DATA = Path(__file__).parents[1] / "data"
 
@@ -53,7 +56,7 @@ class Run:
 
     @cached_property
     def store(self) -> Artifact:
-        """The activations of the discovery and reference prompts."""
+        """The activations of the discovery and reference prompts, at whatever sites were asked for."""
         experiment = self.experiment
         inputs = {
             "schema": STORE_SCHEMA,
@@ -63,9 +66,23 @@ class Run:
                 "data": prompts_fingerprint(self.prompts.frame),
                 **experiment.prompts.model_dump(exclude={"hard_share"}),
             },
-            "activations": experiment.activations.model_dump(),
+            "activations": experiment.activations.identity(),
         }
         return Artifact.of(self.root / "activations", experiment.name, inputs)
+
+    @cached_property
+    def corpus(self) -> Artifact:
+        """The activations that the SAEs learn from: the store itself, or one of another corpus.
+
+        Raises:
+            UserError: the corpus is a file that does not exist.
+        """
+        corpus = self.experiment.corpus
+        if corpus.source == "prompts":
+            return self.store
+        text = {} if corpus.source == "replies" else {"prompts": corpus_identity(corpus.source)}
+        inputs = {**self.store.inputs, **text, "corpus": corpus.identity()}
+        return Artifact.of(self.root / "activations", f"{self.experiment.name}-corpus", inputs)
 
     @cached_property
     def saes(self) -> Artifact:
@@ -73,8 +90,9 @@ class Run:
         inputs = {
             "schema": SAES_SCHEMA,
             "seed": self.experiment.seed,
-            "activations": self.store.inputs,
-            "saes": self.experiment.saes.model_dump(),
+            "activations": self.corpus.inputs,
+            "sites": self.experiment.activations.sites,
+            "saes": self.experiment.saes.identity(),
         }
         return Artifact.of(self.root / "saes", self.experiment.name, inputs)
 
@@ -85,6 +103,7 @@ class Run:
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
+            "prompts": self.store.inputs,
             "saes": self.saes.inputs,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
@@ -95,22 +114,26 @@ class Run:
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
 
-def ensure_store(run: Run, rebuild: bool = False) -> Artifact:
-    """Collect the activations unless they are there."""
-    if _needs_making(run.store, rebuild):
+def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = False) -> Artifact:
+    """Collect the activations at the experiment's sites and at `extra_sites`, as far as they are not there."""
+    sites = in_order([*run.experiment.activations.sites, *extra_sites])
+    if _needs_making(run.store, rebuild, sites):
         from sfc.stages.collect import make_store
 
-        make_store(run, rebuild)
+        make_store(run, sites, rebuild)
     return run.store
 
 
-def ensure_saes(run: Run, rebuild: bool = False) -> Artifact:
-    """Train the SAEs unless they are there; collect first where needed."""
+def ensure_saes(run: Run, rebuild: bool = False, loggers: Sequence[str] = ()) -> Artifact:
+    """Train the SAEs unless they are there; collects their corpus first where needed.
+
+    Args:
+        loggers: `wandb` or `tensorboard`: where to send training's figures as well.
+    """
     if _needs_making(run.saes, rebuild):
-        ensure_store(run)
         from sfc.stages.train import make_saes
 
-        make_saes(run, rebuild)
+        make_saes(run, rebuild, loggers)
     return run.saes
 
 
@@ -119,6 +142,7 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
     artifact = run.circuit(category)
     if _needs_making(artifact, rebuild):
         ensure_saes(run)
+        ensure_store(run)
         from sfc.stages.discover import make_circuit
 
         make_circuit(run, category, rebuild)
@@ -152,8 +176,8 @@ def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | No
     return artifact
 
 
-def _needs_making(artifact: Artifact, rebuild: bool) -> bool:
-    if not rebuild and artifact.is_complete():
+def _needs_making(artifact: Artifact, rebuild: bool, sites: Sequence[str] = ()) -> bool:
+    if not rebuild and artifact.is_complete() and set(sites) <= set(artifact.manifest().get("sites", [])):
         say(f"up to date: {artifact.folder}")
         return False
     return True

@@ -1,13 +1,17 @@
 """What long work says while it runs: lines and progress bars on standard error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from sfc.ranks import is_leader
+
+console = Console(stderr=True, highlight=False, quiet=not is_leader())
 
 
 def say(line: str) -> None:
@@ -30,7 +34,31 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left; the block gets a function to call with the steps done since the last call."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(unit))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with Progress(*_columns(unit), console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.update(task, advance=steps)
+
+
+Show = Callable[[Sequence[str], Sequence[Sequence[str]]], None]
+"""Shows a table: its column titles, and the cells of its rows."""
+
+
+@contextmanager
+def progress_beside_table(description: str, total: int, unit: str) -> Iterator[tuple[Callable[[int], None], Show]]:
+    """A bar as `progress_bar`, and a table under it that the second function replaces."""
+    bar = Progress(*_columns(unit), console=console)
+    task = bar.add_task(description, total=total)
+    with Live(bar, console=console, refresh_per_second=4) as live:
+
+        def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+            table = Table(*titles)
+            for row in rows:
+                table.add_row(*row)
+            live.update(Group(bar, table))
+
+        yield lambda steps: bar.update(task, advance=steps), show
+
+
+def _columns(unit: str) -> tuple[ProgressColumn, ...]:
+    percentage = TextColumn("{task.percentage:>3.0f}%")
+    return TextColumn("{task.description}"), BarColumn(), percentage, _Rate(unit), TimeRemainingColumn()

@@ -35,6 +35,14 @@ def show_circuit(result: dict[str, Any]) -> None:
     show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ("figure", "value"), rows)
 
 
+def show_collection(takes: dict[str, Any]) -> None:
+    """What a collection will take."""
+    sizes = {"size": takes["bytes"], "free on the disk": takes["bytes_free"]}
+    counts = [(name.removeprefix("n_"), takes[name]) for name in ("n_prompts", "n_tokens", "n_rows", "n_sites")]
+    rows = [*counts, *((name, f"{value / 1e9:,.2f} GB") for name, value in sizes.items())]
+    show_table("A collection, not run", ("what", "how much"), rows)
+
+
 def show_quality(quality: "pd.DataFrame") -> None:
     """The quality of a run's SAEs."""
     columns = ("site", "fvu", "cosine", "l0", "dead_share", "loss_recovered")

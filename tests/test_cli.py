@@ -143,7 +143,7 @@ def test_a_corrupt_store_or_sae_is_one_line_and_status_2(discovered: dict, root:
     shard = next(tmp_path.glob("activations/tiny-*/shard-*.h5"))
     shard.write_bytes(b"not HDF5")
     _one_line(sfc("train", "--preset", "tiny", root=tmp_path), "corrupt", str(shard))
-    shutil.copytree(root / "saes", tmp_path / "saes")
+    shutil.copytree(root / "saes", tmp_path / "saes", dirs_exist_ok=True)
     weights = next(tmp_path.glob("saes/tiny-*/*/sae_weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     _one_line(sfc("discover", "--preset", "tiny", root=tmp_path), str(weights))

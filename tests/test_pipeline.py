@@ -27,9 +27,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("seed=1", {"store", "saes", "circuit"}),
         ("model.template=plain", {"store", "saes", "circuit"}),
         ("prompts.max_tokens=99", {"store", "saes", "circuit"}),
-        ("activations.layers=[1]", {"store", "saes", "circuit"}),
+        ("activations.layers=[1]", {"saes", "circuit"}),
         ("activations.dtype=bfloat16", {"store", "saes", "circuit"}),
+        ("corpus.source=replies", {"saes", "circuit"}),
+        ("corpus.stored=never", set()),
         ("saes.k=9", {"saes", "circuit"}),
+        ("saes.layers_at_once=1", set()),
         ("prompts.hard_share=0.5", {"circuit"}),
         ("discovery.method=correlation", {"circuit"}),
         ("discovery.population=safe", {"circuit"}),
@@ -56,7 +59,7 @@ def test_what_is_complete_is_not_made_again(plain: Run) -> None:
     artifacts = plain.store, plain.saes, plain.circuit("violence")
     for artifact in artifacts:
         artifact.folder.mkdir(parents=True)
-        artifact.finish()
+        artifact.finish(sites=plain.experiment.activations.sites)
     assert (ensure_store(plain), ensure_saes(plain), ensure_circuit(plain, "violence")) == artifacts
     assert [list(artifact.folder.iterdir()) for artifact in artifacts] == [[a.folder / MANIFEST] for a in artifacts]
 

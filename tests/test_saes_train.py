@@ -1,7 +1,9 @@
 """The trainer on synthetic activations whose sparse directions are known."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from sfc.config import SaeConfig
 from sfc.errors import UserError
+from sfc.saes.checkpoint import steps_done
 from sfc.saes.quality import reconstruction_quality
-from sfc.saes.train import Progress, finish, geometric_median, schedule, start, train_saes, train_step
+from sfc.saes.train import Progress, finish, geometric_median, sae_loss, schedule, start, train_saes, train_step
 
 D_IN, PLANTED = 32, 48
 CONFIG = SaeConfig.model_validate(
@@ -47,7 +50,11 @@ def batches(config: SaeConfig = CONFIG, factor: float = 1.0, sites: int = 1) -> 
 
 def train(config: SaeConfig = CONFIG, factor: float = 1.0, **options):
     sample = factor * rows(1000, 10**6)[None]
-    return train_saes(batches(config, factor), sample, config, sites=["blocks.0.hook_resid_post"], **options)[0]
+    return train_saes(stream(batches(config, factor)), sample, config, sites=["blocks.0.hook_resid_post"], **options)[0]
+
+
+def stream(batches: Iterator[Tensor]) -> Callable[[int], Iterator[Tensor]]:
+    return lambda first: islice(batches, first, None)
 
 
 def short(**changes) -> SaeConfig:
@@ -56,7 +63,7 @@ def short(**changes) -> SaeConfig:
 
 def test_it_finds_the_planted_directions() -> None:
     history: list[Progress] = []
-    dictionary = train(on_step=history.append)
+    dictionary = train(report=history.append)
     cosines = (planted_directions() @ dictionary.W_dec.T).max(dim=1).values
     assert cosines.min() > 0.9
     quality = reconstruction_quality(dictionary, rows(2000, 10**7))
@@ -65,7 +72,7 @@ def test_it_finds_the_planted_directions() -> None:
     assert quality.l0 <= 4
     assert 0 <= quality.dead_share < 0.5
     first, last = history[0], history[-1]
-    assert (first.step, last.step, last.steps) == (1, 400, 400)
+    assert (first.step, last.step, last.steps) == (10, 400, 400)
     assert last.sites[0].fvu < first.sites[0].fvu / 3
     assert last.sites[0].fvu == pytest.approx(quality.fvu, abs=0.05)
     assert last.tokens_per_second > 0
@@ -81,8 +88,8 @@ def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
 def test_a_site_does_not_depend_on_the_sites_beside_it() -> None:
     config = short()
     sample = torch.stack([rows(500, 1), rows(500, 2)])
-    both = train_saes(batches(config, sites=2), sample, config, sites=["a", "b"])
-    second = train_saes((batch[1:] for batch in batches(config, sites=2)), sample[1:], config, sites=["b"])
+    both = train_saes(stream(batches(config, sites=2)), sample, config, sites=["a", "b"])
+    second = train_saes(stream(batch[1:] for batch in batches(config, sites=2)), sample[1:], config, sites=["b"])
     assert [dictionary.site for dictionary in both] == ["a", "b"]
     assert torch.equal(both[1].W_dec, second[0].W_dec)
 
@@ -137,9 +144,7 @@ def test_the_geometric_median_ignores_an_outlier() -> None:
 def test_batches_that_end_too_early() -> None:
     config = short()
     with pytest.raises(UserError, match="ended after 3 of 20 steps"):
-        train_saes(
-            (batch for batch, _ in zip(batches(config), range(3), strict=False)), rows(9, 0)[None], config, sites="a"
-        )
+        train_saes(stream(islice(batches(config), 3)), rows(9, 0)[None], config, sites="a")
 
 
 @pytest.mark.parametrize(
@@ -147,9 +152,71 @@ def test_batches_that_end_too_early() -> None:
 )
 def test_a_useless_sample(sample: Tensor, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        train_saes(batches(), sample, CONFIG, sites=["a"])
+        train_saes(stream(batches()), sample, CONFIG, sites=["a"])
 
 
 def test_a_batch_that_is_not_finite() -> None:
     with pytest.raises(UserError, match=r"^a: .*diverged"):
-        train_saes(iter([torch.full((1, 8, 32), math.inf)]), rows(9, 0)[None], short(), sites=["a"])
+        train_saes(stream(iter([torch.full((1, 8, 32), math.inf)])), rows(9, 0)[None], short(), sites=["a"])
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stops", [[7], [10, 11], [19]])
+def test_an_interrupted_training_goes_on_to_the_same_weights(stops: list[int], tmp_path: Path) -> None:
+    """Killed after these steps, of which the checkpoint may miss the last; dead features and all."""
+    config = short(dead_after=100, checkpoint_seconds=1e-9)
+    unbroken = train(config)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def stopping(stop: int) -> Callable[[int], Iterator[Tensor]]:
+        def from_step(first: int) -> Iterator[Tensor]:
+            yield from islice(batches(config), first, stop)
+            raise Killed
+
+        return from_step
+
+    sample = rows(1000, 10**6)[None]
+    for stop in stops:
+        with pytest.raises(Killed):
+            train_saes(stopping(stop), sample, config, sites=["blocks.0.hook_resid_post"], checkpoint=checkpoint)
+        assert 0 < steps_done(checkpoint) <= stop
+    resumed = train(config, checkpoint=checkpoint)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(resumed, name), getattr(unbroken, name)), name
+
+
+def test_a_checkpoint_of_other_sites_or_damaged_is_refused(tmp_path: Path) -> None:
+    config, checkpoint = short(checkpoint_seconds=1e-9), tmp_path / "checkpoint.safetensors"
+    train(config, checkpoint=checkpoint)
+    with pytest.raises(UserError, match="cannot be used"):
+        train_saes(stream(batches(config)), rows(9, 0)[None], config, sites=["other"], checkpoint=checkpoint)
+    checkpoint.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="delete it"):
+        train(config, checkpoint=checkpoint)
+    with pytest.raises(UserError, match="delete it"):
+        steps_done(checkpoint)
+    assert steps_done(tmp_path / "none") == 0
+
+
+def test_the_l1_norm_makes_features_smaller() -> None:
+    plain, penalised = train(short(steps=100)), train(short(steps=100, l1_weight=1.0))
+    x = rows(500, 5)
+    assert penalised.encode(x).sum() < 0.9 * plain.encode(x).sum()
+
+
+def test_the_l1_norm_of_the_loss_by_hand() -> None:
+    training = start("a", rows(1000, 1), short(), 0, "cpu")
+    x, none = rows(64, 2) * training.scale, torch.tensor([], dtype=torch.long)
+    without, with_it = (sae_loss(training.parameters, x, 4, none, 0.0, weight) for weight in (0.0, 0.5))
+    mean_norm = without.active.values.sum(1).mean() / math.sqrt(D_IN)
+    torch.testing.assert_close(with_it.total, without.total + 0.5 * mean_norm)
+
+
+def test_the_decoder_bias_starts_at_the_median_or_the_mean() -> None:
+    sample = torch.cat([rows(200, 1), torch.full((1, D_IN), 1e4)])
+    by_median, by_mean = (start("a", sample, short(decoder_bias=name), 0, "cpu") for name in ("median", "mean"))
+    torch.testing.assert_close(by_mean.parameters.b_dec, (sample * by_mean.scale).mean(0))
+    assert by_median.parameters.b_dec.norm() < 0.5 * by_mean.parameters.b_dec.norm()

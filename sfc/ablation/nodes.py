@@ -13,21 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfc.errors import UserError
-
-_SITE = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
-
-
-def short_site(site: str) -> str:
-    """`blocks.21.hook_resid_post` as it stands in node names: `resid_post.21`."""
-    match = _SITE.fullmatch(site)
-    if match is None:
-        raise UserError(f"{site!r} is not a site: expected for example 'blocks.21.hook_resid_post'")
-    return f"{match[2]}.{match[1]}"
-
-
-def layer_of(site: str) -> int:
-    """The layer of a site."""
-    return int(short_site(site).rpartition(".")[2])
+from sfc.sites import short_site
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from sfc.ablation.nodes import Nodes, layer_of
+from sfc.ablation.nodes import Nodes
 from sfc.artifacts import read_json, replacing, write_json
 from sfc.circuits.effects import Effects
 from sfc.errors import UserError
+from sfc.sites import layer_of
 
 
 def build_circuit(

@@ -9,7 +9,6 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import layer_of
 from sfc.activations.store import Store
 from sfc.circuits.aggregate import aggregated_features
 from sfc.config import DiscoveryConfig
@@ -17,6 +16,7 @@ from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, prefix_after
 from sfc.models.score import RefusalScore
+from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)

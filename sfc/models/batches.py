@@ -1,7 +1,7 @@
 """Batches of tokenized prompts, padded on the right, with what aligns them: slots.
 
 A *slot* is a position that means the same in every prompt: each token of the template's prefix (counted from the
-start) and of its suffix (counted from the end) has its own, and all content tokens share one.
+start) and of its suffix (counted from its end) has its own, and all content and reply tokens share one.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ class SlotLayout:
     def slots(self, prompt: TokenizedPrompt) -> Int[np.ndarray, " pos"]:
         """The slot of each token of a prompt."""
         positions = np.arange(len(prompt.ids))
-        from_the_end = self.n_slots - len(prompt.ids) + positions
+        end = int((prompt.roles != Role.REPLY).sum())
+        from_the_end = self.n_slots - end + positions
         slots = np.full(len(prompt.ids), self.n_prefix)
         slots[prompt.roles == Role.PREFIX] = positions[prompt.roles == Role.PREFIX]
         slots[prompt.roles == Role.SUFFIX] = from_the_end[prompt.roles == Role.SUFFIX]

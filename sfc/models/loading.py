@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sfc.config import ModelConfig
 from sfc.errors import UserError
@@ -17,6 +17,7 @@ from sfc.models.adapter import merge_adapter
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.tiny import tiny_model_folder
 from sfc.prompts.render import TokenizedPrompt, tokenize_prompts
+from sfc.ranks import local_rank
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -55,6 +56,11 @@ class Model:
         """Render prompts in this model's template and tokenize them, with roles."""
         return tokenize_prompts(self.tokenizer, list(texts), self.config.template, self.config.system_prompt)
 
+    def width(self, site: str) -> int:
+        """Dimensions of the activation at a site; the heads' outputs (`hook_z`) count side by side."""
+        config = self.bridge.cfg
+        return config.n_heads * config.d_head if site.endswith("hook_z") else config.d_model
+
     def check_sites(self, sites: Sequence[str]) -> None:
         """Raise a `UserError` if the model has no such hook point."""
         for site in sites:
@@ -65,14 +71,28 @@ class Model:
                 )
 
 
+class Outline(NamedTuple):
+    """What can be said of a model without its weights."""
+
+    tokenizer: Any
+    n_layers: int
+    d_model: int
+    heads_width: int
+    """of the heads' outputs side by side"""
+
+    def width(self, site: str) -> int:
+        """Dimensions of the activation at a site, as `Model.width`."""
+        return self.heads_width if site.endswith("hook_z") else self.d_model
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU; started by `torchrun`, each process has a GPU of its own.
 
     Raises:
         UserError: the device is unknown or not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -97,10 +117,36 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     return Model(bridge, tokenizer, config)
 
 
+def load_outline(config: ModelConfig) -> Outline:
+    """Load the tokenizer and the sizes, not the weights.
+
+    Raises:
+        UserError: they cannot be found or read.
+    """
+    folder = _folder(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision)
+        sizes = AutoConfig.from_pretrained(folder, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(config, error) from None
+    head = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    return Outline(tokenizer, sizes.num_hidden_layers, sizes.hidden_size, head * sizes.num_attention_heads)
+
+
+def _folder(config: ModelConfig) -> str | Path:
+    own = {"embedded": embedded_model_folder, "tiny": tiny_model_folder}
+    return own[config.source]() if config.source in own else config.source
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    where = "the folder" if Path(config.source).exists() else "no such folder, nor a model the hub gives"
+    return UserError(f"cannot load model {config.source!r} ({where}): {reason}")
+
+
 def _load_weights(config: ModelConfig) -> tuple[Any, Any]:
     dtype = cast(torch.dtype, getattr(torch, config.dtype))
-    own = {"embedded": embedded_model_folder, "tiny": tiny_model_folder}
-    folder = own[config.source]() if config.source in own else config.source
+    folder = _folder(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision)
         model, report = cast(
@@ -113,6 +159,4 @@ def _load_weights(config: ModelConfig) -> tuple[Any, Any]:
             raise ValueError(f"its files lack weights, among them {min(report['missing_keys'])}")
         return model, tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        where = "the folder" if Path(folder).exists() else "no such folder, nor a model the hub gives"
-        raise UserError(f"cannot load model {config.source!r} ({where}): {reason}") from None
+        raise _cannot_load(config, error) from None

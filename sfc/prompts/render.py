@@ -1,7 +1,8 @@
 """From a prompt's text to tokens, each with its role in the chat template.
 
 Roles are found by character offsets in the rendered text: `prefix` (template before the user's text), `content`,
-`suffix` (template after it, where the model decides). A token that spans a border is content.
+`suffix` (template after it, where the model decides). A token that spans a border is content. What the model itself
+wrote after the suffix is `reply`; prompts as they are rendered here have none.
 """
 
 from enum import IntEnum
@@ -23,6 +24,7 @@ class Role(IntEnum):
     PREFIX = 0
     CONTENT = 1
     SUFFIX = 2
+    REPLY = 3
 
 
 class TokenizedPrompt(NamedTuple):

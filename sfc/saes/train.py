@@ -1,8 +1,8 @@
 """Train top-k sparse autoencoders (Gao et al. 2024, "Scaling and evaluating sparse autoencoders"), one per site.
 
-The trainer knows nothing of models, stores or files: it takes batches of activations from an iterator. Each site has
-its own parameters, optimiser and random numbers, so that a site's SAE does not depend on which others are trained
-beside it. Training runs on scaled activations (mean norm sqrt(d_in)); `finish` folds the scale into the biases.
+The trainer knows nothing of models or stores: it takes batches of activations from an iterator. Each site has its own
+parameters, optimiser and random numbers, so that a site's SAE does not depend on which others are trained beside it.
+Training runs on scaled activations (mean norm sqrt(d_in)); `finish` folds the scale into the biases.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from sfc.config import SaeConfig
 from sfc.errors import UserError
+from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.kernels import Sparse, sparse_encode, sparse_encode_with_dead, weighted_row_sums
 
 MAX_GRADIENT_NORM = 1.0
 ADAM_EPSILON = 6.25e-10  # Gao et al. 2024: rare features have tiny gradients
 MEDIAN_ITERATIONS = 20
+REPORT_EVERY = 10
+CHECKPOINT_SHARE = 20  # at most one part in so many of the time goes into checkpoints
 # The k random directions that answer most to an input overlap, so that at full strength they overshoot it. On SmolLM2's
 # layer 21 half of it lowered the variance unexplained on held-out rows, after 400 steps of 512, from 0.193 to 0.185.
 ENCODER_START = 0.5
@@ -34,28 +37,25 @@ class SiteStats(NamedTuple):
     """How one SAE did on the batch of one step."""
 
     site: str
-    loss: float  # variance unexplained plus the weighted auxiliary loss
-    fvu: float  # share of the batch's variance that the reconstruction misses
-    l0: float  # mean number of active features per token
-    dead: int  # features that have not fired for `dead_after` tokens
+    loss: float
+    """variance unexplained, plus the auxiliary loss and the L1 norm by their weights"""
+    fvu: float
+    """share of the batch's variance that the reconstruction misses"""
+    l0: float
+    """mean number of active features per token"""
+    dead: int
+    """features that have not fired for `dead_after` tokens"""
 
 
 class Progress(NamedTuple):
-    """What the callback of `train_saes` is told after every step."""
+    """What training reports now and then."""
 
-    step: int  # 1 after the first
+    step: int
+    """1 after the first"""
     steps: int
-    tokens_per_second: float  # rows times sites, since training began, waiting for batches included
+    tokens_per_second: float
+    """rows times sites since the last report, waiting for batches included"""
     sites: list[SiteStats]
-
-
-class Parameters(NamedTuple):
-    """The weights of one SAE in training, on scaled activations; `encoder` has a row per feature."""
-
-    encoder: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
 
 
 class Loss(NamedTuple):
@@ -66,42 +66,40 @@ class Loss(NamedTuple):
     active: Sparse
 
 
-@dataclass
-class Training:
-    """One SAE in training: everything that changes from step to step, and its scale."""
-
-    site: str
-    scale: float
-    parameters: Parameters
-    optimizer: torch.optim.Adam
-    tokens_since_fired: Int[Tensor, " d_sae"]
-
-
 def train_saes(
-    batches: Iterable[Float[Tensor, "sites batch d_in"]],
+    stream: Callable[[int], Iterable[Float[Tensor, "sites batch d_in"]]],
     sample: Float[Tensor, "sites rows d_in"],
     config: SaeConfig,
     *,
     sites: Sequence[str],
     seed: int = 0,
     device: torch.device | str = "cpu",
-    on_step: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
 ) -> list[TopKDictionary]:
     """Train one SAE per site for `config.steps` batches and return them in the model's own units.
 
     Args:
-        batches: float32 rows in the model's units, the same tokens at every site; at least `config.steps` of them.
+        stream: given a number of batches to leave out, those that follow: float32 rows in the model's units, the same
+            tokens at every site.
         sample: rows that are known beforehand; they give the input scale and the first decoder bias.
         sites: hook points, in the order of the first axis of the batches.
-        on_step: called after every step. Without it no figure is copied from the device.
+        checkpoint: a file to save the training to now and then, and to go on from where it is there. The weights are
+            then those of a training that was never interrupted.
+        report: called every few steps and after the last.
 
     Raises:
-        UserError: the activations are zero or not finite, the batches end too early, or the loss is not finite.
+        UserError: the activations are zero or not finite, the batches end too early, the loss is not finite, or the
+            checkpoint is of another training.
     """
     trainings = [start(site, rows, config, seed, device) for site, rows in zip(sites, sample, strict=True)]
+    first = restore(checkpoint, trainings) if checkpoint is not None and checkpoint.exists() else 0
     k = config.active_features(len(trainings[0].parameters.b_enc))
-    began, tokens, step = time.perf_counter(), 0, 0
-    for step, batch in enumerate(batches, start=1):
+    reported, reported_at, checkpoint_at = first, time.perf_counter(), time.perf_counter() + config.checkpoint_seconds
+    step = first
+    for step, batch in enumerate(stream(first), start=first + 1):
+        if step > config.steps:
+            break
         if batch.shape[0] != len(sites):
             raise ValueError(f"a batch has {batch.shape[0]} sites, {len(sites)} are to be trained")
         batch = batch.to(device, torch.float32, non_blocking=True)
@@ -110,10 +108,15 @@ def train_saes(
             train_step(training, rows, config, k, learning_rate)
             for training, rows in zip(trainings, batch, strict=True)
         ]
-        tokens += batch.shape[0] * batch.shape[1]
-        if on_step is not None:
+        if step % REPORT_EVERY == 0 or step == config.steps:
+            now = time.perf_counter()
+            speed = (step - reported) * batch.shape[0] * batch.shape[1] / (now - reported_at)
             stats = [_stats(*pair, config) for pair in zip(trainings, losses, strict=True)]
-            on_step(Progress(step, config.steps, tokens / (time.perf_counter() - began), stats))
+            report(Progress(step, config.steps, speed, stats))
+            reported, reported_at = step, now
+        if checkpoint is not None and time.perf_counter() >= checkpoint_at and step < config.steps:
+            seconds = save(checkpoint, trainings, step)
+            checkpoint_at = time.perf_counter() + max(config.checkpoint_seconds, CHECKPOINT_SHARE * seconds)
         if step == config.steps:
             break
     if step < config.steps:
@@ -144,7 +147,7 @@ def start(
         encoder=ENCODER_START * rows,
         b_enc=torch.zeros(d_sae, device=device),
         W_dec=rows,
-        b_dec=geometric_median(sample * scale),
+        b_dec=_CENTRES[config.decoder_bias](sample * scale),
     )
     for parameter in parameters:
         parameter.requires_grad_()
@@ -163,7 +166,7 @@ def train_step(
     on_cuda = x.device.type == "cuda"  # on a CPU products in bfloat16 are slower than in float32
     dead = (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
-        loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight)
+        loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
     training.optimizer.zero_grad()
     loss.total.backward()
     _remove_parallel_gradient(training.parameters.W_dec)
@@ -182,12 +185,18 @@ def train_step(
 
 
 def sae_loss(
-    parameters: Parameters, x: Float[Tensor, "batch d_in"], k: int, dead: Int[Tensor, " dead"], auxiliary_weight: float
+    parameters: Parameters,
+    x: Float[Tensor, "batch d_in"],
+    k: int,
+    dead: Int[Tensor, " dead"],
+    auxiliary_weight: float,
+    l1_weight: float = 0.0,
 ) -> Loss:
     """Squared error over the batch's variance, plus the auxiliary loss of Gao et al. 2024 where features are dead.
 
     The auxiliary loss asks the d_in / 2 most active dead features to explain what the live ones missed; its weight
-    falls in proportion when fewer than that are dead.
+    falls in proportion when fewer than that are dead. The L1 norm of the features, where it has a weight, is a mean
+    over the rows, in units of their mean norm sqrt(d_in).
     """
     encoder, b_enc, W_dec, b_dec = parameters
     variance = (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
@@ -198,12 +207,14 @@ def sae_loss(
         active, revived = sparse_encode_with_dead(x - b_dec, encoder, b_enc, k, dead, k_dead)
     error = x - (weighted_row_sums(*active, W_dec) + b_dec)
     fvu = error.square().sum() / variance
-    if revived is None:
-        return Loss(fvu, fvu.detach(), active)
-    missed = error.detach() - weighted_row_sums(*revived, W_dec)
-    share = k_dead / (x.shape[1] // 2)
-    auxiliary = share * missed.square().sum() / variance
-    return Loss(fvu + auxiliary_weight * auxiliary, fvu.detach(), active)
+    total = fvu
+    if revived is not None:
+        missed = error.detach() - weighted_row_sums(*revived, W_dec)
+        share = k_dead / (x.shape[1] // 2)
+        total = total + auxiliary_weight * share * missed.square().sum() / variance
+    if l1_weight > 0:
+        total = total + l1_weight * active.values.sum(dim=1).mean() / math.sqrt(x.shape[1])
+    return Loss(total, fvu.detach(), active)
 
 
 def finish(training: Training, k: int) -> TopKDictionary:
@@ -221,6 +232,10 @@ def schedule(step: int, config: SaeConfig) -> float:
     return min(1.0, warmup, decay)
 
 
+def _mean(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
+    return rows.mean(dim=0)
+
+
 @torch.no_grad()
 def geometric_median(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     """The point with the least mean distance to the rows (Weiszfeld 1937): a mean that outliers do not pull."""
@@ -230,6 +245,9 @@ def geometric_median(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]
         weights = 1 / distances.clamp_min(1e-6 * float(distances.mean()) + 1e-30)
         median = (weights @ rows) / weights.sum()
     return median
+
+
+_CENTRES = {"median": geometric_median, "mean": _mean}
 
 
 def _generator(seed: int, site: str) -> torch.Generator:

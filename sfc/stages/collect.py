@@ -1,57 +1,96 @@
-"""Stage: fill the store with the activations of the discovery and reference prompts.
+"""Stage: fill a store with activations."""
 
-Test prompts are left out, so that nothing trained or chosen from the store can have seen them.
-"""
-
+import shutil
 import time
-
-import pandas as pd
+from collections.abc import Sequence
+from typing import Any
 
 from sfc.activations.collect import collect
-from sfc.artifacts import write_csv
+from sfc.artifacts import Artifact, write_csv
 from sfc.errors import UserError
-from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.loading import Model, choose_device, load_model, load_outline
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
-from sfc.prompts.render import TokenizedPrompt
+from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.stages.corpus import Corpus, circuit_prompts, tokenizing
 
 PROMPTS_FILE = "prompts.csv"
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_TABLE_BYTES = 16
+"""four 32-bit columns say what a row is"""
 
 
-def make_store(run: Run, rebuild: bool = False) -> None:
-    """Collect, and write the prompt table and the manifest.
+def make_store(run: Run, sites: Sequence[str], rebuild: bool = False) -> None:
+    """Collect the circuits' prompts at these sites; sites that the store has stay in it.
 
     Raises:
-        UserError: the model or the data cannot be read, a site does not exist, or no prompt is short enough.
+        UserError: the model or the data cannot be read, a site does not exist, or the disk is too small.
+    """
+    model = load_model(run.experiment.model, choose_device(run.device))
+    model.check_sites(sites)
+    fill(run, run.store, model, circuit_prompts(run, model.tokenize), sites, rebuild)
+
+
+def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequence[str], rebuild: bool) -> None:
+    """Collect a corpus into a store, and write its table and the manifest.
+
+    Raises:
+        UserError: as `make_store`.
     """
     began = time.perf_counter()
-    experiment, artifact = run.experiment, run.store
-    model = load_model(experiment.model, choose_device(run.device))
-    model.check_sites(experiment.activations.sites)
-    frame = run.prompts.frame
-    frame = frame[frame["split"] != "test"].reset_index(drop=True)
-    frame, tokenized = short_enough(model, frame, experiment.prompts.max_tokens)
-    n_tokens = sum(len(prompt.ids) for prompt in tokenized)
-    say(f"collecting {len(experiment.activations.sites)} sites of {len(frame):,} prompts into {artifact.folder}")
-    with artifact.being_made(rebuild) as folder, progress_bar("collecting", n_tokens, "tokens") as progress:
-        n_rows = collect(model, tokenized, experiment.activations, folder, progress)
-        write_csv(folder / PROMPTS_FILE, lambda path: frame.to_csv(path, index_label="store_index"))
+    config = run.experiment.activations
+    say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {artifact.folder}")
+    with artifact.being_made(rebuild) as folder, progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
+        before = artifact.manifest() if artifact.is_complete() else {}
+        new = [site for site in sites if site not in before.get("sites", [])]
+        check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
+        n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
+        write_csv(folder / PROMPTS_FILE, lambda path: corpus.table.to_csv(path, index_label="store_index"))
         artifact.finish(
-            n_prompts=len(frame), n_tokens=n_tokens, n_rows=n_rows, seconds=round(time.perf_counter() - began, 2)
+            n_prompts=len(corpus.sequences),
+            n_tokens=corpus.n_tokens,
+            n_rows=n_rows,
+            sites=[*before.get("sites", []), *new],
+            seconds=round(time.perf_counter() - began, 2),
         )
 
 
-def short_enough(model: Model, frame: pd.DataFrame, max_tokens: int) -> tuple[pd.DataFrame, list[TokenizedPrompt]]:
-    """The prompts of at most `max_tokens` tokens, rendered, and what they are; how many are left out is said.
+def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:
+    """Prompts, rows, bytes and free disk of a collection that is not run; only the tokenizer is loaded.
 
     Raises:
-        UserError: none is short enough.
+        UserError: the tokenizer or the data cannot be read.
     """
-    tokenized = model.tokenize(frame["prompt"].tolist())
-    fits = [len(prompt.ids) <= max_tokens for prompt in tokenized]
-    if not any(fits):
-        raise UserError(f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…")
-    if not all(fits):
-        say(f"left out: {len(fits) - sum(fits):,} prompts of more than {max_tokens} tokens")
-    kept = frame[fits].reset_index(drop=True)
-    return kept, [prompt for prompt, fit in zip(tokenized, fits, strict=True) if fit]
+    outline = load_outline(run.experiment.model)
+    corpus = circuit_prompts(run, tokenizing(outline.tokenizer, run.experiment.model))
+    widths = {site: outline.width(site) for site in sites}
+    dtype = run.experiment.activations.dtype
+    per_site = {site: n_bytes(corpus.sequences, width, dtype) for site, width in widths.items()}
+    return {
+        "n_prompts": len(corpus.sequences),
+        "n_tokens": corpus.n_tokens,
+        "n_rows": n_rows(corpus.sequences),
+        "n_sites": len(sites),
+        "bytes": sum(per_site.values()) + _TABLE_BYTES * n_rows(corpus.sequences),
+        "bytes_free": shutil.disk_usage(run.root).free,
+    }
+
+
+def n_rows(sequences: Sequence[TokenizedPrompt]) -> int:
+    """Rows that a store of these sequences has: no template prefix, and no first token."""
+    return sum(int((sequence.roles[1:] != Role.PREFIX).sum()) for sequence in sequences)
+
+
+def n_bytes(sequences: Sequence[TokenizedPrompt], width: int, dtype: str) -> int:
+    """Bytes of one site's activations, without compression."""
+    return n_rows(sequences) * width * _BYTES[dtype]
+
+
+def check_room(run: Run, needed: int) -> None:
+    """Raise a `UserError` if the disk has no room for so many bytes."""
+    free = shutil.disk_usage(run.root).free
+    if needed > free:
+        raise UserError(
+            f"the activations take {needed / 1e9:,.1f} GB, {run.root.resolve()} has {free / 1e9:,.1f} GB free: choose"
+            " another --root, fewer layers or prompts (--set activations.layers=[…], prompts.limit=…)"
+        )

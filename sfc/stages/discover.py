@@ -29,7 +29,8 @@ from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
-from sfc.stages.collect import PROMPTS_FILE, short_enough
+from sfc.stages.collect import PROMPTS_FILE
+from sfc.stages.corpus import short_enough
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.page import write_page
 
@@ -126,7 +127,7 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
     model = load_model(experiment.model, choose_device(run.device))
     dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
     used = pd.concat([balanced[balanced["split"] != "reference"], everyone[in_reference]])
-    used, tokenized = short_enough(model, used, experiment.prompts.max_tokens)
+    used, tokenized = short_enough(model.tokenize, used, experiment.prompts.max_tokens)
     layout = SlotLayout.of(tokenized)
 
     def batches(wanted: pd.Series) -> list[Batch]:

@@ -1,56 +1,65 @@
-"""Stage: train one SAE per site from the store, and measure them on prompts kept from training."""
+"""Stage: train one SAE per site, and measure them on prompts kept from training.
+
+Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from sfc.activations.store import Store, shuffled_batches
-from sfc.artifacts import write_csv
-from sfc.config import Experiment
-from sfc.errors import UserError
+from sfc.activations.stream import shuffled_batches
+from sfc.artifacts import fingerprint, write_csv
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import choose_device, load_model
 from sfc.pipeline import Run
-from sfc.progress import progress_bar, say
-from sfc.prompts.keyed import keyed_ranks
+from sfc.progress import Show, progress_bar, progress_beside_table, say
+from sfc.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
+from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.quality import reconstruction_quality
-from sfc.saes.saelens_format import load_dictionary, save_dictionary
+from sfc.saes.saelens_format import CONFIG_FILE, load_dictionary, save_dictionary
 from sfc.saes.splice import splicing_quality
 from sfc.saes.train import Progress, train_saes
-from sfc.stages.collect import PROMPTS_FILE
+from sfc.stages.training_rows import TrainingRows, training_rows
 
 QUALITY_FILE = "quality.csv"
 _SAMPLE_ROWS = 4096
 _SPLICED_PROMPTS = 32
+_TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
-def make_saes(run: Run, rebuild: bool = False) -> None:
-    """Train what is missing, site by site, then measure all.
+def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ()) -> None:
+    """Train what is missing, group by group of sites, then measure all.
 
     Raises:
-        UserError: the store is corrupt or too small, or training diverges.
+        UserError: the store is corrupt or too small, training diverges, or a logger is not installed.
     """
     began = time.perf_counter()
     experiment, artifact = run.experiment, run.saes
-    store = Store(run.store.folder)
-    prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, index_col="store_index", keep_default_na=False)
-    held_out = _held_out(prompts, experiment)
-    sites = experiment.activations.sites
-    say(f"training {len(sites)} SAEs on {store.n_tokens:,} rows into {artifact.folder}")
-    with artifact.being_made(rebuild) as folder:
-        _train_missing(run, store, folder, ~held_out[store.tokens.prompt])
-        quality = _quality(run, store, load_dictionaries(folder, sites, choose_device(run.device)), prompts, held_out)
-        write_csv(folder / QUALITY_FILE, lambda path: quality.to_csv(path, index=False, float_format="%.6g"))
-        artifact.finish(
-            variance_unexplained=round(float(quality["fvu"].mean()), 6),
-            seconds=round(time.perf_counter() - began, 2),
-        )
+    with artifact.being_made(rebuild) if is_leader() else nullcontext():
+        with leader_first():
+            rows = training_rows(run)
+        sites = experiment.activations.sites
+        say(f"training {len(sites)} SAEs on {rows.trained.sum():,} rows into {artifact.folder}")
+        logs = loggers(logger_names, artifact.folder, experiment.model_dump(mode="json"))
+        _train_missing(run, rows, artifact.folder, logs)
+        wait_for_all()
+        if is_leader():
+            dictionaries = load_dictionaries(artifact.folder, sites, choose_device(run.device))
+            quality = _quality(run, rows, dictionaries)
+            write_csv(
+                artifact.folder / QUALITY_FILE, lambda path: quality.to_csv(path, index=False, float_format="%.6g")
+            )
+            artifact.finish(
+                variance_unexplained=round(float(quality["fvu"].mean()), 6),
+                seconds=round(time.perf_counter() - began, 2),
+            )
+        wait_for_all()
 
 
 def load_dictionaries(folder: Path, sites: list[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
@@ -62,75 +71,81 @@ def load_dictionaries(folder: Path, sites: list[str], device: torch.device | str
     return {site: load_dictionary(folder / site, device) for site in sites}
 
 
-def _train_missing(run: Run, store: Store, folder: Path, train_rows: np.ndarray) -> None:
-    """Train and save the dictionaries that the folder lacks, `layers_at_once` at a time."""
+def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Log]) -> None:
+    """Train and save the dictionaries of this process's share that the folder lacks, `layers_at_once` at a time."""
     config = run.experiment.saes
-    missing = [site for site in run.experiment.activations.sites if not (folder / site / "cfg.json").is_file()]
+    share = own_share(run.experiment.activations.sites)
+    missing = [site for site in share if not (folder / site / CONFIG_FILE).is_file()]
     groups = [missing[i : i + config.layers_at_once] for i in range(0, len(missing), config.layers_at_once)]
-    with progress_bar("training", len(missing) * config.steps * config.batch_size, "rows") as progress:
+    with progress_beside_table("training", len(missing) * config.steps, "SAE steps") as (advance, show):
         for group in groups:
-            for dictionary in _train_group(run, store, group, train_rows, progress):
+            checkpoint = folder / f"checkpoint-{fingerprint({'sites': group})}.safetensors"
+            first = steps_done(checkpoint)
+            advance(first * len(group))
+            log_lines = json_lines(folder, group, first)
+            report = _reporting(advance, show, [log_lines, *logs], first)
+            for dictionary in _train_group(run, rows, group, checkpoint, report):
                 save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+            checkpoint.unlink(missing_ok=True)
 
 
 def _train_group(
-    run: Run, store: Store, sites: list[str], train_rows: np.ndarray, progress: Callable[[int], None]
+    run: Run, rows: TrainingRows, sites: list[str], checkpoint: Path, report: Callable[[Progress], None]
 ) -> list[TopKDictionary]:
-    experiment = run.experiment
-    wanted = np.flatnonzero(train_rows)
-    batches = shuffled_batches(store, sites, wanted, experiment.saes.batch_size, experiment.seed)
-    sample = next(shuffled_batches(store, sites, wanted, min(_SAMPLE_ROWS, len(wanted)), experiment.seed))
-
-    def on_step(state: Progress) -> None:
-        progress(len(sites) * experiment.saes.batch_size)
-
+    config, seed, trained = run.experiment.saes, run.experiment.seed, rows.trained
+    source = rows.source(sites)
+    n_sample = min(_SAMPLE_ROWS, int(trained.sum()))
+    sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))
     return train_saes(
-        batches,
+        lambda first: shuffled_batches(source, trained, config.batch_size, seed, config.buffer_rows, first),
         sample,
-        experiment.saes,
+        config,
         sites=sites,
-        seed=experiment.seed,
+        seed=seed,
         device=choose_device(run.device),
-        on_step=on_step,
+        checkpoint=checkpoint,
+        report=report,
     )
 
 
-def _held_out(prompts: pd.DataFrame, experiment: Experiment) -> np.ndarray:
-    """Which prompts are kept from training, chosen by hash within each split."""
-    ranks = keyed_ranks(prompts, ["split"], f"held out {experiment.seed}").to_numpy()
-    sizes = prompts.groupby("split")["prompt"].transform("size").to_numpy()
-    held_out = ranks < np.ceil(experiment.saes.held_out * sizes)
-    if not held_out.any() or held_out.all():
-        raise UserError("saes.held_out leaves nothing to train on or nothing to measure on: --set saes.held_out=0.05")
-    return held_out
+def _reporting(
+    advance: Callable[[int], None], show: Show, logs: Sequence[Log], first: int
+) -> Callable[[Progress], None]:
+    """What is done with each report of a training that had done `first` steps when it began."""
+    done = first
+
+    def report(progress: Progress) -> None:
+        nonlocal done
+        advance((progress.step - done) * len(progress.sites))
+        done = progress.step
+        speed = f"{progress.tokens_per_second:,.0f}"
+        cells = [
+            (s.site, f"{s.loss:.4f}", f"{1 - s.fvu:.4f}", f"{s.l0:.1f}", str(s.dead), speed) for s in progress.sites
+        ]
+        show(("site", "loss", "variance explained", "L0", "dead", "rows/s"), cells)
+        for log in logs:
+            log(progress)
+
+    return report
 
 
 def _metadata(run: Run) -> dict[str, str]:
-    return {"preset": run.experiment.name, "model": run.experiment.model.source, "sfc_store": run.store.fingerprint}
+    return {"preset": run.experiment.name, "model": run.experiment.model.source, "sfc_corpus": run.corpus.fingerprint}
 
 
-def _quality(
-    run: Run, store: Store, dictionaries: dict[str, Dictionary], prompts: pd.DataFrame, held_out: np.ndarray
-) -> pd.DataFrame:
+def _quality(run: Run, rows: TrainingRows, dictionaries: dict[str, Dictionary]) -> pd.DataFrame:
     """One row per site: reconstruction on held-out rows, and what splicing the SAE in costs the model."""
     device = choose_device(run.device)
     model = load_model(run.experiment.model, device)
-    texts = prompts["prompt"][held_out].tolist()[:_SPLICED_PROMPTS]
+    texts = rows.table["prompt"][rows.table["held_out"]].tolist()[:_SPLICED_PROMPTS]
     tokenized = model.tokenize(texts)
     batches = make_batches(tokenized, SlotLayout.of(tokenized), run.experiment.activations.batch_tokens, device)
-    rows = []
+    figures = []
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
         for site, dictionary in dictionaries.items():
-            x = _rows_of(store, site, held_out[store.tokens.prompt]).to(device)
+            x = torch.cat([block.rows for block in rows.measured(site)]).to(device)
             reconstruction = reconstruction_quality(dictionary, x)
             spliced = splicing_quality(model, dictionary, batches)
-            rows.append({"site": site, **reconstruction._asdict(), **spliced._asdict()})
+            figures.append({"site": site, **reconstruction._asdict(), **spliced._asdict()})
             progress(1)
-    return pd.DataFrame(rows)
-
-
-def _rows_of(store: Store, site: str, wanted: np.ndarray) -> Tensor:
-    parts = [
-        store.read(site, start, stop)[torch.from_numpy(wanted[start:stop])] for start, stop in store.blocks(1 << 14)
-    ]
-    return torch.cat(parts)
+    return pd.DataFrame(figures)

@@ -1,0 +1,106 @@
+"""SAEs in training: their state, saved and restored to the bit."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfc.artifacts import replacing
+from sfc.errors import UserError
+
+
+class Parameters(NamedTuple):
+    """The weights of one SAE in training, on scaled activations; `encoder` has a row per feature."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+
+
+@dataclass
+class Training:
+    """One SAE in training: everything that changes from step to step, and its scale."""
+
+    site: str
+    scale: float
+    parameters: Parameters
+    optimizer: torch.optim.Adam
+    tokens_since_fired: Int[Tensor, " d_sae"]
+
+
+def save(path: Path, trainings: Sequence[Training], step: int) -> float:
+    """Write the state after `step` steps, whole or not at all; the seconds it took."""
+    began = time.perf_counter()
+    tensors = {f"{t.site}/{name}": tensor.cpu() for t in trainings for name, tensor in _state(t)}
+    metadata = {"step": str(step)} | {f"scale {t.site}": t.scale.hex() for t in trainings}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return time.perf_counter() - began
+
+
+def steps_done(path: Path) -> int:
+    """How many steps a checkpoint saves; 0 where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["step"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise _unusable(path, error) from None
+
+
+def restore(path: Path, trainings: Sequence[Training]) -> int:
+    """Give fresh trainings of the same sites the state that was saved; the number of steps they had done.
+
+    Raises:
+        UserError: the file is damaged, or of other sites.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata()
+            for training in trainings:
+                training.scale = float.fromhex(metadata[f"scale {training.site}"])
+                _make_optimizer_state(training)
+                with torch.no_grad():
+                    for name, tensor in _state(training):
+                        tensor.copy_(file.get_tensor(f"{training.site}/{name}"))
+            return int(metadata["step"])
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise _unusable(path, error) from None
+
+
+def _state(training: Training) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a training that changes, by name."""
+    for name, parameter in zip(Parameters._fields, training.parameters, strict=True):
+        yield name, parameter.detach()
+        for key, value in training.optimizer.state[parameter].items():
+            yield f"{name}/{key}", value
+    yield "tokens_since_fired", training.tokens_since_fired
+
+
+def _make_optimizer_state(training: Training) -> None:
+    """Let Adam make its tensors, which it does at its first step."""
+    before: Any = [parameter.detach().clone() for parameter in training.parameters]
+    for parameter in training.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(training.parameters, before, strict=True):
+            parameter.copy_(value)
+
+
+def _unusable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the checkpoint {path} cannot be used ({error}); delete it to begin anew")

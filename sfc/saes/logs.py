@@ -1,0 +1,83 @@
+"""Where the figures of a training go: a JSON-lines file per SAE always, wandb and TensorBoard only if asked for."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sfc.artifacts import write_text
+from sfc.config import suggestion
+from sfc.errors import UserError
+from sfc.saes.train import Progress
+
+LOG_FILE = "training.jsonl"
+Log = Callable[[Progress], None]
+
+
+def json_lines(folder: Path, sites: Sequence[str], first_step: int) -> Log:
+    """Append each report to `SITE/training.jsonl`; lines of steps after `first_step`, to be done again, are dropped."""
+    for site in sites:
+        path = folder / site / LOG_FILE
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        write_text(path, "".join(kept))
+
+    def log(progress: Progress) -> None:
+        for stats in progress.sites:
+            line = {"step": progress.step, "tokens_per_second": round(progress.tokens_per_second, 1)}
+            with (folder / stats.site / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line | stats._asdict()) + "\n")
+
+    return log
+
+
+def loggers(names: Sequence[str], folder: Path, experiment: dict[str, Any]) -> list[Log]:
+    """The loggers with these names: `wandb` (project sfc) or `tensorboard` (files in `folder/tensorboard`).
+
+    Raises:
+        UserError: the name is unknown, or the package is not installed.
+    """
+    return [_logger(name)(folder, experiment) for name in names]
+
+
+def _logger(name: str) -> Callable[[Path, dict[str, Any]], Log]:
+    known = {"wandb": _wandb, "tensorboard": _tensorboard}
+    if name not in known:
+        raise UserError(f"no logger {name!r}: {suggestion(name, known)}")
+    return known[name]
+
+
+def _wandb(folder: Path, experiment: dict[str, Any]) -> Log:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise _not_installed("wandb") from None
+    run = wandb.init(project="sfc", name=folder.name, dir=folder, config=experiment)
+    return lambda progress: run.log(_scalars(progress), step=progress.step)
+
+
+def _tensorboard(folder: Path, experiment: dict[str, Any]) -> Log:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _not_installed("tensorboard") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer.add_text("experiment", f"```json\n{json.dumps(experiment, indent=1)}\n```")
+
+    def log(progress: Progress) -> None:
+        for name, value in _scalars(progress).items():
+            writer.add_scalar(name, value, progress.step)
+        writer.flush()
+
+    return log
+
+
+def _scalars(progress: Progress) -> dict[str, float]:
+    scalars = {"tokens_per_second": progress.tokens_per_second}
+    for stats in progress.sites:
+        scalars |= {f"{stats.site}/{name}": value for name, value in stats._asdict().items() if name != "site"}
+    return scalars
+
+
+def _not_installed(package: str) -> UserError:
+    return UserError(f"--log {package} needs the package {package}: pip install 'sfc[logging]'")

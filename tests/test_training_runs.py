@@ -1,0 +1,124 @@
+"""`sfc train` as a whole: killed and gone on with, in several processes, from any corpus, stored or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from sfc.artifacts import locked
+from sfc.config import load_experiment
+from sfc.pipeline import Run
+
+SMALL = ("--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40", "--set", "saes.batch_size=32")
+
+
+def start(root: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, *(launcher or ("-m", "sfc.cli", "train")), *SMALL, "--root", str(root), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train(root: Path, *options: str, launcher: tuple[str, ...] = ()) -> str:
+    process = start(root, *options, launcher=launcher)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
+def weights(root: Path) -> dict[str, bytes]:
+    """The bytes of every tensor of every dictionary below a root."""
+    return {
+        f"{path.parent.name}/{name}": tensor.numpy().tobytes()
+        for path in root.glob("saes/*/*/sae_weights.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    train(root)
+    return root
+
+
+def test_a_run_leaves_dictionaries_logs_and_no_checkpoint(undisturbed: Path) -> None:
+    (folder,) = undisturbed.glob("saes/tiny-*")
+    assert len(weights(undisturbed)) == 8
+    assert not list(folder.glob("checkpoint*"))
+    for log in folder.glob("*/training.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [line["step"] for line in lines] == [10, 20, 30, 40]
+        assert lines[-1]["fvu"] < lines[0]["fvu"] and {"loss", "l0", "dead", "tokens_per_second"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("moment", ["shard-*", "checkpoint-*", "blocks.0*/cfg.json"])
+def test_killed_at_any_moment_the_same_command_gives_the_same_weights(
+    moment: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed when a file of this name appears below the root: collecting, training, and between two sites."""
+    options = ("--set", "saes.checkpoint_seconds=0.000001", "--set", "saes.layers_at_once=1")
+    process = start(tmp_path, *options)
+    while not list(tmp_path.rglob(moment)):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(tmp_path.glob("saes/*/manifest.json"))
+    train(tmp_path, *options)
+    assert weights(tmp_path) == weights(undisturbed)
+    for log in tmp_path.glob("saes/*/*/training.jsonl"):
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert steps == sorted(set(steps)) and steps[-1] == 40
+
+
+@pytest.mark.parametrize("busy", ["store", "saes"])
+def test_a_second_process_is_told_and_stops(busy: str, tmp_path: Path) -> None:
+    run = Run(load_experiment("tiny", SMALL[3::2]), tmp_path)
+    folder = getattr(run, busy).folder
+    folder.parent.mkdir()
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        second = start(tmp_path)
+        _, errors = second.communicate()
+    assert second.returncode == 2 and f"another process is working on {folder}" in errors
+
+
+def test_two_ranks_share_the_sites_and_give_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
+    script = str(Path(__file__).parents[1] / "scripts" / "train_saes.py")
+    output = train(tmp_path, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", script))
+    assert weights(tmp_path) == weights(undisturbed)
+    assert output.count("quality.csv") == 1, "only one of them reports"
+
+
+def test_without_a_store_training_gives_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
+    train(tmp_path, "--set", "corpus.stored=never")
+    assert weights(tmp_path) == weights(undisturbed)
+    assert not list(tmp_path.glob("activations/**/*.h5"))
+
+
+def test_a_corpus_of_texts(tmp_path: Path) -> None:
+    texts = [f"A sentence about the number {n}, which is neither long nor short." for n in range(60)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    train(tmp_path, "--set", f"corpus.source={tmp_path / 'texts.txt'}", "--set", "corpus.context=32")
+    (table,) = tmp_path.glob("activations/tiny-corpus-*/prompts.csv")
+    pieces = pd.read_csv(table)
+    assert len(pieces) >= 120 and set(pieces["split"]) == {"corpus"}
+    assert "".join(pieces["prompt"][:3]).count("sentence about the number 0") == 1
+    assert len(weights(tmp_path)) == 8
+
+
+def test_a_corpus_of_replies_has_their_rows(tmp_path: Path) -> None:
+    import h5py
+    import numpy as np
+
+    train(tmp_path, "--set", "corpus.source=replies", "--set", "corpus.reply_tokens=5")
+    (path,) = tmp_path.glob("activations/tiny-corpus-*/shard-*.h5")
+    with h5py.File(path) as file:
+        prompt, role = np.asarray(file["tokens/prompt"]), np.asarray(file["tokens/role"])
+    replies = np.bincount(prompt[role == 3])
+    assert replies.max() == 5 and (replies > 0).all()
