@@ -105,7 +105,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     Raises:
         UserError: the model or its adapter cannot be found or read.
     """
-    hf, tokenizer = _load_weights(config)
+    hf, tokenizer = load_weights(config)
     if config.adapter:
         merge_adapter(hf, config.adapter)
     hf.to(device)
@@ -144,7 +144,7 @@ def _cannot_load(config: ModelConfig, error: Exception) -> UserError:
     return UserError(f"cannot load model {config.source!r} ({where}): {reason}")
 
 
-def _load_weights(config: ModelConfig) -> tuple[Any, Any]:
+def load_weights(config: ModelConfig) -> tuple[Any, Any]:
     dtype = cast(torch.dtype, getattr(torch, config.dtype))
     folder = _folder(config)
     try:
