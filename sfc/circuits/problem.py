@@ -16,7 +16,6 @@ from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, layer_before, prefix_after
 from sfc.models.score import RefusalScore
-from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
+from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention]
 
 def layer_before(site: str) -> int:
     """The last block whose output the activation at `site` depends on, or is: runs that change it may start there."""
-    layer = int(site.split(".")[1])
-    return layer if site.endswith("resid_post") else layer - 1
+    return layer_of(site) if site.endswith("resid_post") else layer_of(site) - 1
 
 
 @torch.no_grad()
