@@ -114,8 +114,14 @@ def train(
     artifact = ensure_saes(shared.run(), shared.rebuild, log or ())
     quality = pd.read_csv(artifact.folder / "quality.csv")
     show_quality(quality)
-    files = {"saes": str(artifact.folder), "quality": str(artifact.folder / "quality.csv")}
-    _finish({"preset": shared.preset, "quality": quality.to_dict("records"), "files": files}, shared.json)
+    files = {
+        "saes": artifact.folder,
+        "quality": artifact.folder / "quality.csv",
+        "page": artifact.folder / "quality.html",
+    }
+    figures = quality.astype(object).where(quality.notna(), None).to_dict("records")
+    result = {"preset": shared.preset, "quality": figures, "files": {name: str(path) for name, path in files.items()}}
+    _finish(result, shared.json)
 
 
 @app.command()

@@ -45,9 +45,10 @@ def show_collection(takes: dict[str, Any]) -> None:
 
 def show_quality(quality: "pd.DataFrame") -> None:
     """The quality of a run's SAEs."""
-    columns = ("site", "fvu", "cosine", "l0", "dead_share", "loss_recovered")
+    columns = ("site", "fvu", "l0", "dead_share", "loss_recovered", "score_recovered")
     titles = [column.replace("_", " ") for column in columns]
-    show_table("SAEs on held-out prompts", titles, quality[list(columns)].itertuples(index=False))
+    of_all = quality[quality["role"] == "all"]
+    show_table("SAEs on held-out prompts", titles, of_all[list(columns)].itertuples(index=False))
 
 
 def show_behaviour(result: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ def show_checks(checks: Iterable["Check"]) -> None:
 
 
 def _text(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN
         return "not measurable"
     if isinstance(value, float):
         return f"{value:,.3f}"

@@ -127,6 +127,18 @@ def test_scripts_are_doors_into_the_same_commands(discovered: dict, root: Path) 
         assert result_of(subprocess.run(command, capture_output=True, text=True))["preset"] == "tiny"
 
 
+def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) -> None:
+    result = result_of(sfc("train", "--preset", "tiny", "--json", root=root))
+    assert {path.name for path in map(Path, result["files"].values()) if path.is_file()} == {
+        "quality.csv",
+        "quality.html",
+    }
+    assert [row["role"] for row in result["quality"]] == ["all", "content", "suffix"] * 2
+    assert all(
+        row["fvu"] > 0 and (row["score_recovered"] is None) == (row["role"] != "all") for row in result["quality"]
+    )
+
+
 def test_doctor_finds_nothing_wrong_and_then_what_is(discovered: dict, root: Path, tmp_path: Path) -> None:
     checks = result_of(sfc("doctor", "--preset", "tiny", "--json", root=root))["checks"]
     assert {"model", "prompts", "store", "SAEs", "circuit"} <= {check["what"] for check in checks}

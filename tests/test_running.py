@@ -12,7 +12,7 @@ from sfc.errors import UserError
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model
-from sfc.models.running import last_logits, next_token_losses, prefix_after, run_to
+from sfc.models.running import last_logits, losses_and_last_logits, prefix_after, run_to
 from sfc.models.score import RefusalScore, auroc, score_batch, score_prompts
 from sfc.prompts.render import TokenizedPrompt
 
@@ -110,7 +110,10 @@ def test_next_token_losses_are_the_models_own(
         for row in batch.prompts.tolist():
             log_p = _hf_logits(model, prompts[row])[:-1].log_softmax(-1)
             expected.append(-log_p[torch.arange(len(log_p)), torch.tensor(prompts[row].ids[1:])])
-        torch.testing.assert_close(next_token_losses(model, batch), torch.cat(expected), atol=1e-4, rtol=1e-4)
+        for prefix in (None, prefix_after(model, batch, 0)):
+            losses, logits = losses_and_last_logits(model, batch, prefix=prefix)
+            torch.testing.assert_close(losses, torch.cat(expected), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits, last_logits(model, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_the_refusal_score_by_hand() -> None:

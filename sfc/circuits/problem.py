@@ -14,9 +14,8 @@ from sfc.circuits.aggregate import aggregated_features
 from sfc.config import DiscoveryConfig
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, prefix_after
+from sfc.models.running import Prefix, layer_before, prefix_after
 from sfc.models.score import RefusalScore
-from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class PromptRuns:
     @classmethod
     def of(cls, model: Model, batches: Sequence[Batch], first_site: str) -> "PromptRuns":
         """Run every batch once, up to the first site."""
-        return cls(batches, [prefix_after(model, batch, _layer_before(first_site)) for batch in batches])
+        return cls(batches, [prefix_after(model, batch, layer_before(first_site)) for batch in batches])
 
     def __iter__(self) -> Iterator[tuple[Batch, Prefix]]:
         return zip(self.batches, self.prefixes, strict=True)
@@ -37,11 +36,6 @@ class PromptRuns:
     @property
     def n_prompts(self) -> int:
         return sum(len(batch.prompts) for batch in self.batches)
-
-
-def _layer_before(site: str) -> int:
-    """The last block whose output the activation at `site` depends on and no dictionary has touched."""
-    return layer_of(site) if site.endswith("resid_post") else layer_of(site) - 1
 
 
 @dataclass(frozen=True)

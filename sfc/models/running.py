@@ -16,6 +16,7 @@ from torch import Tensor
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
+from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)
@@ -55,32 +56,49 @@ def last_logits(
         interventions: act at their sites during the run.
         prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
     """
-    if prefix is not None and prefix.layer < 0:
-        prefix = None
-    inputs = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
     rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
-    with intervening(model, interventions or {}), _starting_from(model, prefix):
-        return _logits(model, inputs, lambda hidden: hidden[rows, batch.lengths - 1])
+    return _logits(model, batch, interventions, prefix, lambda hidden: hidden[rows, batch.lengths - 1])
 
 
-def next_token_losses(
-    model: Model, batch: Batch, interventions: Mapping[str, Intervention] | None = None
-) -> Float[Tensor, " tokens"]:
-    """Cross-entropy, in nats, of each prompt token given those before it; the first one and padding are left out."""
+def losses_and_last_logits(
+    model: Model,
+    batch: Batch,
+    interventions: Mapping[str, Intervention] | None = None,
+    prefix: Prefix | None = None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "batch vocab"]]:
+    """One run for two results; arguments as `last_logits`.
+
+    Returns:
+        The cross-entropy, in nats, of each prompt token given those before it (the first one and padding are left
+        out), and the logits at the last position of each prompt, in float32.
+    """
     predicts = batch.touchable[:, 1:]
-    with intervening(model, interventions or {}):
-        logits = _logits(model, {"input_ids": batch.ids}, lambda hidden: hidden[:, :-1][predicts])
-    return torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][predicts], reduction="none")
+    rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
+
+    def wanted(hidden: Tensor) -> Tensor:
+        return torch.cat([hidden[:, :-1][predicts], hidden[rows, batch.lengths - 1]])
+
+    logits = _logits(model, batch, interventions, prefix, wanted)
+    losses = torch.nn.functional.cross_entropy(logits[: -len(rows)], batch.ids[:, 1:][predicts], reduction="none")
+    return losses, logits[-len(rows) :]
 
 
 def _logits(
-    model: Model, inputs: Mapping[str, Tensor], select: Callable[[Tensor], Tensor]
+    model: Model,
+    batch: Batch,
+    interventions: Mapping[str, Intervention] | None,
+    prefix: Prefix | None,
+    select: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "rows vocab"]:
     """Logits, in float32, of the positions that `select` takes from the last hidden state [batch, pos, d_model].
 
     The model's own forward pass makes them, since some models scale or cap their logits after the unembedding.
     """
-    with intervening(model, {"unembed.hook_in": lambda hidden: select(hidden)[None]}):
+    if prefix is not None and prefix.layer < 0:
+        prefix = None
+    inputs = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
+    unembedding = {"unembed.hook_in": lambda hidden: select(hidden)[None]}
+    with intervening(model, interventions or {}), _starting_from(model, prefix), intervening(model, unembedding):
         return model.hf(**inputs, use_cache=False).logits[0].float()
 
 
@@ -92,6 +110,11 @@ def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention]
 
     with suppress(_Stop), intervening(model, interventions), intervening(model, {last_site: stop}):
         model.hf.base_model(input_ids=batch.ids, use_cache=False)
+
+
+def layer_before(site: str) -> int:
+    """The last block whose output the activation at `site` depends on, or is: runs that change it may start there."""
+    return layer_of(site) if site.endswith("resid_post") else layer_of(site) - 1
 
 
 @torch.no_grad()

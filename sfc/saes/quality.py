@@ -1,49 +1,143 @@
-"""How well a dictionary reconstructs activations it was not trained on."""
+"""How well a dictionary reconstructs activations it was not trained on: overall, and by the tokens' roles.
 
+One pass over blocks of rows, so that memory does not grow with their number: means and variances are merged as in
+Chan, Golub and LeVeque 1983, which stays exact where the mean is large beside the spread.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from sfc.prompts.render import Role
 from sfc.saes.dictionary import Dictionary
 
+ALL = "all"
+DENSE_RATE = 0.1
+"""a feature that is active on more than this share of the rows is dense: it says little about any one of them"""
 ROWS_AT_ONCE = 4096
 
 
 class Quality(NamedTuple):
-    """Reconstruction figures over a set of rows."""
+    """Reconstruction figures over a set of rows. What the rows do not define is NaN."""
 
+    rows: int
     fvu: float
-    """fraction of variance unexplained: squared error over squared distance from the rows' mean; 0 is perfect"""
+    """fraction of variance unexplained: squared error over squared distance from the mean of these very rows; 0 is
+    perfect, 1 no better than that mean. That of all rows is no average of the roles': it counts the variance between
+    them as well"""
     cosine: float
     """mean cosine between a row and its reconstruction, both as they are (nothing subtracted)"""
     l0: float
     """mean number of active features per row"""
     dead_share: float
     """share of the features that are active in none of these rows; it falls as more rows are looked at"""
+    dense_share: float
+    """share of the features that are active in more than `DENSE_RATE` of these rows"""
+
+
+class Measurement(NamedTuple):
+    """The figures of a set of rows, and each feature's firing rate: the share of the rows in which it is active."""
+
+    quality: Quality
+    firing_rate: Float64[Tensor, " d_sae"]
+
+
+@torch.no_grad()
+def quality_by_role(
+    dictionary: Dictionary, blocks: Iterable[tuple[Float[Tensor, "n d_in"], Int[np.ndarray, " n"]]]
+) -> dict[str, Measurement]:
+    """Measure a dictionary in one pass over blocks of rows, in float32 with sums in float64.
+
+    Args:
+        blocks: rows in the model's units, on any device, each block with the `Role` of each row's token.
+
+    Returns:
+        `ALL` first, then each role that occurs, by its name in lower case.
+    """
+    by_role: dict[int, _Sums] = {}
+    for rows, roles in blocks:
+        for role in np.unique(roles).tolist():
+            sums = _sums_of(dictionary, rows[torch.from_numpy(roles == role)])
+            by_role[role] = by_role[role] + sums if role in by_role else sums
+    total = sum(by_role.values(), start=_no_rows(dictionary))
+    named = {Role(role).name.lower(): by_role[role] for role in sorted(by_role)}
+    return {name: sums.measured() for name, sums in ({ALL: total} | named).items()}
 
 
 @torch.no_grad()
 def reconstruction_quality(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> Quality:
-    """Measure a dictionary on rows in the model's units, in float32, with sums in float64.
+    """The figures of rows that lie in memory, whatever their roles."""
+    return _sums_of(dictionary, rows).measured().quality
 
-    Figures that the rows do not define are NaN: all of them without rows, fvu where the rows do not vary.
-    """
-    mean = rows.double().mean(dim=0)
-    squared_error = variance = cosines = active_entries = torch.zeros((), dtype=torch.float64, device=rows.device)
-    fired = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=rows.device)
-    for x in rows.float().split(ROWS_AT_ONCE):
-        values, indices = dictionary.encode_sparse(x)
-        x_hat = dictionary.decode_sparse(values, indices)
-        squared_error = squared_error + (x - x_hat).double().square().sum()
-        variance = variance + (x - mean).square().sum()
-        cosines = cosines + torch.cosine_similarity(x, x_hat, dim=1).double().sum()
-        active_entries = active_entries + (values > 0).sum()
-        fired[indices[values > 0]] = True
-    return Quality(
-        fvu=float(squared_error / variance),
-        cosine=float(cosines / len(rows)) if len(rows) else float("nan"),
-        l0=float(active_entries / len(rows)) if len(rows) else float("nan"),
-        dead_share=float((~fired).double().mean()) if len(rows) else float("nan"),
+
+@dataclass(frozen=True)
+class _Sums:
+    """What has to be known of a set of rows to know the figures of it and of its union with another one."""
+
+    rows: int
+    mean: Float64[Tensor, " d_in"]
+    spread: Float64[Tensor, ""]
+    """sum of squared distances from the mean"""
+    squared_error: Float64[Tensor, ""]
+    cosines: Float64[Tensor, ""]
+    firings: Int64[Tensor, " d_sae"]
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        rows = self.rows + other.rows
+        share = other.rows / max(rows, 1)
+        between = other.mean - self.mean
+        return _Sums(
+            rows=rows,
+            mean=self.mean + share * between,
+            spread=self.spread + other.spread + self.rows * share * between.square().sum(),
+            squared_error=self.squared_error + other.squared_error,
+            cosines=self.cosines + other.cosines,
+            firings=self.firings + other.firings,
+        )
+
+    def measured(self) -> Measurement:
+        # Without rows 0 / 0, which is NaN, throughout.
+        firing_rate = self.firings.double() / self.rows
+        dead, dense = (firing_rate == 0).double().mean(), (firing_rate > DENSE_RATE).double().mean()
+        quality = Quality(
+            rows=self.rows,
+            fvu=float(self.squared_error / self.spread) if self.spread > 0 else float("nan"),
+            cosine=float(self.cosines / self.rows),
+            l0=float(firing_rate.sum()),
+            dead_share=float(dead) if self.rows else float("nan"),
+            dense_share=float(dense) if self.rows else float("nan"),
+        )
+        return Measurement(quality, firing_rate)
+
+
+def _no_rows(dictionary: Dictionary) -> _Sums:
+    mean = torch.zeros(dictionary.d_in, dtype=torch.float64, device=dictionary.W_dec.device)
+    nothing = mean.new_zeros(())
+    firings = torch.zeros(dictionary.d_sae, dtype=torch.long, device=mean.device)
+    return _Sums(0, mean, nothing, nothing, nothing, firings)
+
+
+def _sums_of(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> _Sums:
+    parts = (_sums_of_part(dictionary, part) for part in rows.split(ROWS_AT_ONCE) if len(part))
+    return sum(parts, start=_no_rows(dictionary))
+
+
+def _sums_of_part(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> _Sums:
+    x = rows.to(dictionary.W_dec.device, torch.float32)
+    values, indices = dictionary.encode_sparse(x)
+    x_hat = dictionary.decode_sparse(values, indices)
+    # Exact in float64 where rows are all the same float32 values: they have no spread at all.
+    mean = x.sum(dim=0, dtype=torch.float64) / len(x)
+    return _Sums(
+        rows=len(x),
+        mean=mean,
+        spread=(x - mean).square().sum(),
+        squared_error=(x - x_hat).double().square().sum(),
+        cosines=torch.cosine_similarity(x, x_hat, dim=1).double().sum(),
+        firings=torch.bincount(indices[values > 0], minlength=dictionary.d_sae),
     )

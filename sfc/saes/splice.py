@@ -1,6 +1,12 @@
-"""What a model loses when a dictionary's reconstruction replaces the activation itself."""
+"""What a model loses when a dictionary's reconstruction replaces the activation itself.
 
-from collections.abc import Sequence
+Two yardsticks: the cross-entropy of the prompts' tokens, and the refusal score after each prompt. Both are compared
+with what is left when the activation is replaced by its mean or by zero instead. Padding and the attention sink keep
+their activation throughout.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,14 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention
+from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import next_token_losses
+from sfc.models.running import Prefix, layer_before, losses_and_last_logits, prefix_after
+from sfc.models.score import RefusalScore
 from sfc.saes.dictionary import Dictionary
+
+MIN_DAMAGE = 1e-4
+"""nats; where an ablation does less harm than this there is nothing to recover, and the recovered share is NaN"""
 
 
 class SplicingQuality(NamedTuple):
-    """Cross-entropy of the next prompt token, in nats, means over tokens."""
+    """Cross-entropy of the next prompt token, means over tokens; refusal score, means over prompts; all in nats.
+
+    Recovered shares are 1 for a perfect dictionary and 0 for one that is no better than the ablation.
+    """
 
     cross_entropy: float
     """the model as it is"""
@@ -23,39 +36,108 @@ class SplicingQuality(NamedTuple):
     """with the reconstruction in place of the activation"""
     cross_entropy_mean_ablated: float
     """with the activation replaced by its mean over all tokens"""
+    cross_entropy_zero_ablated: float
     loss_recovered: float
-    """`(mean-ablated - spliced) / (mean-ablated - as it is)`: 1 is perfect, 0 no better than the mean"""
+    """`(mean-ablated - spliced) / (mean-ablated - as it is)`"""
+    loss_recovered_zero: float
+    """the same against zero-ablation"""
+    score: float
+    score_spliced: float
+    score_mean_ablated: float
+    score_zero_ablated: float
+    score_change_spliced: float
+    """mean over prompts of |s_spliced - s|"""
+    score_change_mean_ablated: float
+    score_change_zero_ablated: float
+    score_recovered: float
+    """`1 - mean |s_spliced - s| / mean |s_mean-ablated - s|`"""
+    score_recovered_zero: float
+    """the same against zero-ablation"""
+
+
+class Outcome(NamedTuple):
+    """What runs of all prompts end with."""
+
+    losses: Float[Tensor, " tokens"]
+    scores: Float[Tensor, " prompts"]
+
+
+@dataclass(frozen=True)
+class CleanRuns:
+    """Prompts run once as they are, with what all dictionaries are compared with."""
+
+    batches: Sequence[Batch]
+    prefixes: Sequence[Prefix]
+    """for each batch, the residual stream from which runs that change these sites start"""
+    outcome: Outcome
+    means: Mapping[str, Float[Tensor, " d_in"]]
+    """for each site, the mean activation over all tokens but padding and sinks"""
 
 
 @torch.no_grad()
-def splicing_quality(model: Model, dictionary: Dictionary, batches: Sequence[Batch]) -> SplicingQuality:
-    """Run the prompts three times: as they are, with the dictionary spliced in, and with the activation's mean.
+def run_clean(model: Model, score: RefusalScore, batches: Sequence[Batch], sites: Sequence[str]) -> CleanRuns:
+    """Run the prompts as they are, and take the mean activation at each site."""
+    prefixes = [prefix_after(model, batch, min(map(layer_before, sites))) for batch in batches]
+    sums: dict[str, Tensor] = {}
+    outcomes = []
+    for batch, prefix in zip(batches, prefixes, strict=True):
+        seen: dict[str, Tensor] = {}
+        outcomes.append(_outcome(model, score, batch, prefix, {site: recorder(seen, site) for site in sites}))
+        for site, activation in seen.items():
+            sums[site] = sums.get(site, 0) + activation[batch.touchable].double().sum(dim=0)
+    n_tokens = sum(int(batch.touchable.sum()) for batch in batches)
+    means = {site: (total / n_tokens).float() for site, total in sums.items()}
+    return CleanRuns(batches, prefixes, _joined(outcomes), means)
 
-    Padding and the attention sink keep their activation.
-    """
-    seen: list[Tensor] = []
-    clean = _mean_loss(model, batches, dictionary.site, lambda batch: _keep(seen, batch))
-    mean = torch.cat(seen).mean(0)
-    spliced = _mean_loss(
-        model, batches, dictionary.site, lambda batch: _replace(batch, lambda x: _spliced(dictionary, x))
+
+@torch.no_grad()
+def splicing_quality(model: Model, score: RefusalScore, dictionary: Dictionary, clean: CleanRuns) -> SplicingQuality:
+    """Run the prompts with the dictionary spliced in at its site, and with the site's mean and zero in its place."""
+    mean = clean.means[dictionary.site]
+
+    def replaced(function: Callable[[Tensor], Tensor]) -> Outcome:
+        return _joined(
+            [
+                _outcome(model, score, batch, prefix, {dictionary.site: _replacing(batch, function)})
+                for batch, prefix in zip(clean.batches, clean.prefixes, strict=True)
+            ]
+        )
+
+    spliced = replaced(lambda x: dictionary.decode_sparse(*dictionary.encode_sparse(x)))
+    mean_ablated = replaced(lambda x: mean.expand_as(x))
+    zero_ablated = replaced(torch.zeros_like)
+    runs = (clean.outcome, spliced, mean_ablated, zero_ablated)
+    loss, loss_spliced, loss_mean, loss_zero = (_mean(outcome.losses) for outcome in runs)
+    change_spliced, change_mean, change_zero = (_mean((o.scores - clean.outcome.scores).abs()) for o in runs[1:])
+    scores = [_mean(outcome.scores) for outcome in runs]
+    return SplicingQuality(
+        *(loss, loss_spliced, loss_mean, loss_zero),
+        loss_recovered=_recovered(loss_spliced - loss, loss_mean - loss),
+        loss_recovered_zero=_recovered(loss_spliced - loss, loss_zero - loss),
+        score=scores[0],
+        score_spliced=scores[1],
+        score_mean_ablated=scores[2],
+        score_zero_ablated=scores[3],
+        score_change_spliced=change_spliced,
+        score_change_mean_ablated=change_mean,
+        score_change_zero_ablated=change_zero,
+        score_recovered=_recovered(change_spliced, change_mean),
+        score_recovered_zero=_recovered(change_spliced, change_zero),
     )
-    ablated = _mean_loss(model, batches, dictionary.site, lambda batch: _replace(batch, lambda x: mean.expand_as(x)))
-    return SplicingQuality(clean, spliced, ablated, (ablated - spliced) / (ablated - clean))
 
 
-def _mean_loss(model: Model, batches: Sequence[Batch], site: str, intervention) -> float:
-    losses = [next_token_losses(model, batch, {site: intervention(batch)}) for batch in batches]
-    return float(torch.cat(losses).double().mean())
+def _outcome(
+    model: Model, score: RefusalScore, batch: Batch, prefix: Prefix, interventions: Mapping[str, Intervention]
+) -> Outcome:
+    losses, logits = losses_and_last_logits(model, batch, interventions, prefix)
+    return Outcome(losses, score(logits))
 
 
-def _keep(seen: list[Tensor], batch: Batch) -> Intervention:
-    def keep(activation: Tensor) -> None:
-        seen.append(activation[batch.touchable].float())
-
-    return keep
+def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    return Outcome(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
 
 
-def _replace(batch: Batch, function) -> Intervention:
+def _replacing(batch: Batch, function: Callable[[Tensor], Tensor]) -> Intervention:
     def replace(activation: Tensor) -> Tensor:
         replaced = function(activation[batch.touchable].float()).to(activation.dtype)
         return activation.masked_scatter(batch.touchable[..., None], replaced)
@@ -63,5 +145,10 @@ def _replace(batch: Batch, function) -> Intervention:
     return replace
 
 
-def _spliced(dictionary: Dictionary, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-    return dictionary.decode_sparse(*dictionary.encode_sparse(x))
+def _mean(values: Float[Tensor, " n"]) -> float:
+    return float(values.double().mean())
+
+
+def _recovered(damage_spliced: float, damage_ablated: float) -> float:
+    """The share of an ablation's damage that splicing does not do."""
+    return 1 - damage_spliced / damage_ablated if damage_ablated > MIN_DAMAGE else float("nan")

@@ -8,28 +8,23 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from sfc.activations.stream import shuffled_batches
-from sfc.artifacts import fingerprint, write_csv
-from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import choose_device, load_model
+from sfc.artifacts import fingerprint
+from sfc.models.loading import choose_device
 from sfc.pipeline import Run
-from sfc.progress import Show, progress_bar, progress_beside_table, say
+from sfc.progress import Show, progress_beside_table, say
 from sfc.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.logs import Log, json_lines, loggers
-from sfc.saes.quality import reconstruction_quality
 from sfc.saes.saelens_format import CONFIG_FILE, load_dictionary, save_dictionary
-from sfc.saes.splice import splicing_quality
 from sfc.saes.train import Progress, train_saes
+from sfc.stages.quality import write_quality
 from sfc.stages.training_rows import TrainingRows, training_rows
 
-QUALITY_FILE = "quality.csv"
 _SAMPLE_ROWS = 4096
-_SPLICED_PROMPTS = 32
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -51,14 +46,8 @@ def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ())
         wait_for_all()
         if is_leader():
             dictionaries = load_dictionaries(artifact.folder, sites, choose_device(run.device))
-            quality = _quality(run, rows, dictionaries)
-            write_csv(
-                artifact.folder / QUALITY_FILE, lambda path: quality.to_csv(path, index=False, float_format="%.6g")
-            )
-            artifact.finish(
-                variance_unexplained=round(float(quality["fvu"].mean()), 6),
-                seconds=round(time.perf_counter() - began, 2),
-            )
+            fvu = write_quality(run, rows, dictionaries, artifact.folder)
+            artifact.finish(variance_unexplained=round(fvu, 6), seconds=round(time.perf_counter() - began, 2))
         wait_for_all()
 
 
@@ -131,21 +120,3 @@ def _reporting(
 
 def _metadata(run: Run) -> dict[str, str]:
     return {"preset": run.experiment.name, "model": run.experiment.model.source, "sfc_corpus": run.corpus.fingerprint}
-
-
-def _quality(run: Run, rows: TrainingRows, dictionaries: dict[str, Dictionary]) -> pd.DataFrame:
-    """One row per site: reconstruction on held-out rows, and what splicing the SAE in costs the model."""
-    device = choose_device(run.device)
-    model = load_model(run.experiment.model, device)
-    texts = rows.table["prompt"][rows.table["held_out"]].tolist()[:_SPLICED_PROMPTS]
-    tokenized = model.tokenize(texts)
-    batches = make_batches(tokenized, SlotLayout.of(tokenized), run.experiment.activations.batch_tokens, device)
-    figures = []
-    with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
-        for site, dictionary in dictionaries.items():
-            x = torch.cat([block.rows for block in rows.measured(site)]).to(device)
-            reconstruction = reconstruction_quality(dictionary, x)
-            spliced = splicing_quality(model, dictionary, batches)
-            figures.append({"site": site, **reconstruction._asdict(), **spliced._asdict()})
-            progress(1)
-    return pd.DataFrame(figures)

@@ -27,6 +27,11 @@ def columns_of(graph: nx.DiGraph) -> Columns:
     sites = list(graph.graph.get("sites", ()))
     layer_of_site = {data["site"]: data["layer"] for _, data in graph.nodes(data=True)}
     sites += sorted(layer_of_site.keys() - set(sites), key=lambda site: (layer_of_site[site], site))
+    return columns_of_sites(sites)
+
+
+def columns_of_sites(sites: list[str]) -> Columns:
+    """A column for each site, labelled with its layer alone where all sites are of one kind."""
     matches = [_SITE.fullmatch(site) for site in sites]
     kinds = {match[2] for match in matches if match}
     if len(kinds) == 1 and all(matches):

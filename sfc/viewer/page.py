@@ -1,24 +1,15 @@
-"""The page of a circuit: one HTML file with its picture and its figures, that needs nothing else.
+"""The page of a circuit: its picture, its figures, and how to read them."""
 
-Plotly's own JavaScript is part of the file. A content security policy names the two scripts by their hashes and
-forbids every request, so that the page stays offline and text from prompts stays text, whatever it holds.
-"""
-
-import base64
-import hashlib
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
-from sfc.artifacts import write_text
 from sfc.viewer.curve import curve_figure
+from sfc.viewer.document import figure_html, guide_html, header_html, write_document
 from sfc.viewer.graph import circuit_figure
 from sfc.viewer.layers import layers_figure
 from sfc.viewer.signs import signs
@@ -38,59 +29,20 @@ def write_page(path: Path, graph: nx.DiGraph, curve: pd.DataFrame, result: Mappi
         curve: as `curve_figure` takes it.
         result: what `discover --json` prints: `preset`, `category`, `method` and the figures of the circuit.
     """
-    scripts = [get_plotlyjs(), _asset("page.js")]
-    title = escape(printable(" · ".join(str(result[key]) for key in ("category", "method", "preset"))))
+    title = " · ".join(str(result[key]) for key in ("category", "method", "preset"))
     listed = min(_LISTED_NODES, len(graph))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_asset("page.css")}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1><p>{escape(printable(_sentence(graph, result)))}</p></header>
-<noscript><p>The pictures need JavaScript; figures and table are readable without it.</p></noscript>
+    body = f"""{header_html(title, _sentence(graph, result))}
 {tiles_html(result)}
-<section class="card graph">{_figure_html("circuit", circuit_figure(graph))}</section>
+<section class="card graph">{figure_html("circuit", circuit_figure(graph))}</section>
 <div class="pair">
-<section class="card">{_figure_html("curve", curve_figure(curve, len(graph)))}</section>
-<section class="card">{_figure_html("layers", layers_figure(graph))}</section>
+<section class="card">{figure_html("curve", curve_figure(curve, len(graph)))}</section>
+<section class="card">{figure_html("layers", layers_figure(graph))}</section>
 </div>
 <section class="card"><h2>How to read this page</h2>{_guide(graph)}</section>
 <section class="card scroll"><h2>The {count_text(listed, "node")} with the largest |effect|</h2>
 {nodes_table(graph, _LISTED_NODES)}</section>
-<footer>{_foot(graph, result)}</footer>
-</main>
-{"".join(f"<script>{script}</script>" for script in scripts)}
-</body>
-</html>
-"""
-    write_text(path, page)
-
-
-def _asset(name: str) -> str:
-    return files("sfc.viewer").joinpath(name).read_text(encoding="utf-8")
-
-
-def _policy(scripts: list[str]) -> str:
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # Plotly styles its elements inline, and saves pictures through data: and blob: addresses.
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
-
-
-def _figure_html(name: str, figure: go.Figure) -> str:
-    # Inside a script element only "<" could end or reopen it.
-    data = str(figure.to_json(engine="json")).replace("<", "\\u003c")
-    height = figure.layout["height"]
-    return (
-        f'<div class="figure" id="{name}" style="height:{height}px"></div>'
-        f'<script type="application/json" id="{name}-data">{data}</script>'
-    )
+<footer>{_foot(graph, result)}</footer>"""
+    write_document(path, title, body)
 
 
 def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
@@ -125,7 +77,7 @@ def _guide(graph: nx.DiGraph) -> str:
         "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
         "Where a denominator is too small to divide by, a figure is not measurable.",
     )
-    return f'<div class="guide">{"".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)}</div>'
+    return guide_html(paragraphs)
 
 
 def _foot(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:

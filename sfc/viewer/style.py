@@ -6,6 +6,10 @@ import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
 INK, QUIET, LINE, BAND = "#1f2933", "#5b6672", "#d9dee4", "#f6f7f9"
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+ROLE_COLOURS = (INK, BLUE, VERMILION, GREEN, PINK, AMBER)
+"""of the roles in their order: all, content, suffix, …"""
 
 
 def axis(title: str, **settings: Any) -> dict[str, Any]:
