@@ -13,6 +13,7 @@ from sfc.errors import UserError
 from sfc.models.identity import model_identity
 from sfc.progress import say
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 1, 1, 1, 1
@@ -74,7 +75,7 @@ class Run:
             "schema": SAES_SCHEMA,
             "seed": self.experiment.seed,
             "activations": self.store.inputs,
-            "saes": self.experiment.saes.model_dump(),
+            "saes": saes_identity(self.experiment.saes, self.experiment.activations.sites),
         }
         return Artifact.of(self.root / "saes", self.experiment.name, inputs)
 

@@ -24,6 +24,7 @@ from sfc.saes.saelens_format import load_dictionary, save_dictionary
 from sfc.saes.splice import splicing_quality
 from sfc.saes.train import Progress, train_saes
 from sfc.stages.collect import PROMPTS_FILE
+from sfc.stages.foreign import adopt_dictionaries
 
 QUALITY_FILE = "quality.csv"
 _SAMPLE_ROWS = 4096
@@ -31,10 +32,10 @@ _SPLICED_PROMPTS = 32
 
 
 def make_saes(run: Run, rebuild: bool = False) -> None:
-    """Train what is missing, site by site, then measure all.
+    """Train what is missing, site by site, or take what `saes.source` names; then measure all.
 
     Raises:
-        UserError: the store is corrupt or too small, or training diverges.
+        UserError: the store is corrupt or too small, training diverges, or a dictionary of others does not fit.
     """
     began = time.perf_counter()
     experiment, artifact = run.experiment, run.saes
@@ -42,12 +43,18 @@ def make_saes(run: Run, rebuild: bool = False) -> None:
     prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, index_col="store_index", keep_default_na=False)
     held_out = _held_out(prompts, experiment)
     sites = experiment.activations.sites
-    say(f"training {len(sites)} SAEs on {store.n_tokens:,} rows into {artifact.folder}")
+    source = experiment.saes.source
+    doing = f"training {len(sites)} SAEs on" if source is None else f"checking {source} against"
+    say(f"{doing} {store.n_tokens:,} rows, into {artifact.folder}")
     with artifact.being_made(rebuild) as folder:
-        _train_missing(run, store, folder, ~held_out[store.tokens.prompt])
+        if source is None:
+            _train_missing(run, store, folder, ~held_out[store.tokens.prompt])
+        else:
+            adopt_dictionaries(run, source, folder, lambda site: _rows_of(store, site, held_out[store.tokens.prompt]))
         quality = _quality(run, store, load_dictionaries(folder, sites, choose_device(run.device)), prompts, held_out)
         write_csv(folder / QUALITY_FILE, lambda path: quality.to_csv(path, index=False, float_format="%.6g"))
         artifact.finish(
+            source=source or "trained",
             variance_unexplained=round(float(quality["fvu"].mean()), 6),
             seconds=round(time.perf_counter() - began, 2),
         )
