@@ -30,6 +30,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("activations.layers=[1]", {"store", "saes", "circuit"}),
         ("activations.dtype=bfloat16", {"store", "saes", "circuit"}),
         ("saes.k=9", {"saes", "circuit"}),
+        ("saes.min_variance_explained=0.1", set()),
         ("prompts.hard_share=0.5", {"circuit"}),
         ("discovery.method=correlation", {"circuit"}),
         ("discovery.population=safe", {"circuit"}),

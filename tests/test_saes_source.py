@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.pipeline import Run, ensure_circuit, ensure_saes
+from sfc.saes.pretrained import fetch_pretrained
 from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE
 from sfc.stages.foreign import check_fit
 from sfc.stages.train import QUALITY_FILE, load_dictionaries
@@ -91,7 +92,7 @@ def test_what_is_adopted_is_copied_measured_recorded_and_kept(trained: Run, copi
     for site in SITES:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             assert (artifact.folder / site / name).read_bytes() == (copied / site / name).read_bytes()
-    assert artifact.manifest()["source"] == str(copied)
+    assert Path(artifact.manifest()["source"]).name == "copied"
     assert trained.saes.manifest()["source"] == "trained"
     ours, theirs = (pd.read_csv(a.folder / QUALITY_FILE) for a in (trained.saes, artifact))
     pd.testing.assert_frame_equal(ours, theirs)
@@ -105,7 +106,13 @@ def test_a_perfect_normalised_dictionary_leaves_nothing_to_the_error_nodes(
 ) -> None:
     for layer, site in enumerate(SITES):
         save_perfect(tmp_path / f"layer {layer}", site, normalisation)
-    run = run_with(trained.root, tmp_path / "layer {layer}", "saes.min_variance_explained=0.999")
+    run = run_with(
+        trained.root,
+        tmp_path / "layer {layer}",
+        "saes.min_variance_explained=0.999",
+        "discovery.method=attribution",
+        "evaluation.sizes=[8,64]",
+    )
     result = ensure_circuit(run, "violence").manifest()["result"]
     quality = pd.read_csv(run.saes.folder / QUALITY_FILE)
     assert (quality["fvu"] < 1e-6).all() and (quality["loss_recovered"] > 0.999).all()
@@ -135,8 +142,11 @@ def test_one_dictionary_serves_one_site(trained: Run, copied: Path) -> None:
         _ = run_with(trained.root, copied / SITES[1]).saes
 
 
-def test_a_source_that_is_not_there_is_told_before_anything_is_collected(tmp_path: Path, copied: Path) -> None:
-    for source in ("nowhere", "/no/such/folder", "./no/such/folder"):
+def test_a_source_that_is_not_there_is_told_before_anything_is_collected(
+    tmp_path: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for source in ("nowhere", "/no/such/folder", "./no/such/folder", "~/no/such/folder", "sfc/no/such/folder"):
         with pytest.raises(UserError, match="no folder"):
             _ = run_with(tmp_path, source).saes
     shutil.rmtree(copied / SITES[1])
@@ -160,8 +170,7 @@ def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
     assert last.startswith(f"error: {SITES[1]}: the dictionary explains -")
     assert "less than saes.min_variance_explained=0.5" in last
     assert not [folder for folder in root.glob("saes/tiny-*/manifest.json") if folder.parent not in before]
-    finished = sfc("train", "--set", f"saes.source={copied}", "--set", "saes.min_variance_explained=-1e9", root=root)
-    assert finished.returncode == 0, finished.stderr
+    assert ensure_saes(run_with(root, copied, "saes.min_variance_explained=-1e9")).is_complete()
 
 
 def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
@@ -172,19 +181,24 @@ def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="width 32, those of this model have 31"):
         check_fit(dictionary, x[:, :-1], 0.5)
     with pytest.raises(UserError, match="explains nan of the variance"):
-        check_fit(dictionary, x[:1].expand(5, -1), -1e9)
+        check_fit(dictionary, torch.zeros(5, D_IN), -1e9)
+
+
+def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: Path) -> None:
+    source = "gpt2-small-res-jb/blocks.{layer}.hook_resid_pre"
+    finished = sfc("train", "--set", f"saes.source={source}", root=root)
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert "SAELens cannot fetch 'blocks.0.hook_resid_pre' of 'gpt2-small-res-jb' (" in last
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("name", "reason"),
     [
-        ("gpt2-small-res-jb/no-such-id", "cannot fetch 'no-such-id' of 'gpt2-small-res-jb' (ID no-such-id not found"),
-        ("gpt2-small-res-jb/blocks.{layer}.hook_resid_pre", "cannot fetch 'blocks.0.hook_resid_pre'"),
-        ("no/folder", "neither a folder nor a dictionary of a release"),
-        ("owner/repository/sae", "cannot fetch 'sae' of 'owner/repository'"),
+        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .ID no-such-id not found"),
+        ("no/folder", "no/folder is neither a folder nor a dictionary of a release that SAELens knows"),
     ],
 )
-def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: Path, source: str, reason: str) -> None:
-    finished = sfc("train", "--set", f"saes.source={source}", root=root)
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
-    assert reason in finished.stderr.strip().splitlines()[-1]
+def test_a_release_that_does_not_exist_is_told(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        fetch_pretrained(name, tmp_path)

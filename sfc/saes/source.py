@@ -36,7 +36,8 @@ def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
     """
     bases = {site: Path(for_layer(source, site)).expanduser() for site in sites}
     if not any(base.is_dir() for base in bases.values()):
-        if "/" not in source.strip("/") or source.startswith(("/", ".", "~")):
+        first, _, rest = source.partition("/")
+        if not rest or first in ("", ".", "..", "~") or Path(first).is_dir():
             raise UserError(f"saes.source: no folder {source}, and a pretrained dictionary is named release/sae_id")
         return {}
     return {site: _dictionary_folder(base, site) for site, base in bases.items()}
