@@ -165,6 +165,13 @@ def test_rows_without_features_and_no_rows_at_all(normalisation: str | None) -> 
         assert dictionary.encode(x).isfinite().all()
 
 
+def test_a_row_of_zeros_has_no_norm_to_divide_by_and_stays_finite() -> None:
+    inner = TopKDictionary(foreign(None).state_dict(), k=5, site=SITE)  # pyright: ignore[reportAttributeAccessIssue]
+    x = torch.zeros(1, D_IN)
+    dictionary = NormalisedDictionary(inner, "constant_norm_rescale")
+    torch.testing.assert_close(dictionary.decode(dictionary.encode(x)), x)
+
+
 def test_the_features_of_the_row_are_its_scale_and_the_two_signs_of_its_mean() -> None:
     x = torch.tensor([[1.0, 3.0] * 8, [-3.0, -5.0] * 8])
     of_the_row = foreign("layer_norm").encode(x)[:, D_SAE:]
