@@ -114,6 +114,17 @@ class CorpusConfig(Section):
 class SaeConfig(Section):
     """The top-k sparse autoencoders, one per site."""
 
+    source: str | None = Field(
+        None,
+        description="use these instead of training: a folder of SAELens dictionaries (one subfolder per site, or one"
+        " dictionary), or a pretrained release/sae_id; {layer} stands for the layer",
+    )
+    min_variance_explained: float = Field(
+        0.5,
+        le=1,
+        allow_inf_nan=False,
+        description="with saes.source: a dictionary that explains less of a site's variance is refused",
+    )
     expansion: int = Field(4, ge=1, description="features per dimension of the activation")
     k: int | str = Field(
         32, description="active features per token: a count, or a percentage of the features such as '5%'"
@@ -142,7 +153,7 @@ class SaeConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What the trained weights depend on."""
-        return self.model_dump(exclude={"layers_at_once", "checkpoint_seconds"})
+        return self.model_dump(exclude={"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"})
 
     def active_features(self, d_sae: int) -> int:
         """The k of top-k for a dictionary of `d_sae` features."""

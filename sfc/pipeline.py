@@ -15,6 +15,7 @@ from sfc.models.identity import model_identity
 from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.saes.source import saes_identity
 from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
@@ -92,7 +93,7 @@ class Run:
             "seed": self.experiment.seed,
             "activations": self.corpus.inputs,
             "sites": self.experiment.activations.sites,
-            "saes": self.experiment.saes.identity(),
+            "saes": saes_identity(self.experiment.saes, self.experiment.activations.sites),
         }
         return Artifact.of(self.root / "saes", self.experiment.name, inputs)
 

@@ -43,27 +43,18 @@ class Dictionary(Protocol):
     ) -> Float[Tensor, "rows d_in"]: ...
 
 
-class TopKDictionary(nn.Module):
-    """A top-k SAE (Gao et al. 2024): the k largest pre-activations of a token are its features, negative ones are 0.
+class LinearDecoder(nn.Module):
+    """What dictionaries of every architecture share: `x_hat = f @ W_dec + b_dec`, with frozen weights."""
 
-    `encode(x) = topk(relu((x - b_dec) @ W_enc + b_enc))`; without `apply_b_dec_to_input`, b_dec is not subtracted.
-    The weights are frozen: gradients flow to x and to feature values, never into the dictionary.
-    """
-
-    W_enc: nn.Parameter  # [d_in, d_sae], in memory a row per feature: the backward pass reads single features
-    b_enc: nn.Parameter  # [d_sae]
     W_dec: nn.Parameter  # [d_sae, d_in]
     b_dec: nn.Parameter  # [d_in]
 
-    def __init__(self, weights: Mapping[str, Tensor], *, k: int, site: str, apply_b_dec_to_input: bool = True) -> None:
-        """`weights` holds W_enc, b_enc, W_dec and b_dec; they are not copied where their layout fits."""
+    def __init__(self, weights: Mapping[str, Tensor], site: str) -> None:
+        """Register `weights`, W_dec and b_dec among them; they are not copied."""
         super().__init__()
-        for name in WEIGHTS:
-            self.register_parameter(name, nn.Parameter(weights[name].detach(), requires_grad=False))
-        self.W_enc.data = self.W_enc.t().contiguous().t()
-        self.k = k
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         self.site = site
-        self.apply_b_dec_to_input = apply_b_dec_to_input
 
     @property
     def d_in(self) -> int:
@@ -74,17 +65,6 @@ class TopKDictionary(nn.Module):
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_dec.shape[0]
-
-    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
-        """Feature values, dense: zero for all but the k features that are active."""
-        values, indices = self.encode_sparse(x.reshape(-1, self.d_in))
-        dense = values.new_zeros(len(values), self.d_sae).scatter(1, indices, values)
-        return dense.reshape(*x.shape[:-1], self.d_sae)
-
-    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
-        """Values and indices of the k active features of each row; differentiable with respect to x."""
-        centred = x - self.b_dec if self.apply_b_dec_to_input else x
-        return sparse_encode(centred, self.W_enc.t(), self.b_enc, self.k)
 
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]:
         """The activation that dense feature values stand for."""
@@ -97,4 +77,36 @@ class TopKDictionary(nn.Module):
         return weighted_row_sums(values, indices, self.W_dec) + self.b_dec
 
     def extra_repr(self) -> str:
-        return f"{self.site}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
+        return f"{self.site}, d_in={self.d_in}, d_sae={self.d_sae}"
+
+
+class TopKDictionary(LinearDecoder):
+    """A top-k SAE (Gao et al. 2024): the k largest pre-activations of a token are its features, negative ones are 0.
+
+    `encode(x) = topk(relu((x - b_dec) @ W_enc + b_enc))`; without `apply_b_dec_to_input`, b_dec is not subtracted.
+    The weights are frozen: gradients flow to x and to feature values, never into the dictionary.
+    """
+
+    W_enc: nn.Parameter  # [d_in, d_sae], in memory a row per feature: the backward pass reads single features
+    b_enc: nn.Parameter  # [d_sae]
+
+    def __init__(self, weights: Mapping[str, Tensor], *, k: int, site: str, apply_b_dec_to_input: bool = True) -> None:
+        """`weights` holds W_enc, b_enc, W_dec and b_dec; they are not copied where their layout fits."""
+        super().__init__({name: weights[name] for name in WEIGHTS}, site)
+        self.W_enc.data = self.W_enc.t().contiguous().t()
+        self.k = k
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Feature values, dense: zero for all but the k features that are active."""
+        values, indices = self.encode_sparse(x.reshape(-1, self.d_in))
+        dense = values.new_zeros(len(values), self.d_sae).scatter(1, indices, values)
+        return dense.reshape(*x.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
+        """Values and indices of the k active features of each row; differentiable with respect to x."""
+        centred = x - self.b_dec if self.apply_b_dec_to_input else x
+        return sparse_encode(centred, self.W_enc.t(), self.b_enc, self.k)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self.k}"

@@ -1,7 +1,8 @@
 """SAELens' own files: a folder per dictionary with `cfg.json` and `sae_weights.safetensors`.
 
-`sae_lens.SAE.load_from_disk(folder)` reads what is written here. Reading does without importing sae_lens, which takes
-seconds; it understands top-k dictionaries whose input normalisation is folded into the weights, as ours always is.
+`sae_lens.SAE.load_from_disk(folder)` reads what is written here, and what SAELens writes is read here, without
+importing sae_lens, which takes seconds. Whatever SAELens computes after loading is folded into the weights where it can
+be: the decoder norms by which a top-k SAE may rescale its features, the gate of a gated SAE.
 """
 
 from importlib.metadata import version
@@ -13,12 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfc.artifacts import Json, read_json, replacing, write_json
+from sfc.artifacts import Json, replacing, write_json
 from sfc.errors import UserError
-from sfc.saes.dictionary import WEIGHTS, TopKDictionary
+from sfc.saes.dictionary import WEIGHTS, Dictionary, TopKDictionary
+from sfc.saes.jumprelu import JumpReLUDictionary, gated_weights, standard_weights
+from sfc.saes.normalised import NormalisedDictionary
+from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE, read_config
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
+_ENCODER_VECTORS = {
+    "topk": ("b_enc",),
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
 
 
 def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) -> None:
@@ -47,46 +55,33 @@ def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) ->
     write_json(folder / CONFIG_FILE, config)
 
 
-def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> TopKDictionary:
-    """Read a top-k dictionary in SAELens' format, as float32.
+def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Dictionary:
+    """Read a top-k, JumpReLU, standard or gated dictionary in SAELens' format, as float32.
+
+    Feature values and reconstructions are SAELens' own; where the input normalisation depends on the row, they are in
+    the model's units, and features for the row's scale and mean follow (see `NormalisedDictionary`).
 
     Raises:
-        UserError: a file is missing, damaged, of another architecture, or does not fit the other file.
+        UserError: a file is missing, damaged, describes what cannot be used here, or does not fit the other file.
     """
-    path = folder / CONFIG_FILE
-    config = _checked_config(path, read_json(path))
+    config = read_config(folder)
     weights = _read_weights(folder / WEIGHTS_FILE, config, device)
-    if config.get("rescale_acts_by_decoder_norm"):  # features are then in units of decoder rows of length one
-        norm = weights["W_dec"].norm(dim=1)
-        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
-        weights["W_dec"] = weights["W_dec"] / norm[:, None]
-    return TopKDictionary(
-        weights,
-        k=config["k"],
-        site=config["metadata"]["hook_name"],
-        apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
-    )
+    dictionary = _dictionary(config, weights)
+    if config["normalize_activations"] in ("constant_norm_rescale", "layer_norm"):
+        return NormalisedDictionary(dictionary, config["normalize_activations"])
+    return dictionary
 
 
-def _checked_config(path: Path, config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise UserError(f"{path} is not the configuration of a SAELens dictionary")
-    for key, supported in {
-        "architecture": "topk",
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }.items():
-        if config.get(key, supported) != supported:
-            raise UserError(f"{path}: {key} is {config[key]!r}, only {supported!r} is supported")
-    metadata = config.get("metadata")
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("hook_name"), str):
-        raise UserError(f"{path}: metadata.hook_name, the site of the dictionary, is missing")
-    for key in ("d_in", "d_sae", "k"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise UserError(f"{path}: {key} must be a positive whole number, not {config.get(key)!r}")
-    if config["k"] > config["d_sae"]:
-        raise UserError(f"{path}: k is {config['k']}, but there are only {config['d_sae']} features")
-    return config
+def _dictionary(config: dict[str, Any], weights: dict[str, Tensor]) -> TopKDictionary | JumpReLUDictionary:
+    site, apply_b_dec_to_input = config["metadata"]["hook_name"], config["apply_b_dec_to_input"]
+    if config["architecture"] == "topk":
+        if config["rescale_acts_by_decoder_norm"]:  # features are then in units of decoder rows of length one
+            norm = weights["W_dec"].norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
+            weights["W_dec"] = weights["W_dec"] / norm[:, None]
+        return TopKDictionary(weights, k=config["k"], site=site, apply_b_dec_to_input=apply_b_dec_to_input)
+    as_jumprelu = {"standard": standard_weights, "gated": gated_weights, "jumprelu": dict}[config["architecture"]]
+    return JumpReLUDictionary(as_jumprelu(weights), site=site, apply_b_dec_to_input=apply_b_dec_to_input)
 
 
 def _read_weights(path: Path, config: dict[str, Any], device: torch.device | str) -> dict[str, Tensor]:
@@ -96,15 +91,20 @@ def _read_weights(path: Path, config: dict[str, Any], device: torch.device | str
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and train again") from None
+        raise UserError(f"{path} cannot be read ({error}); make it anew") from None
     d_in, d_sae = config["d_in"], config["d_sae"]
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(_ENCODER_VECTORS[config["architecture"]], (d_sae,))
     for name, shape in shapes.items():
         if name not in weights:
-            raise UserError(f"{path} has no tensor {name}: it is not a top-k dictionary")
+            raise UserError(f"{path} has no tensor {name}: it is not a {config['architecture']} dictionary")
         if tuple(weights[name].shape) != shape or not weights[name].is_floating_point():
             found = f"{weights[name].dtype} {list(weights[name].shape)}"
             raise UserError(f"{path}: {name} is {found}, {CONFIG_FILE} asks for {list(shape)}")
         if not weights[name].isfinite().all():
             raise UserError(f"{path}: {name} has values that are not finite")
+    for name in weights.keys() - shapes.keys():
+        # Early versions of SAELens wrote a scaling factor of ones that does nothing.
+        if name != "scaling_factor" or not bool((weights[name] == 1).all()):
+            raise UserError(f"{path} has a tensor {name} that is not part of a {config['architecture']} dictionary")
     return {name: weights[name].float() for name in shapes}

@@ -21,6 +21,7 @@ from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.saelens_format import CONFIG_FILE, load_dictionary, save_dictionary
 from sfc.saes.train import Progress, train_saes
+from sfc.stages.foreign import adopt_dictionaries
 from sfc.stages.quality import write_quality
 from sfc.stages.training_rows import TrainingRows, training_rows
 
@@ -29,10 +30,11 @@ _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
 def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ()) -> None:
-    """Train what is missing, group by group of sites, then measure all.
+    """Train what is missing, group by group of sites, or take what `saes.source` names; then measure all.
 
     Raises:
-        UserError: the store is corrupt or too small, training diverges, or a logger is not installed.
+        UserError: the store is corrupt or too small, training diverges, a dictionary of others does not fit, or a logger
+            is not installed.
     """
     began = time.perf_counter()
     experiment, artifact = run.experiment, run.saes
@@ -40,14 +42,23 @@ def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ())
         with leader_first():
             rows = training_rows(run)
         sites = experiment.activations.sites
-        say(f"training {len(sites)} SAEs on {rows.trained.sum():,} rows into {artifact.folder}")
-        logs = loggers(logger_names, artifact.folder, experiment.model_dump(mode="json"))
-        _train_missing(run, rows, artifact.folder, logs)
+        source = experiment.saes.source
+        if source is None:
+            say(f"training {len(sites)} SAEs on {rows.trained.sum():,} rows into {artifact.folder}")
+            logs = loggers(logger_names, artifact.folder, experiment.model_dump(mode="json"))
+            _train_missing(run, rows, artifact.folder, logs)
+        elif is_leader():
+            say(f"checking {source} on {(~rows.trained).sum():,} rows kept from training, into {artifact.folder}")
+            adopt_dictionaries(run, source, artifact.folder, rows.measured)
         wait_for_all()
         if is_leader():
             dictionaries = load_dictionaries(artifact.folder, sites, choose_device(run.device))
             fvu = write_quality(run, rows, dictionaries, artifact.folder)
-            artifact.finish(variance_unexplained=round(fvu, 6), seconds=round(time.perf_counter() - began, 2))
+            artifact.finish(
+                source=source or "trained",
+                variance_unexplained=round(fvu, 6),
+                seconds=round(time.perf_counter() - began, 2),
+            )
         wait_for_all()
 
 

@@ -1,0 +1,73 @@
+"""Dictionaries that are used in place of trained ones: where `saes.source` says they are. No torch here."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sfc.artifacts import hash_of_file
+from sfc.config import SaeConfig
+from sfc.errors import UserError
+from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE, read_config
+
+
+def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
+    """A JSON value that changes when the dictionaries that `config` describes change.
+
+    Those in a folder count by content, wherever it lies. Of a pretrained release only the name is known beforehand.
+
+    Raises:
+        UserError: as `local_dictionaries`.
+    """
+    if config.source is None:
+        return config.identity()
+    folders = local_dictionaries(config.source, sites)
+    files = {site: [hash_of_file(folders[site] / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] for site in folders}
+    return {"content": files or config.source, **config.model_dump(include={"min_variance_explained", "held_out"})}
+
+
+def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
+    """The folder of each site's dictionary; empty where `source` is no folder but may be a pretrained `release/sae_id`.
+
+    A folder holds a dictionary itself, or one subfolder per site, named by it.
+
+    Raises:
+        UserError: there is no dictionary for a site, or it was made for another one.
+    """
+    bases = {site: Path(for_layer(source, site)).expanduser() for site in sites}
+    if not any(base.is_dir() for base in bases.values()):
+        first, _, rest = source.partition("/")
+        if not rest or first in ("", ".", "..", "~") or Path(first).is_dir():
+            raise UserError(f"saes.source: no folder {source}, and a pretrained dictionary is named release/sae_id")
+        return {}
+    return {site: _dictionary_folder(base, site) for site, base in bases.items()}
+
+
+def for_layer(source: str, site: str) -> str:
+    """`source` with the layer of the site in place of `{layer}`."""
+    layer = re.search(r"\d+", site)
+    return source.replace("{layer}", layer[0]) if layer else source
+
+
+def check_site(folder: Path, site: str) -> None:
+    """Refuse the dictionary in `folder` unless it was made for `site`.
+
+    Raises:
+        UserError: it was not, or its configuration cannot be used.
+    """
+    made_for = read_config(folder)["metadata"]["hook_name"]
+    if made_for != site:
+        raise UserError(
+            f"the dictionary in {folder} is one of {made_for}, not of {site}; choose sites with --set"
+            " activations.layers=[…] and activations.kind=…, or write {layer} in saes.source"
+        )
+
+
+def _dictionary_folder(base: Path, site: str) -> Path:
+    for folder in (base / site, base):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            check_site(folder, site)
+            return folder
+    raise UserError(
+        f"saes.source: no dictionary for {site}: {base} and {base / site} lack {CONFIG_FILE} and {WEIGHTS_FILE}"
+    )

@@ -1,0 +1,211 @@
+"""`saes.source`: dictionaries that others trained, in place of our own, from the command line to the circuit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sfc.config import load_experiment
+from sfc.errors import UserError
+from sfc.pipeline import Run, ensure_circuit, ensure_saes
+from sfc.saes.pretrained import fetch_pretrained
+from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE
+from sfc.stages.foreign import check_fit
+from sfc.stages.quality import QUALITY_FILE
+from sfc.stages.train import load_dictionaries
+from sfc.stages.training_rows import Measured
+
+SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+D_IN = 32
+
+
+def sfc(*arguments: object, root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sfc.cli", *map(str, arguments), "--preset", "tiny", "--root", str(root), "--json"]
+    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+
+
+def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
+    return Run(load_experiment("tiny", [f"saes.source={source}", *overrides]), root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Run:
+    """A run that trained its own dictionaries and found a circuit."""
+    run = Run(load_experiment("tiny"), root)
+    ensure_circuit(run, "violence")
+    return run
+
+
+@pytest.fixture
+def copied(trained: Run, tmp_path: Path) -> Path:
+    """The trained dictionaries and nothing else, in a folder that a test may spoil."""
+    for site in SITES:
+        shutil.copytree(trained.saes.folder / site, tmp_path / "copied" / site)
+    return tmp_path / "copied"
+
+
+def measured(rows: torch.Tensor) -> list[Measured]:
+    return [Measured(part, np.ones(len(part), dtype=int)) for part in rows.split(2)]
+
+
+def save_perfect(folder: Path, site: str, normalisation: str) -> None:
+    """A standard SAE that loses nothing: a feature for each sign of each dimension. Written by SAELens itself."""
+    from sae_lens import SAE
+
+    config = {
+        "architecture": "standard",
+        "d_in": D_IN,
+        "d_sae": 2 * D_IN,
+        "normalize_activations": normalisation,
+        "metadata": {"hook_name": site},
+    }
+    sae = SAE.from_dict(config)
+    both = torch.cat([torch.eye(D_IN), -torch.eye(D_IN)])
+    sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = both.T.contiguous(), both, torch.full((D_IN,), 0.1)
+    sae.save_model(folder)
+
+
+def test_the_command_gives_the_circuit_of_dictionaries_trained_in_place(trained: Run, copied: Path, root: Path) -> None:
+    finished = sfc("discover", "--category", "violence", "--set", f"saes.source={copied}", root=root)
+    assert finished.returncode == 0, finished.stderr
+    assert "training" not in finished.stderr
+    result = json.loads(finished.stdout)
+    before = trained.circuit("violence")
+    ours = json.loads((before.folder / "circuit.json").read_text())
+    theirs = json.loads((root / result["files"]["circuit"]).read_text())
+    assert theirs["nodes"] == ours["nodes"] and theirs["edges"] == ours["edges"]
+    expected = before.manifest()["result"]
+    keys = set(expected) - {"files", "seconds"}
+    assert {key: result[key] for key in keys} == {key: expected[key] for key in keys}
+
+
+def test_what_is_adopted_is_copied_measured_recorded_and_kept(trained: Run, copied: Path, root: Path) -> None:
+    run = run_with(root, copied)
+    artifact = ensure_saes(run)
+    for site in SITES:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            assert (artifact.folder / site / name).read_bytes() == (copied / site / name).read_bytes()
+    assert Path(artifact.manifest()["source"]).name == "copied"
+    assert trained.saes.manifest()["source"] == "trained"
+    ours, theirs = (pd.read_csv(a.folder / QUALITY_FILE) for a in (trained.saes, artifact))
+    pd.testing.assert_frame_equal(ours, theirs)
+    before = (artifact.folder / "manifest.json").stat().st_mtime_ns
+    assert (ensure_saes(run).folder / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
+def test_a_perfect_normalised_dictionary_leaves_nothing_to_the_error_nodes(
+    trained: Run, tmp_path: Path, normalisation: str
+) -> None:
+    for layer, site in enumerate(SITES):
+        save_perfect(tmp_path / f"layer {layer}", site, normalisation)
+    run = run_with(
+        trained.root,
+        tmp_path / "layer {layer}",
+        "saes.min_variance_explained=0.999",
+        "discovery.method=attribution",
+        "evaluation.sizes=[8,64]",
+    )
+    result = ensure_circuit(run, "violence").manifest()["result"]
+    quality = pd.read_csv(run.saes.folder / QUALITY_FILE)
+    assert (quality["fvu"] < 1e-6).all() and (quality["loss_recovered"] > 0.999).all()
+    assert result["error_share"] < 1e-3 and result["n_nodes"] > 0
+
+
+def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, copied: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(copied, tmp_path / "moved")
+    here, there = run_with(trained.root, copied), run_with(trained.root, moved)
+    assert here.saes.folder == there.saes.folder != trained.saes.folder
+    assert here.circuit("violence").folder == there.circuit("violence").folder
+    assert run_with(trained.root, copied, "saes.k=9").saes.folder == here.saes.folder, "nothing is trained"
+    assert run_with(trained.root, copied, "saes.min_variance_explained=0.1").saes.folder != here.saes.folder
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        changed = shutil.copytree(copied, tmp_path / name)
+        content = (changed / SITES[1] / name).read_bytes()
+        (changed / SITES[1] / name).write_bytes(content + b" ")
+        assert run_with(trained.root, changed).saes.folder != here.saes.folder
+    releases = [run_with(trained.root, name).saes.folder for name in ("release/one", "release/other")]
+    assert releases[0] != releases[1]
+
+
+def test_one_dictionary_serves_one_site(trained: Run, copied: Path) -> None:
+    run = run_with(trained.root, copied / SITES[1], "activations.layers=[1]")
+    assert list(load_dictionaries(ensure_saes(run).folder, [SITES[1]])) == [SITES[1]]
+    with pytest.raises(UserError, match=r"is one of blocks\.1\.hook_resid_post, not of blocks\.0\.hook_resid_post"):
+        _ = run_with(trained.root, copied / SITES[1]).saes
+
+
+def test_a_source_that_is_not_there_is_told_before_anything_is_collected(
+    tmp_path: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for source in ("nowhere", "/no/such/folder", "./no/such/folder", "~/no/such/folder", "sfc/no/such/folder"):
+        with pytest.raises(UserError, match="no folder"):
+            _ = run_with(tmp_path, source).saes
+    shutil.rmtree(copied / SITES[1])
+    with pytest.raises(UserError, match=r"no dictionary for blocks\.1\.hook_resid_post"):
+        _ = run_with(tmp_path, copied).saes
+
+
+def spoil_scale(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file({**weights, "W_dec": weights["W_dec"] * 30}, folder / WEIGHTS_FILE)
+
+
+def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
+    trained: Run, copied: Path, root: Path
+) -> None:
+    spoil_scale(copied / SITES[1])
+    before = sorted((root / "saes").glob("tiny-*"))
+    finished = sfc("train", "--set", f"saes.source={copied}", root=root)
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {SITES[1]}: the dictionary explains -")
+    assert "less than saes.min_variance_explained=0.5" in last
+    assert not [folder for folder in root.glob("saes/tiny-*/manifest.json") if folder.parent not in before]
+    assert ensure_saes(run_with(root, copied, "saes.min_variance_explained=-1e9")).is_complete()
+
+
+def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
+    save_perfect(tmp_path, SITES[0], "none")
+    [dictionary] = load_dictionaries(tmp_path.parent, [tmp_path.name]).values()
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
+    assert check_fit(dictionary, measured(x), 0.5) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(UserError, match="width 32, those of this model have 31"):
+        check_fit(dictionary, measured(x[:, :-1]), 0.5)
+    with pytest.raises(UserError, match="explains nan of the variance"):
+        check_fit(dictionary, measured(torch.zeros(5, D_IN)), -1e9)
+
+
+def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: Path) -> None:
+    source = "gpt2-small-res-jb/blocks.{layer}.hook_resid_pre"
+    finished = sfc("train", "--set", f"saes.source={source}", root=root)
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert "SAELens cannot fetch 'blocks.0.hook_resid_pre' of 'gpt2-small-res-jb' (" in last
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .ID no-such-id not found"),
+        ("no/folder", "no/folder is neither a folder nor a dictionary of a release that SAELens knows"),
+    ],
+)
+def test_a_release_that_does_not_exist_is_told(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        fetch_pretrained(name, tmp_path)
