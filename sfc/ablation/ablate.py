@@ -45,6 +45,10 @@ class Ablation:
         masks = self.nodes.split(self._with_error_mode(keep))
         return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
 
+    def reference_activation(self, site: str) -> Float[Tensor, "slots d_in"]:
+        """The activation that ablating all of a site's nodes leaves there."""
+        return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
+
     def _with_error_mode(self, keep: Tensor) -> Tensor:
         if self.error_mode == "node":
             return keep

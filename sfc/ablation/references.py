@@ -1,6 +1,6 @@
 """References: what a node's value is set to when it is ablated.
 
-A reference is a role-aligned mean: one value per slot (see `sfc.models.batches`), taken within a prompt first (content
+The mean reference is role-aligned: one value per slot (see `sfc.models.batches`), taken within a prompt first (content
 tokens are pooled) and then across the prompts of the reference split, so that long prompts count no more than short.
 The attention sink (the first token) is never pooled with others: where the template has no prefix, it would drown them.
 """
@@ -24,6 +24,8 @@ from sfc.saes.dictionary import Dictionary
 class Reference:
     """Reference values per site and slot."""
 
+    layout: SlotLayout
+    """what the slots are"""
     features: Mapping[str, Float[Tensor, "slots d_sae"]]
     errors: Mapping[str, Float[Tensor, "slots d_in"]]
 
@@ -59,7 +61,17 @@ def mean_reference(
         site: total / prompts_with_slot[:, None] - dictionaries[site].decode(features[site])
         for site, total in activations.items()
     }
-    return Reference(features, errors)
+    return Reference(layout, features, errors)
+
+
+def zero_reference(dictionaries: Mapping[str, Dictionary], layout: SlotLayout) -> Reference:
+    """Zero for every feature and every error: of an ablated site only the decoder's bias is left."""
+    n = layout.n_slots
+    return Reference(
+        layout,
+        {site: d.W_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
+        {site: d.W_dec.new_zeros(n, d.d_in) for site, d in dictionaries.items()},
+    )
 
 
 def _counted(batch: Batch, layout: SlotLayout) -> Bool[Tensor, "batch pos"]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from sfc.prompts.render import Role, TokenizedPrompt
 
 PAD_SLOT = -1
+PACKED_TOKENS = 2048
+"""tokens, padding included, of a batch that is repeated to carry several interventions at once"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Batch:
     def select(self, rows: Int[Tensor, " rows"]) -> "Batch":
         """Some rows of the batch, with its padding."""
         return Batch(self.prompts[rows], self.ids[rows], self.lengths[rows], self.slots[rows])
+
+    def copies_in(self, tokens: int) -> int:
+        """How many times the batch can be repeated within so many tokens, at least once."""
+        return max(1, tokens // self.ids.numel())
 
     def repeat(self, times: int) -> "Batch":
         """The batch stacked on itself, first all rows once, then all again."""
