@@ -20,7 +20,7 @@ PRESETS = Path(__file__).parent / "presets"
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 ErrorMode = Literal["node", "keep-current", "ablate"]
 Population = Literal["toxic", "safe"]
-ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero"]
+ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -181,7 +181,7 @@ class DiscoveryConfig(Section):
     mask_price: float = Field(3e-4, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
     edge_threshold: float = Field(0.5, ge=0, le=1, description="smallest |r| of an edge between neighbouring layers")
     edges_per_node: int = Field(5, ge=1, description="at most this many edges into a node")
-    audit_nodes: int = Field(40, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
+    audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
     audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
 
     @property

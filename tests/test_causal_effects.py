@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference, zero_reference
+from sfc.ablation.references import mean_reference, paired_reference, zero_reference
 from sfc.circuits.attribution import BatchEffects, attributed_effects
 from sfc.circuits.effects import METHODS, NATS
 from sfc.circuits.exact import exact_effects
@@ -111,6 +111,39 @@ def test_exact_effects_do_not_depend_on_how_many_nodes_go_through_at_once(proble
     assert done == [1] * 20 * len(problem.runs.batches)
     np.testing.assert_allclose(one_by_one, exact_effects(problem, range(40, 60)), atol=2e-5)
     assert exact_effects(problem, []).shape == (0, problem.runs.n_prompts)
+
+
+@pytest.fixture(scope="module")
+def paired(problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch]) -> Problem:
+    """The problem with each prompt held against the next one in the list."""
+    partners = [*prompts[1:], prompts[0]]
+    of_partners = make_batches(partners, layout, 60, problem.model.device)
+    reference = paired_reference(problem.model, problem.ablation.dictionaries, of_partners, layout)
+    runs = PromptRuns(
+        [batch.with_tables(batch.prompts, layout) for batch in problem.runs.batches], problem.runs.prefixes
+    )
+    return replace(problem, ablation=replace(problem.ablation, reference=reference), runs=runs)
+
+
+def test_with_everything_ablated_to_its_partner_a_prompt_scores_as_its_partner_does(paired: Problem) -> None:
+    nothing = np.zeros((3, paired.ablation.nodes.n_nodes), dtype=bool)
+    full = full_scores(paired.model, paired.score, paired.runs)
+    ablated = ablated_scores(paired.model, paired.score, paired.ablation, paired.runs, nothing)
+    np.testing.assert_allclose(ablated, [np.roll(full, -1)] * 3, atol=1e-4)
+    assert np.abs(full - np.roll(full, -1)).max() > 1e-2
+
+
+def test_effects_against_partners_are_those_by_hand_and_obey_the_laws(paired: Problem) -> None:
+    nodes, layout = paired.ablation.nodes, paired.ablation.reference.layout
+    chosen = [5, nodes.sizes[0] - 1, nodes.sizes[0] + 5]
+    np.testing.assert_allclose(exact_effects(paired, chosen), [by_hand(paired, node) for node in chosen], atol=2e-5)
+    for method in ("attribution", "integrated-gradients"):
+        effects = METHODS[method](with_config(paired, ig_steps=60))
+        assert effects.by_slot is not None and len(effects.by_slot) == layout.n_slots
+        np.testing.assert_allclose(effects.by_slot.sum(0), effects.effect, atol=1e-9)
+    lost = full_scores(paired.model, paired.score, paired.runs) - site_ablated(paired, 0)
+    assert effects.effect[nodes.site_numbers == 0].sum() == pytest.approx(lost.mean(), abs=3e-4)  # pyright: ignore
+    assert role_names(paired.model, paired.runs.batches, layout)["effect_suffix_0"] == "<|end|>"
 
 
 def site_ablated(problem: Problem, site: int) -> np.ndarray:

@@ -50,7 +50,7 @@ def first_order_effects(
     touchable = batch.touchable
     prompt = torch.arange(len(batch.lengths), device=x.device)[:, None].expand_as(batch.slots)[touchable]
     slots, g, x = batch.slots[touchable], g[touchable].float(), x[touchable].float()
-    n_slots = reference.layout.n_slots
+    n_slots, n_table = len(reference.features[site]), reference.layout.n_slots
     place, place_of_token = (prompt * n_slots + slots).unique(return_inverse=True)
     prompt_of_place, slot_of_place = place // n_slots, place % n_slots
     values, indices = dictionary.encode_sparse(x)
@@ -65,7 +65,7 @@ def first_order_effects(
     effects = torch.cat([of_features, of_error[:, None]], dim=1)
     return BatchEffects(
         effects.new_zeros(len(batch.lengths), effects.shape[1]).index_add_(0, prompt_of_place, effects),
-        effects.new_zeros(n_slots, effects.shape[1]).index_add_(0, slot_of_place, effects),
+        effects.new_zeros(n_table, effects.shape[1]).index_add_(0, slot_of_place % n_table, effects),
     )
 
 

@@ -27,6 +27,8 @@ def role_names(model: Model, batches: Sequence[Batch], layout: SlotLayout) -> di
     names = {"effect_prefix": "template before the prompt", "effect_content": "prompt"}
     for number in range(layout.n_suffix):
         slot = layout.n_prefix + 1 + number
-        batch = next(batch for batch in batches if (batch.slots == slot).any())
-        names[f"effect_suffix_{number}"] = model.tokenizer.decode([int(batch.ids[batch.slots == slot][0])])
+        ids = [int(i) for b in batches for i in b.ids[b.touchable & (b.slots % layout.n_slots == slot)][:1]]
+        names[f"effect_suffix_{number}"] = (
+            model.tokenizer.decode(ids[:1]) if ids else f"token {number} after the prompt"
+        )
     return names

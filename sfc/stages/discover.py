@@ -34,6 +34,7 @@ from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
 from sfc.stages.collect import PROMPTS_FILE
 from sfc.stages.corpus import short_enough
+from sfc.stages.paired import paired_prompts
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.page import write_page
 
@@ -43,8 +44,9 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "toxic-mean": [True],
     "balanced-mean": [False, True],
     "zero": [],
+    "paired": [],
 }
-"""the expected labels of the reference prompts that are averaged"""
+"""which prompts of the reference split are averaged, by their expected label"""
 _SHOWN_NODES = 300
 
 
@@ -146,8 +148,14 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
     explained = used["refusal_label"] == population
     discovery, test = used["split"] == "discovery", used["split"] == "test"
     in_reference = used["split"] == "reference"
-    say(f"reference: {config.reference_choice} ({in_reference.sum()} prompts of the reference split)")
-    if config.reference_choice == "zero":
+    to_explain = [batches(discovery & explained), batches(test & explained)]
+    facts = {"prompts": used, "balance": [row._asdict() for row in report.rows]}
+    say(f"reference: {config.reference_choice}")
+    if config.reference_choice == "paired":
+        paired = paired_prompts(run, category, model, dictionaries)
+        reference, to_explain = paired.reference, [paired.discovery, paired.test]
+        facts["prompts"] = pd.concat([used[discovery], paired.prompts])
+    elif config.reference_choice == "zero":
         reference = zero_reference(dictionaries, layout)
     else:
         reference = mean_reference(model, dictionaries, batches(in_reference), layout)
@@ -158,14 +166,13 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
         model=model,
         score=score,
         ablation=Ablation(nodes, dictionaries, reference, experiment.evaluation.error_mode),
-        runs=PromptRuns.of(model, batches(discovery & explained), first),
+        runs=PromptRuns.of(model, to_explain[0], first),
         store=Store(run.store.folder),
         prompts=_with_store_index(run, used[discovery]),
         config=config,
     )
-    separation = _score_separation(model, score, batches(discovery), used[discovery])
-    facts = {"score_auroc": separation, "balance": [row._asdict() for row in report.rows], "prompts": used}
-    return problem, PromptRuns.of(model, batches(test & explained), first), facts
+    facts["score_auroc"] = _score_separation(model, score, batches(discovery), used[discovery])
+    return problem, PromptRuns.of(model, to_explain[1], first), facts
 
 
 def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], prompts: pd.DataFrame) -> float | None:
