@@ -33,7 +33,11 @@ def discover(
     shared: Shared,
     category: Annotated[str, typer.Option(help="OR-Bench category, such as violence or self-harm.")] = "violence",
     method: Annotated[
-        str | None, typer.Option(help="learned-mask, attribution, correlation or magnitude. [default: the preset's]")
+        str | None,
+        typer.Option(
+            help="learned-mask, attribution, integrated-gradients, exact, correlation or magnitude."
+            " [default: the preset's]"
+        ),
     ] = None,
     population: Annotated[
         str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")

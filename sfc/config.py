@@ -17,9 +17,10 @@ from sfc.sites import SiteKind, site_of
 
 PRESETS = Path(__file__).parent / "presets"
 
-Method = Literal["learned-mask", "attribution", "correlation", "magnitude"]
+Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 ErrorMode = Literal["node", "keep-current", "ablate"]
 Population = Literal["toxic", "safe"]
+ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -176,16 +177,28 @@ class DiscoveryConfig(Section):
 
     method: Method = "learned-mask"
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
+    reference: ReferenceChoice | None = Field(
+        None, description="what ablated nodes are set to; null: the mean of the other population"
+    )
     aggregation: Literal["mean", "max", "last"] = Field(
         "max", description="correlation: feature values over the sequence"
     )
     threshold: float = Field(0.1, ge=0, description="correlation: smallest |r| of a node")
     top_per_layer: int | None = Field(None, ge=1, description="correlation: take the strongest n per layer instead")
+    ig_steps: int = Field(10, ge=1, description="integrated-gradients: points per path from reference to clean")
+    exact_nodes: int = Field(300, ge=1, description="exact: how many nodes, by attribution, are measured and ranked")
     mask_steps: int = Field(160, ge=1, description="learned-mask: steps of gradient descent")
     mask_prompts: int = Field(10, ge=1, description="learned-mask: prompts per step")
     mask_price: float = Field(3e-4, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
     edge_threshold: float = Field(0.5, ge=0, le=1, description="smallest |r| of an edge between neighbouring layers")
     edges_per_node: int = Field(5, ge=1, description="at most this many edges into a node")
+    audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
+    audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
+
+    @property
+    def reference_choice(self) -> ReferenceChoice:
+        """The reference by name."""
+        return self.reference or ("safe-mean" if self.population == "toxic" else "toxic-mean")
 
 
 class EvaluationConfig(Section):

@@ -14,6 +14,7 @@ from sfc.errors import UserError
 from sfc.models.identity import model_identity
 from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
+from sfc.prompts.pairs import pairs_fingerprint
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
 from sfc.saes.source import saes_identity
 from sfc.sites import in_order
@@ -111,6 +112,8 @@ class Run:
             "discovery": experiment.discovery.model_dump(),
             "evaluation": experiment.evaluation.model_dump(),
         }
+        if experiment.discovery.reference_choice == "paired":
+            inputs["pairs"] = pairs_fingerprint(self.data_folder)
         name = f"circuit-{category}{population}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 

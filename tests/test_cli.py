@@ -113,6 +113,39 @@ def test_other_methods_populations_and_error_modes_run_on_the_same_saes(
     assert len(list((root / "saes").glob("tiny-*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("reference", "method", "labels"),
+    [
+        ("balanced-mean", "exact", {False, True}),
+        ("zero", "integrated-gradients", set()),
+        ("paired", "attribution", {False}),
+    ],
+)
+def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
+    discovered: dict, root: Path, reference: str, method: str, labels: set[bool]
+) -> None:
+    options = ("--method", method, "--set", f"discovery.reference={reference}", "--set", "discovery.exact_nodes=25")
+    result = result_of(sfc("discover", "--preset", "tiny", *options, "--json", root=root))
+    prompts = pd.read_csv(root / result["files"]["prompts"])
+    in_reference = prompts[prompts["split"] == "reference"]
+    assert set(in_reference["refusal_label"]) == labels
+    graph = json.loads((root / result["files"]["circuit"]).read_text())["graph"]
+    assert graph["reference"] == reference and graph["effect_unit"] == "nats of refusal score"
+    assert set(graph["audit"]) == {"top", "random", "worst_misses", "noise_floor", "n_prompts"}
+    page = Path(root / result["files"]["page"]).read_text()
+    assert "against exact ablation" in page
+    if reference == "paired":
+        pairs = pd.read_csv(MINI / "pairs.csv").query("category == 'violence'")
+        explained = prompts[prompts["dataset_type"].eq("pair") & prompts["split"].ne("reference")]
+        assert set(explained["prompt"]) == set(pairs["toxic"]) and set(in_reference["prompt"]) == set(pairs["safe"])
+        assert set(explained["split"]) == {"discovery", "test"}
+    if method == "exact":
+        assert result["n_nodes"] <= 25 and graph["roles"] == {}
+        assert graph["audit"]["top"]["rank_correlation"] > 0.99
+    else:
+        assert list(graph["roles"].values()) == ["template before the prompt", "prompt", "<|end|>", "<|assistant|>"]
+
+
 def test_scripts_are_doors_into_the_same_commands(discovered: dict, root: Path) -> None:
     for script in ("train_saes.py", "collect_activations.py", "discover_circuits.py"):
         command = [
@@ -188,6 +221,14 @@ def _with_file(folder: Path, name: str, content: bytes) -> Path:
     shutil.copytree(MINI, folder)
     (folder / name).write_bytes(content)
     return folder
+
+
+def test_a_data_set_without_pairs_has_no_paired_reference(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(MINI, folder)
+    (folder / "pairs.csv").unlink()
+    options = ("--preset", "tiny", "--data", folder, "--set", "discovery.reference=paired")
+    _one_line(sfc("discover", *options, root=tmp_path), "pairs.csv", "does not exist")
 
 
 BAD_FILES = {

@@ -13,9 +13,10 @@ from torch import Tensor
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
 from sfc.ablation.references import mean_reference
+from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.correlation import benjamini_hochberg, correlations, pearson
 from sfc.circuits.edges import correlation_edges
-from sfc.circuits.effects import METHODS, attributed_effects
+from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
@@ -46,7 +47,7 @@ def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor
 def test_attribution_is_the_definition_summed_token_by_token(problem: Problem) -> None:
     reference = problem.ablation.reference
     for batch, prefix in problem.runs:
-        fast = attributed_effects(problem, batch, prefix)
+        fast = attributed_effects(problem, batch, prefix).by_prompt
         slow = []
         for site, (x, g) in _gradients(problem, batch).items():
             dictionary = problem.ablation.dictionaries[site]
@@ -66,7 +67,7 @@ def test_attribution_is_the_definition_summed_token_by_token(problem: Problem) -
 def test_law_effects_of_a_site_sum_to_the_first_order_effect_of_its_activation(problem: Problem) -> None:
     nodes, reference = problem.ablation.nodes, problem.ablation.reference
     for batch, prefix in problem.runs:
-        per_site = nodes.split(attributed_effects(problem, batch, prefix))
+        per_site = nodes.split(attributed_effects(problem, batch, prefix).by_prompt)
         for site, (x, g) in _gradients(problem, batch).items():
             x_ref = problem.ablation.dictionaries[site].decode(reference.features[site]) + reference.errors[site]
             moved = (g * (x - x_ref[batch.slots.clamp(min=0)])).sum(-1) * batch.touchable
@@ -105,7 +106,7 @@ def test_errors_that_no_circuit_decides_on_are_not_ranked(problem: Problem, mode
 
 def test_attribution_means_over_prompts_and_ranks_by_size(problem: Problem) -> None:
     effects = METHODS["attribution"](problem)
-    per_prompt = torch.cat([attributed_effects(problem, *run) for run in problem.runs]).double().numpy()
+    per_prompt = torch.cat([attributed_effects(problem, *run).by_prompt for run in problem.runs]).double().numpy()
     np.testing.assert_allclose(effects.effect, per_prompt.mean(0), atol=1e-6)
     np.testing.assert_allclose(effects.absolute, np.abs(per_prompt).mean(0), atol=1e-6)
     sizes = np.abs(effects.effect)[effects.ranking]

@@ -52,6 +52,21 @@ def test_a_run_from_a_cached_residual_stream_is_exact(model: Model, batches: lis
         assert torch.equal(last_logits(model, batch), full), "the model is left as it was"
 
 
+@pytest.mark.parametrize(("start", "layer"), [(-1, 0), (-1, 1), (0, 1), (0, 0)])
+def test_a_later_prefix_is_reached_exactly_from_an_earlier_one(
+    model: Model, batches: list[Batch], start: int, layer: int
+) -> None:
+    for batch in batches:
+        earlier = prefix_after(model, batch, start)
+        later = prefix_after(model, batch, layer, earlier)
+        assert torch.equal(later.residual, prefix_after(model, batch, layer).residual)
+        assert (later.layer, later.outputs) == (layer, prefix_after(model, batch, layer).outputs)
+        seen: list[torch.Tensor] = []
+        site = f"blocks.{layer}.hook_resid_post"
+        run_to(model, batch, {site: seen.append}, site, earlier)
+        assert torch.equal(seen[0], later.residual)
+
+
 def test_selected_and_repeated_rows_of_a_run_stay_exact(model: Model, batches: list[Batch]) -> None:
     batch, rows = batches[0], torch.tensor([2, 0])
     full = last_logits(model, batch)

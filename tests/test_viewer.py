@@ -390,6 +390,27 @@ def test_a_page_shows_every_figure_and_says_what_is_not_measurable(tmp_path):
     assert set(names) == set(graph)
 
 
+def test_a_page_shows_the_audit_and_where_in_the_prompt_effects_come_from(tmp_path):
+    audit = {
+        "top": {"n_nodes": 40, "rank_correlation": 0.9312, "sign_agreement": 0.975, "n_signed": 39},
+        "random": {"n_nodes": 40, "rank_correlation": None, "sign_agreement": None, "n_signed": 0},
+        "worst_misses": [{"node": "resid_post.21/<b>F7</b>", "fast": 0.25, "exact": -0.125}],
+        "noise_floor": 1e-3,
+        "n_prompts": 50,
+    }
+    roles = {"effect_content": "prompt", "effect_suffix_0": "<|im_end|>\n"}
+    graph = make_circuit([1.0, -1.0, 0.5], audit=audit, roles=roles)
+    for node in graph.nodes.values():
+        node.update(effect_content=node["effect"] / 4, effect_suffix_0=3 * node["effect"] / 4)
+    write_page(tmp_path / "page.html", graph, make_curve(), make_result())
+    page = Page(tmp_path / "page.html")
+    for text in ("40 nodes of largest |effect|", "0.931", "0.975 of 39", "none to compare", "50 discovery prompts",
+                 "resid_post.21/<b>F7</b>", "+0.250", "−0.125", "<|im_end|>↵", "+0.125", "25 %", "75 %"):  # fmt: skip
+        assert text in page.text, text
+    write_page(tmp_path / "none.html", make_circuit([1.0]), make_curve(), make_result())
+    assert "exact ablation" not in Page(tmp_path / "none.html").text
+
+
 def test_equal_input_makes_equal_bytes_whatever_the_order_of_the_nodes(tmp_path):
     graph = make_circuit(np.linspace(1, -1, 30).tolist())
     backwards = nx.DiGraph(**graph.graph)

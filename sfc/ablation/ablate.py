@@ -2,8 +2,8 @@
 
 Sites run in their order, and each dictionary encodes the *current* x. With m the mask of a circuit (1 keeps):
 `x <- x_hat(m f + (1 - m) f_ref) + m_error (x - x_hat(f)) + (1 - m_error) error_ref`. Padding and the attention sink
-are never touched. Since decoding is linear, the part that does not depend on x is a small table per slot, and the rest
-is one sparse decoding.
+are never touched. Since decoding is linear, the part that does not depend on x is a small table (a row per circuit and
+slot), and the rest is one sparse decoding.
 """
 
 from collections.abc import Mapping
@@ -45,6 +45,10 @@ class Ablation:
         masks = self.nodes.split(self._with_error_mode(keep))
         return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
 
+    def reference_activation(self, site: str) -> Float[Tensor, "slots d_in"]:
+        """The activation that ablating all of a site's nodes leaves there."""
+        return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
+
     def _with_error_mode(self, keep: Tensor) -> Tensor:
         if self.error_mode == "node":
             return keep
@@ -52,14 +56,12 @@ class Ablation:
         return torch.where(is_error, 1.0 if self.error_mode == "keep-current" else 0.0, keep)
 
     def _at_site(self, site: str, mask: Tensor, circuit: Tensor, batch: Batch) -> Intervention:
-        dictionary, features_ref = self.dictionaries[site], self.reference.features[site]
+        dictionary = self.dictionaries[site]
         keep_feature, keep_error = mask[:, :-1], mask[:, -1]
         touchable = batch.touchable
         circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
         error_weight = keep_error[circuit_of_token]
-        ablated_part = (features_ref * (1 - keep_feature)[:, None]) @ dictionary.W_dec
-        ablated_part = ablated_part + (1 - keep_error)[:, None, None] * (self.reference.errors[site] + dictionary.b_dec)
-        constant = ablated_part[circuit_of_token, batch.slots[touchable]]
+        constant = self._ablated_part(site, mask, circuit_of_token, batch.slots[touchable])
 
         def ablate(activation: Tensor) -> Tensor:
             x = activation[touchable].float()
@@ -71,3 +73,15 @@ class Ablation:
             return activation.masked_scatter(touchable[..., None], replaced.to(activation.dtype))
 
         return ablate
+
+    def _ablated_part(
+        self, site: str, mask: Tensor, circuit_of_token: Int[Tensor, " tokens"], slots: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d_in"]:
+        """What ablated nodes add up to at each token: the same for all tokens of one circuit and slot."""
+        dictionary, features_ref = self.dictionaries[site], self.reference.features[site]
+        row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
+        circuit, slot = row // len(features_ref), row % len(features_ref)
+        ablated = 1 - mask[circuit]
+        of_features = (features_ref[slot] * ablated[:, :-1]) @ dictionary.W_dec
+        of_error = ablated[:, -1:] * (self.reference.errors[site][slot] + dictionary.b_dec)
+        return (of_features + of_error)[row_of_token]

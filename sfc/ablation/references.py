@@ -1,6 +1,6 @@
 """References: what a node's value is set to when it is ablated.
 
-A reference is a role-aligned mean: one value per slot (see `sfc.models.batches`), taken within a prompt first (content
+The mean reference is role-aligned: one value per slot (see `sfc.models.batches`), taken within a prompt first (content
 tokens are pooled) and then across the prompts of the reference split, so that long prompts count no more than short.
 The attention sink (the first token) is never pooled with others: where the template has no prefix, it would drown them.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.errors import UserError
@@ -22,13 +22,14 @@ from sfc.saes.dictionary import Dictionary
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference values per site and slot."""
+    """Reference values per site and slot: a table for all prompts, or several, one below the other."""
 
+    layout: SlotLayout
+    """what the slots of a table are"""
     features: Mapping[str, Float[Tensor, "slots d_sae"]]
     errors: Mapping[str, Float[Tensor, "slots d_in"]]
 
 
-@torch.no_grad()
 def mean_reference(
     model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
 ) -> Reference:
@@ -37,29 +38,65 @@ def mean_reference(
     Raises:
         UserError: a slot of the layout occurs in none of the prompts.
     """
+    return _means(model, dictionaries, [(batch, batch.slots) for batch in batches], layout, layout.n_slots)
+
+
+def paired_reference(
+    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
+) -> Reference:
+    """The values on each prompt of the batches by itself, its content tokens pooled: a table per prompt.
+
+    Whoever is paired with prompt p finds its values through the slots that `Batch.with_tables` gives it.
+
+    Raises:
+        UserError: a prompt lacks a slot of the layout.
+    """
+    rows = [(batch, batch.with_tables(batch.prompts, layout).slots) for batch in batches]
+    return _means(model, dictionaries, rows, layout, layout.n_slots * sum(len(batch.prompts) for batch in batches))
+
+
+@torch.no_grad()
+def _means(
+    model: Model,
+    dictionaries: Mapping[str, Dictionary],
+    rows_of_batches: Sequence[tuple[Batch, Int[Tensor, "batch pos"]]],
+    layout: SlotLayout,
+    n_rows: int,
+) -> Reference:
+    """Means of what goes into each row of a table: over the tokens of a prompt first, and then over prompts."""
     sites = list(dictionaries)
-    features = {site: torch.zeros(layout.n_slots, d.d_sae, device=model.device) for site, d in dictionaries.items()}
-    activations = {site: torch.zeros(layout.n_slots, d.d_in, device=model.device) for site, d in dictionaries.items()}
-    prompts_with_slot = torch.zeros(layout.n_slots, device=model.device)
-    for batch in batches:
+    features = {site: torch.zeros(n_rows, d.d_sae, device=model.device) for site, d in dictionaries.items()}
+    activations = {site: torch.zeros(n_rows, d.d_in, device=model.device) for site, d in dictionaries.items()}
+    prompts_in_row = torch.zeros(n_rows, device=model.device)
+    for batch, rows in rows_of_batches:
         seen: dict[str, Tensor] = {}
         run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
         counted = _counted(batch, layout)
         weights = _weights_within_prompts(batch, layout)
-        prompts_with_slot.index_add_(0, batch.slots[counted], weights)
+        prompts_in_row.index_add_(0, rows[counted], weights)
         for site, dictionary in dictionaries.items():
             x = seen[site][counted].float()
-            features[site].index_add_(0, batch.slots[counted], dictionary.encode(x) * weights[:, None])
-            activations[site].index_add_(0, batch.slots[counted], x * weights[:, None])
-    if (prompts_with_slot == 0).any():
+            features[site].index_add_(0, rows[counted], dictionary.encode(x) * weights[:, None])
+            activations[site].index_add_(0, rows[counted], x * weights[:, None])
+    if (prompts_in_row == 0).any():
         raise UserError("the reference prompts do not cover every position of the template; use more of them")
-    features = {site: total / prompts_with_slot[:, None] for site, total in features.items()}
+    features = {site: total / prompts_in_row[:, None] for site, total in features.items()}
     # Decoding is affine, so the mean error is the error of the means.
     errors = {
-        site: total / prompts_with_slot[:, None] - dictionaries[site].decode(features[site])
+        site: total / prompts_in_row[:, None] - dictionaries[site].decode(features[site])
         for site, total in activations.items()
     }
-    return Reference(features, errors)
+    return Reference(layout, features, errors)
+
+
+def zero_reference(dictionaries: Mapping[str, Dictionary], layout: SlotLayout) -> Reference:
+    """Zero for every feature and every error: of an ablated site only the decoder's bias is left."""
+    n = layout.n_slots
+    return Reference(
+        layout,
+        {site: d.W_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
+        {site: d.W_dec.new_zeros(n, d.d_in) for site, d in dictionaries.items()},
+    )
 
 
 def _counted(batch: Batch, layout: SlotLayout) -> Bool[Tensor, "batch pos"]:

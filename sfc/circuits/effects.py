@@ -10,50 +10,68 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.special import expit
-from torch import Tensor
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
+from sfc.circuits.attribution import BatchEffects, attributed_effects
 from sfc.circuits.correlation import benjamini_hochberg, correlations
+from sfc.circuits.exact import exact_effects
+from sfc.circuits.integrated_gradients import integrated_effects
 from sfc.circuits.learned_mask import learn_mask
 from sfc.circuits.problem import Problem
 from sfc.errors import UserError
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention
 from sfc.models.running import Prefix
-from sfc.models.score import score_batch
 from sfc.progress import progress_bar
-from sfc.saes.kernels import row_dots
+
+NATS = "nats of refusal score"
+"""the unit of causal effects"""
 
 
 class Effects(NamedTuple):
     """What a method says of every node."""
 
     effect: Float[np.ndarray, " nodes"]
-    """signed: nats of the score for causal methods, Pearson's r for correlation, magnitude for magnitude"""
+    """signed, in `unit`; not a number for a node that the method has not looked at"""
     absolute: Float[np.ndarray, " nodes"]
     """mean over prompts of the absolute effect where the method has one per prompt, else |effect|"""
     ranking: Int[np.ndarray, " ranked"]
     """the nodes that may be in a circuit, best first"""
     attributes: Mapping[str, Float[np.ndarray, " nodes"]]
     """further numbers per node, such as p-values"""
+    unit: str = NATS
+    by_slot: Float[np.ndarray, "slots nodes"] | None = None
+    """the effect's parts from each slot, where the method has them: where in the prompt the node matters"""
 
 
 def attribution(problem: Problem) -> Effects:
-    """First-order effect of setting each node to its reference, from one backward pass in the plain model.
+    """First-order effects from one backward pass (see `sfc.circuits.attribution`), ranked by |mean effect|."""
+    return _mean_effects(problem, attributed_effects)
 
-    With g = ds/dx at a site, the effect of feature i is `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error
-    `sum_t g_t . (e_t - e_ref_t)`; over a site they sum to `sum_t g_t . (x_t - x_ref_t)` (Marks et al. 2024, without
-    splicing anything in). Nodes are ranked by the absolute value of the mean effect.
+
+def integrated_gradients(problem: Problem) -> Effects:
+    """Gradients averaged along each site's path from its reference (see `sfc.circuits.integrated_gradients`)."""
+    with progress_bar("integrated gradients", len(problem.runs.batches), "batches") as progress:
+
+        def of_batch(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
+            effects = integrated_effects(problem, batch, prefix, problem.config.ig_steps)
+            progress(1)
+            return effects
+
+        return _mean_effects(problem, of_batch)
+
+
+def exact(problem: Problem) -> Effects:
+    """Exact effects (see `sfc.circuits.exact`) of the `exact_nodes` nodes of largest |attribution|, and of no others.
+
+    Only they are ranked: a run per node would take hours for all. The others' effects are not a number.
     """
-    n_nodes = problem.ablation.nodes.n_nodes
-    total, absolute = torch.zeros(n_nodes, dtype=torch.float64), torch.zeros(n_nodes, dtype=torch.float64)
-    for batch, prefix in problem.runs:
-        effects = attributed_effects(problem, batch, prefix).double().cpu()
-        total += effects.sum(0)
-        absolute += effects.abs().sum(0)
-    mean = (total / problem.runs.n_prompts).numpy()
-    return Effects(mean, (absolute / problem.runs.n_prompts).numpy(), _ranked(np.abs(mean), problem.ablation), {})
+    chosen = attribution(problem).ranking[: problem.config.exact_nodes]
+    with progress_bar("exact effects", len(chosen) * len(problem.runs.batches), "runs") as progress:
+        per_prompt = exact_effects(problem, chosen.tolist(), progress=progress)
+    effect, absolute = np.full((2, problem.ablation.nodes.n_nodes), np.nan)
+    effect[chosen], absolute[chosen] = per_prompt.mean(1), np.abs(per_prompt).mean(1)
+    return Effects(effect, absolute, chosen[np.argsort(-np.abs(effect[chosen]), kind="stable")], {})
 
 
 def learned_mask(problem: Problem) -> Effects:
@@ -67,52 +85,19 @@ def learned_mask(problem: Problem) -> Effects:
     return effects._replace(ranking=_ranked(logits, problem.ablation), attributes={"mask": expit(logits)})
 
 
-def attributed_effects(problem: Problem, batch: Batch, prefix: Prefix) -> Float[Tensor, "batch nodes"]:
-    """The attribution of every node on every prompt of one batch, in nats."""
-    seen: dict[str, Tensor] = {}
-    interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
-    with torch.enable_grad():
-        score_batch(problem.model, problem.score, batch, interventions, prefix).sum().backward()
-    return torch.cat([_site_effects(problem, site, x, batch) for site, x in seen.items()], dim=1)
-
-
-def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
-    """Record the activation, with its gradient; the first one starts the graph."""
-
-    def record(activation: Tensor) -> Tensor:
-        x = activation if activation.requires_grad else activation.detach().requires_grad_()
-        x.retain_grad()
-        seen[site] = x
-        return x
-
-    return record
-
-
-@torch.no_grad()
-def _site_effects(problem: Problem, site: str, x: Tensor, batch: Batch) -> Float[Tensor, "batch site_nodes"]:
-    dictionary, reference = problem.ablation.dictionaries[site], problem.ablation.reference
-    assert x.grad is not None
-    touchable = batch.touchable
-    slots = batch.slots[touchable]
-    prompt = torch.arange(len(batch.lengths), device=x.device)[:, None].expand_as(batch.slots)[touchable]
-    g, x = x.grad[touchable].float(), x.detach()[touchable].float()
-    values, indices = dictionary.encode_sparse(x)
-    n_slots = len(reference.features[site])
-
-    # The reference's part needs gradients only summed per prompt and slot: features that are off cost nothing.
-    g_per_slot = x.new_zeros(len(batch.lengths) * n_slots, dictionary.d_in)
-    g_per_slot.index_add_(0, prompt * n_slots + slots, g)
-    along_decoder = (g_per_slot @ dictionary.W_dec.T).view(len(batch.lengths), n_slots, -1)
-    effects = -(along_decoder * reference.features[site]).sum(1)
-
-    # The part of the active features: k entries per token.
-    along_active = row_dots(g, indices, dictionary.W_dec)
-    flat = (prompt[:, None] * dictionary.d_sae + indices).flatten()
-    effects.view(-1).index_add_(0, flat, (along_active * values).flatten())
-
-    error = x - dictionary.decode_sparse(values, indices) - reference.errors[site][slots]
-    of_error = x.new_zeros(len(batch.lengths)).index_add_(0, prompt, (g * error).sum(-1))
-    return torch.cat([effects, of_error[:, None]], dim=1)
+def _mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, Prefix], BatchEffects]) -> Effects:
+    """Means over the prompts of effects that come batch by batch."""
+    nodes, n_prompts = problem.ablation.nodes, problem.runs.n_prompts
+    absolute = torch.zeros(nodes.n_nodes, dtype=torch.float64)
+    by_slot = torch.zeros(problem.ablation.reference.layout.n_slots, nodes.n_nodes, dtype=torch.float64)
+    for batch, prefix in problem.runs:
+        effects = of_batch(problem, batch, prefix)
+        absolute += effects.by_prompt.double().abs().sum(0).cpu()
+        by_slot += effects.by_slot.double().cpu()
+    by_slot = (by_slot / n_prompts).numpy()
+    mean = by_slot.sum(0)
+    ranking = _ranked(np.abs(mean), problem.ablation)
+    return Effects(mean, (absolute / n_prompts).numpy(), ranking, {}, by_slot=by_slot)
 
 
 def correlation(problem: Problem) -> Effects:
@@ -138,7 +123,8 @@ def correlation(problem: Problem) -> Effects:
         eligible = (np.abs(r) >= config.threshold) & ~nodes.is_error
     q_value = np.ones_like(p_value)
     q_value[~nodes.is_error] = benjamini_hochberg(p_value[~nodes.is_error])
-    return Effects(r, np.abs(r), by_strength[eligible[by_strength]], {"p_value": p_value, "q_value": q_value})
+    ranking = by_strength[eligible[by_strength]]
+    return Effects(r, np.abs(r), ranking, {"p_value": p_value, "q_value": q_value}, unit="Pearson's r with the label")
 
 
 def magnitude(problem: Problem) -> Effects:
@@ -150,7 +136,7 @@ def magnitude(problem: Problem) -> Effects:
     per_site = [0.7 * np.abs(f[wanted]).mean(0) + 0.3 * f[wanted].var(0) for f in problem.features.values()]
     effect = _with_error_nodes(per_site, 0.0)
     ranking = np.argsort(-effect, kind="stable")
-    return Effects(effect, effect, ranking[effect[ranking] > 0], {})
+    return Effects(effect, effect, ranking[effect[ranking] > 0], {}, unit="magnitude")
 
 
 def _ranked(importance: Float[np.ndarray, " nodes"], ablation: Ablation) -> Int[np.ndarray, " ranked"]:
@@ -174,6 +160,8 @@ def _strongest_per_site(strength: np.ndarray, nodes: Nodes, count: int) -> np.nd
 METHODS: dict[str, Callable[[Problem], Effects]] = {
     "learned-mask": learned_mask,
     "attribution": attribution,
+    "integrated-gradients": integrated_gradients,
+    "exact": exact,
     "correlation": correlation,
     "magnitude": magnitude,
 }

@@ -1,11 +1,12 @@
 """What discovery works on: one question, put to one model, with everything needed to answer it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 
 from sfc.ablation.ablate import Ablation
@@ -36,6 +37,19 @@ class PromptRuns:
     @property
     def n_prompts(self) -> int:
         return sum(len(batch.prompts) for batch in self.batches)
+
+    def sample(self, count: int, seed: int) -> "PromptRuns":
+        """At most `count` of the prompts, drawn at random and numbered anew from 0, in the batches they are in."""
+        chosen = np.random.default_rng(seed).permutation(self.n_prompts)[:count]
+        batches, prefixes, n_taken = [], [], 0
+        for batch, prefix in self:
+            rows = torch.from_numpy(np.flatnonzero(np.isin(batch.prompts.cpu().numpy(), chosen))).to(batch.ids.device)
+            if len(rows):
+                numbers = torch.arange(n_taken, n_taken + len(rows), device=batch.ids.device)
+                batches.append(replace(batch.select(rows), prompts=numbers))
+                prefixes.append(prefix.select(rows))
+                n_taken += len(rows)
+        return PromptRuns(batches, prefixes)
 
 
 @dataclass(frozen=True)

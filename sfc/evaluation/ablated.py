@@ -8,10 +8,9 @@ from jaxtyping import Bool, Float
 
 from sfc.ablation.ablate import Ablation
 from sfc.circuits.problem import PromptRuns
+from sfc.models.batches import PACKED_TOKENS
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_batch
-
-PACKED_TOKENS = 2048
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def ablated_scores(
     """
     scores = np.full((len(keep), runs.n_prompts), np.nan)
     for batch, prefix in runs:
-        at_once = max(1, PACKED_TOKENS // batch.ids.numel())
+        at_once = batch.copies_in(PACKED_TOKENS)
         for first in range(0, len(keep), at_once):
             masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
             packed = batch.repeat(len(masks))

@@ -5,7 +5,7 @@ start) and of its suffix (counted from its end) has its own, and all content and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from sfc.prompts.render import Role, TokenizedPrompt
 
 PAD_SLOT = -1
+PACKED_TOKENS = 2048
+"""tokens, padding included, of a batch that is repeated to carry several interventions at once"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Batch:
     ids: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, " batch"]
     slots: Int[Tensor, "batch pos"]
-    """slot of each token, `PAD_SLOT` for padding"""
+    """slot of each token, which is its row in the reference's tables; `PAD_SLOT` for padding"""
 
     @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
@@ -68,6 +70,15 @@ class Batch:
     def select(self, rows: Int[Tensor, " rows"]) -> "Batch":
         """Some rows of the batch, with its padding."""
         return Batch(self.prompts[rows], self.ids[rows], self.lengths[rows], self.slots[rows])
+
+    def with_tables(self, tables: Int[Tensor, " batch"], layout: SlotLayout) -> "Batch":
+        """The same prompts with slots of their own: those of the n-th of several tables, one below the other."""
+        shifted = self.slots + tables[:, None] * layout.n_slots
+        return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, shifted))
+
+    def copies_in(self, tokens: int) -> int:
+        """How many times the batch can be repeated within so many tokens, at least once."""
+        return max(1, tokens // self.ids.numel())
 
     def repeat(self, times: int) -> "Batch":
         """The batch stacked on itself, first all rows once, then all again."""

@@ -94,22 +94,26 @@ def _logits(
 
     The model's own forward pass makes them, since some models scale or cap their logits after the unembedding.
     """
-    if prefix is not None and prefix.layer < 0:
-        prefix = None
-    inputs = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
     unembedding = {"unembed.hook_in": lambda hidden: select(hidden)[None]}
     with intervening(model, interventions or {}), _starting_from(model, prefix), intervening(model, unembedding):
-        return model.hf(**inputs, use_cache=False).logits[0].float()
+        return model.hf(**_inputs(batch, prefix), use_cache=False).logits[0].float()
 
 
-def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention], last_site: str) -> None:
-    """Run a batch from the start for the sake of its interventions, no further than `last_site`."""
+def run_to(
+    model: Model,
+    batch: Batch,
+    interventions: Mapping[str, Intervention],
+    last_site: str,
+    prefix: Prefix | None = None,
+) -> None:
+    """Run a batch, from the start or from a prefix, for the sake of its interventions, no further than `last_site`."""
 
     def stop(_activation: Tensor) -> None:
         raise _Stop
 
-    with suppress(_Stop), intervening(model, interventions), intervening(model, {last_site: stop}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+    interfering = (intervening(model, interventions), intervening(model, {last_site: stop}))
+    with suppress(_Stop), interfering[0], interfering[1], _starting_from(model, prefix):
+        model.hf.base_model(**_inputs(batch, prefix), use_cache=False)
 
 
 def layer_before(site: str) -> int:
@@ -118,8 +122,14 @@ def layer_before(site: str) -> int:
 
 
 @torch.no_grad()
-def prefix_after(model: Model, batch: Batch, layer: int) -> Prefix:
-    """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing."""
+def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = None) -> Prefix:
+    """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing.
+
+    Args:
+        start: a prefix of the same batch, no later than `layer`: blocks up to its own are not run again.
+    """
+    if start is not None and start.layer == layer:
+        return start
     if layer < 0:
         return Prefix(layer, torch.empty(len(batch.lengths), 0, model.d_model, device=model.device, dtype=model.dtype))
     block = model.bridge.blocks[layer]
@@ -129,17 +139,21 @@ def prefix_after(model: Model, batch: Batch, layer: int) -> Prefix:
         kept.append(type(block).forward(block, *args, **kwargs))
         raise _Stop
 
-    with suppress(_Stop), _forwards({block: forward}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+    with suppress(_Stop), _starting_from(model, start), _forwards({block: forward}):
+        model.hf.base_model(**_inputs(batch, start), use_cache=False)
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
 
 
+def _inputs(batch: Batch, prefix: Prefix | None) -> dict[str, Tensor]:
+    return {"input_ids": batch.ids} if prefix is None or prefix.layer < 0 else {"inputs_embeds": prefix.residual}
+
+
 @contextmanager
 def _starting_from(model: Model, prefix: Prefix | None) -> Iterator[None]:
     """Let blocks before the prefix's pass their input on, and its own return the cached residual stream."""
-    if prefix is None:
+    if prefix is None or prefix.layer < 0:
         yield
         return
     *earlier, last = [model.bridge.blocks[i] for i in range(prefix.layer + 1)]

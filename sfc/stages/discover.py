@@ -13,13 +13,16 @@ import pandas as pd
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
+from sfc.ablation.references import mean_reference, zero_reference
 from sfc.activations.store import Store
 from sfc.artifacts import package_versions, write_csv, write_json
+from sfc.circuits.audit import audit
 from sfc.circuits.circuit import build_circuit, save_circuit
 from sfc.circuits.edges import correlation_edges
-from sfc.circuits.effects import METHODS, Effects
+from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.roles import effects_by_role, role_names
+from sfc.config import ReferenceChoice
 from sfc.errors import UserError
 from sfc.evaluation.curve import choose_size, curve_sizes, discovery_faithfulness, evaluation_curve
 from sfc.features.tokens import token_effects
@@ -31,16 +34,19 @@ from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
 from sfc.stages.collect import PROMPTS_FILE
 from sfc.stages.corpus import short_enough
+from sfc.stages.paired import paired_prompts
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.page import write_page
 
 LOW_AUROC = 0.8
-_UNITS = {
-    "learned-mask": "nats of refusal score",
-    "attribution": "nats of refusal score",
-    "correlation": "Pearson's r with the label",
-    "magnitude": "magnitude",
+_REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
+    "safe-mean": [False],
+    "toxic-mean": [True],
+    "balanced-mean": [False, True],
+    "zero": [],
+    "paired": [],
 }
+"""which prompts of the reference split are averaged, by their expected label"""
 _SHOWN_NODES = 300
 
 
@@ -69,13 +75,17 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             "category": category,
             "method": problem.config.method,
             "population": problem.config.population,
-            "effect_unit": _UNITS[problem.config.method],
+            "reference": problem.config.reference_choice,
+            "effect_unit": effects.unit,
             "edge_weight": "Pearson's r of feature values over discovery prompts",
             "fingerprint": artifact.fingerprint,
             "versions": package_versions(),
             "experiment": run.experiment.model_dump(mode="json"),
             "sites": list(problem.ablation.nodes.sites),
         }
+        effects, about["roles"] = _with_roles(problem, effects)
+        about["audit"] = _audited(problem, effects, run.experiment.seed)
+        clock.lap("audit")
         graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
         _add_token_effects(graph, problem)
         clock.lap("edges")
@@ -87,7 +97,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         clock.lap("drawing")
         result |= {"files": _FILES, "seconds": clock.laps}
         write_json(folder / _FILES["result"], result)
-        artifact.finish(result=result, **facts)
+        artifact.finish(result=result, audit=graph.graph["audit"], **facts)
 
 
 _FILES = {
@@ -122,7 +132,8 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
         say(f"prompts of {line}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
     population = config.population == "toxic"
-    in_reference = (everyone["split"] == "reference") & (everyone["refusal_label"] != population)
+    labels = _REFERENCE_LABELS[config.reference_choice]
+    in_reference = (everyone["split"] == "reference") & everyone["refusal_label"].isin(labels)
 
     model = load_model(experiment.model, choose_device(run.device))
     dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
@@ -136,8 +147,18 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
 
     explained = used["refusal_label"] == population
     discovery, test = used["split"] == "discovery", used["split"] == "test"
-    say(f"reference: means over {(used['split'] == 'reference').sum()} prompts of the reference split")
-    reference = mean_reference(model, dictionaries, batches(used["split"] == "reference"), layout)
+    in_reference = used["split"] == "reference"
+    to_explain = [batches(discovery & explained), batches(test & explained)]
+    facts = {"prompts": used, "balance": [row._asdict() for row in report.rows]}
+    say(f"reference: {config.reference_choice}")
+    if config.reference_choice == "paired":
+        paired = paired_prompts(run, category, model, dictionaries)
+        reference, to_explain = paired.reference, [paired.discovery, paired.test]
+        facts["prompts"] = pd.concat([used[discovery], paired.prompts])
+    elif config.reference_choice == "zero":
+        reference = zero_reference(dictionaries, layout)
+    else:
+        reference = mean_reference(model, dictionaries, batches(in_reference), layout)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     score = RefusalScore.of(model)
     first = nodes.sites[0]
@@ -145,14 +166,13 @@ def _prepare(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, An
         model=model,
         score=score,
         ablation=Ablation(nodes, dictionaries, reference, experiment.evaluation.error_mode),
-        runs=PromptRuns.of(model, batches(discovery & explained), first),
+        runs=PromptRuns.of(model, to_explain[0], first),
         store=Store(run.store.folder),
         prompts=_with_store_index(run, used[discovery]),
         config=config,
     )
-    separation = _score_separation(model, score, batches(discovery), used[discovery])
-    facts = {"score_auroc": separation, "balance": [row._asdict() for row in report.rows], "prompts": used}
-    return problem, PromptRuns.of(model, batches(test & explained), first), facts
+    facts["score_auroc"] = _score_separation(model, score, batches(discovery), used[discovery])
+    return problem, PromptRuns.of(model, to_explain[1], first), facts
 
 
 def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], prompts: pd.DataFrame) -> float | None:
@@ -190,6 +210,23 @@ def _curve(run: Run, problem: Problem, effects: Effects, test_runs: PromptRuns) 
     return curve, size
 
 
+def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, str]]:
+    """The effects with their parts from each role as attributes, and what these attributes stand for."""
+    if effects.by_slot is None:
+        return effects, {}
+    layout = problem.ablation.reference.layout
+    attributes = {**effects.attributes, **effects_by_role(effects.by_slot, layout)}
+    return effects._replace(attributes=attributes), role_names(problem.model, problem.runs.batches, layout)
+
+
+def _audited(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
+    """The audit, and a line about it."""
+    report = audit(problem, effects, seed)
+    top, others = (report[group]["rank_correlation"] for group in ("top", "random"))
+    say(f"audit against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
+    return report
+
+
 def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
     """Give the strongest features of the graph the tokens they raise and lower."""
     strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:_SHOWN_NODES]
@@ -208,9 +245,8 @@ def _result(
     row = curve[curve["size"] == size].iloc[0]
     names = ("faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement")
     figures = {name: _figure(row[name]) for name in (*names, "f_empty", "random_faithfulness")}
-    total = float(np.abs(effects.effect).sum())
-    errors = float(np.abs(effects.effect[problem.ablation.nodes.is_error]).sum())
-    causal = problem.config.method in ("attribution", "learned-mask")
+    total = float(np.nansum(np.abs(effects.effect)))
+    errors = float(np.nansum(np.abs(effects.effect[problem.ablation.nodes.is_error])))
     return {
         "preset": run.experiment.name,
         "category": category,
@@ -218,7 +254,7 @@ def _result(
         "n_nodes": graph.number_of_nodes(),
         "n_edges": graph.number_of_edges(),
         **figures,
-        "error_share": round(errors / total, 4) if causal and total > 0 else None,
+        "error_share": round(errors / total, 4) if effects.unit == NATS and total > 0 else None,
     }
 
 

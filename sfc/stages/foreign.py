@@ -19,9 +19,7 @@ from sfc.saes.source import check_site, for_layer, local_dictionaries
 from sfc.stages.training_rows import Measured
 
 
-def adopt_dictionaries(
-    run: Run, source: str, folder: Path, measured: Callable[[str], Iterable[Measured]]
-) -> None:
+def adopt_dictionaries(run: Run, source: str, folder: Path, measured: Callable[[str], Iterable[Measured]]) -> None:
     """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`, once it is known to fit.
 
     Args:

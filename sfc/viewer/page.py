@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from sfc.viewer.audit import audit_html, roles_html
 from sfc.viewer.curve import curve_figure
 from sfc.viewer.document import figure_html, guide_html, header_html, write_document
 from sfc.viewer.graph import circuit_figure
@@ -25,7 +26,8 @@ def write_page(path: Path, graph: nx.DiGraph, curve: pd.DataFrame, result: Mappi
 
     Args:
         graph: the circuit; of the facts about it (`graph.graph`) `sites`, `method` and `effect_unit` are used, and
-            where they are given `population`, `edge_weight`, `fingerprint`, `created`, `command` and `versions`.
+            where they are given `population`, `edge_weight`, `audit`, `roles`, `fingerprint`, `created`, `command` and
+            `versions`.
         curve: as `curve_figure` takes it.
         result: what `discover --json` prints: `preset`, `category`, `method` and the figures of the circuit.
     """
@@ -37,6 +39,10 @@ def write_page(path: Path, graph: nx.DiGraph, curve: pd.DataFrame, result: Mappi
 <div class="pair">
 <section class="card">{figure_html("curve", curve_figure(curve, len(graph)))}</section>
 <section class="card">{figure_html("layers", layers_figure(graph))}</section>
+</div>
+<div class="pair">
+{audit_html(graph)}
+{roles_html(graph)}
 </div>
 <section class="card"><h2>How to read this page</h2>{_guide(graph)}</section>
 <section class="card scroll"><h2>The {count_text(listed, "node")} with the largest |effect|</h2>

@@ -1,6 +1,6 @@
-"""The strongest nodes of a circuit as an HTML table, for reading without hovering."""
+"""Tables in HTML: the strongest nodes of a circuit, for reading without hovering, and small ones of figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -37,6 +37,17 @@ def nodes_table(graph: nx.DiGraph, most: int = 30) -> str:
     head = "".join(f'<th scope="col" class="{column.style}">{escape(column.title)}</th>' for column in columns)
     rows = "".join(_row(name, graph.nodes[name], columns) for name in names)
     return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def figures_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers, written as they shall stand there."""
+    styles = ["tokens", *["number"] * (len(titles) - 1)]
+    head = "".join(f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, titles, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{s}">{escape(t)}</td>' for s, t in zip(styles, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _row(name: str, node: dict[str, Any], columns: list[_Column]) -> str:

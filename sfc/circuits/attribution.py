@@ -1,0 +1,91 @@
+"""Attribution: the first-order effect of setting each node to its reference.
+
+With g = ds/dx at a site, the effect of feature i is `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error
+`sum_t g_t . (e_t - e_ref_t)` (Marks et al. 2024, without splicing anything in). Over a site they sum to
+`sum_t g_t . (x_t - x_ref_t)`, whatever g is: integrated gradients are the same sums with another g.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfc.ablation.ablate import Ablation
+from sfc.circuits.problem import Problem
+from sfc.models.batches import Batch
+from sfc.models.interventions import Intervention
+from sfc.models.running import Prefix
+from sfc.models.score import score_batch
+from sfc.saes.kernels import row_dots
+
+
+class BatchEffects(NamedTuple):
+    """Effects on the prompts of one batch, in nats, summed over positions in two ways."""
+
+    by_prompt: Float[Tensor, "batch nodes"]
+    by_slot: Float[Tensor, "slots nodes"]
+    """summed over the prompts"""
+
+
+def attributed_effects(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
+    """The attribution of every node on every prompt of one batch, from one backward pass in the plain model."""
+    seen: dict[str, Tensor] = {}
+    interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
+    with torch.enable_grad():
+        score_batch(problem.model, problem.score, batch, interventions, prefix).sum().backward()
+    return join_sites([_of_leaf(problem.ablation, site, x, batch) for site, x in seen.items()])
+
+
+@torch.no_grad()
+def first_order_effects(
+    ablation: Ablation, site: str, x: Float[Tensor, "batch pos d_in"], g: Float[Tensor, "batch pos d_in"], batch: Batch
+) -> BatchEffects:
+    """The effects of one site's nodes, its features first, for activations x and gradients g.
+
+    The reference's part needs gradients only summed per prompt and slot, so that features that are off cost nothing.
+    """
+    dictionary, reference = ablation.dictionaries[site], ablation.reference
+    touchable = batch.touchable
+    prompt = torch.arange(len(batch.lengths), device=x.device)[:, None].expand_as(batch.slots)[touchable]
+    slots, g, x = batch.slots[touchable], g[touchable].float(), x[touchable].float()
+    n_slots, n_table = len(reference.features[site]), reference.layout.n_slots
+    place, place_of_token = (prompt * n_slots + slots).unique(return_inverse=True)
+    prompt_of_place, slot_of_place = place // n_slots, place % n_slots
+    values, indices = dictionary.encode_sparse(x)
+
+    summed = x.new_zeros(len(place), dictionary.d_in).index_add_(0, place_of_token, g)
+    of_features = -(summed @ dictionary.W_dec.T) * reference.features[site][slot_of_place]
+    active = (place_of_token[:, None] * dictionary.d_sae + indices).flatten()
+    of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
+
+    error = x - dictionary.decode_sparse(values, indices) - reference.errors[site][slots]
+    of_error = x.new_zeros(len(place)).index_add_(0, place_of_token, (g * error).sum(-1))
+    effects = torch.cat([of_features, of_error[:, None]], dim=1)
+    return BatchEffects(
+        effects.new_zeros(len(batch.lengths), effects.shape[1]).index_add_(0, prompt_of_place, effects),
+        effects.new_zeros(n_table, effects.shape[1]).index_add_(0, slot_of_place % n_table, effects),
+    )
+
+
+def join_sites(per_site: Sequence[BatchEffects]) -> BatchEffects:
+    """The effects of all nodes from those of each site, in the order of the sites."""
+    return BatchEffects(*(torch.cat(parts, dim=1) for parts in zip(*per_site, strict=True)))
+
+
+def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
+    """Record the activation, with its gradient; the first one starts the graph."""
+
+    def record(activation: Tensor) -> Tensor:
+        x = activation if activation.requires_grad else activation.detach().requires_grad_()
+        x.retain_grad()
+        seen[site] = x
+        return x
+
+    return record
+
+
+def _of_leaf(ablation: Ablation, site: str, x: Tensor, batch: Batch) -> BatchEffects:
+    assert x.grad is not None
+    return first_order_effects(ablation, site, x.detach(), x.grad, batch)

@@ -1,0 +1,66 @@
+"""Exact effects: what setting one node to its reference does, measured by doing it. Slow, and the truth of the matter.
+
+`s(plain) - s(x - (f_i - f_ref_i) d_i)`, for an error node `s(plain) - s(x - (e - e_ref))`, at all positions that may be
+touched; everything else stays plain and nothing is spliced in. Each node costs one run of the blocks after its site.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfc.circuits.problem import Problem
+from sfc.circuits.site_runs import SiteRun, site_runs
+from sfc.models.batches import PACKED_TOKENS
+
+
+@torch.no_grad()
+def exact_effects(
+    problem: Problem,
+    nodes: Sequence[int],
+    packed_tokens: int = PACKED_TOKENS,
+    progress: Callable[[int], None] = lambda _steps: None,
+) -> Float[np.ndarray, "nodes prompts"]:
+    """The exact effect of each of these nodes on each prompt, in nats.
+
+    Args:
+        packed_tokens: several nodes go through in one batch, as many as keep it within so many tokens (at least one).
+        progress: called with the number of node-and-batch pairs done since the last call.
+    """
+    numbers = np.asarray(nodes, dtype=int)
+    all_nodes = problem.ablation.nodes
+    effects = np.full((len(numbers), problem.runs.n_prompts), np.nan)
+    site_of_node = all_nodes.site_numbers[numbers]
+    first_of_site = np.cumsum([0, *all_nodes.sizes])
+    wanted = {all_nodes.sites[site]: np.flatnonzero(site_of_node == site) for site in np.unique(site_of_node)}
+    for batch, prefix in problem.runs:
+        columns = batch.prompts.cpu().numpy()
+        for run in site_runs(problem, list(wanted), batch, prefix):
+            plain = run.scores(run.x[None])
+            rows, at_once = wanted[run.site], batch.copies_in(packed_tokens)
+            for first in range(0, len(rows), at_once):
+                some = rows[first : first + at_once]
+                within_site = (numbers - first_of_site[site_of_node])[some]
+                changed = plain - run.scores(_each_ablated(run, within_site.tolist()))
+                effects[some[:, None], columns] = changed.cpu().numpy()
+                progress(len(some))
+    return effects
+
+
+def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "nodes batch pos d_in"]:
+    """The activation at the site with each of these nodes of the site alone set to its reference."""
+    dictionary, reference = run.problem.ablation.dictionaries[run.site], run.problem.ablation.reference
+    touchable = run.batch.touchable
+    slots, x = run.batch.slots[touchable], run.x[touchable].float()
+    values, indices = dictionary.encode_sparse(x)
+    features_ref, errors_ref = reference.features[run.site], reference.errors[run.site][slots]
+    result = run.x.float().repeat(len(within_site), 1, 1, 1)
+    for copy, node in zip(result, within_site, strict=True):
+        if node == dictionary.d_sae:
+            copy[touchable] = dictionary.decode_sparse(values, indices) + errors_ref
+        else:
+            f = torch.where(indices == node, values, 0).sum(-1)
+            copy[touchable] = x - (f - features_ref[slots, node])[:, None] * dictionary.W_dec[node]
+    return result
