@@ -29,7 +29,7 @@ class PromptRuns:
     @classmethod
     def of(cls, model: Model, batches: Sequence[Batch], first_site: str) -> "PromptRuns":
         """Run every batch once, up to the first site."""
-        return cls(batches, [prefix_after(model, batch, _layer_before(first_site)) for batch in batches])
+        return cls(batches, [prefix_after(model, batch, layer_before(first_site)) for batch in batches])
 
     def __iter__(self) -> Iterator[tuple[Batch, Prefix]]:
         return zip(self.batches, self.prefixes, strict=True)
@@ -39,7 +39,7 @@ class PromptRuns:
         return sum(len(batch.prompts) for batch in self.batches)
 
 
-def _layer_before(site: str) -> int:
+def layer_before(site: str) -> int:
     """The last block whose output the activation at `site` depends on and no dictionary has touched."""
     return layer_of(site) if site.endswith("resid_post") else layer_of(site) - 1
 

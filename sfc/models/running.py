@@ -55,11 +55,8 @@ def last_logits(
         interventions: act at their sites during the run.
         prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
     """
-    if prefix is not None and prefix.layer < 0:
-        prefix = None
-    inputs = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
     rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
-    with intervening(model, interventions or {}), _starting_from(model, prefix):
+    with intervening(model, interventions or {}), _starting_from(model, batch, prefix) as inputs:
         return _logits(model, inputs, lambda hidden: hidden[rows, batch.lengths - 1])
 
 
@@ -84,19 +81,45 @@ def _logits(
         return model.hf(**inputs, use_cache=False).logits[0].float()
 
 
-def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention], last_site: str) -> None:
-    """Run a batch from the start for the sake of its interventions, no further than `last_site`."""
+def run_to(
+    model: Model,
+    batch: Batch,
+    interventions: Mapping[str, Intervention],
+    last_site: str,
+    prefix: Prefix | None = None,
+) -> None:
+    """Run a batch for the sake of its interventions, no further than `last_site`.
+
+    Args:
+        prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
+    """
 
     def stop(_activation: Tensor) -> None:
         raise _Stop
 
-    with suppress(_Stop), intervening(model, interventions), intervening(model, {last_site: stop}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+    with (
+        suppress(_Stop),
+        intervening(model, interventions),
+        intervening(model, {last_site: stop}),
+        _starting_from(model, batch, prefix) as inputs,
+    ):
+        model.hf.base_model(**inputs, use_cache=False)
 
 
 @torch.no_grad()
-def prefix_after(model: Model, batch: Batch, layer: int) -> Prefix:
-    """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing."""
+def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = None) -> Prefix:
+    """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing.
+
+    Args:
+        start: a prefix of this batch, to go on from.
+
+    Raises:
+        ValueError: `start` lies behind `layer`.
+    """
+    if start is not None and start.layer >= layer:
+        if start.layer > layer:
+            raise ValueError(f"a run that starts after block {start.layer} does not pass block {layer}")
+        return start
     if layer < 0:
         return Prefix(layer, torch.empty(len(batch.lengths), 0, model.d_model, device=model.device, dtype=model.dtype))
     block = model.bridge.blocks[layer]
@@ -106,18 +129,21 @@ def prefix_after(model: Model, batch: Batch, layer: int) -> Prefix:
         kept.append(type(block).forward(block, *args, **kwargs))
         raise _Stop
 
-    with suppress(_Stop), _forwards({block: forward}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+    with suppress(_Stop), _starting_from(model, batch, start) as inputs, _forwards({block: forward}):
+        model.hf.base_model(**inputs, use_cache=False)
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
 
 
 @contextmanager
-def _starting_from(model: Model, prefix: Prefix | None) -> Iterator[None]:
-    """Let blocks before the prefix's pass their input on, and its own return the cached residual stream."""
-    if prefix is None:
-        yield
+def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterator[dict[str, Tensor]]:
+    """Let blocks before the prefix's pass their input on, and its own return the cached residual stream.
+
+    Gives the inputs to call the model with.
+    """
+    if prefix is None or prefix.layer < 0:
+        yield {"input_ids": batch.ids}
         return
     *earlier, last = [model.bridge.blocks[i] for i in range(prefix.layer + 1)]
 
@@ -127,7 +153,7 @@ def _starting_from(model: Model, prefix: Prefix | None) -> Iterator[None]:
     # The last one's output hook still acts, so that an intervention at this very site is possible.
     forwards = dict.fromkeys(earlier, lambda hidden_states, *_args, **_kwargs: returned(hidden_states))
     with _forwards({**forwards, last: lambda *_args, **_kwargs: returned(last.hook_out(prefix.residual))}):
-        yield
+        yield {"inputs_embeds": prefix.residual}
 
 
 @contextmanager
