@@ -27,8 +27,8 @@ def score_gradients(problem: Problem, batch: Batch, prefix: Prefix) -> dict[str,
     seen: dict[str, Tensor] = {}
     interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
     with torch.enable_grad():
-        scores = score_batch(problem.model, problem.score, batch, interventions, prefix)
-    gradients = torch.autograd.grad(scores.sum(), list(seen.values()))
+        total = score_batch(problem.model, problem.score, batch, interventions, prefix).sum()
+    gradients = torch.autograd.grad(total, list(seen.values()))
     touchable = batch.touchable
     return {
         site: SiteGradient(x.detach()[touchable].float(), g[touchable].float())
@@ -40,7 +40,9 @@ def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
     """Record the activation; the first one starts the graph."""
 
     def record(activation: Tensor) -> Tensor:
-        seen[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
+        # A copy takes its place: gradients are then of what an intervention here can change, and of nothing that
+        # reads the same tensor by another way, as the residual stream around `hook_resid_mid`.
+        seen[site] = activation.clone() if activation.requires_grad else activation.detach().requires_grad_()
         return seen[site]
 
     return record
