@@ -18,6 +18,7 @@ from sfc.sites import SiteKind, site_of
 PRESETS = Path(__file__).parent / "presets"
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
+EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "ablate"]
 Population = Literal["toxic", "safe"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
@@ -190,8 +191,14 @@ class DiscoveryConfig(Section):
     mask_steps: int = Field(160, ge=1, description="learned-mask: steps of gradient descent")
     mask_prompts: int = Field(10, ge=1, description="learned-mask: prompts per step")
     mask_price: float = Field(3e-4, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
-    edge_threshold: float = Field(0.5, ge=0, le=1, description="smallest |r| of an edge between neighbouring layers")
+    edges: EdgeKind = Field("attribution", description="what an edge between neighbouring layers is drawn by")
+    edge_share: Share = Field(0.01, description="attribution: smallest edge, as a share of the circuit's largest")
+    edge_threshold: float = Field(0.5, ge=0, le=1, description="correlation: smallest |r| of an edge")
     edges_per_node: int = Field(5, ge=1, description="at most this many edges into a node")
+    edge_tokens: int = Field(
+        2048, ge=1, description="attribution: tokens times nodes that go through a layer's Jacobian at once"
+    )
+    drop_dead_ends: bool = Field(False, description="leave out nodes from which no edges lead to the last layer")
     audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
     audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
 

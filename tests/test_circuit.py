@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sfc.ablation.nodes import Nodes
 from sfc.circuits.circuit import build_circuit, load_circuit, node_mask, save_circuit
+from sfc.circuits.edges import Edge
 from sfc.circuits.effects import Effects
 from sfc.errors import UserError
 
@@ -21,7 +22,7 @@ def _circuit(members: list[int], seed: int = 0) -> nx.DiGraph:
     effect = np.random.default_rng(seed).normal(size=NODES.n_nodes)
     effects = Effects(effect, np.abs(effect), np.argsort(-np.abs(effect)), {"p_value": np.full(NODES.n_nodes, 0.5)})
     upper = [m for m in members if NODES.site_numbers[m] == 1]
-    edges = [(m, u, 0.25) for m in members if NODES.site_numbers[m] == 0 for u in upper]
+    edges = [Edge(m, u, -0.25, 0.5) for m in members if NODES.site_numbers[m] == 0 for u in upper]
     return build_circuit(NODES, effects, members, edges, {"category": "violence", "sites": list(NODES.sites)})
 
 
@@ -42,7 +43,7 @@ def test_nodes_say_what_they_are() -> None:
     assert graph.nodes["resid_post.3/error"]["kind"] == "error"
     feature = graph.nodes["resid_post.4/F1"]
     assert (feature["kind"], feature["layer"], feature["rank"], feature["p_value"]) == ("feature", 4, 1, 0.5)
-    assert graph.edges["resid_post.3/error", "resid_post.4/F1"]["weight"] == 0.25
+    assert graph.edges["resid_post.3/error", "resid_post.4/F1"] == {"weight": -0.25, "absolute_weight": 0.5}
 
 
 def test_graphml_is_written_for_others(tmp_path: Path) -> None:

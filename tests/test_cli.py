@@ -96,6 +96,22 @@ def test_the_same_command_gives_the_same_circuit(discovered: dict, root: Path, t
     }
 
 
+def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dict, root: Path) -> None:
+    options = ("--set", "discovery.drop_dead_ends=true", "--set", "discovery.edges_per_node=1")
+    result = result_of(sfc("discover", "--preset", "tiny", "--json", *options, root=root))
+    graph = nx.node_link_graph(json.loads((root / result["files"]["circuit"]).read_text()), edges="edges")
+    assert graph.graph["edges"] == "attribution" and "nats" in graph.graph["edge_weight"]
+    last = {node for node, layer in graph.nodes(data="layer") if layer == 1}
+    assert all(node in last or nx.descendants(graph, node) & last for node in graph)
+    assert 0 < result["n_nodes"] == len(graph) < discovered["n_nodes"]
+    curve = pd.read_csv(root / result["files"]["curve"])
+    row = curve[curve["size"] == len(graph)].iloc[0]
+    assert result["f_circuit"] == pytest.approx(row["f_circuit"], abs=1e-3)
+    assert curve["size"].is_monotonic_increasing and curve["size"].is_unique
+    ranks = [rank for _, rank in graph.nodes(data="rank")]
+    assert sorted(ranks) == list(range(len(graph)))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,6 +119,7 @@ def test_the_same_command_gives_the_same_circuit(discovered: dict, root: Path, t
         ("--method", "correlation", "--set", "discovery.top_per_layer=5", "--set", "discovery.aggregation=mean"),
         ("--method", "magnitude", "--population", "safe"),
         ("--population", "safe", "--set", "evaluation.error_mode=keep-current"),
+        ("--method", "attribution", "--set", "discovery.edges=correlation"),
     ],
 )
 def test_other_methods_populations_and_error_modes_run_on_the_same_saes(

@@ -52,19 +52,19 @@ def test_a_run_from_a_cached_residual_stream_is_exact(model: Model, batches: lis
         assert torch.equal(last_logits(model, batch), full), "the model is left as it was"
 
 
-@pytest.mark.parametrize(("start", "layer"), [(-1, 0), (-1, 1), (0, 1), (0, 0)])
-def test_a_later_prefix_is_reached_exactly_from_an_earlier_one(
-    model: Model, batches: list[Batch], start: int, layer: int
-) -> None:
+def test_a_run_goes_on_from_a_prefix_to_a_later_layer_or_site(model: Model, batches: list[Batch]) -> None:
+    sites = [f"blocks.{layer}.hook_{kind}" for layer in (0, 1) for kind in ("mlp_out", "resid_post")]
     for batch in batches:
-        earlier = prefix_after(model, batch, start)
-        later = prefix_after(model, batch, layer, earlier)
-        assert torch.equal(later.residual, prefix_after(model, batch, layer).residual)
-        assert (later.layer, later.outputs) == (layer, prefix_after(model, batch, layer).outputs)
-        seen: list[torch.Tensor] = []
-        site = f"blocks.{layer}.hook_resid_post"
-        run_to(model, batch, {site: seen.append}, site, earlier)
-        assert torch.equal(seen[0], later.residual)
+        full: dict[str, torch.Tensor] = {}
+        run_to(model, batch, {site: recorder(full, site) for site in sites}, sites[-1])
+        for layer in (-1, 0, 1):
+            start = prefix_after(model, batch, layer)
+            seen: dict[str, torch.Tensor] = {}
+            run_to(model, batch, {sites[-1]: recorder(seen, sites[-1])}, sites[-1], start)
+            assert torch.equal(seen[sites[-1]], full[sites[-1]])
+            assert torch.equal(prefix_after(model, batch, 1, start).residual, full[sites[-1]])
+        with pytest.raises(ValueError, match="after block 1 does not pass block 0"):
+            prefix_after(model, batch, 0, prefix_after(model, batch, 1))
 
 
 def test_selected_and_repeated_rows_of_a_run_stay_exact(model: Model, batches: list[Batch]) -> None:

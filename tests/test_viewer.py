@@ -241,6 +241,19 @@ def test_too_many_nodes_leave_the_strongest_with_the_edges_between_them_and_the_
     assert "50 of 120 nodes drawn" in figure.to_dict()["layout"]["title"]["text"]
 
 
+def test_half_way_along_an_edge_stands_what_it_joins_and_weighs():
+    graph = make_circuit([3.0, -1.0, 1.5], columns=[0, 1, 2], edge_weight="nats that <pass>")
+    figure = circuit_figure(graph)
+    traces = [trace for trace in figure.to_dict()["data"] if "→" in str(trace.get("hovertext"))]
+    assert sorted(text for trace in traces for text in trace["hovertext"]) == [
+        "<b>resid_post.19/F0</b> → <b>resid_post.20/F1</b><br>+1.00 nats that &lt;pass&gt;",
+        "<b>resid_post.20/F1</b> → <b>resid_post.21/F2</b><br>−0.333 nats that &lt;pass&gt;",
+    ]
+    middles = [((x + to_x) / 2, (y + to_y) / 2) for x, y, to_x, to_y in segments(figure)]
+    places = [place for trace in traces for place in zip(trace["x"], trace["y"], strict=True)]
+    assert sorted(places) == sorted(middles)
+
+
 def test_edges_join_their_nodes_and_heavier_ones_are_wider():
     graph = make_circuit([3.0, -1.0, 1.0], columns=[0, 1, 2])
     figure = circuit_figure(graph)

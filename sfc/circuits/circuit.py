@@ -1,7 +1,8 @@
 """A circuit: a networkx graph of nodes and edges with their effects, and the provenance needed to reproduce it.
 
 Nodes carry `site`, `layer`, `kind` (`feature` or `error`), `effect`, `absolute_effect`, `rank` and what else the method
-says of them; edges carry `weight`. Facts about the whole circuit are the graph's own attributes.
+says of them; edges carry `weight` and `absolute_weight`. Facts about the whole circuit, among them what `edge_weight`
+is, are the graph's own attributes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from sfc.ablation.nodes import Nodes
 from sfc.artifacts import read_json, replacing, write_json
+from sfc.circuits.edges import Edge
 from sfc.circuits.effects import Effects
 from sfc.errors import UserError
 from sfc.sites import layer_of
@@ -22,7 +24,7 @@ def build_circuit(
     nodes: Nodes,
     effects: Effects,
     members: Sequence[int],
-    edges: Sequence[tuple[int, int, float]],
+    edges: Sequence[Edge],
     provenance: Mapping[str, Any],
 ) -> nx.DiGraph:
     """The graph of the member nodes and the edges between them."""
@@ -40,8 +42,8 @@ def build_circuit(
             absolute_effect=float(effects.absolute[node]),
             **{name: float(values[node]) for name, values in effects.attributes.items()},
         )
-    for source, target, weight in edges:
-        graph.add_edge(nodes.name(source), nodes.name(target), weight=float(weight))
+    for source, target, weight, absolute in edges:
+        graph.add_edge(nodes.name(source), nodes.name(target), weight=weight, absolute_weight=absolute)
     return graph
 
 

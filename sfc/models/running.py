@@ -95,8 +95,12 @@ def _logits(
     The model's own forward pass makes them, since some models scale or cap their logits after the unembedding.
     """
     unembedding = {"unembed.hook_in": lambda hidden: select(hidden)[None]}
-    with intervening(model, interventions or {}), _starting_from(model, prefix), intervening(model, unembedding):
-        return model.hf(**_inputs(batch, prefix), use_cache=False).logits[0].float()
+    with (
+        intervening(model, interventions or {}),
+        intervening(model, unembedding),
+        _starting_from(model, batch, prefix) as inputs,
+    ):
+        return model.hf(**inputs, use_cache=False).logits[0].float()
 
 
 def run_to(
@@ -106,14 +110,22 @@ def run_to(
     last_site: str,
     prefix: Prefix | None = None,
 ) -> None:
-    """Run a batch, from the start or from a prefix, for the sake of its interventions, no further than `last_site`."""
+    """Run a batch for the sake of its interventions, no further than `last_site`.
+
+    Args:
+        prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
+    """
 
     def stop(_activation: Tensor) -> None:
         raise _Stop
 
-    interfering = (intervening(model, interventions), intervening(model, {last_site: stop}))
-    with suppress(_Stop), interfering[0], interfering[1], _starting_from(model, prefix):
-        model.hf.base_model(**_inputs(batch, prefix), use_cache=False)
+    with (
+        suppress(_Stop),
+        intervening(model, interventions),
+        intervening(model, {last_site: stop}),
+        _starting_from(model, batch, prefix) as inputs,
+    ):
+        model.hf.base_model(**inputs, use_cache=False)
 
 
 def layer_before(site: str) -> int:
@@ -126,9 +138,14 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
     """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing.
 
     Args:
-        start: a prefix of the same batch, no later than `layer`: blocks up to its own are not run again.
+        start: a prefix of this batch, to go on from.
+
+    Raises:
+        ValueError: `start` lies behind `layer`.
     """
-    if start is not None and start.layer == layer:
+    if start is not None and start.layer >= layer:
+        if start.layer > layer:
+            raise ValueError(f"a run that starts after block {start.layer} does not pass block {layer}")
         return start
     if layer < 0:
         return Prefix(layer, torch.empty(len(batch.lengths), 0, model.d_model, device=model.device, dtype=model.dtype))
@@ -139,22 +156,21 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
         kept.append(type(block).forward(block, *args, **kwargs))
         raise _Stop
 
-    with suppress(_Stop), _starting_from(model, start), _forwards({block: forward}):
-        model.hf.base_model(**_inputs(batch, start), use_cache=False)
+    with suppress(_Stop), _starting_from(model, batch, start) as inputs, _forwards({block: forward}):
+        model.hf.base_model(**inputs, use_cache=False)
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
 
 
-def _inputs(batch: Batch, prefix: Prefix | None) -> dict[str, Tensor]:
-    return {"input_ids": batch.ids} if prefix is None or prefix.layer < 0 else {"inputs_embeds": prefix.residual}
-
-
 @contextmanager
-def _starting_from(model: Model, prefix: Prefix | None) -> Iterator[None]:
-    """Let blocks before the prefix's pass their input on, and its own return the cached residual stream."""
+def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterator[dict[str, Tensor]]:
+    """Let blocks before the prefix's pass their input on, and its own return the cached residual stream.
+
+    Gives the inputs to call the model with.
+    """
     if prefix is None or prefix.layer < 0:
-        yield
+        yield {"input_ids": batch.ids}
         return
     *earlier, last = [model.bridge.blocks[i] for i in range(prefix.layer + 1)]
 
@@ -164,7 +180,7 @@ def _starting_from(model: Model, prefix: Prefix | None) -> Iterator[None]:
     # The last one's output hook still acts, so that an intervention at this very site is possible.
     forwards = dict.fromkeys(earlier, lambda hidden_states, *_args, **_kwargs: returned(hidden_states))
     with _forwards({**forwards, last: lambda *_args, **_kwargs: returned(last.hook_out(prefix.residual))}):
-        yield
+        yield {"inputs_embeds": prefix.residual}
 
 
 @contextmanager

@@ -5,11 +5,13 @@ reference prompts, and every reported figure from test prompts.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
@@ -18,7 +20,7 @@ from sfc.activations.store import Store
 from sfc.artifacts import package_versions, write_csv, write_json
 from sfc.circuits.audit import audit
 from sfc.circuits.circuit import build_circuit, save_circuit
-from sfc.circuits.edges import correlation_edges
+from sfc.circuits.edges import EDGES, without_dead_ends
 from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.roles import effects_by_role, role_names
@@ -47,6 +49,10 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "paired": [],
 }
 """which prompts of the reference split are averaged, by their expected label"""
+_EDGE_WEIGHTS = {
+    "attribution": "nats of refusal score that pass along the edge",
+    "correlation": "Pearson's r of feature values over discovery prompts",
+}
 _SHOWN_NODES = 300
 
 
@@ -56,7 +62,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
     Raises:
         UserError: the category lacks prompts, or an artifact it needs is corrupt.
     """
-    clock = Clock()
+    clock, config = Clock(), run.experiment.discovery
     artifact = run.circuit(category)
     with artifact.being_made(rebuild) as folder:
         problem, test_runs, facts = _prepare(run, category)
@@ -66,10 +72,20 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         if len(effects.ranking) == 0:
             raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
         clock.lap("effects")
-        curve, size = _curve(run, problem, effects, test_runs)
+        sizes = curve_sizes(run.experiment.evaluation.sizes, len(effects.ranking))
+        curve = _curve(run, problem, effects.ranking, sizes, test_runs)
+        members = effects.ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
         clock.lap("evaluation")
-        members = effects.ranking[:size].tolist()
-        edges = correlation_edges(problem, members)
+        edges = EDGES[config.edges](problem, members)
+        clock.lap("edges")
+        if config.drop_dead_ends:
+            kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
+            say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
+            # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
+            ranking = np.concatenate([kept, effects.ranking[~np.isin(effects.ranking, kept)]])
+            curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
+            members = kept
+            clock.lap("evaluation without dead ends")
         about = {
             "data": run.data,
             "category": category,
@@ -77,7 +93,8 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             "population": problem.config.population,
             "reference": problem.config.reference_choice,
             "effect_unit": effects.unit,
-            "edge_weight": "Pearson's r of feature values over discovery prompts",
+            "edges": config.edges,
+            "edge_weight": _EDGE_WEIGHTS[config.edges],
             "fingerprint": artifact.fingerprint,
             "versions": package_versions(),
             "experiment": run.experiment.model_dump(mode="json"),
@@ -88,8 +105,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         clock.lap("audit")
         graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
         _add_token_effects(graph, problem)
-        clock.lap("edges")
-        result = _result(run, category, graph, curve, size, effects, problem)
+        result = _result(run, category, graph, curve, effects, problem)
         save_circuit(graph, folder / _FILES["circuit"])
         write_csv(folder / _FILES["curve"], lambda path: curve.to_csv(path, index=False))
         write_csv(folder / _FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
@@ -192,22 +208,22 @@ def _with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     return prompts.assign(store_index=prompts["prompt"].map(index)).reset_index(drop=True)
 
 
-def _curve(run: Run, problem: Problem, effects: Effects, test_runs: PromptRuns) -> tuple[pd.DataFrame, int]:
-    """The curve on the test split with the discovery split's faithfulness beside it, and the size to report."""
+def _curve(
+    run: Run, problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int], test_runs: PromptRuns
+) -> pd.DataFrame:
+    """The curve on the test split, with the discovery split's faithfulness beside it."""
     config = run.experiment.evaluation
-    sizes = curve_sizes(config.sizes, len(effects.ranking))
     circuits = len(sizes) + 1
     total = circuits * len(problem.runs.batches) + (circuits + (1 + config.random_draws) * len(sizes)) * len(
         test_runs.batches
     )
     with progress_bar("evaluating", total, "runs") as progress:
-        discovery = discovery_faithfulness(problem, effects.ranking, sizes, config, progress)
-        curve = evaluation_curve(problem, test_runs, effects.ranking, sizes, config, run.experiment.seed, progress)
+        discovery = discovery_faithfulness(problem, ranking, sizes, config, progress)
+        curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
     curve.insert(1, "discovery_faithfulness", discovery)
-    size = choose_size(curve, config.target_faithfulness)
     if curve["faithfulness"].isna().all():
         say("warning: F(M) - F(0) is too small to divide by; faithfulness is not measurable here and is null")
-    return curve, size
+    return curve
 
 
 def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, str]]:
@@ -239,10 +255,10 @@ def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
 
 
 def _result(
-    run: Run, category: str, graph: nx.DiGraph, curve: pd.DataFrame, size: int, effects: Effects, problem: Problem
+    run: Run, category: str, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem
 ) -> dict[str, Any]:
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
-    row = curve[curve["size"] == size].iloc[0]
+    row = curve[curve["size"] == len(graph)].iloc[0]
     names = ("faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement")
     figures = {name: _figure(row[name]) for name in (*names, "f_empty", "random_faithfulness")}
     total = float(np.nansum(np.abs(effects.effect)))

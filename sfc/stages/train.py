@@ -33,8 +33,8 @@ def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ())
     """Train what is missing, group by group of sites, or take what `saes.source` names; then measure all.
 
     Raises:
-        UserError: the store is corrupt or too small, training diverges, a dictionary of others does not fit, or a logger
-            is not installed.
+        UserError: the store is corrupt or too small, training diverges, a dictionary of others does not fit, or a
+            logger is not installed.
     """
     began = time.perf_counter()
     experiment, artifact = run.experiment, run.saes

@@ -6,6 +6,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.viewer.signs import Sign, sign_of
+from sfc.viewer.text import hover_text, number_text
 
 _CLASSES = ((0.1, 0.7, 0.16), (0.25, 1.2, 0.3), (0.5, 2.0, 0.42), (1.0, 3.4, 0.55))
 """(largest share of the greatest weight, width in pixels, opacity), weakest first"""
@@ -36,6 +37,34 @@ def edge_traces(
                     legendgroup=f"edges {sign.number}",
                     showlegend=False,
                 )
+
+
+def edge_hovers(
+    graph: nx.DiGraph, positions: Mapping[str, tuple[float, float]], signs: tuple[Sign, ...]
+) -> Iterator[go.Scatter]:
+    """Invisible markers half-way along the edges, which say what an edge joins and weighs: a line has no hover text."""
+    unit = hover_text(str(graph.graph.get("edge_weight", "")))
+    for sign in signs:
+        edges = [
+            (source, target, weight)
+            for source, target, weight in sorted(graph.edges(data="weight", default=0.0))
+            if source in positions and target in positions and sign_of(weight) == sign.number
+        ]
+        if edges:
+            yield go.Scatter(
+                x=[(positions[source][0] + positions[target][0]) / 2 for source, target, _ in edges],
+                y=[(positions[source][1] + positions[target][1]) / 2 for source, target, _ in edges],
+                mode="markers",
+                marker={"size": 8, "color": sign.colour, "opacity": 0},
+                hovertext=[
+                    f"<b>{hover_text(source)}</b> → <b>{hover_text(target)}</b>"
+                    f"<br>{number_text(weight, signed=True)} {unit}"
+                    for source, target, weight in edges
+                ],
+                hoverinfo="text",
+                legendgroup=f"edges {sign.number}",
+                showlegend=False,
+            )
 
 
 def edge_legend(graph: nx.DiGraph, signs: tuple[Sign, ...]) -> Iterator[go.Scatter]:

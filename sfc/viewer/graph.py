@@ -7,7 +7,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.viewer.columns import Columns, columns_of
-from sfc.viewer.edges import edge_legend, edge_traces
+from sfc.viewer.edges import edge_hovers, edge_legend, edge_traces
 from sfc.viewer.placement import Placement, place
 from sfc.viewer.signs import Sign, sign_of, signs
 from sfc.viewer.style import BAND, LINE, QUIET, axis, remark, styled_figure
@@ -42,6 +42,7 @@ def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300) -> go.Figure:
     _draw_columns(figure, columns, placement)
     positions = dict(zip(drawn, zip(placement.x, placement.y, strict=True), strict=True))
     figure.add_traces(list(edge_traces(graph, positions, all_signs)))
+    figure.add_traces(list(edge_hovers(graph, positions, all_signs)))
     figure.add_traces(list(_node_traces(graph, drawn, placement, all_signs)))
     figure.add_traces(list(edge_legend(graph.subgraph(drawn), all_signs)))
     if placement.labelled and drawn:

@@ -74,7 +74,8 @@ def _guide(graph: nx.DiGraph) -> str:
         f"{positive.words}. Blue, below it: {negative.words}. The strongest stand next to the line.",
         f"<b>Edges.</b> A line joins two nodes, drawn thicker and darker with its weight{weight}, orange where it is "
         "positive and blue where it is negative. Point at a node to see its figures and the tokens it raises and "
-        "lowers; click on the legend to hide a group; drag to zoom, double-click to return.",
+        "lowers, half-way along a line to see what it joins; click on the legend to hide a group; drag to zoom, "
+        "double-click to return.",
         "<b>Faithfulness</b> = (F(C) − F(0)) / (F(M) − F(0)). F is the mean refusal score: of the full model M, of the "
         "circuit C alone, of the model without it (M\\C), and with everything ablated (0), that is, set to its mean "
         "on reference prompts. 1 means that the circuit alone does what the model does; random circuits of the "
