@@ -19,9 +19,9 @@ from sfc.models.running import last_logits
 from sfc.models.score import score_batch
 
 
-@pytest.fixture(params=KINDS)
-def problem(request: pytest.FixtureRequest, tmp_path: Path) -> Planted:
-    return plant(request.param, 0, tmp_path)
+@pytest.fixture(scope="module", params=KINDS)
+def problem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(request.param, 0, tmp_path_factory.mktemp("planted"))
 
 
 def _computed(circuits: Sequence[Circuit], sources: Mapping[str, float]) -> tuple[list[dict[str, float]], float]:
@@ -66,7 +66,7 @@ def test_what_is_planted_acts_and_nothing_else_does(problem: Planted) -> None:
     with pytest.raises(RuntimeError, match="not planted"):
         exact_margin(replace(problem, nodes=problem.nodes | {distractor}))
     with pytest.raises(RuntimeError, match="not planted"):
-        exact_margin(replace(problem, nodes=problem.nodes - {min(problem.nodes)}))
+        exact_margin(replace(problem, nodes=problem.nodes - {problem.numbers[Node(3, OUTPUT)]}))
 
 
 def test_planted_graphs_by_hand() -> None:
@@ -89,7 +89,7 @@ def test_planted_edges_are_those_that_path_patching_finds(kind: str, tmp_path: P
 
 @torch.no_grad()
 def _path_patched(planted: Planted) -> dict[tuple[int, int], float]:
-    """For each edge, what ablating its source does when only its target hears of it; edges that move nothing left out."""
+    """What ablating a source does when only one target hears of it, for all targets that move at all."""
     problem, ablation, nodes = planted.problem, planted.problem.ablation, planted.problem.ablation.nodes
     ((batch, prefix),) = problem.runs
     clean: dict[str, Tensor] = {}
@@ -129,7 +129,9 @@ def test_causal_methods_find_all_that_is_planted(measured: pd.DataFrame) -> None
 
 
 def test_the_report_says_why_the_gradient_misses_redundant_nodes(measured: pd.DataFrame) -> None:
-    assert summary(measured[measured["kind"] == "or"])["attribution"]["node_recall_mean"] == pytest.approx(1 / 3)
+    assert summary(measured[measured["kind"] == "or"])["attribution"]["node_recall_mean"] == pytest.approx(
+        1 / 3, abs=1e-4
+    )
     lines = report(measured).splitlines()
     assert any(line.startswith("or, nodes by attribution: past the bound") for line in lines)
     assert not any(line.endswith("unexplained") for line in lines)
