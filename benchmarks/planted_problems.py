@@ -30,11 +30,9 @@ MARGIN = 10.0
 WORDS_PER_SOURCE = 3
 BEFORE, AFTER = "ask", "answer"
 FILLERS = tuple(f"filler{i}" for i in range(6))
-ACTIVATIONS = ActivationsConfig(  # pyright: ignore[reportCallIssue]
-    layers=list(range(N_LAYERS)), dtype="float32", batch_tokens=4096
-)
+ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
 # Edges are not pruned: pruning would hide what a formula says of the rest.
-DISCOVERY = DiscoveryConfig(edge_threshold=0, edges_per_node=1000, mask_steps=40)  # pyright: ignore[reportCallIssue]
+DISCOVERY = DiscoveryConfig.model_validate({"edge_threshold": 0, "edges_per_node": 1000, "mask_steps": 40})
 
 Words = Mapping[str, Mapping[str, float]]
 """the features that each word writes, and their values"""
@@ -147,13 +145,9 @@ def _drawn_prompts(circuits: Sequence[Circuit], n_words: int, toxic: bool, rando
 
 def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str]) -> Problem:
     """The problem that the stage of discovery would make of these files and prompts."""
-    config = ModelConfig(  # pyright: ignore[reportCallIssue]
-        source=str(folder),
-        template=f"{BOS} {BEFORE} {{prompt}} {AFTER}",
-        refusal_tokens=[FOR],
-        against_tokens=[AGAINST],
-    )
-    model = load_model(config)
+    template = f"{BOS} {BEFORE} {{prompt}} {AFTER}"
+    source = {"source": str(folder), "template": template, "refusal_tokens": [FOR], "against_tokens": [AGAINST]}
+    model = load_model(ModelConfig.model_validate(source))
     dictionaries = {site: load_dictionary(folder / site) for site in ACTIVATIONS.sites}
     layout = SlotLayout.of(model.tokenize(toxic))
     runs, references = (
@@ -161,7 +155,7 @@ def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str])
         for prompts in (toxic, reference)
     )
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
-    collect(model, model.tokenize(toxic + safe), ACTIVATIONS, folder / "store", lambda _tokens: None)
+    collect(model, model.tokenize(toxic + safe), ACTIVATIONS.sites, ACTIVATIONS, folder / "store", lambda _tokens: None)
     labels = [True] * len(toxic) + [False] * len(safe)
     return Problem(
         model=model,
