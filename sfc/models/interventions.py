@@ -26,7 +26,7 @@ def intervening(model: Model, interventions: Mapping[str, Intervention]) -> Iter
     model.check_sites(list(interventions))
     with ExitStack() as stack:
         for site, intervention in interventions.items():
-            hook = model.bridge.hook_dict[site].register_forward_hook(
+            hook = model.hooks[site].register_forward_hook(
                 lambda _module, _inputs, output, act=intervention: act(output)
             )
             stack.callback(hook.remove)

@@ -1,7 +1,8 @@
 """Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +37,11 @@ class Model:
         """The Hugging Face model; the bridge's hooks live inside it."""
         return self.bridge.original_model
 
+    @cached_property
+    def hooks(self) -> Mapping[str, torch.nn.Module]:
+        """The hook points by name. The bridge lists them anew each time it is asked: milliseconds that add up."""
+        return self.bridge.hook_dict
+
     @property
     def n_layers(self) -> int:
         return self.bridge.cfg.n_layers
@@ -64,7 +70,7 @@ class Model:
     def check_sites(self, sites: Sequence[str]) -> None:
         """Raise a `UserError` if the model has no such hook point."""
         for site in sites:
-            if site not in self.bridge.hook_dict:
+            if site not in self.hooks:
                 raise UserError(
                     f"the model has no site {site!r}: it has layers 0 to {self.n_layers - 1}"
                     " (--set activations.layers=[…], activations.kind=resid_post)"

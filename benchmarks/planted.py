@@ -1,0 +1,184 @@
+"""Do the methods find the circuit that is there?
+
+Tiny transformers in which known features cause a logit difference through known edges, among distractors that fire with
+the label just as well and cause nothing, or act on other logits. A circuit counts as planted only if exact ablation
+agrees: each of its nodes, ablated alone or after the circuit's others at its site, moves the score at least ten times
+as far as any other node, and as all others together.
+
+Nodes are judged among all nodes, edges among all pairs of nodes at neighbouring sites. Precision and recall are those
+of as many nodes or edges as are planted; a method that names fewer can have them differ.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from planted_circuits import HARD, KINDS, UNSATURATED
+from planted_problems import Planted, exact_margin, plant
+
+from sfc.circuits.edges import correlation_edges
+from sfc.circuits.effects import METHODS
+from sfc.circuits.problem import Problem
+from sfc.models.score import auroc
+from sfc.progress import say
+
+SEEDS, QUICK_SEEDS = 20, 3
+EDGES: dict[str, Callable[[Problem, Sequence[int]], Sequence[tuple[int, int, float]]]] = {
+    "correlation": correlation_edges
+}
+BY_CORRELATION = ("correlation", "magnitude")
+"""methods whose circuits have correlation edges; the others' edges are those of attribution"""
+
+_BOUND = "past the bound the gradient is 0, and with it the effect of all that lies before"
+_BACKUP = "a backup does nothing, to any order, while what it backs up is there"
+_OFF = "into a feature that is off a dictionary has no gradient: what would switch it on counts as an edge to the error"
+WHY = {
+    ("or", "node", "attribution"): _BOUND,
+    ("or", "edge", "attribution"): _BOUND,
+    ("or", "node", "exact"): "one source suffices, so that neither is missed alone",
+    ("backup", "node", "attribution"): _BACKUP,
+    ("backup", "edge", "attribution"): _BACKUP,
+    ("backup", "node", "integrated-gradients"): "all of a site moves together, and the backup is never the larger one",
+    ("backup", "node", "exact"): "nothing is missed when the backup alone is gone",
+    ("backup", "node", "learned-mask"): "a circuit that suffices can do without a backup",
+    ("saturated and", "node", "attribution"): _BOUND,
+    ("saturated and", "edge", "attribution"): _BOUND,
+    ("absent inhibitor", "edge", "attribution"): _OFF,
+}
+"""why a method or formula misses what is planted in a hard kind"""
+_LABEL = "distractors go along with the label just as well"
+
+Strengths = Float[np.ndarray, " candidates"]
+Rows = list[dict[str, Any]]
+
+
+def node_rows(planted: Planted) -> Rows:
+    """How well each method finds the planted nodes."""
+    rows: Rows = []
+    for method, effects_by in METHODS.items():
+        ranking = effects_by(planted.problem).ranking
+        strengths = np.zeros(len(planted.mask))
+        strengths[ranking] = np.arange(len(ranking), 0, -1)
+        rows.append({"method": method, **_found(strengths, planted.mask)})
+    return rows
+
+
+def edge_rows(planted: Planted) -> Rows:
+    """How well each formula finds the planted edges when it is asked about all nodes."""
+    site_of = planted.problem.ablation.nodes.site_numbers
+    is_planted = np.zeros((len(site_of), len(site_of)), dtype=bool)
+    is_planted[tuple(np.array(sorted(planted.edges)).T)] = True
+    neighbours = site_of[None] == site_of[:, None] + 1
+    rows: Rows = []
+    for formula, edges_by in EDGES.items():
+        strengths = np.zeros(is_planted.shape)
+        for source, target, weight, *_ in edges_by(planted.problem, range(len(site_of))):
+            strengths[source, target] = abs(weight)
+        rows.append({"method": formula, **_found(strengths[neighbours], is_planted[neighbours])})
+    return rows
+
+
+def _found(strengths: Strengths, planted: Bool[np.ndarray, " candidates"]) -> dict[str, float | None]:
+    """Precision and recall of the strongest candidates, as many as are planted, and the AUROC of all."""
+    chosen = np.argsort(-strengths, kind="stable")[: planted.sum()]
+    chosen = chosen[strengths[chosen] > 0]
+    hits = int(planted[chosen].sum())
+    recall = hits / int(planted.sum())
+    return {"precision": hits / max(len(chosen), 1), "recall": recall, "auroc": auroc(strengths, planted)}
+
+
+def measure(kinds: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
+    """A row for each kind, seed, method or edge formula: precision, recall, auroc, and the problem's exact margin.
+
+    Raises:
+        RuntimeError: a circuit is not what it is taken for (see `exact_margin`).
+    """
+    rows: Rows = []
+    for kind in kinds:
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                planted = plant(kind, seed, Path(folder))
+                about = {"kind": kind, "seed": seed, "margin": exact_margin(planted)}
+                rows += [about | {"what": "node"} | row for row in node_rows(planted)]
+                rows += [about | {"what": "edge"} | row for row in edge_rows(planted)]
+        say(f"{kind}: done")
+    return pd.DataFrame(rows)
+
+
+def summary(measured: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+    """For each method, minima and means of its nodes' figures and of those of the edges that go with it.
+
+    Edges by a formula that has not been measured are None.
+    """
+    figures: dict[str, dict[str, float | None]] = {}
+    for method in _methods(measured, "node"):
+        formula = "correlation" if method in BY_CORRELATION else "attribution"
+        figures[method] = {}
+        for what, name in {"node": method, "edge": formula}.items():
+            rows = measured[(measured["what"] == what) & (measured["method"] == name)]
+            for column in ("auroc", "precision", "recall"):
+                for statistic in ("min", "mean"):
+                    value = round(float(rows[column].agg(statistic)), 4) if len(rows) else None
+                    figures[method][f"{what}_{column}_{statistic}"] = value
+    return figures
+
+
+def report(measured: pd.DataFrame) -> str:
+    """Tables in Markdown, and a line for each failure on a hard kind."""
+    parts = []
+    for what, title in {"node": "Nodes", "edge": "Edges"}.items():
+        methods, rows = _methods(measured, what), measured[measured["what"] == what]
+        by_kind = dict(list(rows.groupby(["kind", "method"])))
+        for caption, cell in (
+            ("precision / recall, means", lambda g: f"{g['precision'].mean():.2f} / {g['recall'].mean():.2f}"),
+            ("AUROC, mean (lowest)", lambda g: f"{g['auroc'].mean():.2f} ({g['auroc'].min():.2f})"),
+        ):
+            lines = [f"{title}: {caption}", "", _line(["", *methods]), _line(["---", *["---:"] * len(methods)])]
+            lines += [_line([kind, *(cell(by_kind[kind, m]) for m in methods)]) for kind in rows["kind"].unique()]
+            parts.append("\n".join(lines))
+    return "\n\n".join([*parts, "\n".join(_failures(measured))])
+
+
+def _failures(measured: pd.DataFrame) -> list[str]:
+    lines = []
+    for key, rows in measured.groupby(["kind", "what", "method"], sort=False):
+        kind, what, method = (str(part) for part in key)
+        if kind in HARD and rows["auroc"].min() < 1:
+            why = _LABEL if method in BY_CORRELATION else WHY.get((kind, what, method), "unexplained")
+            lines.append(f"{kind}, {what}s by {method}: {why}")
+    return lines
+
+
+def _methods(measured: pd.DataFrame, what: str) -> list[str]:
+    return measured.loc[measured["what"] == what, "method"].unique().tolist()
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and, with --json, the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object, and nothing else, on stdout")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds and not {SEEDS}")
+    options = parser.parse_args(arguments)
+    seeds = range(QUICK_SEEDS if options.quick else SEEDS)
+    measured = measure(list(KINDS), seeds)
+    figures: dict[str, Any] = summary(measured[measured["kind"].isin(UNSATURATED)])
+    figures["hard"] = {kind: summary(measured[measured["kind"] == kind]) for kind in HARD}
+    figures |= {"seeds": len(seeds), "exact_margin_min": round(float(measured["margin"].min()), 1)}
+    print(report(measured), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(figures, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()
