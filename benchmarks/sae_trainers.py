@@ -100,7 +100,7 @@ def saelens(
 
 
 def saelens_tuned(problem: Problem, sample: Rows, steps: int, seed: int) -> Contender:
-    like = SaeConfig(steps=steps)
+    like = SaeConfig.model_validate({"steps": steps})
     decay = round(like.decay_share * steps)
     settings = {
         "lr": like.learning_rate,

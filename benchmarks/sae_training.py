@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     d_sae = settings["expansion"] * settings["d_in"]
     tables, results = [], []
     for k in settings["k"]:
-        active = SaeConfig(k=k).active_features(d_sae)
+        active = SaeConfig.model_validate({"k": k}).active_features(d_sae)
         problem = Problem(settings["d_in"], d_sae, active, settings["batch"], settings["device"])
         figures = {"problem": problem._asdict(), "machine": harness.machine(problem.device)}
         figures |= speed(problem, settings["rounds"], settings["burst"])
