@@ -89,7 +89,6 @@ def emit(text: str, figures: Mapping[str, Any], as_json: bool) -> None:
     """The text on standard output; with `as_json` on standard error instead, and the figures as one line of JSON."""
     print(text, file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        sys.stderr.flush()
         print(json.dumps(figures, allow_nan=False))
 
 

@@ -156,7 +156,10 @@ def _settings(arguments: list[str] | None) -> dict[str, Any]:
         "--k", nargs="+", type=lambda k: k if k.endswith("%") else int(k), help="counts or percentages, a table each"
     )
     options = vars(parser.parse_args(arguments))
-    defaults = (CUDA if options["device"].startswith("cuda") else CPU) | (QUICK if options["quick"] else FULL)
+    on_cuda = options["device"].startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
+        parser.error(f"--device {options['device']}: there is no CUDA device here")
+    defaults = (CUDA if on_cuda else CPU) | (QUICK if options["quick"] else FULL)
     return defaults | {name: value for name, value in options.items() if value is not None}
 
 
