@@ -1,0 +1,97 @@
+"""The benchmarks: their harness, and each program end to end on a problem of a few seconds."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import harness
+import sae_training
+from sae_trainers import Problem, ours, saelens_tuned
+
+TINY = ["--d-in", "16", "--batch", "64", "--k", "4", "--rounds", "2", "--burst", "2", "--steps", "12", "--threads", "1"]
+PROBLEM = Problem(d_in=16, d_sae=128, k=4, batch=64, device="cpu")
+
+
+def test_turns_are_taken_in_rounds() -> None:
+    order: list[str] = []
+    seconds = harness.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, burst=3)
+    assert order == list("aaaabbbb" * 3)  # one call untimed and three timed, a round to warm up and two that count
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_busy_spell_does_not_change_a_paired_ratio() -> None:
+    assert harness.paired_ratio([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == 2.0
+
+
+def test_a_table_in_markdown() -> None:
+    text = harness.markdown_table(("name", "x", "n"), [("a", 0.25, 12345), ("b", 1234.5, None), ("c", 12.345, 1)])
+    assert text.splitlines() == [
+        "| name | x | n |",
+        "| --- | ---: | ---: |",
+        "| a | 0.2500 | 12,345 |",
+        "| b | 1,234 |  |",
+        "| c | 12.35 | 1 |",
+    ]
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_way_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert harness.peer("a_peer_that_nobody_has") is None
+    assert "a_peer_that_nobody_has" in (said := capsys.readouterr().err) and harness.INSTALL in said
+
+
+def test_without_json_only_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    harness.emit("a table", {"ratio": 1.0}, as_json=False)
+    assert capsys.readouterr().out == "a table\n"
+
+
+def test_rows_are_like_a_residual_stream() -> None:
+    problem = PROBLEM._replace(d_in=64, d_sae=512, batch=4096)
+    rows = next(sae_training.residual_rows(problem, seed=0))
+    again, other = (next(sae_training.residual_rows(problem, seed)) for seed in (0, 1))
+    assert torch.equal(rows, again) and not torch.equal(rows, other)
+    offset_share = (rows.mean(dim=0).square().sum() / rows.square().sum(dim=1).mean()).item()
+    assert 0.3 < offset_share < 0.8 and 150 < rows.norm(dim=1).mean() < 450
+    spectrum = torch.linalg.eigvalsh(rows.T.cov()).flip(0)
+    assert spectrum[:6].sum() > 0.4 * spectrum.sum()  # of 64
+
+
+@pytest.mark.parametrize("build", [ours, saelens_tuned])
+def test_a_contender_learns_and_reconstructs_in_the_units_of_its_rows(build) -> None:
+    stream = sae_training.residual_rows(PROBLEM, seed=0)
+    contender = build(PROBLEM, next(stream), 100, 0)
+    rows = next(stream)
+
+    @torch.no_grad()
+    def error() -> float:
+        return (rows - contender.reconstruct(rows)).norm().item() / rows.norm().item()
+
+    before = error()
+    for _ in range(100):
+        contender.step(next(stream))
+    assert error() < 0.8 * before and error() < 0.5
+
+
+def test_sae_training_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    sae_training.main(["--quick", "--json", "--seeds", "2", *TINY])
+    *others, last = capsys.readouterr().out.splitlines()
+    assert others == []
+    figures = json.loads(last)
+    assert figures["problem"] == PROBLEM._asdict()
+    ratios = {name: figures[name] for name in ("ratio_saelens", "ratio_dictionary_learning", "ratio_sparsify")}
+    timed = figures["tokens_per_second"]
+    assert set(timed) >= {"sfc", "SAELens", "floor"}
+    for name, ratio in ratios.items():
+        installed = name.removeprefix("ratio_") in {measured.lower() for measured in timed}
+        assert ratio > 0 if installed else ratio is None
+    assert 0 < figures["fraction_of_floor"] < 1
+    assert all(math.isclose(timed[name] * ms, 64_000) for name, ms in figures["ms_per_step"].items())
+    assert {name: len(values) for name, values in figures["fvu"].items()} == {
+        "sfc": 2, "SAELens": 2, "SAELens, tuned": 2,
+    }  # fmt: skip
+    assert figures["fvu_ratio"] > 0 and figures["fvu_tokens"] == 12 * 64
