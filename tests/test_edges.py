@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
 from sfc.ablation.references import mean_reference
+from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.edge_attribution import Pair, edge_effects
 from sfc.circuits.edges import (
     EDGES,
@@ -29,7 +30,6 @@ from sfc.circuits.edges import (
     strongest_edges,
     without_dead_ends,
 )
-from sfc.circuits.effects import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.config import ModelConfig
 from sfc.models.batches import Batch, SlotLayout, make_batches
@@ -142,7 +142,7 @@ def test_law_the_edges_out_of_a_node_sum_to_its_effect(
     random = at_sites(problem, model, prompts, tuple(f"blocks.{layer}.hook_resid_post" for layer in layers))
     nodes = random.ablation.nodes
     for batch, prefix in random.runs:
-        expected = attributed_effects(random, batch, prefix).split(nodes.sizes, dim=1)
+        expected = attributed_effects(random, batch, prefix).by_prompt.split(nodes.sizes, dim=1)
         few = torch.tensor([5, nodes.widths[0]])  # a feature and the error: the Jacobian is applied from their side
         from_few = [pair._replace(sources=few) for pair in all_pairs(random)]
         for sources, pairs in ((slice(None), all_pairs(random)), (few, from_few)):
@@ -155,7 +155,7 @@ def test_law_it_holds_before_the_first_layer_too(problem: Problem, model: Model)
     elsewhere = at_sites(problem, model, prompts, ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"))
     for batch, prefix in elsewhere.runs:
         (edges,) = edge_effects(elsewhere, batch, prefix, all_pairs(elsewhere), 500)
-        assert_close_to_1e4(edges.sum(2), attributed_effects(elsewhere, batch, prefix)[:, : edges.shape[1]])
+        assert_close_to_1e4(edges.sum(2), attributed_effects(elsewhere, batch, prefix).by_prompt[:, : edges.shape[1]])
 
 
 def assert_close_to_1e4(actual: Tensor, expected: Tensor) -> None:

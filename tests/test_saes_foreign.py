@@ -15,7 +15,7 @@ from torch import Tensor
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
 from sfc.ablation.references import mean_reference
-from sfc.circuits.effects import attributed_effects
+from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.problem import Problem
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
@@ -242,7 +242,7 @@ def test_law_effects_of_a_site_sum_to_the_first_order_effect_of_its_activation(f
         score(last_logits(model, batch, {site: keep})).sum().backward()
         x, g = kept[0].detach(), kept[0].grad
         moved = (g * (x - x_ref[batch.slots.clamp(min=0)])).sum(-1) * batch.touchable
-        effects = ablation.nodes.split(attributed_effects(foreign_problem, batch, prefix))[site]
+        effects = ablation.nodes.split(attributed_effects(foreign_problem, batch, prefix).by_prompt)[site]
         torch.testing.assert_close(effects.sum(1), moved.sum(1), atol=1e-5, rtol=1e-3)
 
 

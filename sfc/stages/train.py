@@ -48,7 +48,7 @@ def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ())
             logs = loggers(logger_names, artifact.folder, experiment.model_dump(mode="json"))
             _train_missing(run, rows, artifact.folder, logs)
         elif is_leader():
-            say(f"checking {source} on {(~rows.trained).sum():,} rows kept from training, into {artifact.folder}")
+            say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {artifact.folder}")
             adopt_dictionaries(run, source, artifact.folder, rows.measured)
         wait_for_all()
         if is_leader():
