@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.kernels import feature_sums, row_dots, sparse_encode, weighted_row_sums
+from sfc.saes.kernels import feature_sums, largest, row_dots, sparse_encode, weighted_row_sums
 from sfc.saes.train import Parameters, sae_loss
 
 
@@ -99,6 +99,16 @@ def test_the_three_sums_are_one_trilinear_form(rows: int, entries: int, d_sae: i
     torch.testing.assert_close((weighted_row_sums(weights, indices, table) * vectors).sum(), value)
     torch.testing.assert_close((row_dots(vectors, indices, table) * weights).sum(), value)
     torch.testing.assert_close((feature_sums(weights, indices, vectors, d_sae) * table).sum(), value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(0, 5), groups=st.integers(1, 40), extra=st.integers(0, 9), k=st.integers(1, 8))
+def test_the_largest_are_those_of_topk(rows: int, groups: int, extra: int, k: int) -> None:
+    pre = normal(rows, 8 * groups + extra, seed=groups).round(decimals=1)  # with ties
+    values, indices = largest(pre, k)
+    assert torch.equal(values.sort().values, pre.topk(k).values.sort().values)
+    assert torch.equal(pre.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
 
 
 def test_encode_and_decode_are_what_the_docstring_says(dictionary: TopKDictionary) -> None:

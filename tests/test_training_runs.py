@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 
 from sfc.artifacts import locked
 from sfc.config import load_experiment
+from sfc.errors import UserError
 from sfc.pipeline import Run
+from sfc.saes.logs import loggers
+from sfc.saes.train import Progress, SiteStats
 
 SMALL = ("--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40", "--set", "saes.batch_size=32")
 
@@ -122,3 +126,29 @@ def test_a_corpus_of_replies_has_their_rows(tmp_path: Path) -> None:
         prompt, role = np.asarray(file["tokens/prompt"]), np.asarray(file["tokens/role"])
     replies = np.bincount(prompt[role == 3])
     assert replies.max() == 5 and (replies > 0).all()
+
+
+def test_loggers_that_are_unknown_or_not_installed_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'tensorboard'"):
+        loggers(["tensorbord"], tmp_path, {})
+    for package in ("tensorboard", "wandb"):
+        if find_spec(package) is None:
+            with pytest.raises(UserError, match=r"pip install 'sfc\[logging\]'"):
+                loggers([package], tmp_path, {})
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed: pip install 'sfc[logging]'")
+def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
+    (log,) = loggers(["tensorboard"], tmp_path, {"seed": 0})
+    log(Progress(10, 40, 1000.0, [SiteStats("blocks.0.hook_resid_post", 0.5, 0.4, 8.0, 3)]))
+    assert any(path.stat().st_size > 100 for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_what_a_collection_will_take_is_said_without_the_weights(undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sfc.cli", "collect", *SMALL, "--root", str(tmp_path), "--dry-run", "--json"]
+    command += ["--site", "hook_z.1"]
+    takes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (manifest,) = (json.loads(path.read_text()) for path in undisturbed.glob("activations/tiny-*/manifest.json"))
+    assert (takes["n_rows"], takes["n_tokens"]) == (manifest["n_rows"], manifest["n_tokens"])
+    assert takes["n_sites"] == 3 and takes["bytes"] == takes["n_rows"] * (3 * 32 * 2 + 16)
+    assert not list(tmp_path.glob("activations"))

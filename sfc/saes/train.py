@@ -209,7 +209,7 @@ def sae_loss(
     fvu = error.square().sum() / variance
     total = fvu
     if revived is not None:
-        missed = error.detach() - weighted_row_sums(*revived, W_dec)
+        missed = error.detach() - revived @ W_dec[dead]
         share = k_dead / (x.shape[1] // 2)
         total = total + auxiliary_weight * share * missed.square().sum() / variance
     if l1_weight > 0:
