@@ -17,7 +17,15 @@ from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
 from sfc.ranks import is_leader
-from sfc.tables import show_behaviour, show_checks, show_circuit, show_collection, show_presets, show_quality
+from sfc.tables import (
+    show_behaviour,
+    show_checks,
+    show_circuit,
+    show_collection,
+    show_heads,
+    show_presets,
+    show_quality,
+)
 
 app = typer.Typer(
     help="Find the sparse feature circuits behind a language model's refusals, and prove them.",
@@ -147,6 +155,27 @@ def behaviour(
     artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
     result = artifact.manifest()["result"]
     show_behaviour(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command("attribute-logits")
+@with_shared_options
+def attribute_logits(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
+) -> None:
+    """Split the refusal logit difference into what each head, MLP, embedding and bias writes; classify the heads.
+
+    Example: sfc attribute-logits --category all
+    """
+    from sfc.pipeline import ALL, ensure_logit_attribution
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_heads(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
     _finish({**result, "files": files}, shared.json)
 

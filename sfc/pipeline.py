@@ -21,6 +21,9 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 1, 1
+LOGITS_SCHEMA = 1
+
+ALL = "all"  # every category
 
 _EMBEDDED_DATA = Path(__file__).parents[1] / "data"
 
@@ -177,6 +180,23 @@ def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | No
         from sfc.stages.behaviour import make_behaviour
 
         make_behaviour(run, artifact, prompts, split, limit, rebuild)
+    return artifact
+
+
+def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> Artifact:
+    """Attribute the refusal logit difference on the test prompts of one category, or of `ALL`, unless that is done."""
+    inputs = {
+        "schema": LOGITS_SCHEMA,
+        "model": model_identity(run.experiment.model),
+        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+        "category": category,
+        "seed": run.experiment.seed,
+    }
+    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"logits-{category}", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.logits import make_logit_attribution
+
+        make_logit_attribution(run, artifact, category, rebuild)
     return artifact
 
 

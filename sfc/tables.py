@@ -58,6 +58,22 @@ def show_behaviour(result: dict[str, Any]) -> None:
     console.print(f"AUROC of the refusal score against judged refusals: {_text(result['auroc'])}")
 
 
+def show_heads(result: dict[str, Any]) -> None:
+    """The heads of a logit attribution that tell toxic from safe prompts best."""
+    columns = {
+        "head": "component", "role": "role", "toxic": "toxic_mean", "low": "toxic_low", "high": "toxic_high",
+        "safe": "safe_mean", "toxic - safe": "difference", "q": "q_value",
+    }  # fmt: skip
+    counts = ", ".join(f"{len(result[role])} {role}" for role in ("guardrail", "compliance"))
+    title = f"{result['category']}: {result['n_heads']} heads, {counts}; the strongest, in nats with 95 % intervals"
+    show_table(title, list(columns), ([head[key] for key in columns.values()] for head in result["heads"]))
+    difference = result["logit_difference"]
+    console.print(
+        f"logit difference: toxic {_text(difference['toxic']['mean'])}, safe {_text(difference['safe']['mean'])};"
+        f" AUROC {_text(result['auroc'])}, correlation with the refusal score {_text(result['score_correlation'])}"
+    )
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

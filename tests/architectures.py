@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GPTJ": {**_GPT2_NAMES, "rotary_dim": 4},
     "Bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "GPTNeoX": _LLAMA_NAMES,
+    "Llama": _GROUPED,
     "Qwen2": _GROUPED,
     "Gemma2": {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 0.5},
     "Granite": {**_GROUPED, "logits_scaling": 4.0, "embedding_multiplier": 3.0},

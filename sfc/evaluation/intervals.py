@@ -1,8 +1,10 @@
-"""Confidence intervals of rates."""
+"""Confidence intervals of rates and of means."""
 
 import math
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from scipy.stats import norm
 
 
@@ -31,3 +33,29 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / n + weight / (4 * n))
     # The ends at rates 0 and 1 are 0 and 1; rounding must not say otherwise, nor leave the rate outside.
     return Interval(min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate))
+
+
+class MeanIntervals(NamedTuple):
+    """Means of several quantities with the ends of their intervals."""
+
+    mean: Float[np.ndarray, " quantities"]
+    low: Float[np.ndarray, " quantities"]
+    high: Float[np.ndarray, " quantities"]
+
+
+def bootstrap_means(
+    values: Float[np.ndarray, "n quantities"], seed: int, confidence: float = 0.95, draws: int = 2000
+) -> MeanIntervals:
+    """Means of the columns, with percentile intervals over rows drawn again with replacement (Efron 1979).
+
+    All columns share the draws, so that what holds between them in every row holds between their means in every draw.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if len(values) == 0:
+        raise ValueError("no rows to draw from")
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(counts @ values / len(values), [tail, 1 - tail], axis=0)
+    return MeanIntervals(values.mean(0), low, high)

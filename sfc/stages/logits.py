@@ -1,0 +1,119 @@
+"""Stage: direct logit attribution of one category's test prompts, or of all."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sfc.artifacts import Artifact, write_csv, write_text
+from sfc.evaluation.intervals import bootstrap_means
+from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.score import auroc
+from sfc.offline import PLOTLY_CONFIG
+from sfc.patching.head_roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest_heads
+from sfc.patching.logit_attribution import LogitAttribution, attribute_logits, by_layer
+from sfc.patching.logit_difference import refusal_logit_difference
+from sfc.pipeline import ALL, Run
+from sfc.progress import progress_bar, say
+from sfc.prompts.balance import balance
+from sfc.stages.corpus import short_enough
+from sfc.viewer.logits import logits_figure
+
+FILES = {"page": "logits.html", "components": "components.csv", "groups": "groups.csv", "prompts": "prompts.csv"}
+_LISTED_HEADS = 10
+
+
+def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild: bool = False) -> None:
+    """Attribute, classify the heads, and write tables, page and figures.
+
+    Raises:
+        UserError: the category lacks prompts, or the model is not the sum of its parts' outputs.
+    """
+    began = time.perf_counter()
+    experiment = run.experiment
+    wanted = None if category == ALL else category
+    balanced, _ = balance(run.prompts.frame, wanted, experiment.prompts.hard_share, experiment.seed)
+    everyone, _ = balance(run.prompts.frame, None, experiment.prompts.hard_share, experiment.seed)
+    with artifact.being_made(rebuild) as folder:
+        model = load_model(experiment.model, choose_device(run.device))
+        _, harmless = _batches(run, model, everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]])
+        difference = refusal_logit_difference(model, harmless)
+        prompts, batches = _batches(run, model, balanced[balanced["split"] == "test"])
+        with progress_bar("attributing", len(prompts), "prompts") as progress:
+            attribution = attribute_logits(model, difference, batches, progress)
+        toxic = prompts["refusal_label"].to_numpy(dtype=bool)
+        prompts = prompts.assign(
+            label=np.where(toxic, "toxic", "safe"),
+            logit_difference=attribution.logit_difference,
+            score=attribution.score,
+        )
+        components = component_table(attribution, toxic, experiment.seed)
+        tables = {
+            "components": components,
+            "groups": group_table(attribution, prompts, experiment.seed),
+            "prompts": prompts[["prompt", "category", "label", "logit_difference", "score"]],
+        }
+        for name, table in tables.items():
+            write_csv(
+                folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
+            )
+        tokens = difference.tokens(model)
+        result = {
+            "preset": experiment.name,
+            "category": category,
+            "tokens": tokens,
+            **_figures(attribution, toxic, experiment.seed),
+            **_heads(components),
+        }
+        page = logits_figure(
+            components,
+            component_table(by_layer(attribution), toxic, experiment.seed),
+            f"Direct logit attribution · {category} · {experiment.name}",
+            f"mean logit of {_listed(tokens['refusal'])} minus mean logit of {_listed(tokens['against'])}, "
+            f"{toxic.sum()} toxic and {(~toxic).sum()} safe test prompts; G guardrail, C compliance heads",
+        )
+        write_text(folder / FILES["page"], page.to_html(config=PLOTLY_CONFIG, include_plotlyjs=True))
+        artifact.finish(result=result, files=FILES, seconds=round(time.perf_counter() - began, 2))
+
+
+def _batches(run: Run, model: Model, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
+    corpus = short_enough(model.tokenize, frame, run.experiment.prompts.max_tokens)
+    layout, budget = SlotLayout.of(corpus.sequences), run.experiment.activations.batch_tokens
+    return corpus.table, make_batches(corpus.sequences, layout, budget, model.device)
+
+
+def _figures(attribution: LogitAttribution, toxic: np.ndarray, seed: int) -> dict[str, Any]:
+    """The logit difference itself: its means, whether it tells toxic from safe, whether it follows the score."""
+    sides = {"toxic": attribution.logit_difference[toxic], "safe": attribution.logit_difference[~toxic]}
+    means = {side: bootstrap_means(values[:, None], seed) for side, values in sides.items()}
+    correlation = np.corrcoef(attribution.logit_difference, attribution.score)[0, 1]
+    say(f"the contributions sum to the logit difference but for {attribution.error:.1e} of their absolute values")
+    return {
+        "n_toxic": int(toxic.sum()),
+        "n_safe": int((~toxic).sum()),
+        "logit_difference": {
+            side: dict(zip(("mean", "low", "high"), (round(float(end[0]), 4) for end in interval), strict=True))
+            for side, interval in means.items()
+        },
+        "reconstruction_error": attribution.error,
+        "auroc": _rounded(auroc(attribution.logit_difference, toxic)),
+        "score_correlation": _rounded(correlation),
+    }
+
+
+def _heads(components: pd.DataFrame) -> dict[str, Any]:
+    """The heads that tell toxic from safe prompts best, and the names of all guardrail and compliance heads."""
+    heads = strongest_heads(components)
+    columns = ["component", "role", "toxic_mean", "toxic_low", "toxic_high", "safe_mean", "difference", "q_value"]
+    names = {role: heads.loc[heads["role"] == role, "component"].tolist() for role in (GUARDRAIL, COMPLIANCE)}
+    return {"n_heads": len(heads), **names, "heads": heads[columns].head(_LISTED_HEADS).to_dict("records")}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else round(float(value), 4)
+
+
+def _listed(tokens: list[str]) -> str:
+    return ", ".join(f"“{token}”" for token in tokens)
