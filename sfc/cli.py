@@ -22,6 +22,7 @@ from sfc.tables import (
     show_checks,
     show_circuit,
     show_collection,
+    show_formats,
     show_heads,
     show_presets,
     show_quality,
@@ -176,6 +177,36 @@ def attribute_logits(
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_heads(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def formats(
+    shared: Shared,
+    prompts: Annotated[
+        Path | None, typer.Option(help="CSV of harmful instructions, column prompt or goal. [default: the test split]")
+    ] = None,
+    category: Annotated[str, typer.Option(help="Without --prompts: OR-Bench category, or all.")] = "all",
+    limit: Annotated[int | None, typer.Option(min=2, help="At most this many of each side, chosen by hash.")] = None,
+    definitions: Annotated[
+        Path | None, typer.Option(help="YAML file with other formats or answers. [default: the package's three]")
+    ] = None,
+) -> None:
+    """Ask harmful instructions as a question, a blank to fill and a choice; does the format change the refusal?
+
+    Example: sfc formats --prompts harmful_behaviors.csv --limit 100
+    """
+    from sfc.patching.formats import FORMATS, load_formats
+    from sfc.pipeline import ALL, ensure_formats
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    asked = load_formats(definitions or FORMATS)
+    artifact = ensure_formats(shared.run(), asked, prompts, wanted, limit, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_formats(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
     _finish({**result, "files": files}, shared.json)
 

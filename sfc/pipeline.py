@@ -12,6 +12,7 @@ from sfc.artifacts import Artifact, hash_of_file
 from sfc.config import Experiment, suggestion
 from sfc.errors import UserError
 from sfc.models.identity import model_identity
+from sfc.patching.formats import Formats
 from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.pairs import pairs_fingerprint
@@ -21,7 +22,7 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 1, 1
-LOGITS_SCHEMA = 1
+LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1
 
 ALL = "all"  # every category
 
@@ -197,6 +198,35 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
         from sfc.stages.logits import make_logit_attribution
 
         make_logit_attribution(run, artifact, category, rebuild)
+    return artifact
+
+
+def ensure_formats(
+    run: Run, formats: Formats, prompts: Path | None, category: str, limit: int | None, rebuild: bool = False
+) -> Artifact:
+    """Ask harmful instructions, those of a file or of the test split, in several formats, unless that is done.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    if prompts is not None and not prompts.is_file():
+        raise UserError(f"no file {prompts}: --prompts takes a CSV with a column 'prompt' or 'goal'")
+    inputs = {
+        "schema": FORMATS_SCHEMA,
+        "model": model_identity(run.experiment.model),
+        "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
+        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+        "file": hash_of_file(prompts) if prompts else None,
+        "category": category,
+        "limit": limit,
+        "seed": run.experiment.seed,
+    }
+    name = f"formats-{prompts.stem if prompts else category}"
+    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, name, inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.formats import make_formats
+
+        make_formats(run, artifact, formats, prompts, rebuild)
     return artifact
 
 

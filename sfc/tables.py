@@ -74,6 +74,26 @@ def show_heads(result: dict[str, Any]) -> None:
     )
 
 
+def show_formats(result: dict[str, Any]) -> None:
+    """Scores by prompt format, and the tests between formats."""
+    columns = {
+        "format": "format", "refuse - comply": "mean", "low": "low", "high": "high", "harmless": "harmless_mean",
+        "refused": "refused", "AUROC": "auroc", "z": "z_mean",
+    }  # fmt: skip
+    title = f"{result['n_harmful']} harmful instructions by format, in nats with 95 % intervals"
+    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["formats"]))
+    columns = {
+        "first": "first", "second": "second", "z first - second": "mean_difference", "p": "p_value",
+        "p, Holm": "p_holm", "rank-biserial r": "rank_biserial",
+    }  # fmt: skip
+    test = result["friedman"]
+    title = (
+        f"Standardised within format: Friedman chi2({test['degrees']}) = {_text(test['chi2'])},"
+        f" p = {_text(test['p_value'])}, Kendall's W = {_text(test['kendall_w'])}; Wilcoxon between pairs"
+    )
+    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["pairs"]))
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

@@ -58,9 +58,9 @@ class Model:
     def dtype(self) -> torch.dtype:
         return next(self.hf.parameters()).dtype
 
-    def tokenize(self, texts: Sequence[str]) -> list[TokenizedPrompt]:
-        """Render prompts in this model's template and tokenize them, with roles."""
-        return tokenize_prompts(self.tokenizer, list(texts), self.config.template, self.config.system_prompt)
+    def tokenize(self, texts: Sequence[str], reply: str = "") -> list[TokenizedPrompt]:
+        """Render prompts in this model's template, each with the start of a reply, and tokenize them, with roles."""
+        return tokenize_prompts(self.tokenizer, list(texts), self.config.template, self.config.system_prompt, reply)
 
     def width(self, site: str) -> int:
         """Dimensions of the activation at a site; the heads' outputs (`hook_z`) count side by side."""

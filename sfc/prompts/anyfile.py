@@ -1,4 +1,4 @@
-"""Read a prompt file of anyone's: a CSV with a column `prompt`, and `category` and `label` where it has them."""
+"""Read a prompt file of anyone's: a CSV with a column `prompt` (or `goal`), and `category` and `label` if there."""
 
 import csv
 from pathlib import Path
@@ -21,15 +21,17 @@ def load_prompt_file(path: Path) -> pd.DataFrame:
     """Read `prompt`, `category` and `label` (`toxic`, `hard` or `safe`), one row per prompt that is not blank.
 
     A file without categories has the one category `all`; a file without labels, or a row whose label is blank, the
-    label `unlabelled`. XSTest's own columns `id,prompt,type,label,focus,note` are understood.
+    label `unlabelled`. XSTest's own columns `id,prompt,type,label,focus,note` are understood, and AdvBench's `goal` in
+    place of `prompt`.
 
     Raises:
         UserError: the file is missing or malformed, holds no prompts, or names an unknown label.
     """
-    read_table(path, ("prompt",))  # says what is wrong with a file that is no prompt file at all
     header = _header(path)
+    text = "goal" if "goal" in header and "prompt" not in header else "prompt"
+    read_table(path, (text,))  # says what is wrong with a file that is no prompt file at all
     xstest = set(header) >= _XSTEST_COLUMNS and "category" not in header
-    columns = {"prompt": "prompt", "category": "type" if xstest else "category", "label": "label"}
+    columns = {"prompt": text, "category": "type" if xstest else "category", "label": "label"}
     present = {ours: theirs for ours, theirs in columns.items() if theirs in header or ours == "prompt"}
     table = read_table(path, tuple(present.values())).rename(columns={theirs: ours for ours, theirs in present.items()})
     table = table.apply(lambda column: column.str.strip())
@@ -48,8 +50,14 @@ def load_prompt_file(path: Path) -> pd.DataFrame:
 
 
 def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        return [name.strip() for name in next(csv.reader(handle))]
+    """The names of the columns; none where the file cannot be read, and `read_table` says why."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
+        try:
+            return [name.strip() for name in next(csv.reader(handle), [])]
+        except csv.Error:
+            return []
 
 
 def _canonical_labels(path: Path, labels: pd.Series, translation: dict[str, str]) -> pd.Series:

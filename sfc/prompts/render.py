@@ -58,9 +58,12 @@ def template_around(tokenizer: Any, template: str, system_prompt: str | None) ->
 
 
 def tokenize_prompts(
-    tokenizer: Any, texts: list[str], template: str = "chat", system_prompt: str | None = None
+    tokenizer: Any, texts: list[str], template: str = "chat", system_prompt: str | None = None, reply: str = ""
 ) -> list[TokenizedPrompt]:
     """Render each text in the template and tokenize it, with roles.
+
+    A `reply` that is begun for the model comes after the template, and is suffix; a space sets it off where the
+    template does not end in white space.
 
     A tokenizer's own special tokens (such as a BOS) are added only where the template does not write them itself.
 
@@ -68,6 +71,8 @@ def tokenize_prompts(
         UserError: as `template_around`.
     """
     before, after = template_around(tokenizer, template, system_prompt)
+    if reply:
+        after += reply if after[-1:].isspace() else f" {reply}"
     rendered = [before + text + after for text in texts]
     writes_bos = template == "chat" or (tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token))
     encoded = tokenizer(rendered, add_special_tokens=not writes_bos, return_offsets_mapping=True)

@@ -1,0 +1,133 @@
+"""Stage: harmful instructions in several prompt formats, compared."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from sfc.artifacts import Artifact, write_csv, write_text
+from sfc.errors import UserError
+from sfc.evaluation.intervals import bootstrap_means
+from sfc.evaluation.repeated_measures import friedman, pairwise_wilcoxon
+from sfc.models.loading import choose_device, load_model
+from sfc.models.score import auroc
+from sfc.offline import PLOTLY_CONFIG
+from sfc.patching.format_scores import standardised, version_scores
+from sfc.patching.formats import Formats
+from sfc.pipeline import ALL, Run
+from sfc.progress import progress_bar, say
+from sfc.prompts.anyfile import UNLABELLED, load_prompt_file
+from sfc.prompts.balance import balance
+from sfc.prompts.keyed import keyed_ranks
+from sfc.stages.corpus import short_enough
+from sfc.viewer.formats import formats_figure
+
+FILES = {"page": "formats.html", "scores": "scores.csv", "formats": "formats.csv", "pairs": "pairs.csv"}
+
+
+def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path | None, rebuild: bool = False) -> None:
+    """Score every instruction in every format, test, and write tables and page.
+
+    Raises:
+        UserError: the file holds no harmful instructions, or an answer is not one token of this model.
+    """
+    began = time.perf_counter()
+    experiment = run.experiment
+    frame = _instructions(run, prompts, artifact.inputs["category"], artifact.inputs["limit"])
+    model = load_model(experiment.model, choose_device(run.device))
+    frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table
+    harmful = (frame["label"] == "toxic").to_numpy(dtype=bool)
+    _check_sides(harmful)
+    instructions = frame["prompt"].tolist()
+    with artifact.being_made(rebuild) as folder:
+        total = len(frame) * sum(map(len, formats.values()))
+        with progress_bar("asking", total, "prompts") as progress:
+            versions = version_scores(model, formats, instructions, experiment.activations.batch_tokens, progress)
+        scores = {name: values.mean(1) for name, values in versions.items()}
+        z = standardised(scores)
+        summary = _summary(versions, scores, z, harmful, experiment.seed)
+        harmful_z = np.stack([values[harmful] for values in z.values()], 1)
+        test, pairs = friedman(harmful_z), pairwise_wilcoxon(harmful_z, list(formats))
+        long = pd.concat(
+            [frame[["prompt", "category", "label"]].assign(format=name, logit_difference=scores[name], z=z[name])
+             for name in formats]
+        )  # fmt: skip
+        for name, table in {"scores": long, "formats": summary, "pairs": pairs}.items():
+            write_csv(
+                folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
+            )
+        page = formats_figure(long, test, pairs, experiment.name)
+        write_text(folder / FILES["page"], page.to_html(config=PLOTLY_CONFIG, include_plotlyjs=True))
+        result = {
+            "preset": experiment.name,
+            "prompts": prompts.name if prompts else artifact.inputs["category"],
+            "n_harmful": int(harmful.sum()),
+            "n_harmless": int((~harmful).sum()),
+            "formats": _records(summary),
+            "friedman": test._asdict(),
+            "pairs": _records(pairs),
+        }
+        artifact.finish(result=result, files=FILES, seconds=round(time.perf_counter() - began, 2))
+
+
+def _instructions(run: Run, prompts: Path | None, category: str, limit: int | None) -> pd.DataFrame:
+    """Harmful instructions (label `toxic`), and at most as many harmless ones of the test split (`safe`)."""
+    wanted = None if category == ALL else category
+    balanced, _ = balance(run.prompts.frame, wanted, run.experiment.prompts.hard_share, run.experiment.seed)
+    test = balanced[balanced["split"] == "test"]
+    test = test.assign(label=np.where(test["refusal_label"], "toxic", "safe"))
+    harmful, harmless = test[test["label"] == "toxic"], test[test["label"] == "safe"]
+    if prompts is not None:
+        given = load_prompt_file(prompts)
+        harmful = given[given["label"].isin(("toxic", UNLABELLED))].assign(label="toxic")
+        say(f"{len(harmful)} harmful instructions from {prompts}; harmless ones for the scale from {run.data}")
+    most = min(limit or len(harmful), len(harmful))
+    frame = pd.concat([harmful, harmless], ignore_index=True)
+    chosen = keyed_ranks(frame, ["label"], f"formats {run.experiment.seed}") < most
+    return frame.loc[chosen, ["prompt", "category", "label"]].reset_index(drop=True)
+
+
+def _check_sides(harmful: Bool[np.ndarray, " n"]) -> None:
+    for side, count in (("harmful", harmful.sum()), ("harmless", (~harmful).sum())):
+        if count < 2:
+            raise UserError(
+                f"comparing formats needs two {side} instructions or more that are short enough, not {count}"
+            )
+
+
+def _summary(
+    versions: dict[str, Float[np.ndarray, "n versions"]],
+    scores: dict[str, Float[np.ndarray, " n"]],
+    z: dict[str, Float[np.ndarray, " n"]],
+    harmful: Bool[np.ndarray, " n"],
+    seed: int,
+) -> pd.DataFrame:
+    """One row per format: the harmful instructions' mean logit difference and mean z with their 95 % intervals.
+
+    Beside them the harmless ones' mean, the share of harmful instructions that are refused, whether the score tells the
+    two apart (`auroc`), and by how much the first version's order moves it (`order_effect`, of formats with two).
+    """
+    rows = []
+    for name, values in scores.items():
+        difference = bootstrap_means(values[harmful, None], seed)
+        standard = bootstrap_means(z[name][harmful, None], seed)
+        both = versions[name]
+        rows.append(
+            {
+                "format": name,
+                **{key: float(end[0]) for key, end in difference._asdict().items()},
+                "harmless_mean": float(values[~harmful].mean()),
+                "refused": float((values[harmful] > 0).mean()),
+                "auroc": auroc(values, harmful),
+                **{f"z_{key}": float(end[0]) for key, end in standard._asdict().items()},
+                "order_effect": float((both[:, 0] - both[:, 1]).mean() / 2) if both.shape[1] == 2 else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return table.astype(object).where(table.notna(), None).to_dict("records")
