@@ -92,12 +92,12 @@ def test_a_liking_for_a_letter_cancels_out(model: Model, definitions: Path) -> N
     np.testing.assert_allclose(scores.mean(1), plain.mean(1), atol=1e-4)
 
 
-def test_the_start_of_a_reply_is_suffix_and_its_own_token(model: Model) -> None:
+def test_the_start_of_a_reply_comes_after_the_template(model: Model) -> None:
     plain, begun = model.tokenize(["Hello"])[0], model.tokenize(["Hello"], "I ")[0]
     assert begun.ids[: len(plain.ids)].tolist() == plain.ids.tolist()
     added = begun.ids[len(plain.ids) :]
     assert model.tokenizer.decode(added) == " I "
-    assert (begun.roles[len(plain.ids) :] == Role.SUFFIX).all()
+    assert begun.roles.tolist() == [*plain.roles.tolist(), Role.REPLY, Role.REPLY, Role.REPLY]
     prompts = model.tokenize(["Hello", "Hello you"], "I ")
     batch = make_batches(prompts, SlotLayout.of(prompts), 200, model.device)[0]
     assert last_logits(model, batch).shape[0] == 2

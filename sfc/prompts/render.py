@@ -2,7 +2,7 @@
 
 Roles are found by character offsets in the rendered text: `prefix` (template before the user's text), `content`,
 `suffix` (template after it, where the model decides). A token that spans a border is content. What the model itself
-wrote after the suffix is `reply`; prompts as they are rendered here have none.
+wrote after the suffix, or is made to have written, is `reply`.
 """
 
 from enum import IntEnum
@@ -62,8 +62,8 @@ def tokenize_prompts(
 ) -> list[TokenizedPrompt]:
     """Render each text in the template and tokenize it, with roles.
 
-    A `reply` that is begun for the model comes after the template, and is suffix; a space sets it off where the
-    template does not end in white space.
+    A `reply` that is begun for the model comes after the template; a space sets it off where the template does not end
+    in white space.
 
     A tokenizer's own special tokens (such as a BOS) are added only where the template does not write them itself.
 
@@ -71,9 +71,8 @@ def tokenize_prompts(
         UserError: as `template_around`.
     """
     before, after = template_around(tokenizer, template, system_prompt)
-    if reply:
-        after += reply if after[-1:].isspace() else f" {reply}"
-    rendered = [before + text + after for text in texts]
+    begun = f" {reply}" if reply and not after[-1:].isspace() else reply
+    rendered = [before + text + after + begun for text in texts]
     writes_bos = template == "chat" or (tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token))
     encoded = tokenizer(rendered, add_special_tokens=not writes_bos, return_offsets_mapping=True)
     prompts = []
@@ -83,5 +82,6 @@ def tokenize_prompts(
         roles = np.full(len(ids), Role.CONTENT)
         roles[end <= len(before)] = Role.PREFIX
         roles[(start >= content_end) & (end > content_end)] = Role.SUFFIX
+        roles[start >= content_end + len(after)] = Role.REPLY
         prompts.append(TokenizedPrompt(np.array(ids), roles))
     return prompts

@@ -58,7 +58,8 @@ def _violins(scores: pd.DataFrame, column: str, label: str, shown: bool) -> go.V
         jitter=0.3,
         marker={"size": 2, "opacity": 0.5},
         spanmode="hard",
-        scalegroup=column,
+        scalemode="width",
+        offsetgroup=label,
         hoveron="violins+points",
     )
 
