@@ -59,16 +59,18 @@ class TrainingSettings:
     alpha: int = 16
     projections: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
     learning_rate: float = 1e-3
-    epochs: int = 5
+    epochs: int = 2
     batch_rows: int = 16
     warmup_steps: int = 8
     max_gradient: float = 1.0
     reply_tokens: int = 10
     decision_weight: float = 8.0
     """how much the first token of a reply, which decides, counts beside each later one"""
+    toxic_weight: float = 1.7
+    """how much that of a toxic prompt counts beside that of a harmless one: in doubt, the model shall refuse"""
     held_out: float = 0.1
-    checks_per_epoch: int = 2
-    patience: int = 4
+    checks_per_epoch: int = 4
+    patience: int = 5
 
 
 class Example(NamedTuple):
@@ -225,7 +227,7 @@ def _train(
     began = time.perf_counter()
     with progress_bar("training", steps, "steps") as progress:
         for step, rows in enumerate(_shuffled(training, settings.batch_rows, settings.epochs, seed), start=1):
-            losses.append(_accumulate_gradients(network, rows, settings.decision_weight))
+            losses.append(_accumulate_gradients(network, rows, settings))
             torch.nn.utils.clip_grad_norm_(weights.values(), settings.max_gradient)
             optimizer.step()
             optimizer.zero_grad()
@@ -272,13 +274,15 @@ def _halves_by_length(rows: Sequence[Example]) -> list[list[Example]]:
     return [half for half in (ordered[:middle], ordered[middle:]) if half]
 
 
-def _accumulate_gradients(network: Any, rows: Sequence[Example], decision_weight: float) -> float:
+def _accumulate_gradients(network: Any, rows: Sequence[Example], settings: TrainingSettings) -> float:
     """Add the gradient of the weighted mean loss of the reply tokens; the loss."""
-    total = sum(len(example.ids) - example.reply_start - 1 + decision_weight for example in rows)
+    decision = {True: settings.decision_weight * settings.toxic_weight, False: settings.decision_weight}
+    total = sum(len(example.ids) - example.reply_start - 1 + decision[example.toxic] for example in rows)
     loss = 0.0
     for half in _halves_by_length(rows):
         logits, targets, firsts = _reply_logits(network, half)
-        weights = torch.ones(len(targets)).index_fill(0, firsts, decision_weight)
+        weights = torch.ones(len(targets))
+        weights[firsts] = torch.tensor([decision[example.toxic] for example in half])
         part = (cross_entropy(logits, targets, reduction="none") * weights).sum() / total
         part.backward()
         loss += part.item()
