@@ -1,7 +1,7 @@
 """Run a model: from the start, up to a layer, or from a cached residual stream on.
 
-Runs never build the logits of more than the last position, never use a key-value cache, and pad on the right; causal
-attention makes an attention mask unnecessary for such batches.
+Runs never build the logits of more than the last position. A `Batch` needs no key-value cache and no attention mask,
+because it pads on the right and attention is causal; `Tails`, the last tokens of prompts alone, bring both along.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, intervening
+from sfc.models.interventions import Intervention, intervening, recorder
 from sfc.models.loading import Model
 
 
@@ -57,7 +57,8 @@ def last_logits(
     """
     if prefix is not None and prefix.layer < 0:
         prefix = None
-    inputs = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
+    start = {"input_ids": batch.ids} if prefix is None else {"inputs_embeds": prefix.residual}
+    inputs = {**start, **batch.run_arguments}
     rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
     with intervening(model, interventions or {}), _starting_from(model, prefix):
         return _logits(model, inputs, lambda hidden: hidden[rows, batch.lengths - 1])
@@ -69,19 +70,18 @@ def next_token_losses(
     """Cross-entropy, in nats, of each prompt token given those before it; the first one and padding are left out."""
     predicts = batch.touchable[:, 1:]
     with intervening(model, interventions or {}):
-        logits = _logits(model, {"input_ids": batch.ids}, lambda hidden: hidden[:, :-1][predicts])
+        inputs = {"input_ids": batch.ids, **batch.run_arguments}
+        logits = _logits(model, inputs, lambda hidden: hidden[:, :-1][predicts])
     return torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][predicts], reduction="none")
 
 
-def _logits(
-    model: Model, inputs: Mapping[str, Tensor], select: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "rows vocab"]:
+def _logits(model: Model, inputs: Mapping[str, Any], select: Callable[[Tensor], Tensor]) -> Float[Tensor, "rows vocab"]:
     """Logits, in float32, of the positions that `select` takes from the last hidden state [batch, pos, d_model].
 
     The model's own forward pass makes them, since some models scale or cap their logits after the unembedding.
     """
     with intervening(model, {"unembed.hook_in": lambda hidden: select(hidden)[None]}):
-        return model.hf(**inputs, use_cache=False).logits[0].float()
+        return model.hf(**inputs).logits[0].float()
 
 
 def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention], last_site: str) -> None:
@@ -91,7 +91,7 @@ def run_to(model: Model, batch: Batch, interventions: Mapping[str, Intervention]
         raise _Stop
 
     with suppress(_Stop), intervening(model, interventions), intervening(model, {last_site: stop}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+        model.hf.base_model(input_ids=batch.ids, **batch.run_arguments)
 
 
 @torch.no_grad()
@@ -107,10 +107,21 @@ def prefix_after(model: Model, batch: Batch, layer: int) -> Prefix:
         raise _Stop
 
     with suppress(_Stop), _forwards({block: forward}):
-        model.hf.base_model(input_ids=batch.ids, use_cache=False)
+        model.hf.base_model(input_ids=batch.ids, **batch.run_arguments)
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
+
+
+@torch.no_grad()
+def every_prefix(model: Model, batch: Batch) -> dict[int, Prefix]:
+    """What `prefix_after` gives for each layer, -1 included, from one run of the whole batch."""
+    residuals: dict[str, Tensor] = {}
+    sites = {f"blocks.{layer}.hook_resid_post": layer for layer in range(model.n_layers)}
+    last_logits(model, batch, {site: recorder(residuals, site) for site in sites})
+    outputs = prefix_after(model, batch, 0).outputs
+    prefixes = {layer: Prefix(layer, residuals[site], outputs) for site, layer in sites.items()}
+    return {-1: prefix_after(model, batch, -1), **prefixes}
 
 
 @contextmanager
