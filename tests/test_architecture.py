@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
     "errors", "config", "artifacts", "progress", "offline", "prompts", "models",
-    "activations", "saes", "ablation", "circuits", "evaluation", "features",
+    "activations", "saes", "ablation", "circuits", "evaluation", "patching", "features",
     "viewer", "pipeline", "tables", "stages", "doctor", "cli_options", "cli",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""What components carry a refusal: activation patching, direct logit attribution, prompt formats."""
