@@ -49,6 +49,7 @@ def effect_table(runs: Sequence[PatchRuns], draws: int, flips: int, min_denomina
     table["q_value"] = table.groupby(family)["p_value"].transform(lambda p: benjamini_hochberg(p.to_numpy()))
     table["rank"] = table["effect"].abs().groupby([table[column] for column in family]).rank("first", ascending=False)
     table = table.sort_values([*family, "rank"], kind="stable").reset_index(drop=True)
+    table[["effect", "low", "high", "first_order"]] += 0.0  # no minus before a zero
     return table.astype({"head": "Int64", "rank": "Int64"})
 
 
