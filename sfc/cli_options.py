@@ -67,7 +67,7 @@ def numbers_of(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise UserError(f"{text!r} is no list of numbers: write 10-12,25")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers

@@ -173,6 +173,7 @@ BAD_OPTIONS = {
     "no such requirement": (("--require", "hope"), "patching.require"),
     "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
     "no such layers": (("--layers", "x"), "no list of numbers"),
+    "layers backwards": (("--layers", "5-3"), "no list of numbers"),
     "no such pairs": (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
     "no such category": (("--category", "violense"), "did you mean 'violence'"),
     "no such wrappers": (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),

@@ -39,17 +39,17 @@ class Tails(Batch):
 
     @property
     def run_arguments(self) -> dict[str, Any]:
-        """Mask, positions, and a copy of the cache, because a run adds to it."""
+        """Mask, positions, and the cache, to which a run may add without changing this one."""
         return {
             "attention_mask": self.mask,
             "position_ids": self.positions,
-            "past_key_values": copy.deepcopy(self.cache),
+            "past_key_values": _own_copy(self.cache),
             "use_cache": True,
         }
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Tails":
         """Some rows, in the order given; a row may come more than once."""
-        cache = copy.deepcopy(self.cache)
+        cache = _own_copy(self.cache)
         cache.batch_select_indices(rows)
         return Tails(
             self.prompts[rows],
@@ -97,3 +97,10 @@ def make_tails(model: Model, prompts: Sequence[TokenizedPrompt], n_tail: int) ->
         positions=positions[:, -n_tail:],
         cache=before.past_key_values,
     )
+
+
+def _own_copy(cache: Any) -> Any:
+    """A cache of its own with the same tensors: layers that grow or select rows make new ones and leave these alone."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
