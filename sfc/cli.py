@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfc.cli_options import Shared, with_shared_options
+from sfc.cli_options import Shared, numbers_of, with_shared_options
 from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
@@ -24,6 +24,7 @@ from sfc.tables import (
     show_collection,
     show_formats,
     show_heads,
+    show_patching,
     show_presets,
     show_quality,
 )
@@ -208,6 +209,52 @@ def formats(
     result = artifact.manifest()["result"]
     show_formats(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def patch(
+    shared: Shared,
+    pairs: Annotated[
+        str | None, typer.Option(help="toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe.")
+    ] = None,
+    wrappers: Annotated[
+        str | None, typer.Option(help="For wrapped pairs: CSV or .jsonl with name, template ({prompt}), prefill.")
+    ] = None,
+    component: Annotated[str | None, typer.Option(help="Among resid,attn,mlp,head. [default: all four]")] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Among last,last-K,suffix,content,prefix,all,each,suffix[-2]. [default: suffix; wrapped: last]"
+        ),
+    ] = None,
+    direction: Annotated[str | None, typer.Option(help="denoise, noise or both. [default: both]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 10-20,25. [default: all]")] = None,
+    cumulative: Annotated[bool, typer.Option("--cumulative", help="Also all layers up to each at once.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Try at most this many pairs. [default: 24]")] = None,
+    category: Annotated[str | None, typer.Option(help="Only pairs of this category.")] = None,
+    require: Annotated[
+        str | None, typer.Option(help="behaviour: judged replies differ; score: the score does. [default: behaviour]")
+    ] = None,
+) -> None:
+    """Patch activations between refused and complied runs: which layers, heads and positions carry the refusal?
+
+    Example: sfc patch --component head --positions last,suffix --limit 40
+    """
+    from sfc.pipeline import ensure_patching
+
+    values = {
+        "pairs": pairs, "wrappers": wrappers, "limit": limit, "category": category, "require": require,
+        "components": component and component.split(","), "positions": positions and positions.split(","),
+        "directions": direction and (["denoise", "noise"] if direction == "both" else [direction]),
+        "layers": layers and numbers_of(layers), "cumulative": cumulative or None,
+    }  # fmt: skip
+    overrides = [f"patching.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    artifact = ensure_patching(shared.run(overrides), shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_patching(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     _finish({**result, "files": files}, shared.json)
 
 

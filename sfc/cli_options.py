@@ -56,3 +56,18 @@ def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     with_options.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     return with_options
+
+
+def numbers_of(text: str) -> list[int]:
+    """The numbers that `10-12,25` means.
+
+    Raises:
+        UserError: it means none.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise UserError(f"{text!r} is no list of numbers: write 10-12,25")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers

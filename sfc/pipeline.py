@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sfc.artifacts import Artifact, hash_of_file
 from sfc.config import Experiment, suggestion
 from sfc.errors import UserError
 from sfc.models.identity import model_identity
+from sfc.patching.alignment import check_positions
 from sfc.patching.formats import Formats
+from sfc.patching.pairs import WRAPPERS
 from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.pairs import pairs_fingerprint
@@ -22,7 +25,7 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 1, 1
-LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1
+LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
 
 ALL = "all"  # every category
 
@@ -228,6 +231,66 @@ def ensure_formats(
 
         make_formats(run, artifact, formats, prompts, rebuild)
     return artifact
+
+
+def pairs_file(run: Run) -> Path | None:
+    """The file that `patching.pairs` means; None where the pairs are prompts of the data set in wrappers.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    name = run.experiment.patching.pairs
+    if name == "wrapped":
+        return None
+    path = run.data_folder / "pairs.csv" if name == "toxic-safe" else Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"no pairs {str(path)!r}: --pairs takes toxic-safe (the data set's pairs.csv), wrapped, or a CSV or .jsonl"
+            " file with toxic and safe"
+        )
+    return path
+
+
+def ensure_patching(run: Run, rebuild: bool = False) -> Artifact:
+    """Patch between pairs of prompts unless that is done.
+
+    Raises:
+        UserError: the pairs or wrappers do not exist, or a position set is none.
+    """
+    experiment, config = run.experiment, run.experiment.patching
+    for name in config.position_sets:
+        check_positions(name)
+    if config.wrappers and config.pairs != "wrapped":
+        raise UserError("--wrappers goes with --pairs wrapped only")
+    if config.wrappers and not Path(config.wrappers).is_file():
+        raise UserError(f"no file {config.wrappers}: --wrappers takes a CSV or .jsonl file with name and template")
+    path = pairs_file(run)
+    inputs = {
+        "schema": PATCHING_SCHEMA,
+        "seed": experiment.seed,
+        "model": model_identity(experiment.model),
+        "pairs": hash_of_file(path) if path else _instructions(run),
+        "patching": config.model_dump(exclude={"pairs", "wrappers"}),
+        "max_tokens": experiment.prompts.max_tokens,
+        "min_denominator": experiment.evaluation.min_denominator,
+    }
+    name = "wrapped" if path is None else "toxic-safe" if config.pairs == "toxic-safe" else path.stem
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, f"patching-{name}", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.patch import make_patching
+
+        make_patching(run, artifact, rebuild)
+    return artifact
+
+
+def _instructions(run: Run) -> dict[str, Any]:
+    """What wrapped pairs are made from: the prompts, their splits, and the wrappers."""
+    wrappers = run.experiment.patching.wrappers
+    return {
+        "data": prompts_fingerprint(run.prompts.frame),
+        **run.experiment.prompts.model_dump(exclude={"hard_share"}),
+        "wrappers": hash_of_file(Path(wrappers)) if wrappers else WRAPPERS,
+    }
 
 
 def _needs_making(artifact: Artifact, rebuild: bool, sites: Sequence[str] = ()) -> bool:

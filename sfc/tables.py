@@ -94,6 +94,23 @@ def show_formats(result: dict[str, Any]) -> None:
     show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["pairs"]))
 
 
+def show_patching(result: dict[str, Any]) -> None:
+    """The strongest critical components of each direction and kind, and how the pairs were chosen."""
+    columns = {
+        "component": "component", "direction": "direction", "positions": "positions", "pairs": "n_pairs",
+        "effect": "effect", "low": "low", "high": "high", "q": "q_value", "first order": "first_order",
+    }  # fmt: skip
+    lost = "; ".join(f"{count} {reason}" for reason, count in result["lost"].items()) or "none"
+    used = f"{result['n_pairs']} of {result['n_tried']} pairs by {result['require']} (lost: {lost})"
+    strongest = [row for row in result["critical"] if row["rank"] <= 5]
+    title = f"{used}: strongest components with q of at most 0.05"
+    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in strongest))
+    columns = ("direction", "kind", "n", "pearson", "spearman", "mean_difference", "best", "shared")
+    titles = [column.replace("_", " ") for column in columns]
+    rows = ([row[column] for column in columns] for row in result["agreement"])
+    show_table("First-order effects against exact ones", titles, rows)
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

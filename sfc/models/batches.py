@@ -6,6 +6,7 @@ start) and of its suffix (counted from its end) has its own, and all content and
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,11 @@ class Batch:
         real = self.slots != PAD_SLOT
         real[:, 0] = False
         return real
+
+    @property
+    def run_arguments(self) -> dict[str, Any]:
+        """What the model's forward pass must be told beside the tokens."""
+        return {"use_cache": False}
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Batch":
         """Some rows of the batch, with its padding."""

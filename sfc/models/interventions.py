@@ -33,6 +33,21 @@ def intervening(model: Model, interventions: Mapping[str, Intervention]) -> Iter
         yield
 
 
+def leaf_recorder(into: dict[str, Tensor], site: str) -> Intervention:
+    """As `recorder`, for a run whose score is differentiated: the activation keeps its gradient, in `into[site].grad`.
+
+    The parameters need no gradients, so that the graph starts at the first activation recorded.
+    """
+
+    def record(activation: Tensor) -> Tensor:
+        x = activation if activation.requires_grad else activation.detach().requires_grad_()
+        x.retain_grad()
+        into[site] = x
+        return x
+
+    return record
+
+
 def recorder(into: dict[str, Tensor], site: str) -> Intervention:
     """An intervention that changes nothing and keeps the activation under the site's name."""
 

@@ -1,7 +1,7 @@
 """Run a model: from the start, up to a layer, or from a cached residual stream on.
 
-Runs never build the logits of more than the last position, never use a key-value cache, and pad on the right; causal
-attention makes an attention mask unnecessary for such batches.
+Runs never build the logits of more than the last position. A `Batch` needs no key-value cache and no attention mask,
+because it pads on the right and attention is causal; `Tails`, the last tokens of prompts alone, bring both along.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, intervening
+from sfc.models.interventions import Intervention, intervening, recorder
 from sfc.models.loading import Model
 from sfc.sites import layer_of
 
@@ -100,7 +100,7 @@ def _logits(
         intervening(model, unembedding),
         _starting_from(model, batch, prefix) as inputs,
     ):
-        return model.hf(**inputs, use_cache=False).logits[0].float()
+        return model.hf(**inputs).logits[0].float()
 
 
 def run_to(
@@ -125,7 +125,7 @@ def run_to(
         intervening(model, {last_site: stop}),
         _starting_from(model, batch, prefix) as inputs,
     ):
-        model.hf.base_model(**inputs, use_cache=False)
+        model.hf.base_model(**inputs)
 
 
 def layer_before(site: str) -> int:
@@ -157,20 +157,31 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
         raise _Stop
 
     with suppress(_Stop), _starting_from(model, batch, start) as inputs, _forwards({block: forward}):
-        model.hf.base_model(**inputs, use_cache=False)
+        model.hf.base_model(**inputs)
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
 
 
+@torch.no_grad()
+def every_prefix(model: Model, batch: Batch) -> dict[int, Prefix]:
+    """What `prefix_after` gives for each layer, -1 included, from one run of the whole batch."""
+    residuals: dict[str, Tensor] = {}
+    sites = {f"blocks.{layer}.hook_resid_post": layer for layer in range(model.n_layers)}
+    last_logits(model, batch, {site: recorder(residuals, site) for site in sites})
+    outputs = prefix_after(model, batch, 0).outputs
+    prefixes = {layer: Prefix(layer, residuals[site], outputs) for site, layer in sites.items()}
+    return {-1: prefix_after(model, batch, -1), **prefixes}
+
+
 @contextmanager
-def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterator[dict[str, Tensor]]:
+def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterator[dict[str, Any]]:
     """Let blocks before the prefix's pass their input on, and its own return the cached residual stream.
 
     Gives the inputs to call the model with.
     """
     if prefix is None or prefix.layer < 0:
-        yield {"input_ids": batch.ids}
+        yield {"input_ids": batch.ids, **batch.run_arguments}
         return
     *earlier, last = [model.bridge.blocks[i] for i in range(prefix.layer + 1)]
 
@@ -180,7 +191,7 @@ def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterato
     # The last one's output hook still acts, so that an intervention at this very site is possible.
     forwards = dict.fromkeys(earlier, lambda hidden_states, *_args, **_kwargs: returned(hidden_states))
     with _forwards({**forwards, last: lambda *_args, **_kwargs: returned(last.hook_out(prefix.residual))}):
-        yield {"inputs_embeds": prefix.residual}
+        yield {"inputs_embeds": prefix.residual, **batch.run_arguments}
 
 
 @contextmanager

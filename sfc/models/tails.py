@@ -1,0 +1,106 @@
+"""The last tokens of prompts, to be run again and again, with the keys and values of everything before them.
+
+Where only late positions are changed, those before them stay what they were, at every layer: attention is causal. A run
+then costs the tail alone, which for a chat template's suffix is a fifth of a prompt.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
+from sfc.models.loading import Model
+from sfc.prompts.render import TokenizedPrompt
+
+
+@dataclass(frozen=True)
+class Tails(Batch):
+    """A batch of the last `pos` tokens of each prompt, flush right: the last column is every prompt's last token.
+
+    Wherever a `Batch` is run, tails can be: `last_logits`, `prefix_after`, `score_batch` give for them what they give
+    for the whole prompts, at these positions.
+    """
+
+    mask: Int[Tensor, "batch width"]
+    """1 for a real token, 0 for padding, which stands on the left; what stands before the tail included"""
+    positions: Int[Tensor, "batch pos"]
+    cache: Any
+    """keys and values of every layer before the tail (a `transformers` cache)"""
+
+    @property
+    def touchable(self) -> Bool[Tensor, "batch pos"]:
+        """Tokens of the tail that are neither padding nor a prompt's first token (both have position 0)."""
+        return self.positions > 0
+
+    @property
+    def run_arguments(self) -> dict[str, Any]:
+        """Mask, positions, and the cache, to which a run may add without changing this one."""
+        return {
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "past_key_values": _own_copy(self.cache),
+            "use_cache": True,
+        }
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Tails":
+        """Some rows, in the order given; a row may come more than once."""
+        cache = _own_copy(self.cache)
+        cache.batch_select_indices(rows)
+        return Tails(
+            self.prompts[rows],
+            self.ids[rows],
+            self.lengths[rows],
+            self.slots[rows],
+            self.mask[rows],
+            self.positions[rows],
+            cache,
+        )
+
+    def repeat(self, times: int) -> "Tails":
+        """The tails stacked on themselves, first all rows once, then all again."""
+        return self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat(times))
+
+
+@torch.no_grad()
+def make_tails(model: Model, prompts: Sequence[TokenizedPrompt], n_tail: int) -> Tails:
+    """Run all but the last `n_tail` tokens of the prompts, as one batch, and keep the keys and values.
+
+    A prompt of at most `n_tail` tokens is all tail.
+    """
+    layout = SlotLayout.of(prompts)
+    width = max(n_tail + 1, *(len(prompt.ids) for prompt in prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    slots = torch.full((len(prompts), width), PAD_SLOT)
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt.ids) :] = torch.from_numpy(prompt.ids)
+        slots[row, -len(prompt.ids) :] = torch.from_numpy(layout.slots(prompt))
+    ids, slots = ids.to(model.device), slots.to(model.device)
+    mask = (slots != PAD_SLOT).long()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    before = model.hf.base_model(
+        input_ids=ids[:, :-n_tail],
+        attention_mask=mask[:, :-n_tail],
+        position_ids=positions[:, :-n_tail],
+        use_cache=True,
+    )
+    return Tails(
+        prompts=torch.arange(len(prompts), device=ids.device),
+        ids=ids[:, -n_tail:],
+        lengths=torch.full((len(prompts),), n_tail, device=ids.device),
+        slots=slots[:, -n_tail:],
+        mask=mask,
+        positions=positions[:, -n_tail:],
+        cache=before.past_key_values,
+    )
+
+
+def _own_copy(cache: Any) -> Any:
+    """A cache of its own with the same tensors: layers that grow or select rows make new ones and leave these alone."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied

@@ -1,0 +1,216 @@
+"""`sfc patch` as a user types it, on the tiny preset, and its page."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sfc.cli import main
+from sfc.patching.components import Patch
+from sfc.patching.ranking import PatchRuns, agreement, effect_table
+from sfc.viewer.patching import write_patching_page
+
+TINY = ("patch", "--preset", "tiny")
+BY_SCORE = (*TINY, "--require", "score", "--limit", "12")
+KEYS = {
+    "preset", "pairs", "require", "n_tried", "n_pairs", "lost", "n_pairs_at", "wrappers", "clean_score",
+    "corrupted_score", "n_components", "n_critical", "critical", "agreement", "files", "seconds",
+}  # fmt: skip
+
+
+class Finished(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict:
+        assert self.status == 0, self.stderr
+        assert len(self.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
+        return json.loads(self.stdout)
+
+
+def sfc(*arguments: object, root: Path) -> Finished:
+    """Run a command in this process, where torch is loaded already."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def _one_line(finished: Finished, *expected: str) -> None:
+    last = finished.stderr.strip().splitlines()[-1]
+    assert finished.status == 2 and last.startswith("error: "), finished.stderr
+    for text in expected:
+        assert text in last
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def patched(root: Path) -> dict:
+    return sfc(
+        *BY_SCORE, "--positions", "content,suffix,content[0],suffix[-1]", "--cumulative", "--json", root=root
+    ).result
+
+
+def test_the_command_ends_with_the_promised_json_and_files(patched: dict, root: Path) -> None:
+    assert set(patched) == KEYS
+    assert patched["n_tried"] == 12 == patched["n_pairs"] + sum(patched["lost"].values())
+    assert all((root / path).is_file() for path in patched["files"].values())
+    effects = pd.read_csv(root / patched["files"]["effects"])
+    assert set(effects["kind"]) == {"resid", "attn", "mlp", "head"}
+    assert set(effects["direction"]) == {"denoise", "noise"}
+    singles = effects[~effects["is_range"]]
+    n_sets = effects["positions"].nunique()
+    assert len(singles) == patched["n_components"] == 2 * n_sets * (2 * 3 + 2 * 4)
+    assert len(effects) - len(singles) == 2 * n_sets * 3
+    assert {"content", "content[0]", "suffix[-1]"} <= set(effects["positions"])
+    last = singles[(singles["component"] == "resid.1") & (singles["positions"] == "suffix[-1]")]
+    assert last["effect"].tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert not (singles["low"] > singles["effect"] + 1e-6).any() and singles["low"].notna().any()
+    assert not (singles["effect"] > singles["high"] + 1e-6).any()
+
+
+def test_pairs_that_cannot_be_aligned_somewhere_are_counted_and_named(patched: dict, root: Path) -> None:
+    pairs = pd.read_csv(root / patched["files"]["pairs"], keep_default_na=False)
+    assert len(pairs) == 12
+    used = pairs[pairs["used"]]
+    assert len(used) == patched["n_pairs"] == patched["n_pairs_at"]["suffix[-1]"]
+    unaligned = used["unaligned"].str.contains("content: ")
+    assert 0 < unaligned.sum() == len(used) - patched["n_pairs_at"]["content"]
+    assert pairs.loc[~pairs["used"], "lost"].value_counts().to_dict() == patched["lost"]
+
+
+def test_the_effects_are_those_of_the_scores(patched: dict, root: Path) -> None:
+    scores = pd.read_csv(root / patched["files"]["scores"])
+    effects = pd.read_csv(root / patched["files"]["effects"])
+    keys = ["direction", "positions", "component"]
+    for column, changed in (("effect", "patched"), ("first_order", "first_order")):
+        moved = scores.assign(change=scores[changed] - scores["base"], gap=scores["source"] - scores["base"])
+        sums = moved.groupby(keys)[["change", "gap"]].sum(min_count=1)
+        expected = (sums["change"] / sums["gap"]).loc[[tuple(row) for row in effects[keys].to_numpy()]]
+        np.testing.assert_allclose(effects[column], expected, atol=2e-3)
+
+
+def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(patched: dict, root: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    options = [
+        *BY_SCORE,
+        "--positions",
+        "content,suffix,content[0],suffix[-1]",
+        "--cumulative",
+        "--json",
+        "--root",
+        str(root),
+    ]
+    script = str(Path(__file__).parents[1] / "scripts" / "run_patching.py")
+    code = (
+        f"import runpy, sys; sys.argv = ['x', *{options!r}]\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == patched and "up to date" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_page_holds_its_figures_and_says_how_pairs_were_chosen(patched: dict, root: Path) -> None:
+    page = (root / patched["files"]["page"]).read_text(encoding="utf-8")
+    assert "was NOT asked" in page and "content[0]" in page and "resid.1" in page
+    assert page.count('class="figure"') == 2 * 2 + 2, "positions and heads in both directions, ranges, agreement"
+
+
+def test_wrapped_pairs_and_a_choice_of_everything(root: Path) -> None:
+    options = ("--component", "head,mlp", "--direction", "noise", "--layers", "1-1", "--category", "violence")
+    result = sfc(*BY_SCORE, "--pairs", "wrapped", *options, "--json", root=root).result
+    assert list(result["n_pairs_at"]) == ["last"] and sum(result["wrappers"].values()) == result["n_pairs"] > 0
+    effects = pd.read_csv(root / result["files"]["effects"])
+    assert sorted(effects["component"]) == ["head.1.0", "head.1.1", "head.1.2", "head.1.3", "mlp.1"]
+    assert set(effects["direction"]) == {"noise"}
+
+
+def test_pairs_and_wrappers_of_ones_own(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"toxic": "Rob", "safe": "Bob"}\n{"toxic": "Bob", "safe": "Rob"}\n')
+    result = sfc(*BY_SCORE, "--pairs", tmp_path / "mine.jsonl", "--positions", "each", "--json", root=root).result
+    assert (result["n_tried"], result["n_pairs"]) == (2, 1)
+    assert list(result["n_pairs_at"]) == ["content[0]", "content[1]", "content[-1]", "suffix[-2]", "suffix[-1]"]
+    assert result["critical"] == [], "one pair proves nothing"
+    (tmp_path / "wrap.csv").write_text("name,template\nodd,Zz {prompt} zZ\n")
+    options = ("--pairs", "wrapped", "--wrappers", tmp_path / "wrap.csv", "--json")
+    assert set(sfc(*BY_SCORE, *options, root=root).result["wrappers"]) <= {"odd"}
+
+
+def test_where_the_model_never_refuses_no_pair_is_used_and_the_way_out_is_named(tmp_path: Path) -> None:
+    finished = sfc(*TINY, "--limit", "3", "--set", "patching.reply_tokens=4", root=tmp_path)
+    _one_line(finished, "no pair can be used: 3 pairs tried", "3: the clean prompt was not refused", "--require score")
+    assert not list(tmp_path.rglob("manifest.json"))
+    pairs = pd.read_csv(next(tmp_path.rglob("pairs.csv")))
+    assert not pairs["used"].any() and pairs["clean_reply"].notna().all()
+
+
+BAD_OPTIONS = {
+    "no such positions": (("--positions", "lst"), "unknown positions 'lst'"),
+    "no such component": (("--component", "heads"), "patching.components"),
+    "no such direction": (("--direction", "up"), "patching.directions"),
+    "no such requirement": (("--require", "hope"), "patching.require"),
+    "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
+    "no such layers": (("--layers", "x"), "no list of numbers"),
+    "layers backwards": (("--layers", "5-3"), "no list of numbers"),
+    "no such pairs": (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
+    "no such category": (("--category", "violense"), "did you mean 'violence'"),
+    "no such wrappers": (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),
+    "wrappers without wrapped pairs": (("--wrappers", "none.csv"), "goes with --pairs wrapped"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> None:
+    options, expected = BAD_OPTIONS[case]
+    _one_line(sfc(*TINY, *options, root=tmp_path), expected)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
+    random = np.random.default_rng(0)
+    patches = [Patch("mlp", 0, 0), Patch("head", 0, 0, 0), Patch("mlp", 0, 1)]
+    patched = random.normal(size=(3, len(gaps)))
+    runs = PatchRuns("denoise", positions, patches, [0, 1, 2], np.zeros(3), gaps, patched, patched)
+    effects = effect_table([runs], 200, 1000, 0.5, 0)
+    result = {
+        "preset": "<script>", "pairs": "</script><b>", "require": "behaviour", "n_tried": 4, "n_pairs": 3,
+        "lost": {"<i>no</i>": 1}, "clean_score": 1.0, "corrupted_score": -1.0, "n_critical": 1, "n_components": 2,
+        "critical": [], "agreement": agreement(effects).to_dict("records"),
+    }  # fmt: skip
+    write_patching_page(tmp_path / "page.html", effects, result)
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_no_markup_of_the_data(tmp_path: Path) -> None:
+    page = _page(tmp_path, np.ones(3), "<u>last")
+    for markup in ("<b>&", "</script><b>", "<i>no", "<u>last"):
+        assert markup not in page
+
+
+def test_the_page_of_effects_that_cannot_be_measured(tmp_path: Path) -> None:
+    page = _page(tmp_path, np.full(3, 0.01), "last")
+    assert "not measurable" in page
+    for part in page.split('<script type="application/json"')[1:]:
+        assert json.loads(part[part.index(">") + 1 : part.index("</script>")])

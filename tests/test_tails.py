@@ -1,0 +1,74 @@
+"""Tails: runs of the last tokens alone agree with runs of the whole prompts, on every architecture."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_loading import ARCHITECTURES, _make
+
+from sfc.config import ModelConfig
+from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, make_batches
+from sfc.models.interventions import recorder
+from sfc.models.loading import Model, load_model
+from sfc.models.running import every_prefix, last_logits, prefix_after
+from sfc.models.tails import make_tails
+from sfc.prompts.render import TokenizedPrompt
+
+
+def _whole(model: Model, prompts: list[TokenizedPrompt]) -> Batch:
+    """All prompts in one right-padded batch, in the order of the list."""
+    batch = make_batches(prompts, SlotLayout.of(prompts), 10_000, model.device)[0]
+    return batch.select(torch.argsort(batch.prompts))
+
+
+@pytest.mark.parametrize("n_tail", [1, 4, 9, 60])
+def test_the_logits_of_tails_are_those_of_the_prompts(
+    model: Model, prompts: list[TokenizedPrompt], n_tail: int
+) -> None:
+    tails, whole = make_tails(model, prompts, n_tail), _whole(model, prompts)
+    expected = last_logits(model, whole)
+    assert tails.ids.shape[1] == n_tail
+    torch.testing.assert_close(last_logits(model, tails), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last_logits(model, tails), expected, atol=1e-5, rtol=1e-5)  # a run leaves no trace
+    for layer, prefix in every_prefix(model, tails).items():
+        assert torch.equal(prefix.residual, prefix_after(model, tails, layer).residual)
+        torch.testing.assert_close(last_logits(model, tails, prefix=prefix), expected, atol=1e-5, rtol=1e-5)
+        rows = torch.tensor([3, 0, 3])
+        selected = last_logits(model, tails.select(rows), prefix=prefix.select(rows))
+        torch.testing.assert_close(selected, expected[rows], atol=1e-5, rtol=1e-5)
+        repeated = last_logits(model, tails.repeat(2), prefix=prefix.repeat(2))
+        torch.testing.assert_close(repeated, expected.repeat(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_slots_and_touchable_tokens_of_tails(model: Model, prompts: list[TokenizedPrompt]) -> None:
+    layout = SlotLayout.of(prompts)
+    tails = make_tails(model, prompts, 9)
+    for row, prompt in enumerate(prompts):
+        n = min(9, len(prompt.ids))
+        assert tails.ids[row, 9 - n :].tolist() == prompt.ids[-n:].tolist()
+        assert tails.slots[row].tolist() == [PAD_SLOT] * (9 - n) + layout.slots(prompt)[-n:].tolist()
+        sink = [False] if len(prompt.ids) <= 9 else []
+        assert tails.touchable[row].tolist() == [False] * (9 - n) + sink + [True] * (n - len(sink))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tails_run_exactly_on_every_architecture(architecture: str, tmp_path: Path) -> None:
+    _make(architecture, tmp_path)
+    model = load_model(ModelConfig(source=str(tmp_path), template="plain", refusal_tokens=["I"]))  # pyright: ignore
+    prompts = model.tokenize(["Hello there", "What?", "x"])
+    whole = _whole(model, prompts)
+    for n_tail in (4, max(len(prompt.ids) for prompt in prompts) - 1):
+        tails = make_tails(model, prompts, n_tail)
+        sites = {f"blocks.{layer}.{site}": None for layer in range(3) for site in ("hook_resid_post", "attn.hook_z")}
+        of_tails: dict[str, torch.Tensor] = {}
+        of_whole: dict[str, torch.Tensor] = {}
+        logits = last_logits(model, tails, {site: recorder(of_tails, site) for site in sites})
+        expected = last_logits(model, whole, {site: recorder(of_whole, site) for site in sites})
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+        for prefix in every_prefix(model, tails).values():
+            torch.testing.assert_close(last_logits(model, tails, prefix=prefix), expected, atol=1e-5, rtol=1e-4)
+        for site in sites:
+            for row, prompt in enumerate(prompts):
+                n = min(n_tail, len(prompt.ids))
+                last = of_whole[site][row, len(prompt.ids) - n : len(prompt.ids)]
+                torch.testing.assert_close(of_tails[site][row, n_tail - n :], last, atol=1e-5, rtol=1e-4)
