@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import random_model
 from safetensors.torch import load_file, save_file
-from test_loading import _make
 
 from sfc.config import ModelConfig
 from sfc.models.batches import Batch, SlotLayout, make_batches
@@ -94,7 +94,7 @@ def test_patching_is_the_loop_that_runs_the_whole_model_for_every_head(model: Mo
 
 @pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX", "Qwen2"])
 def test_other_architectures_agree_with_the_loop(architecture: str, tmp_path: Path) -> None:
-    network = _make(architecture, tmp_path)
+    network = random_model(architecture, tmp_path)
     torch.manual_seed(1)
     for parameter in network.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)  # as they come, the scores hardly differ

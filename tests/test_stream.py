@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_store import SITE, make_shard
 
 from sfc.activations.collect import collect
 from sfc.activations.plan import plan_batches
@@ -21,7 +22,6 @@ from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.models.loading import Model
 from sfc.prompts.render import TokenizedPrompt
-from tests.test_store import SITE, make_shard
 
 M_MMAP_THRESHOLD = -3
 

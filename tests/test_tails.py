@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loading import ARCHITECTURES, _make
+from architectures import ARCHITECTURES, random_model
 
 from sfc.config import ModelConfig
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, make_batches
@@ -53,7 +53,7 @@ def test_slots_and_touchable_tokens_of_tails(model: Model, prompts: list[Tokeniz
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tails_run_exactly_on_every_architecture(architecture: str, tmp_path: Path) -> None:
-    _make(architecture, tmp_path)
+    random_model(architecture, tmp_path)
     model = load_model(ModelConfig(source=str(tmp_path), template="plain", refusal_tokens=["I"]))  # pyright: ignore
     prompts = model.tokenize(["Hello there", "What?", "x"])
     whole = _whole(model, prompts)
