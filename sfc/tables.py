@@ -44,11 +44,12 @@ def show_collection(takes: dict[str, Any]) -> None:
 
 
 def show_quality(quality: "pd.DataFrame") -> None:
-    """The quality of a run's SAEs."""
-    columns = ("site", "fvu", "l0", "dead_share", "loss_recovered", "score_recovered")
-    titles = [column.replace("_", " ") for column in columns]
-    of_all = quality[quality["role"] == "all"]
-    show_table("SAEs on held-out prompts", titles, of_all[list(columns)].itertuples(index=False))
+    """The quality of a run's SAEs over all rows, in 80 columns; `quality.csv` has it by role, and more."""
+    columns = {"site": "site", "fvu": "fvu", "cosine": "cosine", "l0": "L0", "dead_share": "dead"}
+    columns |= {"loss_recovered": "loss", "score_recovered": "score"}
+    of_all = quality.loc[quality["role"] == "all", list(columns)]
+    title = "SAEs on held-out rows (loss, score: share recovered of mean-ablation)"
+    show_table(title, list(columns.values()), of_all.itertuples(index=False))
 
 
 def show_behaviour(result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from sfc.models.loading import Model
 from sfc.models.score import RefusalScore
 from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.splice import SplicingQuality, run_clean, splicing_quality
+from sfc.saes.splice import MIN_DAMAGE, SplicingQuality, run_clean, splicing_quality
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 
@@ -65,7 +65,7 @@ def test_splicing_is_a_loop_over_prompts_with_a_hook_written_out_by_hand(
     assert quality[10:13] == pytest.approx(changes, abs=1e-4)
     for found, ablated in ((quality.loss_recovered, losses[1]), (quality.loss_recovered_zero, losses[2])):
         expected = (ablated - losses[0]) / (ablated - loss)
-        assert found == pytest.approx(expected, abs=0.01) if ablated > loss else math.isnan(found)
+        assert found == pytest.approx(expected, abs=0.01) if ablated - loss > MIN_DAMAGE else math.isnan(found)
     assert quality.score_recovered == pytest.approx(1 - changes[0] / changes[1], abs=0.01)
     assert quality.score_recovered_zero == pytest.approx(1 - changes[0] / changes[2], abs=0.01)
 

@@ -20,8 +20,8 @@ from sfc.models.running import Prefix, layer_before, losses_and_last_logits, pre
 from sfc.models.score import RefusalScore
 from sfc.saes.dictionary import Dictionary
 
-MIN_DAMAGE = 1e-4
-"""nats; where an ablation does less harm than this there is nothing to recover, and the recovered share is NaN"""
+MIN_DAMAGE = 0.01
+"""nats; where an ablation does less harm than this there is next to nothing to recover, and the share is NaN"""
 
 
 class SplicingQuality(NamedTuple):

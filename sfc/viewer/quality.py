@@ -64,7 +64,7 @@ def _guide(dense_rate: float) -> tuple[str, ...]:
         "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
         "recovered = 1 − mean |s spliced − s| / mean |s ablated − s|, over prompts; |change| is mean |s spliced − s|. "
         "1 is perfect, 0 no better than the ablation, which sets the activation to its mean or to zero. Where that "
-        "does no harm there is nothing to recover: not measurable, a gap in the line.",
+        "does hardly any harm there is nothing to recover: not measurable, a gap in the line.",
     )
 
 
