@@ -1,6 +1,5 @@
 """Dictionaries that are used in place of trained ones: where `saes.source` says they are. No torch here."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from sfc.artifacts import hash_of_file
 from sfc.config import SaeConfig
 from sfc.errors import UserError
 from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE, read_config
+from sfc.sites import layer_of
 
 
 def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
@@ -45,8 +45,7 @@ def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
 
 def for_layer(source: str, site: str) -> str:
     """`source` with the layer of the site in place of `{layer}`."""
-    layer = re.search(r"\d+", site)
-    return source.replace("{layer}", layer[0]) if layer else source
+    return source.replace("{layer}", str(layer_of(site)))
 
 
 def check_site(folder: Path, site: str) -> None:
