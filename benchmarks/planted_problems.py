@@ -23,7 +23,7 @@ from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.saelens_format import load_dictionary, save_dictionary
 
-PROMPTS = 12
+PROMPTS = 6
 """per label and split; a multiple of the number of combinations in which a circuit's sources fire"""
 MARGIN = 10.0
 """a planted node's exact effect is at least so many times any distractor's"""
