@@ -32,7 +32,8 @@ BEFORE, AFTER = "ask", "answer"
 FILLERS = tuple(f"filler{i}" for i in range(6))
 ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
 # Edges are not pruned: pruning would hide what a formula says of the rest.
-DISCOVERY = DiscoveryConfig.model_validate({"edge_threshold": 0, "edges_per_node": 1000, "mask_steps": 40})
+UNPRUNED = {"edge_share": 0, "edge_threshold": 0, "edges_per_node": 1000}
+DISCOVERY = DiscoveryConfig.model_validate(UNPRUNED | {"mask_steps": 40})
 
 Words = Mapping[str, Mapping[str, float]]
 """the features that each word writes, and their values"""
