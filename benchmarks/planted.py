@@ -31,7 +31,7 @@ BY_CORRELATION = ("correlation", "magnitude")
 """methods whose circuits have correlation edges; the others' edges are those of attribution"""
 
 _BOUND = "past the bound the gradient is 0, and with it the effect of all that lies before"
-_BACKUP = "a backup does nothing, to any order, while what it backs up is there"
+_BACKUP = "a backup does nothing while what it backs up is there"
 _OFF = "into a feature that is off a dictionary has no gradient: what would switch it on counts as an edge to the error"
 WHY = {
     ("or", "node", "attribution"): _BOUND,
