@@ -9,35 +9,29 @@ Nodes are judged among all nodes, edges among all pairs of nodes at neighbouring
 of as many nodes or edges as are planted; a method that names fewer can have them differ.
 """
 
-import argparse
-import json
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from planted_circuits import HARD, KINDS, UNSATURATED
 from planted_problems import Planted, exact_margin, plant
 
-from sfc.circuits.edges import correlation_edges
+from sfc.circuits.edges import EDGES
 from sfc.circuits.effects import METHODS
-from sfc.circuits.problem import Problem
 from sfc.models.score import auroc
 from sfc.progress import say
 
 SEEDS, QUICK_SEEDS = 20, 3
-EDGES: dict[str, Callable[[Problem, Sequence[int]], Sequence[tuple[int, int, float]]]] = {
-    "correlation": correlation_edges
-}
 BY_CORRELATION = ("correlation", "magnitude")
 """methods whose circuits have correlation edges; the others' edges are those of attribution"""
 
 _BOUND = "past the bound the gradient is 0, and with it the effect of all that lies before"
-_BACKUP = "a backup does nothing, to any order, while what it backs up is there"
+_BACKUP = "a backup does nothing while what it backs up is there"
 _OFF = "into a feature that is off a dictionary has no gradient: what would switch it on counts as an edge to the error"
 WHY = {
     ("or", "node", "attribution"): _BOUND,
@@ -53,7 +47,6 @@ WHY = {
     ("absent inhibitor", "edge", "attribution"): _OFF,
 }
 """why a method or formula misses what is planted in a hard kind"""
-_LABEL = "distractors go along with the label just as well"
 
 Strengths = Float[np.ndarray, " candidates"]
 Rows = list[dict[str, Any]]
@@ -79,8 +72,8 @@ def edge_rows(planted: Planted) -> Rows:
     rows: Rows = []
     for formula, edges_by in EDGES.items():
         strengths = np.zeros(is_planted.shape)
-        for source, target, weight, *_ in edges_by(planted.problem, range(len(site_of))):
-            strengths[source, target] = abs(weight)
+        for edge in edges_by(planted.problem, range(len(site_of))):
+            strengths[edge.source, edge.target] = abs(edge.weight)
         rows.append({"method": formula, **_found(strengths[neighbours], is_planted[neighbours])})
     return rows
 
@@ -112,12 +105,9 @@ def measure(kinds: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summary(measured: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    """For each method, minima and means of its nodes' figures and of those of the edges that go with it.
-
-    Edges by a formula that has not been measured are None.
-    """
-    figures: dict[str, dict[str, float | None]] = {}
+def summary(measured: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """For each method, minima and means of its nodes' figures and of those of the edges that go with it."""
+    figures: dict[str, dict[str, float]] = {}
     for method in _methods(measured, "node"):
         formula = "correlation" if method in BY_CORRELATION else "attribution"
         figures[method] = {}
@@ -125,13 +115,12 @@ def summary(measured: pd.DataFrame) -> dict[str, dict[str, float | None]]:
             rows = measured[(measured["what"] == what) & (measured["method"] == name)]
             for column in ("auroc", "precision", "recall"):
                 for statistic in ("min", "mean"):
-                    value = round(float(rows[column].agg(statistic)), 4) if len(rows) else None
-                    figures[method][f"{what}_{column}_{statistic}"] = value
+                    figures[method][f"{what}_{column}_{statistic}"] = round(float(rows[column].agg(statistic)), 4)
     return figures
 
 
 def report(measured: pd.DataFrame) -> str:
-    """Tables in Markdown, and a line for each failure on a hard kind."""
+    """Tables in Markdown, and why what is not found on the hard kinds is not."""
     parts = []
     for what, title in {"node": "Nodes", "edge": "Edges"}.items():
         methods, rows = _methods(measured, what), measured[measured["what"] == what]
@@ -140,19 +129,17 @@ def report(measured: pd.DataFrame) -> str:
             ("precision / recall, means", lambda g: f"{g['precision'].mean():.2f} / {g['recall'].mean():.2f}"),
             ("AUROC, mean (lowest)", lambda g: f"{g['auroc'].mean():.2f} ({g['auroc'].min():.2f})"),
         ):
-            lines = [f"{title}: {caption}", "", _line(["", *methods]), _line(["---", *["---:"] * len(methods)])]
-            lines += [_line([kind, *(cell(by_kind[kind, m]) for m in methods)]) for kind in rows["kind"].unique()]
-            parts.append("\n".join(lines))
+            cells = [[kind, *(cell(by_kind[kind, method]) for method in methods)] for kind in rows["kind"].unique()]
+            parts.append(f"{title}: {caption}\n\n{harness.markdown_table(['', *methods], cells)}")
     return "\n\n".join([*parts, "\n".join(_failures(measured))])
 
 
 def _failures(measured: pd.DataFrame) -> list[str]:
-    lines = []
+    lines = [f"all kinds, by {' and '.join(BY_CORRELATION)}: distractors go along with the label just as well"]
     for key, rows in measured.groupby(["kind", "what", "method"], sort=False):
         kind, what, method = (str(part) for part in key)
-        if kind in HARD and rows["auroc"].min() < 1:
-            why = _LABEL if method in BY_CORRELATION else WHY.get((kind, what, method), "unexplained")
-            lines.append(f"{kind}, {what}s by {method}: {why}")
+        if kind in HARD and method not in BY_CORRELATION and rows["auroc"].min() < 1:
+            lines.append(f"{kind}, {what}s by {method}: {WHY.get((kind, what, method), 'unexplained')}")
     return lines
 
 
@@ -160,24 +147,15 @@ def _methods(measured: pd.DataFrame, what: str) -> list[str]:
     return measured.loc[measured["what"] == what, "method"].unique().tolist()
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables and, with --json, the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object, and nothing else, on stdout")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds and not {SEEDS}")
-    options = parser.parse_args(arguments)
+    options = harness.parser(__doc__).parse_args(arguments)
     seeds = range(QUICK_SEEDS if options.quick else SEEDS)
     measured = measure(list(KINDS), seeds)
     figures: dict[str, Any] = summary(measured[measured["kind"].isin(UNSATURATED)])
     figures["hard"] = {kind: summary(measured[measured["kind"] == kind]) for kind in HARD}
     figures |= {"seeds": len(seeds), "exact_margin_min": round(float(measured["margin"].min()), 1)}
-    print(report(measured), file=sys.stderr if options.json else sys.stdout)
-    if options.json:
-        print(json.dumps(figures, allow_nan=False))
+    harness.emit(report(measured), figures, options.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.saelens_format import load_dictionary, save_dictionary
 
-PROMPTS = 12
+PROMPTS = 6
 """per label and split; a multiple of the number of combinations in which a circuit's sources fire"""
 MARGIN = 10.0
 """a planted node's exact effect is at least so many times any distractor's"""
@@ -32,7 +32,8 @@ BEFORE, AFTER = "ask", "answer"
 FILLERS = tuple(f"filler{i}" for i in range(6))
 ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
 # Edges are not pruned: pruning would hide what a formula says of the rest.
-DISCOVERY = DiscoveryConfig.model_validate({"edge_threshold": 0, "edges_per_node": 1000, "mask_steps": 40})
+UNPRUNED = {"edge_share": 0, "edge_threshold": 0, "edges_per_node": 1000}
+DISCOVERY = DiscoveryConfig.model_validate(UNPRUNED | {"mask_steps": 40})
 
 Words = Mapping[str, Mapping[str, float]]
 """the features that each word writes, and their values"""

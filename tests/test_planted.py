@@ -61,12 +61,15 @@ def test_the_model_computes_its_circuits_and_the_dictionaries_see_them(problem: 
 
 
 def test_what_is_planted_acts_and_nothing_else_does(problem: Planted) -> None:
-    assert exact_margin(problem) > MARGIN
-    distractor = min(set(problem.numbers.values()) - problem.nodes)
-    with pytest.raises(RuntimeError, match="not planted"):
-        exact_margin(replace(problem, nodes=problem.nodes | {distractor}))
-    with pytest.raises(RuntimeError, match="not planted"):
-        exact_margin(replace(problem, nodes=problem.nodes - {problem.numbers[Node(3, OUTPUT)]}))
+    assert exact_margin(problem) > 100
+
+
+def test_a_circuit_that_ablation_contradicts_is_not_planted(tmp_path: Path) -> None:
+    chain = plant("chain", 2, tmp_path)
+    distractor = min(set(chain.numbers.values()) - chain.nodes)
+    for nodes in (chain.nodes | {distractor}, chain.nodes - {min(chain.nodes)}):
+        with pytest.raises(RuntimeError, match="not planted"):
+            exact_margin(replace(chain, nodes=nodes))
 
 
 def test_planted_graphs_by_hand() -> None:
