@@ -17,11 +17,13 @@ from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.correlation import benjamini_hochberg, correlations, pearson
 from sfc.circuits.edges import correlation_edges
 from sfc.circuits.effects import METHODS
+from sfc.circuits.gradients import score_gradients
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
+from sfc.models.score import score_batch
 from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import TopKDictionary
 
@@ -32,7 +34,7 @@ def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor
 
     def keep(site: str):
         def act(activation: Tensor) -> Tensor:
-            x = activation if activation.requires_grad else activation.detach().requires_grad_()
+            x = activation.clone() if activation.requires_grad else activation.detach().requires_grad_()
             x.retain_grad()
             kept[site] = x
             return x
@@ -92,6 +94,16 @@ def test_the_law_holds_at_sites_before_which_no_block_has_run(elsewhere: Problem
     everything = np.ones((1, elsewhere.ablation.nodes.n_nodes), dtype=bool)
     kept = ablated_scores(elsewhere.model, elsewhere.score, elsewhere.ablation, elsewhere.runs, everything)[0]
     np.testing.assert_allclose(kept, full_scores(elsewhere.model, elsewhere.score, elsewhere.runs), atol=1e-4)
+
+
+def test_gradients_are_of_what_an_intervention_at_the_site_changes(elsewhere: Problem) -> None:
+    """Finite differences. What the MLP reads is no part of the stream around it, which must not count."""
+    batch, prefix = next(iter(elsewhere.runs))
+    for site, (x, g) in score_gradients(elsewhere, batch, prefix).items():
+        step = 1e-3 * x.norm() * g / g.norm()
+        moved = [{site: lambda _, x=x + d: x} for d in (step, -step)]
+        above, below = (score_batch(elsewhere.model, elsewhere.score, batch, act, prefix).sum() for act in moved)
+        assert float(above - below) / 2 == pytest.approx(float((g * step).sum()), rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["keep-current", "ablate"])

@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.ablation.ablate import Ablation
+from sfc.circuits.gradients import score_gradients
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention
 from sfc.models.running import Prefix
-from sfc.models.score import score_batch
 from sfc.saes.kernels import row_dots
 
 
@@ -31,11 +30,8 @@ class BatchEffects(NamedTuple):
 
 def attributed_effects(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
     """The attribution of every node on every prompt of one batch, from one backward pass in the plain model."""
-    seen: dict[str, Tensor] = {}
-    interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
-    with torch.enable_grad():
-        score_batch(problem.model, problem.score, batch, interventions, prefix).sum().backward()
-    return join_sites([_of_leaf(problem.ablation, site, x, batch) for site, x in seen.items()])
+    gradients = score_gradients(problem, batch, prefix)
+    return join_sites([first_order_effects(problem.ablation, site, x, g, batch) for site, (x, g) in gradients.items()])
 
 
 @torch.no_grad()
@@ -72,20 +68,3 @@ def first_order_effects(
 def join_sites(per_site: Sequence[BatchEffects]) -> BatchEffects:
     """The effects of all nodes from those of each site, in the order of the sites."""
     return BatchEffects(*(torch.cat(parts, dim=1) for parts in zip(*per_site, strict=True)))
-
-
-def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
-    """Record the activation, with its gradient; the first one starts the graph."""
-
-    def record(activation: Tensor) -> Tensor:
-        x = activation if activation.requires_grad else activation.detach().requires_grad_()
-        x.retain_grad()
-        seen[site] = x
-        return x
-
-    return record
-
-
-def _of_leaf(ablation: Ablation, site: str, x: Tensor, batch: Batch) -> BatchEffects:
-    assert x.grad is not None
-    return first_order_effects(ablation, site, x.detach(), x.grad, batch)

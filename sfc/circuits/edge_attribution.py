@@ -26,11 +26,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.circuits.gradients import SiteGradient, score_gradients
-from sfc.circuits.problem import Problem, layer_before
+from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, prefix_after, run_to
+from sfc.models.running import Prefix, layer_before, prefix_after, run_to
 from sfc.saes.kernels import row_dots
 
 
@@ -58,7 +58,6 @@ def edge_effects(
             one. It bounds the memory beyond that of one run of the batch.
     """
     gradients = score_gradients(problem, batch, prefix)
-    at_once = max(1, packed_tokens // batch.ids.numel())
     n_prompts, device = len(batch.lengths), batch.ids.device
     effects = [torch.zeros(n_prompts, len(pair.sources), len(pair.targets), device=device) for pair in pairs]
     for pair, effect in zip(pairs, effects, strict=True):
@@ -67,7 +66,8 @@ def edge_effects(
         if sources.moving and targets.moving:
             prefix = prefix_after(problem.model, batch, layer_before(pair.upstream), prefix)
             x, x_next = _run_between(problem.model, batch, prefix, pair, gradients[pair.upstream].x)
-            effect[:] = _weights(x, x_next, sources, targets, at_once)[:, : len(pair.sources), : len(pair.targets)]
+            weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
+            effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
     return effects
 
 
@@ -118,11 +118,11 @@ def _weights(
 
 
 def _run_between(
-    model: Model, batch: Batch, prefix: Prefix, pair: Pair, x: Float[Tensor, "tokens d_in"]
+    model: Model, batch: Batch, prefix: Prefix, pair: Pair, clean: Float[Tensor, "batch pos d_in"]
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"]]:
     """The activations at both sites, at the touchable tokens, the second computed from the first with its graph."""
-    x = x.to(model.dtype).requires_grad_()
     where = batch.touchable.nonzero(as_tuple=True)
+    x = clean[where].requires_grad_()
     seen: dict[str, Tensor] = {}
     interventions = {
         pair.upstream: lambda activation: activation.index_put(where, x),
@@ -138,10 +138,11 @@ def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient)
     dictionary, reference = problem.ablation.dictionaries[pair.upstream], problem.ablation.reference
     features, column = _columns(pair.sources, dictionary.d_sae)
     prompt, slots = _prompt_of_token(batch), batch.slots[batch.touchable]
-    values, indices = dictionary.encode_sparse(at.x)
+    x = at.x[batch.touchable].float()
+    values, indices = dictionary.encode_sparse(x)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
     moved = f - reference.features[pair.upstream][:, features][slots]
-    error = at.x - dictionary.decode_sparse(values, indices) - reference.errors[pair.upstream][slots]
+    error = x - dictionary.decode_sparse(values, indices) - reference.errors[pair.upstream][slots]
     directions = dictionary.W_dec[features]
 
     def spread(weights: Tensor) -> Tensor:
@@ -156,12 +157,12 @@ def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> 
     dictionary = problem.ablation.dictionaries[pair.downstream]
     features, column = _columns(pair.targets, dictionary.d_sae)
     prompt = _prompt_of_token(batch)
-    x = at.x.detach().requires_grad_()
+    x, g = at.x[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
     with torch.enable_grad():
         values, indices = dictionary.encode_sparse(x)
     is_active = values > 0
     # ds/df of each active feature, while the others and the error stay.
-    slopes = row_dots(at.g, indices, dictionary.W_dec) * is_active
+    slopes = row_dots(g, indices, dictionary.W_dec) * is_active
 
     def spread(weights: Tensor) -> Tensor:
         # The error's covector is g' less that of every feature, so that one backward pass of the encoder does for all.
@@ -170,7 +171,7 @@ def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> 
         (through_features,) = torch.autograd.grad(
             values, x, slopes * (of_entry - of_error), retain_graph=True, create_graph=torch.is_grad_enabled()
         )
-        return through_features + at.g * of_error
+        return through_features + g * of_error
 
     fires = torch.zeros(len(features) + 1, dtype=torch.bool, device=x.device)
     fires[column[indices[is_active]]] = True

@@ -14,11 +14,11 @@ from sfc.models.score import score_batch
 
 
 class SiteGradient(NamedTuple):
-    """What attribution needs of one site, in float32, at the tokens that `batch.touchable` marks, row by row."""
+    """What attribution needs of one site."""
 
-    x: Float[Tensor, "tokens d_in"]
+    x: Float[Tensor, "batch pos d_in"]
     """the activation"""
-    g: Float[Tensor, "tokens d_in"]
+    g: Float[Tensor, "batch pos d_in"]
     """ds/dx, s the score of the token's own prompt"""
 
 
@@ -29,11 +29,7 @@ def score_gradients(problem: Problem, batch: Batch, prefix: Prefix) -> dict[str,
     with torch.enable_grad():
         total = score_batch(problem.model, problem.score, batch, interventions, prefix).sum()
     gradients = torch.autograd.grad(total, list(seen.values()))
-    touchable = batch.touchable
-    return {
-        site: SiteGradient(x.detach()[touchable].float(), g[touchable].float())
-        for (site, x), g in zip(seen.items(), gradients, strict=True)
-    }
+    return {site: SiteGradient(x.detach(), g) for (site, x), g in zip(seen.items(), gradients, strict=True)}
 
 
 def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
