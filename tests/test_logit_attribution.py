@@ -258,7 +258,8 @@ def test_the_command_ends_with_files_and_figures_that_agree(tmp_path: Path) -> N
     for role in ("guardrail", "compliance"):
         assert sorted(components.loc[components["role"] == role, "component"]) == sorted(result[role])
     assert len(pd.read_csv(tmp_path / result["files"]["groups"])) == 10 * 2 * len(components)
-    assert "Plotly.newPlot" in (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
+    page = (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page and all(head["component"] in page for head in result["heads"])
     script = [sys.executable, str(REPOSITORY / "scripts" / "run_patching.py"), *arguments]
     again = subprocess.run([*script, "--root", str(tmp_path)], capture_output=True, text=True)
     assert "up to date" in again.stderr

@@ -21,7 +21,9 @@ PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min
 
 def _parts(model: Model, template: str, text: str) -> list[str]:
     (prompt,) = tokenize_prompts(model.tokenizer, [text], template)
-    return [model.tokenizer.decode(prompt.ids[prompt.roles == role]) for role in Role]
+    return [
+        model.tokenizer.decode(prompt.ids[prompt.roles == role]) for role in (Role.PREFIX, Role.CONTENT, Role.SUFFIX)
+    ]
 
 
 def test_the_chat_template_is_prefix_and_suffix(model: Model) -> None:
@@ -82,7 +84,9 @@ def test_the_embedded_models_template_is_found_by_offsets(text: str) -> None:
         before, after = template_around(tokenizer, name, None)
         whole = tokenizer.decode(prompt.ids)
         assert whole == before + text + after
-        parts = [tokenizer.decode(prompt.ids[prompt.roles == role]) for role in Role]
+        parts = [
+            tokenizer.decode(prompt.ids[prompt.roles == role]) for role in (Role.PREFIX, Role.CONTENT, Role.SUFFIX)
+        ]
         assert "".join(parts) == whole and text in parts[1]
         if name == template:
             assert parts == [before, text, after]

@@ -8,13 +8,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from sfc.artifacts import Artifact, write_csv, write_text
+from sfc.artifacts import Artifact, write_csv
 from sfc.errors import UserError
 from sfc.evaluation.intervals import bootstrap_means
 from sfc.evaluation.repeated_measures import friedman, pairwise_wilcoxon
 from sfc.models.loading import choose_device, load_model
 from sfc.models.score import auroc
-from sfc.offline import PLOTLY_CONFIG
 from sfc.patching.format_scores import standardised, version_scores
 from sfc.patching.formats import Formats
 from sfc.pipeline import ALL, Run
@@ -23,7 +22,7 @@ from sfc.prompts.anyfile import UNLABELLED, load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
 from sfc.stages.corpus import short_enough
-from sfc.viewer.formats import formats_figure
+from sfc.viewer.formats import write_formats_page
 
 FILES = {"page": "formats.html", "scores": "scores.csv", "formats": "formats.csv", "pairs": "pairs.csv"}
 
@@ -59,8 +58,6 @@ def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path |
             write_csv(
                 folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
             )
-        page = formats_figure(long, test, pairs, experiment.name)
-        write_text(folder / FILES["page"], page.to_html(config=PLOTLY_CONFIG, include_plotlyjs=True))
         result = {
             "preset": experiment.name,
             "prompts": prompts.name if prompts else artifact.inputs["category"],
@@ -70,6 +67,7 @@ def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path |
             "friedman": test._asdict(),
             "pairs": _records(pairs),
         }
+        write_formats_page(folder / FILES["page"], long, result)
         artifact.finish(result=result, files=FILES, seconds=round(time.perf_counter() - began, 2))
 
 
@@ -129,5 +127,5 @@ def _summary(
     return pd.DataFrame(rows)
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
     return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sfc.artifacts import Artifact, write_csv, write_text
+from sfc.artifacts import Artifact, write_csv
+from sfc.errors import UserError
 from sfc.evaluation.intervals import bootstrap_means
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.models.score import auroc
-from sfc.offline import PLOTLY_CONFIG
 from sfc.patching.head_roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest_heads
 from sfc.patching.logit_attribution import LogitAttribution, attribute_logits, by_layer
 from sfc.patching.logit_difference import refusal_logit_difference
@@ -19,7 +19,7 @@ from sfc.pipeline import ALL, Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
 from sfc.stages.corpus import short_enough
-from sfc.viewer.logits import logits_figure
+from sfc.viewer.logits import write_logits_page
 
 FILES = {"page": "logits.html", "components": "components.csv", "groups": "groups.csv", "prompts": "prompts.csv"}
 _LISTED_HEADS = 10
@@ -35,15 +35,15 @@ def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild:
     experiment = run.experiment
     wanted = None if category == ALL else category
     balanced, _ = balance(run.prompts.frame, wanted, experiment.prompts.hard_share, experiment.seed)
-    everyone, _ = balance(run.prompts.frame, None, experiment.prompts.hard_share, experiment.seed)
     with artifact.being_made(rebuild) as folder:
         model = load_model(experiment.model, choose_device(run.device))
-        _, harmless = _batches(run, model, everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]])
-        difference = refusal_logit_difference(model, harmless)
+        difference = refusal_logit_difference(model, _harmless(run, model))
         prompts, batches = _batches(run, model, balanced[balanced["split"] == "test"])
+        toxic = prompts["refusal_label"].to_numpy(dtype=bool)
+        if toxic.all() or not toxic.any():
+            raise UserError(f"all {'safe' if toxic.all() else 'toxic'} test prompts are longer than prompts.max_tokens")
         with progress_bar("attributing", len(prompts), "prompts") as progress:
             attribution = attribute_logits(model, difference, batches, progress)
-        toxic = prompts["refusal_label"].to_numpy(dtype=bool)
         prompts = prompts.assign(
             label=np.where(toxic, "toxic", "safe"),
             logit_difference=attribution.logit_difference,
@@ -59,23 +59,27 @@ def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild:
             write_csv(
                 folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
             )
-        tokens = difference.tokens(model)
         result = {
             "preset": experiment.name,
             "category": category,
-            "tokens": tokens,
+            "tokens": difference.tokens(model),
             **_figures(attribution, toxic, experiment.seed),
             **_heads(components),
         }
-        page = logits_figure(
-            components,
-            component_table(by_layer(attribution), toxic, experiment.seed),
-            f"Direct logit attribution · {category} · {experiment.name}",
-            f"mean logit of {_listed(tokens['refusal'])} minus mean logit of {_listed(tokens['against'])}, "
-            f"{toxic.sum()} toxic and {(~toxic).sum()} safe test prompts; G guardrail, C compliance heads",
-        )
-        write_text(folder / FILES["page"], page.to_html(config=PLOTLY_CONFIG, include_plotlyjs=True))
+        layers = component_table(by_layer(attribution), toxic, experiment.seed)
+        write_logits_page(folder / FILES["page"], components, layers, result)
         artifact.finish(result=result, files=FILES, seconds=round(time.perf_counter() - began, 2))
+
+
+def _harmless(run: Run, model: Model) -> list[Batch]:
+    """Safe prompts of the reference split, of all categories; none where the configuration names what it needs."""
+    if model.config.against_tokens:
+        return []
+    everyone, _ = balance(run.prompts.frame, None, run.experiment.prompts.hard_share, run.experiment.seed)
+    frame = everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]]
+    if frame.empty:
+        raise UserError("the reference split is empty: raise prompts.reference, or name model.against_tokens")
+    return _batches(run, model, frame)[1]
 
 
 def _batches(run: Run, model: Model, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
@@ -113,7 +117,3 @@ def _heads(components: pd.DataFrame) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else round(float(value), 4)
-
-
-def _listed(tokens: list[str]) -> str:
-    return ", ".join(f"“{token}”" for token in tokens)

@@ -1,83 +1,110 @@
-"""The page of a comparison of prompt formats: violins of the scores, standardised and as they are."""
+"""The page of a comparison of prompt formats: violins of the scores, standardised and as they are, and the tests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from sfc.evaluation.repeated_measures import Friedman
+from sfc.viewer.document import figure_html, guide_html, header_html, write_document
 from sfc.viewer.style import INK, axis, styled_figure
-from sfc.viewer.text import hover_text, number_text
+from sfc.viewer.table import figures_table
+from sfc.viewer.text import hover_text, number_text, printable
 
-_COLOURS = {"toxic": "#d55e00", "safe": "#0072b2"}
-_NAMES = {"toxic": "harmful", "safe": "harmless"}
-_HEIGHT = 1000
+_SIDES = {"toxic": ("harmful", "#d55e00"), "safe": ("harmless", "#0072b2")}
+_GUIDE = (
+    "<b>Scores.</b> The logit of the answer that refuses minus that of the answer that complies, where the model gives "
+    "its answer. Of a format with two versions the mean is taken, so that a liking for a letter cancels out.",
+    "<b>Why standardised.</b> Raw differences say as much about two answer tokens as about the instruction, so they "
+    "are not comparable between formats. z is the score minus the format's mean over all instructions asked, harmful "
+    "and harmless, in units of their standard deviation.",
+    "<b>Tests</b> compare the z of the harmful instructions. Friedman's asks whether any format differs; Kendall's W "
+    "is 1 where all instructions order the formats alike, 0 where they do not agree at all. Wilcoxon's signed-rank "
+    "tests compare pairs of formats, with Holm's correction; r, the matched-pairs rank-biserial correlation, runs from "
+    "−1 to 1.",
+)
 
 
-def formats_figure(scores: pd.DataFrame, test: Friedman, pairs: pd.DataFrame, preset: str) -> go.Figure:
-    """Violins per format, harmful beside harmless instructions, and a table of the tests between formats.
+def write_formats_page(path: Path, scores: pd.DataFrame, result: Mapping[str, Any]) -> None:
+    """Write the page, whole or not at all; equal input makes equal bytes.
 
     Args:
         scores: a row per instruction and format: `label` (`toxic` or `safe`), `format`, `logit_difference`, `z`.
-        pairs: as `pairwise_wilcoxon` gives it.
+        result: what `formats --json` prints.
     """
-    figure = make_subplots(
-        rows=3,
-        cols=1,
-        specs=[[{}], [{}], [{"type": "table"}]],
-        subplot_titles=("Standardised within each format", "Logit differences", ""),
-        row_heights=[0.42, 0.38, 0.2],
-        vertical_spacing=0.09,
-        figure=styled_figure(
-            f"Prompt formats · {hover_text(preset)}<br><sup>harmful instructions, standardised: "
-            f"Friedman χ²({test.degrees}) = {number_text(test.chi2)}, p = {number_text(test.p_value)}, "
-            f"Kendall's W = {number_text(test.kendall_w)}</sup>",
-            _HEIGHT,
-        ),
-    )
-    for row, (column, title) in enumerate((("z", "z"), ("logit_difference", "refuse − comply (nats)")), start=1):
-        for label, of_label in scores.groupby("label", sort=False):
-            figure.add_trace(_violins(of_label, column, str(label), shown=row == 1), row, 1)
-        figure.update_xaxes(axis("", showgrid=False), row=row, col=1)
-        figure.update_yaxes(axis(title, zeroline=True, zerolinecolor=INK), row=row, col=1)
-    figure.add_trace(_table(pairs), 3, 1)
-    return figure.update_layout(violinmode="group", margin={"t": 120}, showlegend=True)
+    title = f"Prompt formats · {result['prompts']} · {result['preset']}"
+    standardised = violins(scores, "z", "Standardised within each format", "z")
+    raw = violins(scores, "logit_difference", "Logit differences", "nats")
+    body = f"""{header_html(title, _sentence(result))}
+<section class="card graph">{figure_html("z", standardised)}</section>
+<section class="card graph">{figure_html("raw", raw)}</section>
+<section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
+<section class="card scroll"><h2>Formats: harmful instructions, in nats</h2>{_formats_table(result)}</section>
+<section class="card scroll"><h2>Pairs of formats</h2>{_pairs_table(result)}</section>"""
+    write_document(path, title, body)
 
 
-def _violins(scores: pd.DataFrame, column: str, label: str, shown: bool) -> go.Violin:
-    return go.Violin(
-        x=[hover_text(name) for name in scores["format"]],
-        y=scores[column].tolist(),
-        name=_NAMES[label],
-        legendgroup=label,
-        showlegend=shown,
-        line={"color": _COLOURS[label], "width": 1},
-        box={"visible": True},
-        meanline={"visible": True},
-        points="all",
-        pointpos=0,
-        jitter=0.3,
-        marker={"size": 2, "opacity": 0.5},
-        spanmode="hard",
-        scalemode="width",
-        offsetgroup=label,
-        hoveron="violins+points",
+def violins(scores: pd.DataFrame, column: str, title: str, unit: str) -> go.Figure:
+    """A violin per format and side, equally wide, with quartiles, mean and every instruction."""
+    figure = styled_figure(title, 440)
+    for label, (name, colour) in _SIDES.items():
+        of_label = scores[scores["label"] == label]
+        figure.add_violin(
+            x=[hover_text(name) for name in of_label["format"]],
+            y=of_label[column].tolist(),
+            name=name,
+            line={"color": colour, "width": 1},
+            box={"visible": True},
+            meanline={"visible": True},
+            points="all",
+            pointpos=0,
+            jitter=0.3,
+            marker={"size": 2, "opacity": 0.5},
+            spanmode="hard",
+            scalemode="width",
+        )
+    return figure.update_layout(
+        violinmode="group",
+        xaxis=axis("", showgrid=False),
+        yaxis=axis(unit, zeroline=True, zerolinecolor=INK),
+        showlegend=True,
     )
 
 
-def _table(pairs: pd.DataFrame) -> go.Table:
-    numbers = {
-        "mean difference of z": "mean_difference",
-        "p": "p_value",
-        "p, Holm": "p_holm",
-        "rank-biserial r": "rank_biserial",
-    }
+def _sentence(result: Mapping[str, Any]) -> str:
+    test = result["friedman"]
+    return (
+        f"{result['n_harmful']} harmful and {result['n_harmless']} harmless instructions, each in "
+        f"{len(result['formats'])} formats. Harmful ones, standardised within format: Friedman's "
+        f"χ²({test['degrees']}) = {number_text(test['chi2'])}, p = {number_text(test['p_value'])}, "
+        f"Kendall's W = {number_text(test['kendall_w'])}."
+    )
+
+
+def _formats_table(result: Mapping[str, Any]) -> str:
     columns = {
-        "first": [hover_text(name) for name in pairs["first"]],
-        "second": [hover_text(name) for name in pairs["second"]],
-        "n": pairs["n"].tolist(),
-        **{title: [number_text(value) for value in pairs[column]] for title, column in numbers.items()},
+        "refuse − comply": "mean",
+        "low": "low",
+        "high": "high",
+        "harmless": "harmless_mean",
+        "share refused": "refused",
+        "AUROC": "auroc",
+        "mean z": "z_mean",
+        "order effect": "order_effect",
     }
-    return go.Table(
-        header={"values": list(columns), "align": "left", "fill_color": "#eef1f4"},
-        cells={"values": list(columns.values()), "align": "left", "height": 24, "fill_color": "white"},
-    )
+    rows = [(printable(row["format"]), *(_text(row[key]) for key in columns.values())) for row in result["formats"]]
+    return figures_table(("format", *columns), rows)
+
+
+def _pairs_table(result: Mapping[str, Any]) -> str:
+    columns = {"z: first − second": "mean_difference", "p": "p_value", "p, Holm": "p_holm", "r": "rank_biserial"}
+    rows = [
+        (printable(f"{row['first']} − {row['second']}"), *(number_text(row[key]) for key in columns.values()))
+        for row in result["pairs"]
+    ]
+    return figures_table(("pair", *columns), rows)
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else number_text(value)

@@ -1,5 +1,7 @@
-"""The page of a direct logit attribution: heads by layer, layers by part, and the strongest components as a table."""
+"""The page of a direct logit attribution: heads, layers, and the components that tell toxic from safe prompts best."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,137 +10,160 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sfc.patching.head_roles import COMPLIANCE, GUARDRAIL
+from sfc.viewer.document import figure_html, guide_html, header_html, write_document
 from sfc.viewer.style import INK, axis, styled_figure
-from sfc.viewer.text import hover_text, number_text
+from sfc.viewer.table import figures_table
+from sfc.viewer.text import number_text, printable, tokens_text
 
 _RAISES, _LOWERS = "#d55e00", "#0072b2"
 _SCALE = [[0, _LOWERS], [0.5, "#ffffff"], [1, _RAISES]]
-_LISTED = 20
-_HEIGHT = 1500
 _MARKS = {GUARDRAIL: "G", COMPLIANCE: "C"}
+_LISTED = 30
 
 
-def logits_figure(components: pd.DataFrame, layers: pd.DataFrame, title: str, subtitle: str) -> go.Figure:
-    """Two heat maps of the heads (toxic prompts; toxic - safe), bars of attention and MLPs, and a table.
+def write_logits_page(path: Path, components: pd.DataFrame, layers: pd.DataFrame, result: Mapping[str, Any]) -> None:
+    """Write the page, whole or not at all; equal input makes equal bytes.
 
     Args:
         components: as `component_table` gives it.
         layers: the same of the attribution joined `by_layer`.
-        title, subtitle: shown as text, whatever markup they hold.
+        result: what `attribute-logits --json` prints.
     """
-    figure = make_subplots(
-        rows=3,
-        cols=2,
-        specs=[[{}, {}], [{"colspan": 2}, None], [{"type": "table", "colspan": 2}, None]],
-        subplot_titles=(
-            "Heads, toxic prompts",
-            "Heads, toxic − safe",
-            "Layers",
-            "",
-        ),
-        row_heights=[0.36, 0.22, 0.42],
-        vertical_spacing=0.07,
-        horizontal_spacing=0.12,
-        figure=styled_figure(f"{hover_text(title)}<br><sup>{hover_text(subtitle)}</sup>", _HEIGHT),
-    )
+    title = f"Direct logit attribution · {result['category']} · {result['preset']}"
+    body = f"""{header_html(title, _sentence(result))}
+<section class="card graph">{figure_html("heads", heads_figure(components))}</section>
+<section class="card graph">{figure_html("layers", layers_figure(layers))}</section>
+<section class="card"><h2>How to read this page</h2>{guide_html(_guide(result))}</section>
+<section class="card scroll"><h2>The components that differ most between toxic and safe prompts</h2>
+{_table(components)}</section>"""
+    write_document(path, title, body)
+
+
+def heads_figure(components: pd.DataFrame) -> go.Figure:
+    """Two heat maps of the heads, layers upwards: contributions to toxic prompts, and toxic - safe."""
     heads = components[components["kind"] == "head"]
-    for column, quantity in enumerate(("toxic_mean", "difference"), start=1):
-        figure.add_trace(_heat_map(heads, quantity, 0.44 if column == 1 else 1.0), 1, column)
-        figure.update_xaxes(
-            axis("head", dtick=max(1, int(heads["head"].max()) // 8), showgrid=False), row=1, col=column
-        )
-        figure.update_yaxes(axis("layer", showgrid=False), row=1, col=column)
-    for kind, colour in (("attention", "#009e73"), ("mlp", "#cc79a7")):
-        for trace in _layer_traces(layers[layers["kind"] == kind], kind, colour):
-            figure.add_trace(trace, 2, 1)
-    figure.update_xaxes(axis("layer", showgrid=False), row=2, col=1)
-    figure.update_yaxes(axis("contribution (nats)", zeroline=True, zerolinecolor=INK), row=2, col=1)
-    figure.add_trace(_table(components), 3, 1)
-    return figure.update_layout(
-        barmode="group",
-        scattermode="group",
-        margin={"t": 120},
-        legend={"y": 0.625, "x": 1, "xanchor": "right"},
-        showlegend=True,
+    layers = int(heads["layer"].max()) + 1
+    figure = make_subplots(
+        cols=2,
+        subplot_titles=("toxic prompts", "toxic − safe"),
+        horizontal_spacing=0.14,
+        figure=styled_figure("Heads", max(360, 150 + 16 * layers)),
     )
+    for column, (quantity, bar) in enumerate((("toxic_mean", 0.435), ("difference", 1.005)), start=1):
+        figure.add_trace(_heat_map(heads, quantity, bar), 1, column)
+        figure.update_xaxes(axis("head", dtick=1 + int(heads["head"].max()) // 12, showgrid=False), col=column)
+        figure.update_yaxes(axis("layer", dtick=1 + layers // 12, showgrid=False), col=column)
+    return figure
 
 
-def _heat_map(heads: pd.DataFrame, quantity: str, bar_x: float) -> go.Heatmap:
-    """Layers upwards, heads to the right; the colour's zero is white, and one extreme head may not fade the others."""
+def _heat_map(heads: pd.DataFrame, quantity: str, bar: float) -> go.Heatmap:
+    """The colour's zero is white, and one extreme head may not fade the others."""
 
-    def grid(column: str) -> Any:
+    def grid(column: str) -> pd.DataFrame:
         return heads.pivot(index="layer", columns="head", values=column)
 
     values = grid(quantity).to_numpy(dtype=float)
-    facts = np.stack(
-        [grid(c).to_numpy() for c in ("toxic_mean", "toxic_low", "toxic_high", "safe_mean", "q_value")], -1
-    )
+    facts = ("toxic_mean", "toxic_low", "toxic_high", "safe_mean", "q_value", "role")
     most = float(np.quantile(np.abs(values), 0.995)) or 1.0
     return go.Heatmap(
         z=values.tolist(),
         x=grid(quantity).columns.tolist(),
         y=grid(quantity).index.tolist(),
-        text=grid("role").map(lambda role: _MARKS.get(role, "")).to_numpy().tolist(),
+        text=[[_MARKS.get(role, "") for role in row] for row in grid("role").to_numpy()],
         texttemplate="%{text}",
         textfont={"size": 9},
-        customdata=np.concatenate([facts, grid("role").to_numpy()[..., None]], -1).tolist(),
+        customdata=np.stack([grid(fact).to_numpy(dtype=object) for fact in facts], -1).tolist(),
         zmin=-most,
         zmax=most,
         colorscale=_SCALE,
-        colorbar={"title": "nats", "x": bar_x, "y": 0.845, "len": 0.33, "thickness": 12},
+        colorbar={"title": "nats", "x": bar, "thickness": 12},
         hovertemplate="head %{y}.%{x}: <b>%{customdata[5]}</b><br>toxic %{customdata[0]:.4f} "
         "(%{customdata[1]:.4f} to %{customdata[2]:.4f})<br>safe %{customdata[3]:.4f}, q %{customdata[4]:.2g}"
         "<extra></extra>",
     )
 
 
-def _layer_traces(rows: pd.DataFrame, kind: str, colour: str) -> tuple[go.Bar, go.Scatter]:
-    x = rows["layer"].astype(int).tolist()
-    hover = f"{kind} of layer %{{x}}: <b>%{{y:.3f}}</b> nats<extra>%{{fullData.name}}</extra>"
-    bars = go.Bar(
-        x=x,
-        y=rows["toxic_mean"].tolist(),
-        error_y={
-            "type": "data",
-            "array": (rows["toxic_high"] - rows["toxic_mean"]).tolist(),
-            "arrayminus": (rows["toxic_mean"] - rows["toxic_low"]).tolist(),
-            "thickness": 1,
-            "width": 2,
-        },
-        marker_color=colour,
-        offsetgroup=kind,
-        name=f"{kind}, toxic",
-        hovertemplate=hover,
+def layers_figure(layers: pd.DataFrame) -> go.Figure:
+    """Bars of each layer's attention and MLP on toxic prompts with their intervals, and a dot for safe ones."""
+    figure = styled_figure("Layers", 400)
+    for kind, colour in (("attention", "#009e73"), ("mlp", "#cc79a7")):
+        rows = layers[layers["kind"] == kind]
+        hover = f"{kind} of layer %{{x}}: <b>%{{y:.3f}}</b> nats<extra>%{{fullData.name}}</extra>"
+        figure.add_bar(
+            x=rows["layer"].astype(int).tolist(),
+            y=rows["toxic_mean"].tolist(),
+            error_y={
+                "type": "data",
+                "array": (rows["toxic_high"] - rows["toxic_mean"]).tolist(),
+                "arrayminus": (rows["toxic_mean"] - rows["toxic_low"]).tolist(),
+                "thickness": 1,
+                "width": 2,
+            },
+            marker_color=colour,
+            offsetgroup=kind,
+            name=f"{kind}, toxic",
+            hovertemplate=hover,
+        )
+        figure.add_scatter(
+            x=rows["layer"].astype(int).tolist(),
+            y=rows["safe_mean"].tolist(),
+            mode="markers",
+            marker={"color": "white", "size": 7, "line": {"color": colour, "width": 2}},
+            offsetgroup=kind,
+            name=f"{kind}, safe",
+            hovertemplate=hover,
+        )
+    return figure.update_layout(
+        barmode="group",
+        scattermode="group",
+        xaxis=axis("layer", showgrid=False),
+        yaxis=axis("contribution (nats)", zeroline=True, zerolinecolor=INK),
+        showlegend=True,
     )
-    dots = go.Scatter(
-        x=x,
-        y=rows["safe_mean"].tolist(),
-        mode="markers",
-        offsetgroup=kind,
-        marker={"color": "white", "size": 7, "line": {"color": colour, "width": 2}},
-        name=f"{kind}, safe",
-        hovertemplate=hover,
-    )
-    return bars, dots
 
 
-def _table(components: pd.DataFrame) -> go.Table:
-    """The components of any kind that differ most between toxic and safe prompts."""
+def _sentence(result: Mapping[str, Any]) -> str:
+    difference = result["logit_difference"]
+    means = " and ".join(f"{number_text(difference[side]['mean'])} on {side}" for side in ("toxic", "safe"))
+    return (
+        f"What every part of the model writes into the refusal logit difference of {result['n_toxic']} toxic and "
+        f"{result['n_safe']} safe test prompts: the mean logit of {_tokens(result, 'refusal')} minus the mean logit of "
+        f"{_tokens(result, 'against')}, which is {means} prompts."
+    )
+
+
+def _tokens(result: Mapping[str, Any], side: str) -> str:
+    tokens = result["tokens"][side]
+    return tokens_text(tokens, len(tokens))
+
+
+def _guide(result: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        "<b>Contributions.</b> With the final norm's scale held at its value in the run, the logit difference is the "
+        "sum of what heads, MLPs, embeddings and biases write at the last position; the sum misses the model's own "
+        f"difference by {number_text(result['reconstruction_error'])} of the absolute terms at most. Only what is "
+        "written directly counts, not what a head makes later parts write.",
+        "<b>Roles.</b> G, guardrail: the head pushes toxic prompts towards refusal (95 % interval above zero), and "
+        "more so than safe ones (q &lt; 0.05, false discovery rate over all heads). C, compliance: the mirror image. "
+        f"This says that an effect is there, not that it is large: {len(result[GUARDRAIL])} heads are guardrail and "
+        f"{len(result[COMPLIANCE])} compliance heads of {result['n_heads']}.",
+        "<b>The logit difference</b> stands in for the refusal score, a log-odds, which is no sum of parts. Their "
+        f"correlation over these prompts is {number_text(result['score_correlation'])}; the difference tells toxic "
+        f"from safe prompts with AUROC {number_text(result['auroc'])}.",
+    )
+
+
+def _table(components: pd.DataFrame) -> str:
     listed = components.sort_values("difference", key=lambda values: -values.abs(), kind="stable").head(_LISTED)
-    intervals = [
-        f"{number_text(low, signed=True)} to {number_text(high, signed=True)}"
-        for low, high in zip(listed["toxic_low"], listed["toxic_high"], strict=True)
+    titles = ("component", "toxic (nats)", "low", "high", "safe", "toxic − safe", "q", "role")
+    numbers = ("toxic_mean", "toxic_low", "toxic_high", "safe_mean", "difference")
+    rows = [
+        (
+            printable(row["component"]),
+            *(number_text(row[name], signed=True) for name in numbers),
+            "" if pd.isna(row["q_value"]) else number_text(row["q_value"]),
+            "" if pd.isna(row["role"]) else row["role"],
+        )
+        for row in listed.to_dict("records")
     ]
-    columns = {
-        "component": listed["component"].tolist(),
-        "toxic": [number_text(value, signed=True) for value in listed["toxic_mean"]],
-        "95 % interval": intervals,
-        "safe": [number_text(value, signed=True) for value in listed["safe_mean"]],
-        "toxic − safe": [number_text(value, signed=True) for value in listed["difference"]],
-        "q": ["" if pd.isna(value) else number_text(value) for value in listed["q_value"]],
-        "role": listed["role"].fillna("").tolist(),
-    }
-    return go.Table(
-        header={"values": list(columns), "align": "left", "fill_color": "#eef1f4"},
-        cells={"values": list(columns.values()), "align": "left", "height": 22, "fill_color": "white"},
-    )
+    return figures_table(titles, rows)
