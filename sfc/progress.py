@@ -48,15 +48,19 @@ def progress_beside_table(description: str, total: int, unit: str) -> Iterator[t
     """A bar as `progress_bar`, and a table under it that the second function replaces."""
     bar = Progress(*_columns(unit), console=console)
     task = bar.add_task(description, total=total)
-    with Live(bar, console=console, refresh_per_second=4) as live:
+    try:
+        with Live(bar, console=console, refresh_per_second=4) as live:
 
-        def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-            table = Table(*titles)
-            for row in rows:
-                table.add_row(*row)
-            live.update(Group(bar, table))
+            def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+                table = Table(*titles)
+                for row in rows:
+                    table.add_row(*row)
+                live.update(Group(bar, table))
 
-        yield lambda steps: bar.update(task, advance=steps), show
+            yield lambda steps: bar.update(task, advance=steps), show
+    finally:
+        if not console.is_terminal:
+            console.line()  # rich ends what it writes into a file in the middle of a line
 
 
 def _columns(unit: str) -> tuple[ProgressColumn, ...]:
