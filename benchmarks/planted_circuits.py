@@ -79,7 +79,7 @@ UNSATURATED = {
         units=(Unit(2, {"A": 1}, 0, {"f": 1}), Unit(3, {"A": 0.6, "f": 0.6}, 0, {OUTPUT: 1})),
     ),
 }
-"""kinds in which every node acts alone, and no unit is at a bound"""
+"""kinds in which every node acts alone, and no unit is past a bound"""
 
 HARD = {
     # min(A + B, 1): each of the two suffices, and the sum is far past the bound.
