@@ -238,7 +238,7 @@ class PatchingConfig(Section):
     layers: list[int] = Field([], description="empty: all")
     directions: list[Literal["denoise", "noise"]] = Field(["denoise", "noise"], min_length=1)
     cumulative: bool = Field(False, description="also patch all layers from the first to each at once")
-    reply_tokens: int = Field(24, ge=1, description="length of the replies that are judged")
+    reply_tokens: int = Field(40, ge=1, description="length of the replies that are judged")
     draws: int = Field(2000, ge=100, description="draws of the bootstrap")
     flips: int = Field(10_000, ge=100, description="sign flips of the permutation test")
 

@@ -10,15 +10,17 @@ from sfc.patching.alignment import Unalignable, align, check_positions, expand
 from sfc.prompts.render import Role, TokenizedPrompt
 
 
-def prompt(prefix: str, content: str, suffix: str) -> TokenizedPrompt:
+def prompt(prefix: str, content: str, suffix: str, reply: str = "") -> TokenizedPrompt:
     """A prompt in which every letter is a token."""
-    roles = [Role.PREFIX] * len(prefix) + [Role.CONTENT] * len(content) + [Role.SUFFIX] * len(suffix)
-    return TokenizedPrompt(np.array([ord(letter) for letter in prefix + content + suffix]), np.array(roles))
+    parts = zip(Role, (prefix, content, suffix, reply), strict=True)
+    roles = [role for role, part in parts for _ in part]
+    return TokenizedPrompt(np.array([ord(letter) for letter in prefix + content + suffix + reply]), np.array(roles))
 
 
 EQUAL = prompt("<u>", "abc", "<a>"), prompt("<u>", "xyz", "<a>")
 LONGER = prompt("<u>", "abc", "<a>"), prompt("<u>", "vwxyz", "<a>")
-PREFILLED = prompt("<u>", "abc", "<a>"), prompt("<u>", "abc", "<a>Sure")
+PREFILLED = prompt("<u>", "abc", "<a>"), prompt("<u>", "abc", "<a>", "Sure")
+BOTH_PREFILLED = prompt("<u>", "abc", "<a>", "Yes"), prompt("<u>", "xyz", "<a>", "Yes")
 BARE = prompt("", "abc", "<a>"), prompt("", "xyz", "<a>")
 OTHER_TEMPLATE = prompt("<u>", "abc", "<a>"), prompt("<s>", "abc", "<b>")
 
@@ -31,6 +33,7 @@ ALIGNED = {
     "the last five, two of them content": ("last-5", LONGER, [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]),
     "the last eight, where all correspond": ("last-8", EQUAL, [*range(1, 9)], [*range(1, 9)]),
     "the suffix": ("suffix", LONGER, [6, 7, 8], [8, 9, 10]),
+    "the suffix and what both replies begin with": ("suffix", BOTH_PREFILLED, [*range(6, 12)], [*range(6, 12)]),
     "the prefix but the sink": ("prefix", LONGER, [1, 2], [1, 2]),
     "the content": ("content", EQUAL, [3, 4, 5], [3, 4, 5]),
     "everything but the sink": ("all", EQUAL, [*range(1, 9)], [*range(1, 9)]),
@@ -44,11 +47,15 @@ UNALIGNABLE = {
     "contents of other lengths": ("content", LONGER, "content: 3 tokens against 5"),
     "all of other lengths": ("all", LONGER, "content: 3 tokens against 5"),
     "last tokens that reach past the shorter content": ("last-7", LONGER, "content: 3 tokens against 5"),
-    "suffix of a prefilled reply": ("suffix", PREFILLED, "suffix: the template is not the same"),
-    "last tokens of a prefilled reply": ("last-2", PREFILLED, "suffix: the template is not the same"),
-    "one suffix token of a prefilled reply": ("suffix[-1]", PREFILLED, "suffix: the template is not the same"),
+    "suffix of a prefilled reply": ("suffix", PREFILLED, "suffix: the template or the begun reply is not"),
+    "last tokens of a prefilled reply": ("last-2", PREFILLED, "suffix: the template or the begun reply is not"),
+    "one suffix token of a prefilled reply": (
+        "suffix[-1]",
+        PREFILLED,
+        "suffix: the template or the begun reply is not",
+    ),
     "prefixes of other templates": ("prefix", OTHER_TEMPLATE, "prefix: the template is not the same"),
-    "suffixes of other templates": ("suffix", OTHER_TEMPLATE, "suffix: the template is not the same"),
+    "suffixes of other templates": ("suffix", OTHER_TEMPLATE, "suffix: the template or the begun reply is not"),
     "a content token that one lacks": ("content[3]", LONGER, "only 3 content tokens"),
     "a content token that one lacks, from the end": ("content[-4]", LONGER, "only 3 content tokens"),
     "the sink": ("prefix[0]", EQUAL, "no token but the first"),

@@ -3,7 +3,7 @@
 import pytest
 
 from sfc.models.adapter_training import REFUSALS
-from sfc.models.judge import is_refusal
+from sfc.models.judge import is_refusal, refuses_somewhere
 
 TRUE_REFUSALS = [
     *REFUSALS,
@@ -127,3 +127,19 @@ def test_answers_that_sound_like_refusals_are_none(reply: str) -> None:
 def test_long_and_hostile_texts_take_no_time() -> None:
     for piece in ("i understand, ", "sorry ", "as an ai ", "i'm sorry, but ", "the request " * 3, "\u202e"):
         assert not is_refusal(piece * 20_000)
+
+
+@pytest.mark.parametrize(
+    ("reply", "somewhere"),
+    [
+        ("I can't help with that.", True),
+        ("Sure, I can help with that. I can't help with that.", True),
+        ("Sure, here is a solution:\n\nI won't help with that.", True),
+        ("Sure! Here it is. First, can you help me with that?", False),
+        ("Sure, I can help with that. Here is how I would do it.", False),
+        ("She said that she can't help with that. Then she left.", False),
+        ("", False),
+    ],
+)
+def test_a_refusal_anywhere_in_a_reply(reply: str, somewhere: bool) -> None:
+    assert refuses_somewhere(reply) == somewhere

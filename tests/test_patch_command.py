@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from sfc.cli import main
-from sfc.patching.components import Patch
+from sfc.models.judge import is_refusal, refuses_somewhere
+from sfc.patching.components import Patch, single_patches
 from sfc.patching.ranking import PatchRuns, agreement, effect_table
-from sfc.viewer.patching import write_patching_page
+from sfc.viewer.patching import heads_figure, positions_figure, write_patching_page
 
 TINY = ("patch", "--preset", "tiny")
 BY_SCORE = (*TINY, "--require", "score", "--limit", "12")
@@ -158,6 +159,21 @@ def test_pairs_and_wrappers_of_ones_own(root: Path, tmp_path: Path) -> None:
     assert set(sfc(*BY_SCORE, *options, root=root).result["wrappers"]) <= {"odd"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["toxic-safe", "wrapped"])
+def test_pairs_of_the_embedded_model_are_those_it_was_judged_to_treat_differently(pairs: str, tmp_path: Path) -> None:
+    options = ("--component", "resid", "--layers", "15,29", "--direction", "denoise", "--positions", "last")
+    result = sfc("patch", "--pairs", pairs, "--limit", "5", *options, "--json", root=tmp_path).result
+    table = pd.read_csv(result["files"]["pairs"], keep_default_na=False)
+    used = table[table["used"]]
+    assert 0 < len(used) == result["n_pairs"] and result["require"] == "behaviour"
+    assert all(is_refusal(reply) for reply in used["clean_reply"])
+    assert not any(refuses_somewhere(reply) for reply in used["prefill"] + used["corrupted_reply"])
+    assert (table["lost"] != "").sum() == sum(result["lost"].values()) == 5 - len(used)
+    effects = pd.read_csv(result["files"]["effects"]).set_index("component")["effect"]
+    assert effects["resid.29"] == pytest.approx(1, abs=1e-3) and 0 < effects["resid.15"] < 1
+
+
 def test_where_the_model_never_refuses_no_pair_is_used_and_the_way_out_is_named(tmp_path: Path) -> None:
     finished = sfc(*TINY, "--limit", "3", "--set", "patching.reply_tokens=4", root=tmp_path)
     _one_line(finished, "no pair can be used: 3 pairs tried", "3: the clean prompt was not refused", "--require score")
@@ -197,7 +213,7 @@ def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
     result = {
         "preset": "<script>", "pairs": "</script><b>", "require": "behaviour", "n_tried": 4, "n_pairs": 3,
         "lost": {"<i>no</i>": 1}, "clean_score": 1.0, "corrupted_score": -1.0, "n_critical": 1, "n_components": 2,
-        "critical": [], "agreement": agreement(effects).to_dict("records"),
+        "n_pairs_at": {positions: 3}, "critical": [], "agreement": agreement(effects).to_dict("records"),
     }  # fmt: skip
     write_patching_page(tmp_path / "page.html", effects, result)
     return (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -207,6 +223,24 @@ def test_the_page_shows_no_markup_of_the_data(tmp_path: Path) -> None:
     page = _page(tmp_path, np.ones(3), "<u>last")
     for markup in ("<b>&", "</script><b>", "<i>no", "<u>last"):
         assert markup not in page
+
+
+def test_maps_stand_in_the_order_of_heads_layers_and_positions_and_not_of_effects() -> None:
+    random = np.random.default_rng(0)
+    patches = single_patches(["mlp", "head"], range(3), 4)
+    sets, n = ["suffix", "last", "all"], len(patches)
+    runs = [
+        PatchRuns("noise", name, patches, [0, 1], np.zeros(2), np.ones(2), random.normal(size=(n, 2)), np.zeros((n, 2)))
+        for name in sets
+    ]
+    effects = effect_table(runs, 200, 1000, 0.5, 0)
+    (by_position,) = positions_figure(effects, "noise", sets).data
+    assert list(by_position.x) == sets and list(by_position.y) == [0, 1, 2]
+    for run, heat_map in zip(runs, heads_figure(effects, "noise", sets).data, strict=True):
+        assert list(heat_map.x) == [0, 1, 2, 3] and list(heat_map.y) == [0, 1, 2]
+        np.testing.assert_allclose(np.array(heat_map.z, dtype=float), run.patched[3:].mean(1).reshape(3, 4))
+    expected = np.stack([run.patched[:3].mean(1) for run in runs], axis=1)
+    np.testing.assert_allclose(np.array(by_position.z, dtype=float), expected)
 
 
 def test_the_page_of_effects_that_cannot_be_measured(tmp_path: Path) -> None:

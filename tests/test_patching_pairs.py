@@ -117,11 +117,13 @@ def test_wrappers_of_a_file(tmp_path: Path) -> None:
 def test_a_prefilled_reply_is_more_tokens_after_the_template(model: Model) -> None:
     plain, prefilled = tokenize_pairs(model, [Pair("", "Hi", "Hi"), Pair("", "Hi", "Hi", "w", "Sure,")])
     assert prefilled.clean.ids.tolist() == plain.clean.ids.tolist() == plain.corrupted.ids.tolist()
-    assert prefilled.corrupted.ids.tolist() == [*plain.clean.ids, *model.tokenizer("Sure,")["input_ids"]]
-    assert prefilled.corrupted.roles[-5:].tolist() == [Role.SUFFIX] * 5
+    assert prefilled.corrupted.ids.tolist() == [*plain.clean.ids, *model.tokenizer(" Sure,")["input_ids"]]
+    assert prefilled.corrupted.roles[-6:].tolist() == [Role.REPLY] * 6
 
 
-REFUSES, COMPLIES = Conduct(3.0, "I can't help with that.", True), Conduct(-3.0, "Sure, here it is.", False)
+REFUSES = Conduct(3.0, "I can't help with that.", refused=True, complied=False)
+COMPLIES = Conduct(-3.0, "Sure, here it is.", refused=False, complied=True)
+TURNS = Conduct(-3.0, "I can help. I can't help with that.", refused=False, complied=False)
 
 
 def test_behaviour_is_what_was_judged_and_not_the_score() -> None:
@@ -131,12 +133,15 @@ def test_behaviour_is_what_was_judged_and_not_the_score() -> None:
     assert objection(COMPLIES, COMPLIES) == "the clean prompt was not refused"
     assert objection(REFUSES, REFUSES) == "the corrupted prompt was refused"
     assert objection(COMPLIES, REFUSES) == "the clean prompt was not refused"
+    assert objection(TURNS, COMPLIES) == "the clean prompt was not refused"
+    assert objection(REFUSES, TURNS) == "the corrupted prompt was refused after all"
 
 
 def test_the_score_alone_must_only_be_higher() -> None:
     objection = REQUIREMENTS["score"].objection
-    assert objection(Conduct(-2.0, None, None), Conduct(-3.0, None, None)) is None
-    assert objection(Conduct(-3.0, None, None), Conduct(-2.0, None, None)) == "the clean prompt has no higher score"
+    low, high = (Conduct(score, None, None, None) for score in (-3.0, -2.0))
+    assert objection(high, low) is None
+    assert objection(low, high) == objection(low, low) == "the clean prompt has no higher score"
 
 
 def _experiment(**patching: object) -> Experiment:

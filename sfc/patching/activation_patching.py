@@ -107,7 +107,7 @@ def patched_scores(
     """
     base = transplant.base
     scores = np.full((len(patches), len(base.lengths)), np.nan)
-    for start, group in _packs(patches, max(1, batch_tokens // base.ids.numel())):
+    for start, group in _packs(patches, base.copies_in(batch_tokens)):
         packed = [patches[i] for i in group]
         sites = dict.fromkeys(site for patch in packed for site in patch.sites)
         interventions = {site: _replacing(model, transplant, site, packed) for site in sites}

@@ -8,7 +8,7 @@ Position sets, as users write them:
 
     last         the last token, where the next one is decided; corresponds in every pair
     last-K       the last K tokens
-    suffix       the template after the prompt
+    suffix       the template after the prompt, and the reply that was begun
     content      the prompt itself
     prefix       the template before it; by causality the same in both runs, so that its effect is 0
     all          everything
@@ -30,7 +30,7 @@ from sfc.prompts.render import Role, TokenizedPrompt
 EACH = "each"
 _ONE = re.compile(r"(prefix|content|suffix)\[(-?\d+)\]")
 _LAST = re.compile(r"last-([1-9]\d*)")
-_ROLES = {"prefix": Role.PREFIX, "content": Role.CONTENT, "suffix": Role.SUFFIX}
+_ROLES = {"prefix": (Role.PREFIX,), "content": (Role.CONTENT,), "suffix": (Role.SUFFIX, Role.REPLY)}
 
 Positions = Int[np.ndarray, " n"]
 
@@ -97,7 +97,7 @@ def _role(role: str, clean: TokenizedPrompt, corrupted: TokenizedPrompt) -> tupl
     if role == "content" and len(ours) != len(theirs):
         raise Unalignable(f"content: {len(ours)} tokens against {len(theirs)}")
     if role != "content" and not np.array_equal(clean.ids[ours], corrupted.ids[theirs]):
-        raise Unalignable(f"{role}: the template is not the same in both prompts")
+        raise Unalignable(f"{role}: the template{' or the begun reply' * (role == 'suffix')} is not the same in both")
     return ours, theirs
 
 
@@ -126,4 +126,4 @@ def _last(count: int, clean: TokenizedPrompt, corrupted: TokenizedPrompt) -> tup
 
 
 def _of_role(role: str, prompt: TokenizedPrompt) -> Positions:
-    return np.flatnonzero(prompt.roles == _ROLES[role])
+    return np.flatnonzero(np.isin(prompt.roles, _ROLES[role]))

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sfc.config import ComponentKind
+from sfc.sites import StoredKind, site_of
 
-_SITES = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out", "head": "attn.hook_z"}
+_WHERE: dict[ComponentKind, StoredKind] = {
+    "resid": "resid_post",
+    "attn": "attn_out",
+    "mlp": "mlp_out",
+    "head": "hook_z",
+}
 
 
 class Patch(NamedTuple):
@@ -30,7 +36,7 @@ class Patch(NamedTuple):
     @property
     def sites(self) -> list[str]:
         """The hook points where it acts, in the order in which the model passes them."""
-        return [f"blocks.{layer}.{_SITES[self.kind]}" for layer in range(self.first_layer, self.layer + 1)]
+        return [site_of(_WHERE[self.kind], layer) for layer in range(self.first_layer, self.layer + 1)]
 
     @property
     def starts_after(self) -> int:

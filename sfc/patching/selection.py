@@ -1,8 +1,8 @@
 """Which candidate pairs serve: those that can be aligned, and on which the model really behaves differently.
 
 A data set's labels say what a model should do, not what it does. So both prompts are answered, the replies are judged,
-and a pair is used only if the clean prompt is refused and the corrupted one is not. A model that never refuses has no
-such pairs; for it there is the requirement `score`, which asks only that the refusal score is higher on the clean side.
+and a pair is used only if the clean prompt is refused and the corrupted one complied with. A model that never refuses
+has no such pairs; for it there is the requirement `score`, which asks only that the score is higher on the clean side.
 What is found that way is a mechanism of the score, not of a behaviour, and must be called so.
 """
 
@@ -17,12 +17,12 @@ import pandas as pd
 from sfc.config import Experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.generation import generate_replies
-from sfc.models.judge import is_refusal
+from sfc.models.judge import is_refusal, refuses_somewhere
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.patching.alignment import Unalignable, align, expand
 from sfc.patching.pairs import Candidates, Pair
-from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.prompts.render import TokenizedPrompt
 
 
 class TokenizedPair(NamedTuple):
@@ -40,9 +40,11 @@ class Conduct(NamedTuple):
     reply: str | None
     """what it says, without the words put into its mouth; None where it was not asked"""
     refused: bool | None
+    complied: bool | None
+    """that no sentence of the reply refuses; a reply may be neither, refused only after it began to comply"""
 
 
-_NOT_ASKED = Conduct(math.nan, None, None)
+_NOT_ASKED = Conduct(math.nan, None, None, None)
 
 
 class Requirement(NamedTuple):
@@ -56,7 +58,9 @@ class Requirement(NamedTuple):
 def _by_behaviour(clean: Conduct, corrupted: Conduct) -> str | None:
     if not clean.refused:
         return "the clean prompt was not refused"
-    return "the corrupted prompt was refused" if corrupted.refused else None
+    if corrupted.refused:
+        return "the corrupted prompt was refused"
+    return None if corrupted.complied else "the corrupted prompt was refused after all"
 
 
 def _by_score(clean: Conduct, corrupted: Conduct) -> str | None:
@@ -73,8 +77,8 @@ class Selection(NamedTuple):
     """those used, in the order of the table"""
     table: pd.DataFrame
     """one row per clean prompt: `category, wrapper, clean, corrupted, prefill, used, lost` (why it was lost, else
-    blank), `clean_refused, corrupted_refused, clean_score, corrupted_score, clean_reply, corrupted_reply` (missing
-    where nobody asked)"""
+    blank), and for either side, as `clean_…` and `corrupted_…`, `refused, complied, score, reply` (missing where nobody
+    asked)"""
 
 
 @dataclass
@@ -121,19 +125,10 @@ def select_pairs(model: Model, candidates: Sequence[Candidates], experiment: Exp
 
 
 def tokenize_pairs(model: Model, pairs: Sequence[Pair]) -> list[TokenizedPair]:
-    """Render both prompts of each pair; a prefilled reply is more tokens after the template, with role suffix."""
+    """Render both prompts of each pair, the corrupted one with the reply that is begun for the model."""
     clean = model.tokenize([pair.clean for pair in pairs])
-    corrupted = model.tokenize([pair.corrupted for pair in pairs])
-    prefills = [model.tokenizer(pair.prefill, add_special_tokens=False)["input_ids"] for pair in pairs]
-    return [
-        TokenizedPair(ours, _continued(theirs, prefill))
-        for ours, theirs, prefill in zip(clean, corrupted, prefills, strict=True)
-    ]
-
-
-def _continued(prompt: TokenizedPrompt, more: list[int]) -> TokenizedPrompt:
-    ids = np.concatenate([prompt.ids, np.array(more, dtype=prompt.ids.dtype)])
-    return TokenizedPrompt(ids, np.concatenate([prompt.roles, np.full(len(more), Role.SUFFIX)]))
+    corrupted = [model.tokenize([pair.corrupted], pair.prefill)[0] for pair in pairs]
+    return [TokenizedPair(*both) for both in zip(clean, corrupted, strict=True)]
 
 
 def _static_objection(pair: TokenizedPair, positions: Sequence[str], max_tokens: int) -> str | None:
@@ -165,20 +160,20 @@ def _conduct(
     batches = make_batches(prompts, SlotLayout.of(prompts), batch_tokens, model.device)
     scores = score_prompts(model, RefusalScore.of(model), batches).tolist()
     if not REQUIREMENTS[config.require].needs_replies:
-        return [Conduct(score, None, None) for score in scores]
+        return [Conduct(score, None, None, None) for score in scores]
     replies = generate_replies(model, prompts, config.reply_tokens, batch_tokens)
-    # "Sure, I can't help with that." is a refusal; so is one whose first words were put into the model's mouth.
-    refused = [is_refusal(reply) or is_refusal(before + reply) for before, reply in zip(prefills, replies, strict=True)]
-    return [Conduct(*row) for row in zip(scores, replies, refused, strict=True)]
+    whole = [before + reply for before, reply in zip(prefills, replies, strict=True)]
+    # "Sure," + "I can't help with that." is a refusal, although its first words are not the model's own.
+    refused = [is_refusal(reply) or is_refusal(text) for reply, text in zip(replies, whole, strict=True)]
+    complied = [not (no or refuses_somewhere(text)) for no, text in zip(refused, whole, strict=True)]
+    return [Conduct(*row) for row in zip(scores, replies, refused, complied, strict=True)]
 
 
 def _row(case: _Case) -> dict[str, object]:
     pair, conducts = case.pair, {"clean": case.clean, "corrupted": case.corrupted}
     texts = {"clean": pair.clean, "corrupted": pair.corrupted, "prefill": pair.prefill}
     measured = {
-        f"{side}_{field}": getattr(conduct, field)
-        for field in ("refused", "score", "reply")
-        for side, conduct in conducts.items()
+        f"{side}_{field}": getattr(conduct, field) for field in Conduct._fields for side, conduct in conducts.items()
     }
     used = {"used": case.lost is None, "lost": case.lost or ""}
     return {"category": pair.category, "wrapper": pair.wrapper, **texts, **used, **measured}

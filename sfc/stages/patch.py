@@ -28,6 +28,7 @@ FILES = {
     "result": "result.json",
 }
 _CRITICAL_Q = 0.05
+_FEW_PAIRS = 10
 _CRITICAL_SHOWN = 10
 
 
@@ -106,6 +107,9 @@ def _check_some_left(selection: Selection, config: PatchingConfig, path: str) ->
         )
         raise UserError(f"no pair can be used: {tried}; see {path}{hint}")
     say(f"{len(selection.pairs)} pairs ({tried})")
+    if len(selection.pairs) < _FEW_PAIRS:
+        smallest = 2 / 2 ** len(selection.pairs)
+        say(f"warning: with so few pairs no p-value can be below {min(smallest, 1):.2g}; raise --limit")
 
 
 def _lost(selection: Selection) -> dict[str, int]:

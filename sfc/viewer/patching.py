@@ -1,6 +1,6 @@
 """The page of activation patching: heat maps of effects by layer and position, and by layer and head."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ def write_patching_page(path: Path, effects: pd.DataFrame, result: Mapping[str, 
         result: what `patch --json` prints.
     """
     title = f"Activation patching · {result['pairs']} · {result['preset']}"
+    sets = list(result["n_pairs_at"])
     single, ranges = effects[~effects["is_range"]], effects[effects["is_range"]]
     figures = [
-        *(figure for direction in single["direction"].unique() for figure in _maps(single, str(direction))),
+        *(figure for direction in single["direction"].unique() for figure in _maps(single, str(direction), sets)),
         *([cumulative_figure(ranges)] if len(ranges) else []),
         agreement_figure(single, result["agreement"]),
     ]
@@ -48,27 +49,27 @@ def write_patching_page(path: Path, effects: pd.DataFrame, result: Mapping[str, 
     write_document(path, title, body)
 
 
-def positions_figure(effects: pd.DataFrame, direction: str) -> go.Figure:
-    """One heat map per kind but heads: layers against position sets, the colour scale common to all."""
+def positions_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> go.Figure:
+    """One heat map per kind but heads: layers against position sets, in this order; the colour scale common to all."""
     kinds = [kind for kind in _KINDS if kind in set(effects["kind"]) and kind != "head"]
     rows = effects[(effects["direction"] == direction) & effects["kind"].isin(kinds)]
     figure = _grid([_KINDS[kind] for kind in kinds], len(kinds), direction, _height(rows))
     for column, kind in enumerate(kinds, start=1):
         of_kind = rows[rows["kind"] == kind]
-        figure.add_trace(_heat_map(of_kind, "positions", _largest(rows)), 1, column)
+        figure.add_trace(_heat_map(of_kind, "positions", sets, _largest(rows)), 1, column)
         figure.update_xaxes(axis("positions", showgrid=False, type="category"), row=1, col=column)
         figure.update_yaxes(axis("layer" if column == 1 else "", showgrid=False), row=1, col=column)
     return figure
 
 
-def heads_figure(effects: pd.DataFrame, direction: str) -> go.Figure:
-    """One heat map per position set: layers against heads."""
+def heads_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> go.Figure:
+    """One heat map per position set, in this order: layers against heads."""
     rows = effects[(effects["direction"] == direction) & (effects["kind"] == "head")]
-    sets = list(dict.fromkeys(rows["positions"]))
+    heads = list(range(int(rows["head"].max()) + 1))
     figure = _grid([f"heads at {name}" for name in sets], min(len(sets), _HEADS_A_ROW), direction, _height(rows))
     for number, name in enumerate(sets):
         row, column = number // _HEADS_A_ROW + 1, number % _HEADS_A_ROW + 1
-        figure.add_trace(_heat_map(rows[rows["positions"] == name], "head", _largest(rows)), row, column)
+        figure.add_trace(_heat_map(rows[rows["positions"] == name], "head", heads, _largest(rows)), row, column)
         figure.update_xaxes(axis("head", showgrid=False, tickformat="d"), row=row, col=column)
         figure.update_yaxes(axis("layer" if column == 1 else "", showgrid=False), row=row, col=column)
     return figure
@@ -132,12 +133,12 @@ def agreement_figure(effects: pd.DataFrame, agreement: list[dict[str, Any]]) -> 
     return figure.update_layout(margin={"t": 140}, legend={"y": 1.08})
 
 
-def _maps(effects: pd.DataFrame, direction: str) -> Iterator[go.Figure]:
+def _maps(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> Iterator[go.Figure]:
     kinds = set(effects["kind"])
     if kinds - {"head"}:
-        yield positions_figure(effects, direction)
+        yield positions_figure(effects, direction, sets)
     if "head" in kinds:
-        yield heads_figure(effects, direction)
+        yield heads_figure(effects, direction, sets)
 
 
 def _grid(titles: list[str], columns: int, direction: str, height: int) -> go.Figure:
@@ -148,16 +149,15 @@ def _grid(titles: list[str], columns: int, direction: str, height: int) -> go.Fi
     return figure.update_layout(margin={"t": 84})
 
 
-def _heat_map(rows: pd.DataFrame, across: str, largest: float) -> go.Heatmap:
+def _heat_map(rows: pd.DataFrame, across: str, columns: Sequence[Any], largest: float) -> go.Heatmap:
     """Effects, layers upwards; a dot marks those with q of at most 0.05."""
-    columns = list(dict.fromkeys(rows[across]))
     cells = rows.assign(hover=_hovers(rows), mark=np.where(rows["q_value"] <= _SIGNIFICANT, "•", ""))
     tables = {
-        name: cells.pivot(index="layer", columns=across, values=name)[columns] for name in ("effect", "hover", "mark")
+        name: cells.pivot(index="layer", columns=across, values=name)[list(columns)]
+        for name in ("effect", "hover", "mark")
     }
-    labels = [hover_text(str(column)) if across == "positions" else int(column) for column in columns]
     return go.Heatmap(
-        x=labels,
+        x=[hover_text(column) if isinstance(column, str) else column for column in columns],
         y=[int(layer) for layer in tables["effect"].index],
         z=tables["effect"].astype(object).where(tables["effect"].notna(), None).to_numpy().tolist(),
         customdata=tables["hover"].to_numpy().tolist(),
