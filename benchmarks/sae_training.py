@@ -17,6 +17,7 @@ import torch
 from sae_trainers import Builder, Contender, Problem, Rows, installed_peers, ours, saelens, saelens_tuned
 
 from sfc.config import SaeConfig
+from sfc.linear import linear
 from sfc.progress import say
 
 CPU = {"d_in": 576, "expansion": 8, "k": [32], "batch": 1024}
@@ -33,7 +34,7 @@ Everyone has the same rows, batch, dtype and threads, and an auxiliary loss. Whi
 - dictionary_learning: TopKTrainer's defaults (Adam, learning rate by d_sae), rows of unit mean squared norm.
 - sparsify: its defaults (sign descent, schedule-free, learning rate by d_sae), auxk_alpha 1/32. Its Trainer wants a
   whole language model; these are its SparseCoder and optimiser, called in that trainer's order.
-- floor: x @ W_enc.
+- floor: x @ W_enc as PyTorch multiplies, which is how the other libraries do; "floor, oneDNN" as sfc.linear does.
 - Rows: a synthetic mixture of sparse directions, with the offset, norm and spectrum of a residual stream."""
 
 
@@ -74,8 +75,10 @@ def speed(problem: Problem, rounds: int, burst: int) -> dict[str, Any]:
         if build is not None
     }
     dtype = torch.bfloat16 if problem.on_cuda else torch.float32
-    W_enc = torch.randn(problem.d_in, problem.d_sae, device=problem.device, dtype=dtype)
-    calls["floor"] = _on_each(lambda x: x @ W_enc, [batch.to(dtype) for batch in batches])
+    encoder = torch.randn(problem.d_sae, problem.d_in, device=problem.device, dtype=dtype)
+    rows = [batch.to(dtype) for batch in batches]
+    calls["floor"] = _on_each(lambda x: x @ encoder.t(), rows)
+    calls["floor, oneDNN"] = _on_each(lambda x: linear(x, encoder), rows)
     say(f"timing {', '.join(calls)}: {rounds} rounds of {burst} steps each")
     seconds = harness.interleaved(calls, rounds, burst, problem.device)
     times_ours = {name: harness.paired_ratio(values, seconds["sfc"]) for name, values in seconds.items()}
@@ -83,6 +86,7 @@ def speed(problem: Problem, rounds: int, burst: int) -> dict[str, Any]:
     return {
         **{f"ratio_{name.lower()}": times_ours.get(name) for name in peers},
         "fraction_of_floor": times_ours["floor"],
+        "fraction_of_onednn_floor": times_ours["floor, oneDNN"],
         "tokens_per_second": {name: problem.batch / value for name, value in median.items()},
         "ms_per_step": {name: 1e3 * value for name, value in median.items()},
         "ms_per_step_by_round": {name: [1e3 * value for value in values] for name, values in seconds.items()},
@@ -122,7 +126,7 @@ def quality(problem: Problem, steps: int, seeds: int) -> dict[str, Any]:
 def table(problem: Problem, figures: dict[str, Any]) -> str:
     """The figures of one problem, in Markdown."""
     columns = ("trainer", "tokens/s", "ms a step", "times ours", f"unexplained after {figures['fvu_tokens']:,} tokens")
-    names = ("sfc", "SAELens", "SAELens, tuned", "dictionary_learning", "sparsify", "floor")
+    names = ("sfc", "SAELens", "SAELens, tuned", "dictionary_learning", "sparsify", "floor", "floor, oneDNN")
     keys = ("tokens_per_second", "ms_per_step", "times_ours", "fvu_mean")
     rows = [(name, *(figures[key].get(name) for key in keys)) for name in names]
     title = ", ".join(f"{name} {value}" for name, value in problem._asdict().items())

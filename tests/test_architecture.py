@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
-    "errors", "sites", "config", "artifacts", "ranks", "progress", "offline", "prompts", "models",
+    "errors", "linear", "sites", "config", "artifacts", "ranks", "progress", "offline", "prompts", "models",
     "activations", "saes", "ablation", "circuits", "evaluation", "patching", "features",
     "viewer", "pipeline", "tables", "stages", "doctor", "cli_options", "cli",
 )  # fmt: skip

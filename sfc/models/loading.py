@@ -16,6 +16,7 @@ from sfc.config import ModelConfig
 from sfc.errors import UserError
 from sfc.models.adapter import merge_adapter
 from sfc.models.embedded import embedded_model_folder
+from sfc.models.linear_layers import use_quick_products
 from sfc.models.tiny import tiny_model_folder
 from sfc.prompts.render import TokenizedPrompt, tokenize_prompts
 from sfc.ranks import local_rank
@@ -115,6 +116,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     if config.adapter:
         merge_adapter(hf, config.adapter)
     hf.to(device)
+    use_quick_products(hf)
     bridge = TransformerBridge.boot_transformers(
         hf.config._name_or_path, hf_model=hf, tokenizer=tokenizer, device=device, dtype=hf.dtype
     )

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sfc.linear import linear
+
 _GROUP = 8
 
 
@@ -97,7 +99,7 @@ def feature_sums(
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, encoder, bias, k: int, dead, k_dead: int):
-        pre = F.linear(x, encoder, bias)
+        pre = linear(x, encoder, bias)
         values, indices = largest(pre, k)
         # Under autocast the product, and only the product, is in bfloat16.
         values = values.to(x.dtype).relu_()
