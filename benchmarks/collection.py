@@ -1,8 +1,8 @@
 """Collecting activations beside the bare forward pass of the same blocks, in one run.
 
 The bare pass is the Hugging Face model itself, cut after the last wanted block, without hooks and without keeping
-anything, over the same batches. Collection is what `sfc collect` does: hooks, conversion, and a store on the disk that
-is fsynced after every batch.
+anything, over the same batches: once as it is, and once with its linear layers computed as ours are (`sfc.linear`).
+Collection is what `sfc collect` does: hooks, conversion, and a store on the disk that is fsynced after every batch.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 from sfc.activations.collect import collect
 from sfc.activations.plan import plan_batches
 from sfc.config import load_experiment
+from sfc.models.linear_layers import use_quick_products
 from sfc.models.loading import Model, load_model, load_weights
 from sfc.prompts.prepare import prepare_prompts
 from sfc.prompts.render import TokenizedPrompt
@@ -40,12 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = model.tokenize(frame["prompt"].tolist())
     config, sites = experiment.activations, experiment.activations.sites
     bare = _bare_blocks(experiment.model, config.layers[-1] + 1, options.device)
+    quick = _bare_blocks(experiment.model, config.layers[-1] + 1, options.device)
+    use_quick_products(quick)
     batches = [planned.batch.ids for planned in plan_batches(prompts, config, model.device)]
     with tempfile.TemporaryDirectory() as folder:
         seconds = harness.interleaved(
             {
                 "collection": lambda: _collect_anew(model, prompts, sites, config, Path(folder)),
                 "bare forward pass": lambda: _run(bare, batches),
+                "bare forward pass, oneDNN": lambda: _run(quick, batches),
             },
             effort["rounds"],
             burst=1,
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = sum(len(prompt.ids) for prompt in prompts)
     figures = {
         "fraction_of_bare": harness.paired_ratio(seconds["bare forward pass"], seconds["collection"]),
+        "fraction_of_bare_onednn": harness.paired_ratio(seconds["bare forward pass, oneDNN"], seconds["collection"]),
         "tokens_per_second": {name: tokens / statistics.median(values) for name, values in seconds.items()},
         "seconds_by_round": seconds,
         "tokens": tokens,
@@ -63,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     rows = [(name, tokens / statistics.median(values)) for name, values in seconds.items()]
     rows.append(("collection, of the bare pass", figures["fraction_of_bare"]))
+    rows.append(("collection, of the bare pass by oneDNN", figures["fraction_of_bare_onednn"]))
     harness.emit(harness.markdown_table(("what", "tokens/s"), rows), figures, options.json)
 
 
