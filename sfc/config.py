@@ -192,6 +192,7 @@ class DiscoveryConfig(Section):
     mask_steps: int = Field(160, ge=1, description="learned-mask: steps of gradient descent")
     mask_prompts: int = Field(10, ge=1, description="learned-mask: prompts per step")
     mask_price: float = Field(3e-4, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
+    mask_last_price: float = Field(3e-3, gt=0, description="learned-mask: the price to which it rises at last")
     edges: EdgeKind = Field("attribution", description="what an edge between neighbouring layers is drawn by")
     edge_share: Share = Field(0.01, description="attribution: smallest edge, as a share of the circuit's largest")
     edge_threshold: float = Field(0.5, ge=0, le=1, description="correlation: smallest |r| of an edge")

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.special import expit
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
@@ -77,12 +76,13 @@ def exact(problem: Problem) -> Effects:
 def learned_mask(problem: Problem) -> Effects:
     """Nodes ranked by a mask learned through the ablation (see `sfc.circuits.learned_mask`), attribution beside it.
 
-    The effects are those of attribution, which also warm-starts the mask. Attribute: `mask`, between 0 and 1.
+    The effects are those of attribution, which also warm-starts the mask. Attributes: `mask`, between 0 and 1, and
+    `held`, the step until which the node was kept.
     """
     effects = attribution(problem)
     with progress_bar("learning a mask", problem.config.mask_steps, "steps") as progress:
-        logits = learn_mask(problem, np.abs(effects.effect), progress)
-    return effects._replace(ranking=_ranked(logits, problem.ablation), attributes={"mask": expit(logits)})
+        learned = learn_mask(problem, np.abs(effects.effect), progress)
+    return effects._replace(ranking=_ranked(learned.held, problem.ablation), attributes=learned._asdict())
 
 
 def _mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, Prefix], BatchEffects]) -> Effects:

@@ -1,10 +1,13 @@
 """Learned masks: which nodes must be kept so that the model, with all others ablated, still scores as it does?
 
 One number per node between 0 and 1 is optimised by gradient descent through the very ablation that circuits are
-evaluated by, at a price per node that grows: cheap nodes go first, and those that hold out to the end matter most.
+evaluated by, at a price per node that grows from step to step: cheap nodes go first. What is left at a moment is a
+circuit for the price of that moment, so that one run goes through all sizes, and nodes are ranked by how long they
+held out.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.config import DiscoveryConfig
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.models.score import score_batch
@@ -19,17 +23,28 @@ from sfc.models.score import score_batch
 START_LOGIT = 1.0
 LEARNING_RATE = 0.15
 MASK_SEED = 0
+RISING_SHARE = 0.4
 SMALLEST_SPAN = 0.1
 """a span |F(M) - F(0)| below this many nats is taken for this, so that the loss stays finite"""
 
 
+class LearnedMask(NamedTuple):
+    """What is known of every node after the last step."""
+
+    mask: Float[np.ndarray, " nodes"]
+    """between 0 and 1"""
+    held: Float[np.ndarray, " nodes"]
+    """the last step after which the mask was above one half, plus the mask at the end: larger is kept longer"""
+
+
 def learn_mask(
     problem: Problem, warm_start: Float[np.ndarray, " nodes"], progress: Callable[[int], None]
-) -> Float[np.ndarray, " nodes"]:
-    """The logits of the mask after `mask_steps` steps on the discovery prompts; larger is kept longer.
+) -> LearnedMask:
+    """Learn a mask on the discovery prompts in `mask_steps` steps.
 
     The loss is the squared difference between the masked model's score and the full model's, in units of
-    F(M) - F(0), plus the price times the sum of the mask. The price rises linearly over the first half of the steps.
+    F(M) - F(0), plus the price times the sum of the mask. The price rises to `mask_price` linearly over the first 40 %
+    of the steps, and from there to `mask_last_price` by a constant factor.
 
     Args:
         warm_start: non-negative importances; each node's start logit is raised by its rank among them.
@@ -38,6 +53,7 @@ def learn_mask(
     device = problem.model.device
     order = np.argsort(np.argsort(warm_start, kind="stable"), kind="stable") / max(len(warm_start) - 1, 1)
     logits = torch.tensor(START_LOGIT + order, dtype=torch.float32, device=device).requires_grad_()
+    held = torch.zeros_like(logits, requires_grad=False)
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     random = np.random.default_rng(MASK_SEED)
     with torch.no_grad():
@@ -48,13 +64,23 @@ def learn_mask(
         batch, prefix, target = _draw(problem.runs, full, config.mask_prompts, random)
         mask = logits.sigmoid()
         difference = (_score(problem, batch, prefix, mask) - target) / span
-        price = config.mask_price * min(1.0, 2 * step / config.mask_steps)
-        loss = difference.square().mean() + price * mask.sum()
+        loss = difference.square().mean() + price(step, config) * mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        held[logits.detach() > 0] = step
         progress(1)
-    return logits.detach().cpu().double().numpy()
+    mask = logits.detach().sigmoid().cpu().double().numpy()
+    return LearnedMask(mask, held.cpu().double().numpy() + mask)
+
+
+def price(step: int, config: DiscoveryConfig) -> float:
+    """The price of a node at a step (1 is the first), in squares of F(M) - F(0)."""
+    rising = RISING_SHARE * config.mask_steps
+    if step <= rising:
+        return config.mask_price * step / rising
+    done = (step - rising) / (config.mask_steps - rising)
+    return config.mask_price * (config.mask_last_price / config.mask_price) ** done
 
 
 def _score(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor | None) -> Float[Tensor, " batch"]:
