@@ -35,18 +35,20 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, weight = ctx.saved_tensors
-        rows, x = grads[0].reshape(-1, len(weight)), x.reshape(-1, weight.shape[1])
-        return (
-            linear(grads[0], weight.t()) if ctx.needs_input_grad[0] else None,
-            linear(rows.t(), x.t()) if ctx.needs_input_grad[1] else None,
-            rows.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grads[0], weight.t())
+        if ctx.needs_input_grad[1]:
+            grad_weight = linear(grads[0].reshape(-1, len(weight)).t(), x.reshape(-1, weight.shape[1]).t())
+        if ctx.needs_input_grad[2]:
+            grad_bias = grads[0].reshape(-1, len(weight)).sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = _onednn_linear()
     assert product is not None
-    return product(x.detach(), weight.detach(), None if bias is None else bias.detach(), "none", [], "")
+    return product(x, weight, bias, "none", [], "")
 
 
 @cache

@@ -18,7 +18,9 @@ from sfc.circuits.correlation import benjamini_hochberg, correlations, pearson
 from sfc.circuits.edges import correlation_edges
 from sfc.circuits.effects import METHODS
 from sfc.circuits.gradients import score_gradients
+from sfc.circuits.learned_mask import price
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.config import DiscoveryConfig
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
 from sfc.models.batches import Batch, SlotLayout
@@ -140,19 +142,37 @@ def test_attribution_agrees_with_exact_ablation_where_the_step_is_small(problem:
 
 
 def test_a_learned_mask_beats_chance_on_its_own_prompts(problem: Problem) -> None:
-    config = problem.config.model_copy(update={"mask_steps": 200, "mask_prompts": 3, "mask_price": 1e-2})
+    update = {"mask_steps": 200, "mask_prompts": 3, "mask_price": 1e-2, "mask_last_price": 3e-2}
+    config = problem.config.model_copy(update=update)
     effects = METHODS["learned-mask"](replace(problem, config=config))
     nodes = problem.ablation.nodes
     keep = np.zeros((6, nodes.n_nodes), dtype=bool)
-    keep[0, effects.ranking[:30]] = True
+    keep[0, effects.ranking[:50]] = True
     for draw in range(1, 6):
-        keep[draw, np.random.default_rng(draw).permutation(nodes.n_nodes)[:30]] = True
+        keep[draw, np.random.default_rng(draw).permutation(nodes.n_nodes)[:50]] = True
     scores = ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, keep)
     everything = np.ones((1, nodes.n_nodes), dtype=bool)
     full = ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, everything)
     distance = np.abs(scores - full).mean(1)
     assert distance[0] < distance[1:].min()
-    assert ((effects.attributes["mask"] > 0) & (effects.attributes["mask"] < 1)).all()
+    mask, held = effects.attributes["mask"], effects.attributes["held"]
+    assert ((mask > 0) & (mask < 1)).all() and ((held > 0) & (held < 201)).all()
+    assert (np.diff(held[effects.ranking]) <= 0).all()
+    assert (np.floor(held) == 200).sum() == (mask > 0.5).sum() < nodes.n_nodes
+
+
+def test_the_price_of_a_node_rises_to_the_first_price_and_on_to_the_last() -> None:
+    config = DiscoveryConfig(mask_steps=100, mask_price=1e-3, mask_last_price=4e-3)  # pyright: ignore
+    prices = [price(step, config) for step in range(1, 101)]
+    assert (np.diff(prices) > 0).all()
+    np.testing.assert_allclose([prices[i] for i in (0, 39, 69, 99)], [2.5e-5, 1e-3, 2e-3, 4e-3])
+
+
+def test_prompts_are_drawn_by_the_mask_seed(problem: Problem) -> None:
+    config = problem.config.model_copy(update={"mask_steps": 10, "mask_prompts": 2})
+    seeded = [replace(problem, config=config.model_copy(update={"mask_seed": seed})) for seed in (0, 0, 1)]
+    masks = [METHODS["learned-mask"](same).attributes["mask"] for same in seeded]
+    assert (masks[0] == masks[1]).all() and not np.allclose(masks[0], masks[2])
 
 
 def test_aggregated_features_are_those_of_the_stored_tokens(problem: Problem, prompts: list[TokenizedPrompt]) -> None:

@@ -39,5 +39,14 @@ def test_other_types_strides_and_empty_inputs_are_pytorchs() -> None:
     x, weight = torch.randn(6, 5), torch.randn(4, 5)
     torch.testing.assert_close(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
     torch.testing.assert_close(linear(x[::2], weight), F.linear(x[::2], weight))
-    torch.testing.assert_close(linear(x.t()[:4], weight[:, :1].expand(4, 6)), x.t()[:4] @ weight[:, :1].expand(4, 6).t())
+    torch.testing.assert_close(
+        linear(x.t()[:4], weight[:, :1].expand(4, 6)), x.t()[:4] @ weight[:, :1].expand(4, 6).t()
+    )
     assert linear(x[:0], weight).shape == (0, 4)
+
+
+def test_gradients_can_be_taken_in_batches() -> None:
+    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5)
+    out, vectors = linear(x, weight), torch.randn(3, 6, 4)
+    (batched,) = torch.autograd.grad(out, x, vectors, is_grads_batched=True)
+    torch.testing.assert_close(batched, vectors @ weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfc.ablation.nodes import Nodes
 from sfc.ablation.references import Reference
 from sfc.config import ErrorMode
+from sfc.linear import linear
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention
 from sfc.saes.dictionary import Dictionary
@@ -82,6 +83,6 @@ class Ablation:
         row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
         circuit, slot = row // len(features_ref), row % len(features_ref)
         ablated = 1 - mask[circuit]
-        of_features = (features_ref[slot] * ablated[:, :-1]) @ dictionary.W_dec
+        of_features = linear(features_ref[slot] * ablated[:, :-1], dictionary.W_dec.t())
         of_error = ablated[:, -1:] * (self.reference.errors[site][slot] + dictionary.b_dec)
         return (of_features + of_error)[row_of_token]

@@ -15,6 +15,7 @@ from torch import Tensor
 from sfc.ablation.ablate import Ablation
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.problem import Problem
+from sfc.linear import linear
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.saes.kernels import row_dots
@@ -52,7 +53,7 @@ def first_order_effects(
     values, indices = dictionary.encode_sparse(x)
 
     summed = x.new_zeros(len(place), dictionary.d_in).index_add_(0, place_of_token, g)
-    of_features = -(summed @ dictionary.W_dec.T) * reference.features[site][slot_of_place]
+    of_features = -linear(summed, dictionary.W_dec) * reference.features[site][slot_of_place]
     active = (place_of_token[:, None] * dictionary.d_sae + indices).flatten()
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 

@@ -22,7 +22,6 @@ from sfc.models.score import score_batch
 
 START_LOGIT = 1.0
 LEARNING_RATE = 0.15
-MASK_SEED = 0
 RISING_SHARE = 0.4
 SMALLEST_SPAN = 0.1
 """a span |F(M) - F(0)| below this many nats is taken for this, so that the loss stays finite"""
@@ -55,7 +54,7 @@ def learn_mask(
     logits = torch.tensor(START_LOGIT + order, dtype=torch.float32, device=device).requires_grad_()
     held = torch.zeros_like(logits, requires_grad=False)
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
-    random = np.random.default_rng(MASK_SEED)
+    random = np.random.default_rng(config.mask_seed)
     with torch.no_grad():
         full = [_score(problem, batch, prefix, None) for batch, prefix in problem.runs]
         empty = [_score(problem, batch, prefix, torch.zeros_like(logits)) for batch, prefix in problem.runs]
