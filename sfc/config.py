@@ -216,7 +216,8 @@ class EvaluationConfig(Section):
 
     error_mode: ErrorMode = "node"
     sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    random_draws: int = Field(2, ge=1, description="random circuits per size, matched per layer")
+    random_draws: int = Field(20, ge=1, description="random circuits per size, matched per layer and firing rate")
+    p_value_draws: int = Field(99, ge=1, description="random circuits of the reported size, for its p-value")
     target_faithfulness: float = Field(
         0.8, description="the smallest circuit that reaches it on the discovery split is reported"
     )

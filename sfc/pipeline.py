@@ -24,7 +24,7 @@ from sfc.saes.source import saes_identity
 from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 1, 1
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
 
 ALL = "all"  # every category

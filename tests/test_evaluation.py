@@ -1,5 +1,7 @@
 """Figures and curves: by hand, and where the answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,18 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfc.ablation.nodes import Nodes
-from sfc.circuits.problem import Problem
+from sfc.circuits.problem import Problem, PromptRuns
 from sfc.config import EvaluationConfig
 from sfc.evaluation.ablated import PACKED_TOKENS, ablated_scores, full_scores
-from sfc.evaluation.curve import (
-    choose_size,
-    curve_sizes,
-    discovery_faithfulness,
-    evaluation_curve,
-    random_circuits,
-    top_circuits,
-)
-from sfc.evaluation.metrics import circuit_metrics
+from sfc.evaluation.areas import area, curve_areas
+from sfc.evaluation.baselines import p_value, single_site_faithfulness
+from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.evaluation.metrics import Scores, circuit_metrics, metrics_with_intervals
+from sfc.evaluation.random_circuits import matching_strata, random_circuits
+from sfc.models.batches import SlotLayout, make_batches
+from sfc.prompts.render import TokenizedPrompt
 
 NODES = Nodes.of({"blocks.0.hook_resid_post": 20, "blocks.1.hook_resid_post": 30})
 
@@ -63,15 +63,52 @@ def test_top_circuits_hold_the_best_nodes() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_random_circuits_match_each_site_and_keep_the_same_errors(seed: int, share: float) -> None:
-    circuits = np.random.default_rng(seed).random((2, NODES.n_nodes)) < share
-    random = random_circuits(circuits, NODES, draws=3, seed=seed)
-    assert (random == random_circuits(circuits, NODES, draws=3, seed=seed)).all()
+def test_random_circuits_match_each_site_and_firing_rate_and_keep_the_same_errors(seed: int, share: float) -> None:
+    draw_from = np.random.default_rng(seed)
+    circuits = draw_from.random((2, NODES.n_nodes)) < share
+    often = draw_from.random(NODES.n_nodes) < 0.5
+    strata = matching_strata(NODES, np.where(often, 0.3, 0.03))
+    random = random_circuits(circuits, strata, draws=3, seed=seed)
+    assert (random == random_circuits(circuits, strata, draws=3, seed=seed)).all()
     for draw in random:
         assert (draw[:, NODES.is_error] == circuits[:, NODES.is_error]).all()
         for site in (0, 1):
-            at_site = NODES.site_numbers == site
-            assert (draw[:, at_site].sum(1) == circuits[:, at_site].sum(1)).all()
+            for group in (often, ~often):
+                members = (NODES.site_numbers == site) & ~NODES.is_error & group
+                assert (draw[:, members].sum(1) == circuits[:, members].sum(1)).all()
+
+
+def test_strata_part_features_by_site_and_firing_rate() -> None:
+    nodes = Nodes.of({"blocks.0.hook_resid_post": 7, "blocks.1.hook_resid_post": 1})
+    rates = np.array([0.0, 0.01, 0.02, 0.05, 0.2, 0.5, 1.0, 1.0, 0.0, 1.0])
+    strata = matching_strata(nodes, rates)
+    assert strata.tolist() == [0, 1, 2, 2, 3, 4, 5, -1, 6, -1]
+    assert matching_strata(nodes).tolist() == [0] * 7 + [-1, 6, -1]
+
+
+def test_intervals_of_ratios_by_hand() -> None:
+    """Every prompt has the same ratio 0.5, whatever its size: so has every draw. A noisy ratio has a wide interval."""
+    full, empty = np.array([4.0, 6.0, 10.0]), np.array([0.0, 2.0, -2.0])
+    half = (full + empty) / 2
+    figures = metrics_with_intervals(Scores(full, empty, half, empty), 0.5, seed=0)
+    ends = [figures[f"faithfulness{end}"] for end in ("_low", "", "_high")]
+    assert ends == pytest.approx([0.5, 0.5, 0.5])
+    assert figures["completeness_normalised_low"] == pytest.approx(0)
+    noisy = metrics_with_intervals(Scores(full, empty, np.array([4.0, -2.0, 10.0]), empty), 0.5, seed=0)
+    low, value, high = (noisy[f"faithfulness{end}"] for end in ("_low", "", "_high"))
+    assert value == pytest.approx((12 / 3) / (20 / 3)) and low < value - 0.1 and high > value + 0.1
+
+
+def test_a_denominator_whose_interval_includes_zero_is_not_measurable_although_its_mean_is_large() -> None:
+    full, empty = np.array([30.0, -10.0, 4.0]), np.zeros(3)
+    figures = metrics_with_intervals(Scores(full, empty, full, empty), 0.5, seed=0)
+    assert set(figures.values()) == {None} and len(figures) == 9
+
+
+def test_areas_by_hand() -> None:
+    assert area(np.array([0.0, 0.5, 1.0]), np.array([0.0, 1.0, 1.0])) == pytest.approx(0.75)
+    assert area(np.log(np.array([1.0, 10, 100])), np.array([0.0, 0.0, 1.0])) == pytest.approx(0.25)
+    assert area(np.array([1.0]), np.array([0.3])) == 0.3
 
 
 def test_the_reported_size_is_the_smallest_that_reaches_the_target_else_the_most_faithful() -> None:
@@ -88,12 +125,19 @@ CONFIG = EvaluationConfig(sizes=[1], random_draws=3, min_denominator=0.01)  # py
 
 
 @pytest.fixture(scope="module")
+def problem(problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout) -> Problem:
+    """The problem on two prompts that ablation moves the same way: over all of them it moves the score by about 0."""
+    batches = make_batches(prompts[3:5], layout, 80, problem.model.device)
+    return replace(problem, runs=PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0]))
+
+
+@pytest.fixture(scope="module")
 def curve(problem: Problem) -> pd.DataFrame:
     ranking = np.random.default_rng(0).permutation(problem.ablation.nodes.n_nodes)
     steps: list[int] = []
     sizes = [5, 20, len(ranking)]
     curve = evaluation_curve(problem, problem.runs, ranking, sizes, CONFIG, 7, steps.append)
-    assert sum(steps) == (1 + 2 * len(sizes) + 3 * len(sizes)) * len(problem.runs.batches)
+    assert sum(steps) == (1 + 3 * len(sizes) + 3 * len(sizes)) * len(problem.runs.batches)
     return curve
 
 
@@ -116,7 +160,7 @@ def test_a_curve_is_made_of_the_scores_of_its_circuits_one_at_a_time(problem: Pr
     f_model = full_scores(problem.model, problem.score, problem.runs).mean()
     f_empty = mean_score(np.zeros(nodes.n_nodes, dtype=bool))
     circuits = top_circuits(ranking, curve["size"].tolist(), nodes.n_nodes)
-    random = random_circuits(circuits, nodes, 3, 7)
+    random = random_circuits(circuits, matching_strata(nodes, problem.firing_rates), 3, 7)
     for i, row in curve.iterrows():
         expected = circuit_metrics(f_model, f_empty, mean_score(circuits[i]), mean_score(~circuits[i]), 0.01)
         for name, value in expected._asdict().items():
@@ -128,7 +172,8 @@ def test_a_curve_is_made_of_the_scores_of_its_circuits_one_at_a_time(problem: Pr
 
 def test_faithfulness_for_choosing_is_that_of_the_curve(problem: Problem, curve: pd.DataFrame) -> None:
     ranking = np.random.default_rng(0).permutation(problem.ablation.nodes.n_nodes)
-    chosen_by = discovery_faithfulness(problem, ranking, curve["size"].tolist(), CONFIG, lambda _: None)
+    sizes = curve["size"].tolist()
+    chosen_by = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, 0.01, lambda _: None)
     assert chosen_by == pytest.approx(curve["faithfulness"].tolist(), abs=1e-3)
 
 
@@ -142,8 +187,50 @@ def test_a_curve_whose_ratios_cannot_be_measured_has_scores_and_no_ratios(proble
 
 def test_many_circuits_score_as_one_at_a_time(problem: Problem) -> None:
     nodes = problem.ablation.nodes
-    keep = np.random.default_rng(1).random((70, nodes.n_nodes)) < 0.5
-    assert 70 * max(batch.ids.numel() for batch in problem.runs.batches) > 2 * PACKED_TOKENS, "several packs"
+    keep = np.random.default_rng(1).random((90, nodes.n_nodes)) < 0.5
+    assert 90 * max(batch.ids.numel() for batch in problem.runs.batches) > 2 * PACKED_TOKENS, "several packs"
     arguments = problem.model, problem.score, problem.ablation, problem.runs
     one_at_a_time = np.concatenate([ablated_scores(*arguments, row[None]) for row in keep])
     np.testing.assert_allclose(ablated_scores(*arguments, keep), one_at_a_time, atol=1e-4)
+
+
+def test_baselines_of_one_site_are_its_best_nodes(problem: Problem) -> None:
+    nodes = problem.ablation.nodes
+    ranking = np.random.default_rng(1).permutation(nodes.n_nodes)
+    found = single_site_faithfulness(problem, problem.runs, ranking, 8, 0.01, lambda _: None)
+    assert list(found) == ["resid_post.0", "resid_post.1"]
+    for number, value in enumerate(found.values()):
+        best = ranking[nodes.site_numbers[ranking] == number]
+        expected = faithfulness_of_sizes(problem, problem.runs, best, [8], 0.01, lambda _: None)[0]
+        assert value == pytest.approx(expected)
+    too_many = single_site_faithfulness(problem, problem.runs, ranking, 10_000, 0.01, lambda _: None)
+    assert set(too_many.values()) == {None}
+
+
+def test_the_p_value_of_everything_is_1_and_it_is_never_0(problem: Problem) -> None:
+    def p(circuit: np.ndarray) -> float:
+        return p_value(problem, problem.runs, circuit, 9, 3, lambda _: None)
+
+    nodes = problem.ablation.nodes
+    assert p(np.ones(nodes.n_nodes, dtype=bool)) == 1
+    by_itself = np.zeros((nodes.n_nodes - 2, nodes.n_nodes), dtype=bool)
+    by_itself[np.arange(len(by_itself)), np.flatnonzero(~nodes.is_error)] = True
+    scores = ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, by_itself).mean(1)
+    best = by_itself[np.argmax(scores)]
+    assert 0.1 <= p(best) <= 0.5
+
+
+def test_areas_are_those_of_the_curves_by_signed_effect_and_by_size(problem: Problem) -> None:
+    effect = np.random.default_rng(2).normal(size=problem.ablation.nodes.n_nodes)
+    sizes = [5, 20, len(effect)]
+    areas = curve_areas(problem, problem.runs, effect, sizes, 0.01, lambda _: None)
+    by_sign, by_size = (
+        np.array(faithfulness_of_sizes(problem, problem.runs, ranking, sizes, 0.01, lambda _: None))
+        for ranking in (np.argsort(-effect), np.argsort(-np.abs(effect)))
+    )
+    shares = np.array([0, *sizes]) / len(effect)
+    assert areas["cpr"] == pytest.approx(area(shares, np.array([0, *by_sign])))
+    assert areas["cmd"] == pytest.approx(area(shares, np.abs(1 - np.array([0, *by_size]))))
+    assert areas["cpr_log"] == pytest.approx(area(np.log(shares[1:]), by_sign))
+    unmeasurable = curve_areas(problem, problem.runs, effect, sizes, 1e3, lambda _: None)
+    assert set(unmeasurable.values()) == {None}

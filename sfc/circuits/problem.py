@@ -79,3 +79,8 @@ class Problem:
             site: aggregated_features(self.store, dictionary, indices, self.config.aggregation)
             for site, dictionary in self.ablation.dictionaries.items()
         }
+
+    @cached_property
+    def firing_rates(self) -> Float[np.ndarray, " nodes"]:
+        """For each feature the share of the prompts in which it is active at all; 1 for error nodes."""
+        return np.concatenate([np.append((values > 0).mean(0), 1.0) for values in self.features.values()])

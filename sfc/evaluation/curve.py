@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int
 
-from sfc.ablation.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.config import EvaluationConfig
 from sfc.evaluation.ablated import ablated_scores, full_scores
-from sfc.evaluation.metrics import circuit_metrics
+from sfc.evaluation.metrics import Scores, circuit_metrics, metrics_with_intervals
+from sfc.evaluation.random_circuits import matching_strata, random_circuits
 
 Progress = Callable[[int], None]
 
@@ -30,21 +30,6 @@ def top_circuits(
     return keep
 
 
-def random_circuits(
-    circuits: Bool[np.ndarray, "circuits nodes"], nodes: Nodes, draws: int, seed: int
-) -> Bool[np.ndarray, "draws circuits nodes"]:
-    """For each circuit, random ones with as many features at every site, and with the same error nodes kept."""
-    random = np.random.default_rng(seed)
-    result = np.zeros((draws, *circuits.shape), dtype=bool)
-    result[..., nodes.is_error] = circuits[:, nodes.is_error]
-    for site in range(len(nodes.sites)):
-        features = np.flatnonzero((nodes.site_numbers == site) & ~nodes.is_error)
-        for draw, row in np.ndindex(result.shape[:2]):
-            count = int(circuits[row, features].sum())
-            result[draw, row, random.choice(features, count, replace=False)] = True
-    return result
-
-
 def choose_size(curve: pd.DataFrame, target: float) -> int:
     """The smallest size whose `discovery_faithfulness` reaches the target, else the most faithful one.
 
@@ -58,20 +43,20 @@ def choose_size(curve: pd.DataFrame, target: float) -> int:
     return int(max(measured, key=lambda size: measured[size]) if measured else min(by_size))
 
 
-def discovery_faithfulness(
+def faithfulness_of_sizes(
     problem: Problem,
+    runs: PromptRuns,
     ranking: Int[np.ndarray, " ranked"],
     sizes: Sequence[int],
-    config: EvaluationConfig,
+    min_denominator: float,
     progress: Progress,
 ) -> list[float | None]:
-    """Faithfulness of each size on the discovery prompts: what the reported size is chosen by."""
+    """Faithfulness of the best nodes, for each size: a curve without the rest. None where it cannot be measured."""
     circuits = top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes)
     empty = np.zeros_like(circuits[:1])
-    f_model = full_scores(problem.model, problem.score, problem.runs).mean()
-    scores = _scores(problem, problem.runs, np.concatenate([empty, circuits]), progress)
-    f_empty, *f_circuits = scores.mean(1)
-    return [circuit_metrics(f_model, f_empty, f, f_empty, config.min_denominator).faithfulness for f in f_circuits]
+    f_model = full_scores(problem.model, problem.score, runs).mean()
+    f_empty, *f_circuits = _scores(problem, runs, np.concatenate([empty, circuits]), progress).mean(1)
+    return [circuit_metrics(f_model, f_empty, f, f_empty, min_denominator).faithfulness for f in f_circuits]
 
 
 def evaluation_curve(
@@ -83,39 +68,46 @@ def evaluation_curve(
     seed: int,
     progress: Progress,
 ) -> pd.DataFrame:
-    """One row per size: the four mean scores, the three ratios, and random circuits beside them.
+    """One row per size: the four mean scores, the three ratios with 95 % intervals, and other circuits of that size.
 
-    Columns: `size, faithfulness, completeness, completeness_normalised, f_model, f_circuit, f_complement, f_empty,
-    random_faithfulness` (mean over the draws), `random_low, random_high` (their range); scores in nats, ratios
-    without unit and missing where they cannot be measured.
+    Columns: `size, faithfulness, completeness, completeness_normalised, f_model, f_circuit, f_complement, f_empty`, for
+    each ratio its `…_low` and `…_high` (bootstrap over prompts), `random_faithfulness` (mean over the draws),
+    `random_low, random_high` (their range), and `last_site_faithfulness`, of the best nodes of the last site alone
+    (missing where it has not so many). Scores in nats, ratios without unit. A ratio whose denominator is small, or has
+    zero within its interval, is missing.
     """
     nodes = problem.ablation.nodes
     circuits = top_circuits(ranking, sizes, nodes.n_nodes)
     empty = np.zeros_like(circuits[:1])
-    random = random_circuits(circuits, nodes, config.random_draws, seed)
-    packed = np.concatenate([empty, circuits, ~circuits, *random])
-    means = _scores(problem, runs, packed, progress).mean(1)
-    f_empty, f_circuits, f_complements, f_random = np.split(means, [1, 1 + len(sizes), 1 + 2 * len(sizes)])
-    f_model = full_scores(problem.model, problem.score, runs).mean()
+    random = random_circuits(circuits, matching_strata(nodes, problem.firing_rates), config.random_draws, seed)
+    at_last_site = ranking[nodes.site_numbers[ranking] == len(nodes.sites) - 1]
+    last_site = top_circuits(at_last_site, sizes, nodes.n_nodes)
+    packed = np.concatenate([empty, circuits, ~circuits, last_site, *random])
+    scores = _scores(problem, runs, packed, progress)
+    full = full_scores(problem.model, problem.score, runs)
+    of_empty, of_circuits, of_complements, of_last_site, of_random = np.split(
+        scores, np.cumsum([1, len(sizes), len(sizes), len(sizes)])
+    )
+    f_model, f_empty = full.mean(), of_empty.mean()
     rows = []
     for i, size in enumerate(sizes):
-        metrics = circuit_metrics(f_model, f_empty[0], f_circuits[i], f_complements[i], config.min_denominator)
-        draws = [
-            circuit_metrics(f_model, f_empty[0], f, f_empty[0], config.min_denominator).faithfulness
-            for f in f_random[i :: len(sizes)]
-        ]
-        measured = [draw for draw in draws if draw is not None]
+        by_prompt = Scores(full, of_empty[0], of_circuits[i], of_complements[i])
+        metrics = metrics_with_intervals(by_prompt, config.min_denominator, seed)
+        measurable = metrics["faithfulness"] is not None
+        others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / (f_model - f_empty)
+        last, *draws = others.tolist() if measurable else [None]
         rows.append(
             {
                 "size": size,
-                **metrics._asdict(),
+                **metrics,
                 "f_model": f_model,
-                "f_circuit": f_circuits[i],
-                "f_complement": f_complements[i],
-                "f_empty": f_empty[0],
-                "random_faithfulness": np.mean(measured) if measured else None,
-                "random_low": min(measured, default=None),
-                "random_high": max(measured, default=None),
+                "f_circuit": of_circuits[i].mean(),
+                "f_complement": of_complements[i].mean(),
+                "f_empty": f_empty,
+                "random_faithfulness": np.mean(draws) if draws else None,
+                "random_low": min(draws, default=None),
+                "random_high": max(draws, default=None),
+                "last_site_faithfulness": last if size <= len(at_last_site) else None,
             }
         )
     return pd.DataFrame(rows)

@@ -53,9 +53,20 @@ def bootstrap_means(
     Raises:
         ValueError: there are no rows.
     """
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled_means(values, seed, draws), [tail, 1 - tail], axis=0)
+    return MeanIntervals(values.mean(0), low, high)
+
+
+def resampled_means(
+    values: Float[np.ndarray, "n quantities"], seed: int, draws: int = 2000
+) -> Float[np.ndarray, "draws quantities"]:
+    """The means of the columns over as many rows, drawn with replacement, again and again.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     if len(values) == 0:
         raise ValueError("no rows to draw from")
     counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(counts @ values / len(values), [tail, 1 - tail], axis=0)
-    return MeanIntervals(values.mean(0), low, high)
+    return counts @ values / len(values)

@@ -21,7 +21,9 @@ from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.roles import effects_by_role, role_names
 from sfc.errors import UserError
-from sfc.evaluation.curve import choose_size, curve_sizes, discovery_faithfulness, evaluation_curve
+from sfc.evaluation.areas import curve_areas
+from sfc.evaluation.baselines import p_value, single_site_faithfulness
+from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
 from sfc.features.tokens import token_effects
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
@@ -51,9 +53,10 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         if len(effects.ranking) == 0:
             raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
         clock.lap("effects")
-        sizes = curve_sizes(run.experiment.evaluation.sizes, len(effects.ranking))
-        curve = _curve(run, problem, effects.ranking, sizes, test_runs)
-        members = effects.ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
+        ranking = effects.ranking
+        sizes = curve_sizes(run.experiment.evaluation.sizes, len(ranking))
+        curve = _curve(run, problem, ranking, sizes, test_runs)
+        members = ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
         clock.lap("evaluation")
         edges = EDGES[config.edges](problem, members)
         clock.lap("edges")
@@ -61,7 +64,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
             say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
             # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
-            ranking = np.concatenate([kept, effects.ranking[~np.isin(effects.ranking, kept)]])
+            ranking = np.concatenate([kept, ranking[~np.isin(ranking, kept)]])
             curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
             members = kept
             clock.lap("evaluation without dead ends")
@@ -85,6 +88,10 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
         _add_token_effects(graph, problem)
         result = _result(run, category, graph, curve, effects, problem)
+        result |= _held_against(
+            run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
+        )
+        clock.lap("baselines")
         save_circuit(graph, folder / _FILES["circuit"])
         write_csv(folder / _FILES["curve"], lambda path: curve.to_csv(path, index=False))
         write_csv(folder / _FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
@@ -123,12 +130,10 @@ def _curve(
 ) -> pd.DataFrame:
     """The curve on the test split, with the discovery split's faithfulness beside it."""
     config = run.experiment.evaluation
-    circuits = len(sizes) + 1
-    total = circuits * len(problem.runs.batches) + (circuits + (1 + config.random_draws) * len(sizes)) * len(
-        test_runs.batches
-    )
+    on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
+    total = on_discovery * len(problem.runs.batches) + on_test * len(test_runs.batches)
     with progress_bar("evaluating", total, "runs") as progress:
-        discovery = discovery_faithfulness(problem, ranking, sizes, config, progress)
+        discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
         curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
     curve.insert(1, "discovery_faithfulness", discovery)
     if curve["faithfulness"].isna().all():
@@ -169,8 +174,8 @@ def _result(
 ) -> dict[str, Any]:
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
     row = curve[curve["size"] == len(graph)].iloc[0]
-    names = ("faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement")
-    figures = {name: _figure(row[name]) for name in (*names, "f_empty", "random_faithfulness")}
+    names = [name for name in curve.columns if name != "size"]
+    figures = {name: _figure(row[name]) for name in names}
     total = float(np.nansum(np.abs(effects.effect)))
     errors = float(np.nansum(np.abs(effects.effect[problem.ablation.nodes.is_error])))
     return {
@@ -181,6 +186,36 @@ def _result(
         "n_edges": graph.number_of_edges(),
         **figures,
         "error_share": round(errors / total, 4) if effects.unit == NATS and total > 0 else None,
+    }
+
+
+def _held_against(
+    run: Run,
+    problem: Problem,
+    test_runs: PromptRuns,
+    effects: Effects,
+    members: Int[np.ndarray, " members"],
+    sizes: Sequence[int],
+    measurable: bool,
+) -> dict[str, Any]:
+    """Baselines of the reported circuit, its sites, and the areas of the curves of the method's effects.
+
+    Where faithfulness is not measurable (`measurable` is False), neither is what is made of it.
+    """
+    config, nodes = run.experiment.evaluation, problem.ablation.nodes
+    circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
+    sizes = sorted({*sizes, nodes.n_nodes})
+    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * len(test_runs.batches)
+    with progress_bar("baselines", total, "runs") as progress:
+        at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
+        smallest = config.min_denominator
+        alone = single_site_faithfulness(problem, test_runs, effects.ranking, len(members), smallest, progress)
+        areas = curve_areas(problem, test_runs, effects.effect, sizes, smallest, progress)
+    return {
+        "p_value": at_random,
+        "single_site_faithfulness": {site: _figure(value if measurable else None) for site, value in alone.items()},
+        "nodes_per_site": dict(zip(alone, np.bincount(nodes.site_numbers, circuit).astype(int).tolist(), strict=True)),
+        **{name: _figure(value if measurable else None) for name, value in areas.items()},
     }
 
 
