@@ -22,6 +22,7 @@ from sfc.tables import (
     show_checks,
     show_circuit,
     show_collection,
+    show_comparison,
     show_formats,
     show_heads,
     show_patching,
@@ -158,6 +159,34 @@ def behaviour(
     result = artifact.manifest()["result"]
     show_behaviour(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def compare(
+    shared: Shared,
+    categories: Annotated[str, typer.Option(help="Among the ten, separated by commas, or all.")] = "all",
+    method: Annotated[
+        str | None,
+        typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
+) -> None:
+    """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
+
+    Example: sfc compare --categories violence,privacy,illegal
+    """
+    from sfc.pipeline import ALL, ensure_comparison
+    from sfc.prompts.schema import CATEGORIES, canonical_category
+
+    wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
+    values = {"discovery.method": method, "comparison.size": size}
+    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
+    artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_comparison(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     _finish({**result, "files": files}, shared.json)
 
 

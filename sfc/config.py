@@ -191,8 +191,8 @@ class DiscoveryConfig(Section):
     exact_nodes: int = Field(300, ge=1, description="exact: how many nodes, by attribution, are measured and ranked")
     mask_steps: int = Field(240, ge=1, description="learned-mask: steps of gradient descent")
     mask_prompts: int = Field(10, ge=1, description="learned-mask: prompts per step")
-    mask_price: float = Field(3e-4, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
-    mask_last_price: float = Field(3e-3, gt=0, description="learned-mask: the price to which it rises at last")
+    mask_price: float = Field(2e-3, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
+    mask_last_price: float = Field(1e-2, gt=0, description="learned-mask: the price to which it rises at last")
     mask_seed: int = Field(0, ge=0, description="learned-mask: which prompts each step draws")
     edges: EdgeKind = Field("attribution", description="what an edge between neighbouring layers is drawn by")
     edge_share: Share = Field(0.01, description="attribution: smallest edge, as a share of the circuit's largest")
@@ -224,6 +224,13 @@ class EvaluationConfig(Section):
     min_denominator: float = Field(
         0.5, gt=0, description="below this |F(M) - F(0)| ratios are not measurable and are null"
     )
+
+
+class ComparisonConfig(Section):
+    """How the circuits of categories are compared: a protocol of its own, with few sizes and draws."""
+
+    size: int = Field(200, ge=1, description="nodes of each circuit; the overlap depends on it")
+    shuffles: int = Field(5, ge=0, description="shuffled pools of two categories, as a yardstick")
 
 
 class PatchingConfig(Section):
@@ -264,6 +271,7 @@ class Experiment(Section):
     saes: SaeConfig = SaeConfig()  # pyright: ignore[reportCallIssue]
     discovery: DiscoveryConfig = DiscoveryConfig()  # pyright: ignore[reportCallIssue]
     evaluation: EvaluationConfig
+    comparison: ComparisonConfig = ComparisonConfig()  # pyright: ignore[reportCallIssue]
     patching: PatchingConfig = PatchingConfig()  # pyright: ignore[reportCallIssue]
 
 

@@ -26,6 +26,7 @@ from sfc.sites import in_order
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
+COMPARISON_SCHEMA = 1
 
 ALL = "all"  # every category
 
@@ -157,6 +158,38 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
         from sfc.stages.discover import make_circuit
 
         make_circuit(run, category, rebuild)
+    return artifact
+
+
+def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False) -> Artifact:
+    """Compare the circuits of several categories unless that is done; train first where needed.
+
+    Raises:
+        UserError: fewer than two categories.
+    """
+    if len(set(categories)) < 2:
+        raise UserError("compare needs at least two categories, for example --categories violence,privacy")
+    experiment = run.experiment
+    inputs = {
+        "schema": COMPARISON_SCHEMA,
+        "circuit": CIRCUIT_SCHEMA,
+        "seed": experiment.seed,
+        "prompts": run.store.inputs,
+        "saes": run.saes.inputs,
+        "categories": sorted(set(categories)),
+        "hard_share": experiment.prompts.hard_share,
+        "discovery": experiment.discovery.model_dump(),
+        "evaluation": experiment.evaluation.model_dump(include={"error_mode", "min_denominator"}),
+        "comparison": experiment.comparison.model_dump(),
+    }
+    name = f"comparison-{experiment.discovery.method}"
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
+    if _needs_making(artifact, rebuild):
+        ensure_saes(run)
+        ensure_store(run)
+        from sfc.stages.compare import make_comparison
+
+        make_comparison(run, artifact, sorted(set(categories)), rebuild)
     return artifact
 
 

@@ -28,11 +28,22 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 def show_circuit(result: dict[str, Any]) -> None:
     """The figures of a reported circuit."""
-    ratios = ("n_nodes", "n_edges", "faithfulness", "completeness", "completeness_normalised", "random_faithfulness")
-    rows = [(name.replace("n_", "").replace("_", " "), result[name]) for name in ratios]
+    rows = [("nodes", result["n_nodes"]), ("edges", result["n_edges"])]
+    for name in ("faithfulness", "completeness", "completeness_normalised"):
+        rows.append((name.replace("_", " "), _with_interval(result, name)))
+    rows += [("random faithfulness", result["random_faithfulness"]), ("p-value", result["p_value"])]
     scores = {"f_model": "F(M)", "f_circuit": "F(C)", "f_complement": "F(M\\C)", "f_empty": "F(0)"}
     rows += [(label, result[name]) for name, label in scores.items()] + [("error share", result["error_share"])]
     show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ("figure", "value"), rows)
+
+
+def show_comparison(result: dict[str, Any]) -> None:
+    """The overlaps of a comparison of categories, and what they say."""
+    columns = ("within", "between", "shuffled", "difference", "difference_low", "difference_high")
+    rows = [(name, *(verdict[column] for column in columns)) for name, verdict in result["overlap"].items()]
+    titles = ("overlap", "within", "between", "shuffled", "difference", "low", "high")
+    show_table(f"Circuits of {result['size']} nodes, found on half of the prompts", titles, rows)
+    console.print(escape(result["verdict"]))
 
 
 def show_collection(takes: dict[str, Any]) -> None:
@@ -128,6 +139,13 @@ def _span(activations: ActivationsConfig) -> str:
 def show_checks(checks: Iterable["Check"]) -> None:
     """What the doctor found."""
     show_table("sfc doctor", ("what", "ok", "finding"), ((c.what, "ok" if c.ok else "no", c.finding) for c in checks))
+
+
+def _with_interval(result: dict[str, Any], name: str) -> str | None:
+    """The figure and, behind it, its 95 % interval."""
+    if result[name] is None:
+        return None
+    return f"{result[name]:.3f} ({result[f'{name}_low']:.3f} to {result[f'{name}_high']:.3f})"
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from sfc.ablation.ablate import Ablation
 from sfc.activations.store import Store
@@ -40,7 +40,15 @@ class PromptRuns:
 
     def sample(self, count: int, seed: int) -> "PromptRuns":
         """At most `count` of the prompts, drawn at random and numbered anew from 0, in the batches they are in."""
-        chosen = np.random.default_rng(seed).permutation(self.n_prompts)[:count]
+        return self.subset(np.random.default_rng(seed).permutation(self.n_prompts)[:count])
+
+    def halves(self, seed: int) -> tuple["PromptRuns", "PromptRuns"]:
+        """The prompts in two halves, drawn at random; of an odd number one is in neither."""
+        order, half = np.random.default_rng(seed).permutation(self.n_prompts), self.n_prompts // 2
+        return self.subset(order[:half]), self.subset(order[half : 2 * half])
+
+    def subset(self, chosen: Int[np.ndarray, " chosen"]) -> "PromptRuns":
+        """These prompts, numbered anew from 0, in the batches they are in."""
         batches, prefixes, n_taken = [], [], 0
         for batch, prefix in self:
             rows = torch.from_numpy(np.flatnonzero(np.isin(batch.prompts.cpu().numpy(), chosen))).to(batch.ids.device)
@@ -50,6 +58,11 @@ class PromptRuns:
                 prefixes.append(prefix.select(rows))
                 n_taken += len(rows)
         return PromptRuns(batches, prefixes)
+
+    def joined(self, other: "PromptRuns") -> "PromptRuns":
+        """The prompts of both, those of `other` numbered after these."""
+        shifted = [replace(batch, prompts=batch.prompts + self.n_prompts) for batch in other.batches]
+        return PromptRuns([*self.batches, *shifted], [*self.prefixes, *other.prefixes])
 
 
 @dataclass(frozen=True)

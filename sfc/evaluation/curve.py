@@ -94,8 +94,9 @@ def evaluation_curve(
         by_prompt = Scores(full, of_empty[0], of_circuits[i], of_complements[i])
         metrics = metrics_with_intervals(by_prompt, config.min_denominator, seed)
         measurable = metrics["faithfulness"] is not None
-        others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / (f_model - f_empty)
-        last, *draws = others.tolist() if measurable else [None]
+        span = f_model - f_empty if measurable else np.nan
+        others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / span
+        last, *draws = others.tolist()
         rows.append(
             {
                 "size": size,
@@ -104,10 +105,10 @@ def evaluation_curve(
                 "f_circuit": of_circuits[i].mean(),
                 "f_complement": of_complements[i].mean(),
                 "f_empty": f_empty,
-                "random_faithfulness": np.mean(draws) if draws else None,
-                "random_low": min(draws, default=None),
-                "random_high": max(draws, default=None),
-                "last_site_faithfulness": last if size <= len(at_last_site) else None,
+                "random_faithfulness": np.mean(draws) if measurable else None,
+                "random_low": min(draws) if measurable else None,
+                "random_high": max(draws) if measurable else None,
+                "last_site_faithfulness": last if measurable and size <= len(at_last_site) else None,
             }
         )
     return pd.DataFrame(rows)

@@ -53,7 +53,8 @@ def metrics_with_intervals(scores: Scores, min_denominator: float, seed: int) ->
     A ratio and its interval are None where the denominator is smaller than `min_denominator`, or its own interval
     includes zero.
     """
-    plain = circuit_metrics(*(float(values.mean()) for values in scores), min_denominator)
+    f_model, f_empty, f_circuit, f_complement = (float(values.mean()) for values in scores)
+    plain = circuit_metrics(f_model, f_empty, f_circuit, f_complement, min_denominator)
     resampled = _fractions(Scores(*resampled_means(np.stack(scores, axis=1), seed).T))
     figures: dict[str, float | None] = {}
     for (name, value), (numerator, denominator) in zip(plain._asdict().items(), resampled, strict=True):

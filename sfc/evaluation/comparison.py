@@ -1,0 +1,134 @@
+"""One mechanism or many: how far do the circuits of categories overlap, held against what overlap can be expected?
+
+Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
+on halves of a shuffled pool of two categories overlap as those of one mechanism would. So the overlap between
+categories is read between halves as well, and all three kinds of pairs are found on equally many prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+
+Weights = Mapping[str, float]
+"""a circuit: its nodes, or edges, with the size of their effects"""
+
+DRAWS = 2000
+CHANCES = 2.0
+"""halves of one category must overlap by this many times what random circuits do, or nothing can be said"""
+SHARED = 0.5
+"""from this share of what halves of one category have in common, categories are called largely shared"""
+
+
+def jaccard(a: Weights, b: Weights) -> float:
+    """Size of the intersection over size of the union; 1 for two empty circuits."""
+    union = len(a.keys() | b.keys())
+    return len(a.keys() & b.keys()) / union if union else 1.0
+
+
+def weighted_overlap(a: Weights, b: Weights) -> float:
+    """Jaccard's index of weights (Ruzicka 1958): the sum of the smaller ones over the sum of the larger, after each
+    circuit's weights are scaled to sum to 1. 1 for two circuits without weight.
+    """
+    total_a, total_b = sum(a.values()), sum(b.values())
+    if total_a == 0 or total_b == 0:
+        return float(total_a == total_b)
+    pairs = [(a.get(name, 0) / total_a, b.get(name, 0) / total_b) for name in sorted(a.keys() | b.keys())]
+    return sum(min(pair) for pair in pairs) / sum(max(pair) for pair in pairs)
+
+
+def chance_overlap(counts: Float[np.ndarray, " sites"], widths: Float[np.ndarray, " sites"]) -> float:
+    """Jaccard's index to be expected of two random circuits with so many nodes at each site, of so many there are."""
+    shared = float((counts**2 / widths).sum())
+    return shared / (2 * float(counts.sum()) - shared)
+
+
+class Overlaps(NamedTuple):
+    """Mean overlap of pairs of half-circuits, with 95 % intervals over categories (Efron 1979)."""
+
+    within: Float[np.ndarray, " categories"]
+    """of the two halves of each category"""
+    between: Float[np.ndarray, "categories categories"]
+    """of the halves of two categories, mean of the four pairs; on the diagonal `within`"""
+    shuffled: Float[np.ndarray, " shuffles"]
+    """of the halves of shuffled pools of two categories"""
+    chance: float | None = None
+    """what random circuits with as many nodes per site would give"""
+
+
+class Verdict(NamedTuple):
+    """The answer in numbers and in words."""
+
+    within: float
+    between: float
+    shuffled: float | None
+    chance: float | None
+    difference: float
+    """within - between: 0 where a category's circuit is no nearer to its own kind"""
+    difference_low: float
+    difference_high: float
+    words: str
+
+
+def verdict(overlaps: Overlaps, seed: int) -> Verdict:
+    """Is the overlap between categories that of one mechanism? Intervals are over categories, drawn again."""
+    random = np.random.default_rng(seed)
+    n = len(overlaps.within)
+    draws = [_difference(overlaps, random.integers(0, n, n)) for _ in range(DRAWS)]
+    low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
+    within, between = float(overlaps.within.mean()), float(overlaps.between[~np.eye(n, dtype=bool)].mean())
+    shuffled = float(overlaps.shuffled.mean()) if len(overlaps.shuffled) else None
+    figures = (within, between, shuffled, overlaps.chance, within - between, low, high)
+    return Verdict(*figures, _words(*figures))
+
+
+def _difference(overlaps: Overlaps, drawn: np.ndarray) -> float:
+    pairs = overlaps.between[np.ix_(drawn, drawn)]
+    different = drawn[:, None] != drawn[None]
+    return float(overlaps.within[drawn].mean() - pairs[different].mean()) if different.any() else np.nan
+
+
+def _words(
+    within: float,
+    between: float,
+    shuffled: float | None,
+    chance: float | None,
+    difference: float,
+    low: float,
+    high: float,
+) -> str:
+    if chance is not None and within < CHANCES * chance:
+        answer = "Not answerable here: circuits found on two halves of one category are hardly more alike than random."
+    elif low <= 0:
+        answer = "Nothing here tells the categories' circuits apart: one mechanism, as far as these prompts can show."
+    elif between >= SHARED * within:
+        answer = "Largely one mechanism, with parts of their own: circuits of one category are a little more alike."
+    else:
+        answer = "Many mechanisms: circuits of different categories share less than half of what one category's do."
+    pools = "" if shuffled is None else f"; two halves of shuffled pools of two categories {shuffled:.2f}"
+    at_random = "" if chance is None else f", random ones by {chance:.3f}"
+    return (
+        f"{answer} Circuits found on two halves of one category overlap by {within:.2f}, on halves of two categories by"
+        f" {between:.2f}{pools}{at_random}. The difference of the first two is {difference:.2f}"
+        f" (95 % interval over categories {low:.2f} to {high:.2f})."
+    )
+
+
+def cluster(overlap: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "merges 4"]:
+    """Average linkage of the distances 1 - overlap, as scipy writes it; the diagonal does not count."""
+    distance = 1 - (overlap + overlap.T) / 2
+    np.fill_diagonal(distance, 0)
+    return linkage(squareform(np.clip(distance, 0, None), checks=False), "average")
+
+
+def shared_core(circuits: Sequence[Weights]) -> list[str]:
+    """Nodes of more than half of the circuits, most shared first."""
+    counts: dict[str, int] = {}
+    for circuit in circuits:
+        for name in circuit:
+            counts[name] = counts.get(name, 0) + 1
+    core = [name for name, count in counts.items() if 2 * count > len(circuits)]
+    return sorted(core, key=lambda name: (-counts[name], name))

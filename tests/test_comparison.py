@@ -1,0 +1,153 @@
+"""Comparing circuits: measures by hand, verdicts on cases whose answer is known, and the command."""
+
+import json
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import result_of, sfc
+
+from sfc.circuits.problem import Problem
+from sfc.evaluation.comparison import (
+    Overlaps,
+    chance_overlap,
+    cluster,
+    jaccard,
+    shared_core,
+    verdict,
+    weighted_overlap,
+)
+
+weights = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10))
+
+
+def test_overlaps_by_hand() -> None:
+    a, b = {"x": 3.0, "y": 1.0}, {"y": 1.0, "z": 1.0}
+    assert jaccard(a, b) == pytest.approx(1 / 3)
+    # shares: a has x 0.75, y 0.25; b has y 0.5, z 0.5
+    assert weighted_overlap(a, b) == pytest.approx(0.25 / (0.75 + 0.5 + 0.5))
+    assert jaccard({}, {}) == weighted_overlap({}, {}) == 1
+    assert weighted_overlap(a, {}) == weighted_overlap(a, {"x": 0.0}) == 0
+
+
+@given(weights, weights, st.floats(0.1, 10))
+def test_overlaps_are_symmetric_and_weights_may_be_scaled(a: dict, b: dict, factor: float) -> None:
+    scaled = {name: factor * weight for name, weight in a.items()}
+    for measure in (jaccard, weighted_overlap):
+        assert measure(a, b) == pytest.approx(measure(b, a))
+        assert measure(a, b) == pytest.approx(measure(scaled, b))
+        assert 0 <= measure(a, b) <= 1 and measure(a, a) == pytest.approx(1)
+
+
+def test_overlap_by_chance_is_that_of_random_circuits() -> None:
+    counts, widths = np.array([10, 4]), np.array([40, 8])
+    random = np.random.default_rng(0)
+
+    def circuit() -> dict[str, float]:
+        picks = [(site, int(n)) for site in (0, 1) for n in random.permutation(widths[site])[: counts[site]]]
+        return {str(pick): 1.0 for pick in picks}
+
+    drawn = np.mean([jaccard(circuit(), circuit()) for _ in range(2000)])
+    assert chance_overlap(counts, widths) == pytest.approx(drawn, rel=0.05)
+
+
+def _overlaps(within: float, between: float, chance: float | None = None) -> Overlaps:
+    noise = np.random.default_rng(0).normal(0, 0.01, (8, 8))
+    table = np.where(np.eye(8, dtype=bool), within, between) + (noise + noise.T) / 2
+    return Overlaps(np.diag(table), table, np.array([0.5, 0.7]), chance)
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "words"),
+    [
+        (_overlaps(0.6, 0.6), "Nothing here tells"),
+        (_overlaps(0.6, 0.5), "Largely one mechanism"),
+        (_overlaps(0.6, 0.1), "Many mechanisms"),
+        (_overlaps(0.06, 0.01, chance=0.05), "Not answerable"),
+    ],
+)
+def test_verdicts(overlaps: Overlaps, words: str) -> None:
+    found = verdict(overlaps, seed=0)
+    assert found.words.startswith(words)
+    assert found.difference_low <= found.difference <= found.difference_high
+    assert found.shuffled == pytest.approx(0.6)
+    assert found.within == pytest.approx(overlaps.within.mean()) and found.difference == found.within - found.between
+
+
+def test_the_most_alike_are_joined_first() -> None:
+    merges = cluster(np.array([[0.2, 0.8, 0.1], [0.8, 0.9, 0.3], [0.1, 0.3, 0.4]]))
+    assert merges[0, :2].tolist() == [0, 1]
+    assert merges[:, 2] == pytest.approx([0.2, 0.8])
+
+
+def test_the_core_is_in_more_than_half_of_the_circuits() -> None:
+    circuits = [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0}, {"c": 1.0}]
+    assert shared_core(circuits) == ["a"]
+
+
+def test_halves_are_disjoint_and_joined_prompts_are_numbered_on(problem: Problem) -> None:
+    runs = problem.runs
+
+    def texts(part) -> list[tuple[int, ...]]:
+        return [tuple(batch.ids[row].tolist()) for batch in part.batches for row in range(len(batch.prompts))]
+
+    halves = runs.halves(0)
+    assert sorted(texts(halves[0]) + texts(halves[1])) == sorted(texts(runs))
+    assert [half.n_prompts for half in halves] == [3, 3]
+    joined = halves[0].joined(halves[1])
+    assert sorted(int(number) for batch in joined.batches for number in batch.prompts) == list(range(6))
+    assert texts(joined) == texts(halves[0]) + texts(halves[1])
+
+
+COMPARE = (
+    "compare", "--preset", "tiny", "--categories", "violence,privacy,hate", "--size", 20, "--json",
+    "--set", "comparison.shuffles=1", "--set", "evaluation.min_denominator=1e-6", "--set", "discovery.mask_steps=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def compared(root: Path) -> dict:
+    return result_of(sfc(*COMPARE, root=root))
+
+
+def test_the_command_compares_all_pairs(compared: dict, root: Path) -> None:
+    overlap, transfer, core = (pd.read_csv(compared["files"][name]) for name in ("overlap", "transfer", "core"))
+    assert len(overlap) == 6 and len(transfer) == 9 and len(core) == 6
+    own = overlap[overlap["a"] == overlap["b"]]
+    assert (own["jaccard"] == 1).all() and (own["jaccard_halves"] < 1).all()
+    assert compared["overlap"]["jaccard"]["within"] == pytest.approx(own["jaccard_halves"].mean())
+    different = overlap[overlap["a"] != overlap["b"]]
+    assert compared["overlap"]["jaccard"]["between"] == pytest.approx(different["jaccard_halves"].mean())
+    assert escape(compared["verdict"]) in Path(compared["files"]["page"]).read_text()
+    rankings = Path(compared["files"]["result"]).parent / "rankings"
+    assert len(list(rankings.iterdir())) == 11
+
+
+def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(compared: dict, root: Path) -> None:
+    folder = Path(compared["files"]["result"]).parent
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
+    (folder / "manifest.json").unlink()
+    (folder / "rankings" / "privacy-half-0.json").unlink()
+    again = sfc(*COMPARE, root=root)
+    assert {**result_of(again), "files": 0} == {**compared, "files": 0}
+    after = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
+    assert {name for name, time in after.items() if before[name] != time} == {"privacy-half-0.json"}
+    assert json.loads((folder / "rankings" / "privacy-half-0.json").read_text())
+
+
+def test_what_cannot_be_compared_is_one_line(root: Path) -> None:
+    for arguments, message in (
+        (["--categories", "violence"], "at least two categories"),
+        (["--categories", "violence,privacy", "--method", "correlation"], "compare needs a method"),
+    ):
+        failed = sfc("compare", "--preset", "tiny", *arguments, root=root)
+        assert failed.returncode == 2 and message in failed.stderr.splitlines()[-1]
