@@ -35,6 +35,19 @@ def show_circuit(result: dict[str, Any]) -> None:
     show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ("figure", "value"), rows)
 
 
+def show_evaluation(result: dict[str, Any]) -> None:
+    """The figures of circuits from files, a row each."""
+    columns = {
+        "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "random": "random_faithfulness",
+        "completeness, normalised": "completeness_normalised", "F(C)": "f_circuit", "F(M\\C)": "f_complement",
+    }  # fmt: skip
+    title = (
+        f"{result['category']} · {result['preset']}: {result['n_prompts']} {result['population']} test prompts,"
+        f" F(M) {_text(result['circuits'][0]['f_model'])}, F(0) {_text(result['circuits'][0]['f_empty'])}"
+    )
+    show_table(title, list(columns), ([circuit[key] for key in columns.values()] for circuit in result["circuits"]))
+
+
 def show_collection(takes: dict[str, Any]) -> None:
     """What a collection will take."""
     sizes = {"size": takes["bytes"], "free on the disk": takes["bytes_free"]}
