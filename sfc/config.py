@@ -19,7 +19,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
-ErrorMode = Literal["node", "keep-current", "ablate"]
+ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 Population = Literal["toxic", "safe"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
