@@ -39,11 +39,13 @@ def show_evaluation(result: dict[str, Any]) -> None:
     """The figures of circuits from files, a row each."""
     columns = {
         "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "random": "random_faithfulness",
-        "completeness, normalised": "completeness_normalised", "F(C)": "f_circuit", "F(M\\C)": "f_complement",
+        "completeness": "completeness_normalised", "edges": "n_edges", "of edges": "edge_faithfulness",
+        "random edges": "random_edge_faithfulness",
     }  # fmt: skip
+    first = result["circuits"][0]
     title = (
-        f"{result['category']} · {result['preset']}: {result['n_prompts']} {result['population']} test prompts,"
-        f" F(M) {_text(result['circuits'][0]['f_model'])}, F(0) {_text(result['circuits'][0]['f_empty'])}"
+        f"{result['category']} · {result['preset']}: faithfulness on {result['n_prompts']} {result['population']} test"
+        f" prompts, completeness normalised; F(M) {_text(first['f_model'])}, F(0) {_text(first['f_empty'])}"
     )
     show_table(title, list(columns), ([circuit[key] for key in columns.values()] for circuit in result["circuits"]))
 

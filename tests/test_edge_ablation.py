@@ -1,5 +1,6 @@
 """Circuits of edges: against the definition, one node and one prompt at a time, and against circuits of nodes."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,7 +16,7 @@ from sfc.ablation.ablate import Ablation
 from sfc.circuits.problem import Problem
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
-from sfc.evaluation.edge_ablation import edge_ablated_scores
+from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
 from sfc.models.batches import PACKED_TOKENS, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
@@ -154,8 +155,7 @@ def test_many_runs_go_through_in_several_packs_and_batches_do_not_matter(deep: P
 
 def test_an_edge_into_a_node_that_leads_nowhere_changes_nothing(deep: Problem) -> None:
     members, edges = random_circuit(deep, 0.2, 0.3)
-    site = deep.ablation.nodes.site_numbers
-    middle = next(node for node in members if site[node] == 1)
+    middle = next(target for _, target in edges if target in {source for source, _ in edges})
     silent = [edge for edge in edges if edge[0] != middle]
     deaf = [edge for edge in silent if edge[1] != middle]
     assert len(deaf) < len(silent)
@@ -173,6 +173,16 @@ def test_edges_of_other_nodes_are_refused(deep: Problem) -> None:
     for members, edge in (([0, 60], (0, 61)), ([0, 1], (0, 1)), ([0, 100], (0, 100)), ([0, 60], (60, 0))):
         with pytest.raises(UserError, match="does not join two of the circuit's nodes at neighbouring sites"):
             edge_ablated_scores(deep, deep.runs, members, [edge])
+
+
+def test_random_edges_are_as_many_into_each_node(deep: Problem) -> None:
+    members, edges = random_circuit(deep, 0.3, 0.2)
+    nodes = deep.ablation.nodes
+    drawn = random_edges(nodes, members, edges, seed=3)
+    assert Counter(target for _, target in drawn) == Counter(target for _, target in edges)
+    assert why_not_ablatable(nodes, members, drawn) is None and len(set(drawn)) == len(drawn)
+    assert set(drawn) != set(edges) and drawn == random_edges(nodes, members, edges, seed=3)
+    assert drawn != random_edges(nodes, members, edges, seed=4)
 
 
 def test_sites_around_which_the_stream_flows_are_refused(deep: Problem) -> None:

@@ -184,6 +184,7 @@ FIGURES = (
     "faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement", "f_empty",
     "random_faithfulness",
 )  # fmt: skip
+EDGE_FIGURES = ("f_edges", "edge_faithfulness", "random_edge_faithfulness")
 EVALUATE = ("evaluate", "--preset", "tiny", "--json")
 
 
@@ -232,6 +233,8 @@ def test_every_form_of_a_circuit_has_the_figures_that_discovery_reports(evaluate
     assert (ours["format"], ours["is_ranked"]) == ("circuit of sfc", True)
     assert (listed["name"], graph["name"]) == ("list", "graph") and not listed["is_ranked"]
     assert ours["n_edges"] == discovered["n_edges"]
+    assert np.isfinite([ours[key] for key in EDGE_FIGURES]).all()
+    assert all(row[key] is None for key in EDGE_FIGURES for row in (listed, graph))
 
 
 def test_a_ranked_circuit_has_a_curve(evaluated: dict, root: Path) -> None:
@@ -261,6 +264,20 @@ def test_without_files_the_categorys_own_circuit_is_judged(discovered: dict, roo
 
 def refused(root: Path, name: str, content: Any, *options: str) -> Finished:
     return sfc(*EVALUATE, write(root, name, content), *options, root=root)
+
+
+def test_all_edges_between_neighbours_are_as_faithful_as_the_nodes(circuit: dict, root: Path) -> None:
+    layer = {node["id"]: node["layer"] for node in circuit["nodes"]}
+    edges = [[u, d] for u in layer for d in layer if layer[d] == layer[u] + 1]
+    row = sfc(*EVALUATE, write(root, "all.json", {"nodes": list(layer), "edges": edges}), root=root).result["circuits"][
+        0
+    ]
+    assert row["n_edges"] == len(edges) and row["f_edges"] == pytest.approx(row["f_circuit"], abs=1e-3)
+    assert row["random_edge_faithfulness"] == row["edge_faithfulness"]
+    backwards = {"nodes": list(layer), "edges": [edge[::-1] for edge in edges]}
+    finished = sfc(*EVALUATE, write(root, "backwards.json", backwards), root=root)
+    assert finished.result["circuits"][0]["edge_faithfulness"] is None
+    assert "edges are not judged" in finished.stderr
 
 
 def test_what_cannot_be_judged_ends_with_one_line(discovered: dict, root: Path) -> None:

@@ -13,6 +13,7 @@ from which no edges lead to the last site get none. Errors follow the error mode
 node that is joined to all, with `keep-clean` every run has the clean errors, with `ablate` none.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.ablation.ablate import Ablation
+from sfc.ablation.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.site_runs import SiteRun, site_runs
 from sfc.errors import UserError
@@ -67,7 +69,9 @@ def edge_ablated_scores(
     Raises:
         UserError: the sites are no points of the residual stream, or an edge joins other nodes than these.
     """
-    check_sites(problem.ablation)
+    reason = why_not_ablatable(problem.ablation.nodes, members, edges)
+    if reason is not None:
+        raise UserError(reason)
     plan = _plan(problem.ablation, members, edges)
     scores = np.full(runs.n_prompts, np.nan)
     for batch, prefix in runs:
@@ -85,14 +89,28 @@ def edge_ablated_scores(
     return scores
 
 
-def check_sites(ablation: Ablation) -> None:
-    """Refuse sites around which something flows to later ones.
+def why_not_ablatable(nodes: Nodes, members: Sequence[int], edges: Sequence[tuple[int, int]]) -> str | None:
+    """What keeps these edges from being ablated; None where nothing does."""
+    if not all(kind_of(site) in WHOLE_STREAM for site in nodes.sites):
+        return f"edges can be ablated between points of the residual stream only ({', '.join(WHOLE_STREAM)})"
+    listed, site_of = set(members), nodes.site_numbers
+    for source, target in edges:
+        if not {source, target} <= listed or site_of[target] != site_of[source] + 1:
+            names = f"{nodes.name(source)} -> {nodes.name(target)}"
+            return f"the edge {names} does not join two of the circuit's nodes at neighbouring sites"
+    return None
 
-    Raises:
-        UserError: there are such sites.
-    """
-    if not all(kind_of(site) in WHOLE_STREAM for site in ablation.nodes.sites):
-        raise UserError(f"edges can be ablated between points of the residual stream only ({', '.join(WHOLE_STREAM)})")
+
+def random_edges(
+    nodes: Nodes, members: Sequence[int], edges: Sequence[tuple[int, int]], seed: int
+) -> list[tuple[int, int]]:
+    """As many edges into every node as these, from sources drawn at random among the members at the site before."""
+    random, of_members, site_of = np.random.default_rng(seed), np.sort(members), nodes.site_numbers
+    drawn = []
+    for target, count in sorted(Counter(target for _, target in edges).items()):
+        before = of_members[site_of[of_members] == site_of[target] - 1]
+        drawn += [(int(source), target) for source in random.choice(before, count, replace=False)]
+    return drawn
 
 
 def _plan(ablation: Ablation, members: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[list[_Group]]:
@@ -100,10 +118,6 @@ def _plan(ablation: Ablation, members: Sequence[int], edges: Sequence[tuple[int,
     nodes = ablation.nodes
     site_of, is_error = nodes.site_numbers, nodes.is_error
     kept = set(members)
-    for source, target in edges:
-        if not {source, target} <= kept or site_of[target] != site_of[source] + 1:
-            names = f"{nodes.name(source)} -> {nodes.name(target)}"
-            raise UserError(f"the edge {names} does not join two of the circuit's nodes at neighbouring sites")
     if ablation.error_mode in ("ablate", "keep-clean"):
         kept = {node for node in kept if not is_error[node]}
     if ablation.error_mode == "keep-current":

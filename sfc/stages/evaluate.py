@@ -13,6 +13,8 @@ from sfc.circuits.listed import ListedCircuit, read_listed
 from sfc.circuits.naming import DictionaryNames, numbered
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.evaluation.curve import curve_sizes, evaluation_curve
+from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.evaluation.metrics import circuit_metrics
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.sites import short_site
@@ -60,6 +62,9 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
             "n_prompts": test_runs.n_prompts,
             "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
         }
+        for circuit, figures in zip(circuits, result["circuits"], strict=True):
+            figures |= _edge_figures(run, problem, test_runs, circuit, figures)
+        clock.lap("edges")
         write_csv(folder / FILES["curves"], lambda path: curves.to_csv(path, index=False))
         write_csv(folder / FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
         write_evaluation_page(folder / FILES["page"], result)
@@ -85,6 +90,35 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
     curve.insert(0, "circuit", circuit.name)
     return curve
+
+
+def _edge_figures(
+    run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit, figures: dict[str, Any]
+) -> dict[str, float | None]:
+    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
+    nodes, config = problem.ablation.nodes, run.experiment.evaluation
+    reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
+    if not circuit.edges or reason is not None:
+        if reason is not None:
+            say(f"{circuit.name}: edges are not judged: {reason}")
+        return dict.fromkeys(("f_edges", "edge_faithfulness", "random_edge_faithfulness"))
+    drawn = random_edges(nodes, circuit.members, circuit.edges, run.experiment.seed)
+    total = 2 * len(nodes.sites) * len(runs.batches)
+    with progress_bar("ablating edges", total, "sites") as progress:
+        f_edges, f_random = (
+            edge_ablated_scores(problem, runs, circuit.members, edges, progress).mean()
+            for edges in (circuit.edges, drawn)
+        )
+    faithfulness = [
+        circuit_metrics(figures["f_model"], figures["f_empty"], f, f, config.min_denominator).faithfulness
+        for f in (f_edges, f_random)
+    ]
+    of_edges, of_random = (None if value is None else round(float(value), 4) for value in faithfulness)
+    return {
+        "f_edges": round(float(f_edges), 4),
+        "edge_faithfulness": of_edges,
+        "random_edge_faithfulness": of_random,
+    }
 
 
 def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[str, Any]:

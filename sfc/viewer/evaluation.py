@@ -23,6 +23,9 @@ _COLUMNS = {
     "of random circuits": "random_faithfulness",
     "completeness, normalised": "completeness_normalised",
     "completeness, as published": "completeness",
+    "edges": "n_edges",
+    "faithfulness of edges": "edge_faithfulness",
+    "of random edges": "random_edge_faithfulness",
     "F(M)": "f_model",
     "F(C)": "f_circuit",
     "F(M\\C)": "f_complement",
@@ -36,6 +39,10 @@ _GUIDE = (
     "<b>Completeness</b>, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)): 0 where nothing is left without it; as "
     "published it is F(M\\C) / F(M). Where a denominator is too small to divide by, a figure is not measurable.",
     "<b>Random circuits</b> have as many features at each site and the same error nodes: what size alone gives.",
+    "<b>Edges.</b> Their faithfulness is that of the circuit when its nodes hear of each other along these edges "
+    "alone: each node gets a run of its own in which everything but its sources has its reference. With every edge between "
+    "neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the circuit, as many "
+    "into each node.",
 )
 
 
@@ -91,9 +98,12 @@ def _table(result: Mapping[str, Any]) -> str:
     rows = [
         (
             printable(circuit["name"]),
-            f"{circuit['n_nodes']:,}",
-            *(number_text(circuit[key]) for key in list(_COLUMNS.values())[1:]),
+            *(_text(key, circuit[key]) for key in _COLUMNS.values()),
         )
         for circuit in result["circuits"]
     ]
     return figures_table(("circuit", *_COLUMNS), rows)
+
+
+def _text(key: str, value: float | None) -> str:
+    return f"{value:,}" if key.startswith("n_") else number_text(value)
