@@ -20,6 +20,7 @@ from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.pairs import pairs_fingerprint
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.prompts.schema import TOPICS_FILE
 from sfc.saes.source import saes_identity
 from sfc.sites import in_order
 
@@ -122,6 +123,9 @@ class Run:
         }
         if experiment.discovery.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(self.data_folder)
+        topics = self.data_folder / TOPICS_FILE
+        if experiment.discovery.method == "correlation" and topics.is_file():
+            inputs["topics"] = hash_of_file(topics)
         name = f"circuit-{category}{population}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 

@@ -40,9 +40,9 @@ _GUIDE = (
     "published it is F(M\\C) / F(M). Where a denominator is too small to divide by, a figure is not measurable.",
     "<b>Random circuits</b> have as many features at each site and the same error nodes: what size alone gives.",
     "<b>Edges.</b> Their faithfulness is that of the circuit when its nodes hear of each other along these edges "
-    "alone: each node gets a run of its own in which everything but its sources has its reference. With every edge between "
-    "neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the circuit, as many "
-    "into each node.",
+    "alone: each node gets a run of its own in which everything but its sources has its reference. With every edge "
+    "between neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the circuit, as "
+    "many into each node.",
 )
 
 
