@@ -38,7 +38,8 @@ def show_circuit(result: dict[str, Any]) -> None:
 def show_evaluation(result: dict[str, Any]) -> None:
     """The figures of circuits from files, a row each."""
     columns = {
-        "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "random": "random_faithfulness",
+        "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "low": "faithfulness_low",
+        "high": "faithfulness_high", "random": "random_faithfulness", "p": "p_value",
         "completeness": "completeness_normalised", "edges": "n_edges", "of edges": "edge_faithfulness",
         "random edges": "random_edge_faithfulness",
     }  # fmt: skip

@@ -12,9 +12,11 @@ from sfc.artifacts import Artifact, write_csv, write_json
 from sfc.circuits.listed import ListedCircuit, read_listed
 from sfc.circuits.naming import DictionaryNames, numbered
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.evaluation.curve import curve_sizes, evaluation_curve
+from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.evaluation.baselines import p_value
+from sfc.evaluation.curve import curve_sizes, evaluation_curve, top_circuits
 from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
-from sfc.evaluation.metrics import circuit_metrics
+from sfc.evaluation.metrics import Scores, metrics_with_intervals
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.sites import short_site
@@ -23,6 +25,9 @@ from sfc.stages.problem import prepare_problem
 from sfc.viewer.evaluation import write_evaluation_page
 
 FILES = {"page": "evaluation.html", "curves": "curves.csv", "prompts": "prompts.csv", "result": "result.json"}
+_EDGE_FIGURES = (
+    "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high", "random_edge_faithfulness"
+)  # fmt: skip
 
 
 class _Circuit(NamedTuple):
@@ -63,8 +68,10 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
             "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
         }
         for circuit, figures in zip(circuits, result["circuits"], strict=True):
-            figures |= _edge_figures(run, problem, test_runs, circuit, figures)
-        clock.lap("edges")
+            figures |= _edge_figures(run, problem, test_runs, circuit)
+            measurable = figures["faithfulness"] is not None
+            figures["p_value"] = _p_value(run, problem, test_runs, circuit) if measurable else None
+        clock.lap("edges and random circuits")
         write_csv(folder / FILES["curves"], lambda path: curves.to_csv(path, index=False))
         write_csv(folder / FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
         write_evaluation_page(folder / FILES["page"], result)
@@ -85,40 +92,44 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
     config, size = run.experiment.evaluation, len(circuit.members)
     say(f"{circuit.name}: {circuit.listed.format}, {size:,} nodes")
     sizes = curve_sizes(config.sizes, size) if circuit.listed.is_ranked else [size]
-    total = (1 + (2 + config.random_draws) * len(sizes)) * len(runs.batches)
+    total = (1 + (3 + config.random_draws) * len(sizes)) * len(runs.batches)
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
     curve.insert(0, "circuit", circuit.name)
     return curve
 
 
-def _edge_figures(
-    run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit, figures: dict[str, Any]
-) -> dict[str, float | None]:
+def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> dict[str, float | None]:
     """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
-    nodes, config = problem.ablation.nodes, run.experiment.evaluation
+    nodes, config, seed = problem.ablation.nodes, run.experiment.evaluation, run.experiment.seed
     reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
+    if reason is not None:
+        say(f"{circuit.name}: edges are not judged: {reason}")
     if not circuit.edges or reason is not None:
-        if reason is not None:
-            say(f"{circuit.name}: edges are not judged: {reason}")
-        return dict.fromkeys(("f_edges", "edge_faithfulness", "random_edge_faithfulness"))
-    drawn = random_edges(nodes, circuit.members, circuit.edges, run.experiment.seed)
-    total = 2 * len(nodes.sites) * len(runs.batches)
-    with progress_bar("ablating edges", total, "sites") as progress:
-        f_edges, f_random = (
-            edge_ablated_scores(problem, runs, circuit.members, edges, progress).mean()
-            for edges in (circuit.edges, drawn)
+        return dict.fromkeys(_EDGE_FIGURES)
+    drawn = random_edges(nodes, circuit.members, circuit.edges, seed)
+    with progress_bar("ablating edges", 2 * len(nodes.sites) * len(runs.batches), "sites") as progress:
+        of_edges, of_random = (
+            edge_ablated_scores(problem, runs, circuit.members, edges, progress) for edges in (circuit.edges, drawn)
         )
-    faithfulness = [
-        circuit_metrics(figures["f_model"], figures["f_empty"], f, f, config.min_denominator).faithfulness
-        for f in (f_edges, f_random)
-    ]
-    of_edges, of_random = (None if value is None else round(float(value), 4) for value in faithfulness)
-    return {
-        "f_edges": round(float(f_edges), 4),
-        "edge_faithfulness": of_edges,
-        "random_edge_faithfulness": of_random,
-    }
+    full = full_scores(problem.model, problem.score, runs)
+    nothing = np.zeros((1, nodes.n_nodes), dtype=bool)
+    empty = ablated_scores(problem.model, problem.score, problem.ablation, runs, nothing)[0]
+    metrics, at_random = (
+        metrics_with_intervals(Scores(full, empty, scores, scores), config.min_denominator, seed)
+        for scores in (of_edges, of_random)
+    )
+    ratios = (metrics["faithfulness"], metrics["faithfulness_low"], metrics["faithfulness_high"])
+    values = (of_edges.mean(), *ratios, at_random["faithfulness"])
+    return dict(zip(_EDGE_FIGURES, map(_figure, values), strict=True))
+
+
+def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> float:
+    """The circuit's p-value among random ones."""
+    config = run.experiment.evaluation
+    mask = top_circuits(np.array(circuit.members), [len(circuit.members)], problem.ablation.nodes.n_nodes)[0]
+    with progress_bar("random circuits", (config.p_value_draws + 2) * len(runs.batches), "runs") as progress:
+        return p_value(problem, runs, mask, config.p_value_draws, run.experiment.seed, progress)
 
 
 def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[str, Any]:
@@ -134,6 +145,10 @@ def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[
         "n_nodes": len(members),
         "n_errors": int(nodes.is_error[members].sum()),
         "n_edges": len(circuit.edges),
-        **{name: None if pd.isna(value) else round(float(value), 4) for name, value in figures.items()},
+        **{name: _figure(value) for name, value in figures.items()},
         "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
     }
+
+
+def _figure(value: Any) -> float | None:
+    return None if pd.isna(value) else round(float(value), 4)

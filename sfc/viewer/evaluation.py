@@ -20,7 +20,10 @@ _SCORES = {
 _COLUMNS = {
     "nodes": "n_nodes",
     "faithfulness": "faithfulness",
+    "from": "faithfulness_low",
+    "to": "faithfulness_high",
     "of random circuits": "random_faithfulness",
+    "p": "p_value",
     "completeness, normalised": "completeness_normalised",
     "completeness, as published": "completeness",
     "edges": "n_edges",
@@ -38,7 +41,9 @@ _GUIDE = (
     "<b>Faithfulness</b> = (F(C) − F(0)) / (F(M) − F(0)): 1 where the circuit alone does what the model does. "
     "<b>Completeness</b>, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)): 0 where nothing is left without it; as "
     "published it is F(M\\C) / F(M). Where a denominator is too small to divide by, a figure is not measurable.",
-    "<b>Random circuits</b> have as many features at each site and the same error nodes: what size alone gives.",
+    "<b>Random circuits</b> have as many features at each site and the same error nodes: what size alone gives. "
+    "p is the share of circuits, among this and random ones, whose score is as far from F(0). Faithfulness has its "
+    "95 % interval over prompts beside it.",
     "<b>Edges.</b> Their faithfulness is that of the circuit when its nodes hear of each other along these edges "
     "alone: each node gets a run of its own in which everything but its sources has its reference. With every edge "
     "between neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the circuit, as "
