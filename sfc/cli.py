@@ -23,6 +23,7 @@ from sfc.tables import (
     show_circuit,
     show_collection,
     show_comparison,
+    show_evaluation,
     show_formats,
     show_heads,
     show_patching,
@@ -73,6 +74,42 @@ def discover(
         save_circuit(load_circuit(artifact.folder / "circuit.json"), artifact.folder / "circuit.graphml")
     show_circuit(result)
     _finish(result, shared.json)
+
+
+@app.command()
+@with_shared_options
+def evaluate(
+    shared: Shared,
+    circuits: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="circuit.json files, node lists (.json or .csv), graph files of circuit-tracer."
+            " [default: the category's own circuit]"
+        ),
+    ] = None,
+    category: Annotated[str, typer.Option(help="OR-Bench category whose test prompts judge them.")] = "violence",
+    population: Annotated[
+        str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
+    ] = None,
+) -> None:
+    """Judge any circuits, ours or others', on a category's test prompts: faithfulness, completeness, random circuits.
+
+    Nodes are named resid_post.21/F12 or resid_post.21/error, or by SAELens' or Neuronpedia's ids of the dictionaries
+    in use, such as gpt2-small/6-res-jb/650.
+
+    Example: sfc evaluate mine.csv circuits/smollm2/circuit-privacy-*/circuit.json --category violence
+    """
+    from sfc.pipeline import ensure_circuit, ensure_evaluation
+    from sfc.prompts.schema import canonical_category
+
+    run = shared.run([f"discovery.population={population}"] if population else [])
+    of = canonical_category(category)
+    paths = circuits or [ensure_circuit(run, of).folder / "circuit.json"]
+    artifact = ensure_evaluation(run, of, paths, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_evaluation(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    _finish({**result, "files": files}, shared.json)
 
 
 @app.command()

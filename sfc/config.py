@@ -19,7 +19,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
-ErrorMode = Literal["node", "keep-current", "ablate"]
+ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 Population = Literal["toxic", "safe"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
@@ -187,6 +187,8 @@ class DiscoveryConfig(Section):
     )
     threshold: float = Field(0.1, ge=0, description="correlation: smallest |r| of a node")
     top_per_layer: int | None = Field(None, ge=1, description="correlation: take the strongest n per layer instead")
+    permutations: int = Field(500, ge=1, description="correlation: permutations of the labels that p-values come from")
+    min_firing: int = Field(5, ge=1, description="correlation: features that fire on fewer prompts are not tested")
     ig_steps: int = Field(10, ge=1, description="integrated-gradients: points per path from reference to clean")
     exact_nodes: int = Field(300, ge=1, description="exact: how many nodes, by attribution, are measured and ranked")
     mask_steps: int = Field(240, ge=1, description="learned-mask: steps of gradient descent")

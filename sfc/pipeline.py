@@ -20,13 +20,14 @@ from sfc.progress import say
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.pairs import pairs_fingerprint
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.prompts.schema import TOPICS_FILE
 from sfc.saes.source import saes_identity
 from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
-COMPARISON_SCHEMA = 1
+COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
 
 ALL = "all"  # every category
 
@@ -122,6 +123,9 @@ class Run:
         }
         if experiment.discovery.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(self.data_folder)
+        topics = self.data_folder / TOPICS_FILE
+        if experiment.discovery.method == "correlation" and topics.is_file():
+            inputs["topics"] = hash_of_file(topics)
         name = f"circuit-{category}{population}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
@@ -190,6 +194,41 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
         from sfc.stages.compare import make_comparison
 
         make_comparison(run, artifact, sorted(set(categories)), rebuild)
+    return artifact
+
+
+def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: bool = False) -> Artifact:
+    """Judge the circuits in these files on a category's test prompts unless that is done.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"no file {path}: `sfc evaluate` takes circuits, node lists in JSON or CSV, or graph files")
+    experiment = run.experiment
+    population, reference = experiment.discovery.population, experiment.discovery.reference_choice
+    inputs = {
+        "schema": EVALUATION_SCHEMA,
+        "seed": experiment.seed,
+        "prompts": run.store.inputs,
+        "saes": run.saes.inputs,
+        "category": category,
+        "hard_share": experiment.prompts.hard_share,
+        "population": population,
+        "reference": reference,
+        "pairs": pairs_fingerprint(run.data_folder) if reference == "paired" else None,
+        "evaluation": experiment.evaluation.model_dump(),
+        "circuits": [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in paths],
+    }
+    name = f"evaluation-{category}{'' if population == 'toxic' else f'-{population}'}"
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
+    if _needs_making(artifact, rebuild):
+        ensure_saes(run)
+        ensure_store(run)
+        from sfc.stages.evaluate import make_evaluation
+
+        make_evaluation(run, artifact, category, paths, rebuild)
     return artifact
 
 

@@ -46,6 +46,22 @@ def show_comparison(result: dict[str, Any]) -> None:
     console.print(escape(result["verdict"]))
 
 
+def show_evaluation(result: dict[str, Any]) -> None:
+    """The figures of circuits from files, a row each."""
+    columns = {
+        "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "low": "faithfulness_low",
+        "high": "faithfulness_high", "random": "random_faithfulness", "p": "p_value",
+        "completeness": "completeness_normalised", "edges": "n_edges", "of edges": "edge_faithfulness",
+        "random edges": "random_edge_faithfulness",
+    }  # fmt: skip
+    first = result["circuits"][0]
+    title = (
+        f"{result['category']} · {result['preset']}: faithfulness on {result['n_prompts']} {result['population']} test"
+        f" prompts, completeness normalised; F(M) {_text(first['f_model'])}, F(0) {_text(first['f_empty'])}"
+    )
+    show_table(title, list(columns), ([circuit[key] for key in columns.values()] for circuit in result["circuits"]))
+
+
 def show_collection(takes: dict[str, Any]) -> None:
     """What a collection will take."""
     sizes = {"size": takes["bytes"], "free on the disk": takes["bytes_free"]}

@@ -97,6 +97,6 @@ def problem(
     folder: Path = tmp_path_factory.mktemp("store")
     config = load_experiment("tiny", ["activations.dtype=float32"]).activations
     collect(model, prompts, config.sites, config, folder, lambda _: None)
-    frame = pd.DataFrame({"store_index": range(len(prompts)), "refusal_label": LABELS})
+    frame = pd.DataFrame({"prompt": TEXTS, "store_index": range(len(prompts)), "refusal_label": LABELS})
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     return Problem(model, score, ablation, runs, Store(folder), frame, DiscoveryConfig())  # pyright: ignore

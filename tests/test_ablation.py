@@ -14,12 +14,13 @@ from sfc.circuits.problem import PromptRuns
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
 from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.prompts.render import Role, TokenizedPrompt, tokenize_prompts
 
-MODES = ("node", "keep-current", "ablate")
+MODES = ("node", "keep-current", "keep-clean", "ablate")
 
 
 def oracle_scores(
@@ -35,8 +36,12 @@ def oracle_scores(
     scores = []
     for prompt in prompts:
         slots = layout.slots(prompt)
+        batch = make_batches([prompt], layout, 1, model.device)[0]
+        clean: dict[str, Tensor] = {}
+        with torch.no_grad():
+            last_logits(model, batch, {site: recorder(clean, site) for site in masks})
 
-        def hook(site: str, slots: np.ndarray = slots):
+        def hook(site: str, slots: np.ndarray = slots, clean: dict[str, Tensor] = clean):
             def act(activation: Tensor) -> Tensor:
                 dictionary, m = ablation.dictionaries[site], masks[site]
                 result = activation.clone()
@@ -44,14 +49,16 @@ def oracle_scores(
                     x, slot = activation[0, position], slots[position]
                     f, f_ref = dictionary.encode(x), ablation.reference.features[site][slot]
                     error, error_ref = x - dictionary.decode(f), ablation.reference.errors[site][slot]
-                    m_error = {"node": m[-1], "keep-current": 1.0, "ablate": 0.0}[ablation.error_mode]
+                    if ablation.error_mode == "keep-clean":
+                        error_ref = clean[site][0, position]
+                        error_ref = error_ref - dictionary.decode(dictionary.encode(error_ref))
+                    m_error = {"node": m[-1], "keep-current": 1.0}.get(ablation.error_mode, 0.0)
                     mixed = dictionary.decode(m[:-1] * f + (1 - m[:-1]) * f_ref)
                     result[0, position] = mixed + m_error * error + (1 - m_error) * error_ref
                 return result
 
             return act
 
-        batch = make_batches([prompt], layout, 1, model.device)[0]
         with torch.no_grad():
             scores.append(float(score(last_logits(model, batch, {site: hook(site) for site in masks}))))
     return np.array(scores)
@@ -70,6 +77,12 @@ def test_packed_circuits_agree_with_the_oracle(
     for row, mask in zip(fast, keep, strict=True):
         slow = oracle_scores(model, score, ablation, prompts, layout, torch.from_numpy(mask).float())
         np.testing.assert_allclose(row, slow, atol=1e-4)
+
+
+def test_clean_errors_are_never_those_of_another_batch(ablation: Ablation, batches: list[Batch]) -> None:
+    nothing = torch.zeros(1, ablation.nodes.n_nodes)
+    with pytest.raises(ValueError, match="for_batch"):
+        replace(ablation, error_mode="keep-clean").interventions(nothing, batches[0].prompts * 0, batches[0])
 
 
 def test_masks_between_0_and_1_agree_with_the_oracle(

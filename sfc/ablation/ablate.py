@@ -7,7 +7,7 @@ slot), and the rest is one sparse decoding.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,9 @@ from sfc.ablation.references import Reference
 from sfc.config import ErrorMode
 from sfc.linear import linear
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention
+from sfc.models.interventions import Intervention, recorder
+from sfc.models.loading import Model
+from sfc.models.running import Prefix, run_to
 from sfc.saes.dictionary import Dictionary
 
 
@@ -27,13 +29,25 @@ class Ablation:
     """What ablating means: which dictionaries and references, and what becomes of the errors.
 
     `error_mode`: `node` keeps or ablates an error like any node; `keep-current` keeps every error at its current value
-    (errors are preserved, as in the published pipeline); `ablate` sets every error to its reference.
+    (errors are preserved, as in the published pipeline); `keep-clean` sets every error to what it is in the model as
+    it is; `ablate` sets every error to its reference.
     """
 
     nodes: Nodes
     dictionaries: Mapping[str, Dictionary]
     reference: Reference
     error_mode: ErrorMode
+    clean_errors: Mapping[str, Float[Tensor, "batch pos d_in"]] | None = None
+    """errors of one batch in the model as it is, for `keep-clean`: `for_batch` gives them"""
+
+    @torch.no_grad()
+    def for_batch(self, model: Model, batch: Batch, prefix: Prefix | None) -> "Ablation":
+        """What this ablation is for one batch: itself, or with `keep-clean` one that has the batch's clean errors."""
+        if self.error_mode != "keep-clean":
+            return self
+        seen: dict[str, Tensor] = {}
+        run_to(model, batch, {site: recorder(seen, site) for site in self.nodes.sites}, self.nodes.sites[-1], prefix)
+        return replace(self, clean_errors={site: self._error(site, x.float()) for site, x in seen.items()})
 
     def interventions(
         self, keep: Float[Tensor, "circuits nodes"], circuit: Int[Tensor, " batch"], batch: Batch
@@ -42,13 +56,23 @@ class Ablation:
 
         Args:
             keep: masks between 0 and 1; differentiable.
+            batch: with `keep-clean` the one that `for_batch` was given, or that one repeated.
+
+        Raises:
+            ValueError: the error mode is `keep-clean`, and the clean errors are not known.
         """
+        if self.error_mode == "keep-clean" and self.clean_errors is None:
+            raise ValueError("keep-clean needs the errors of the batch: use for_batch")
         masks = self.nodes.split(self._with_error_mode(keep))
         return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
 
     def reference_activation(self, site: str) -> Float[Tensor, "slots d_in"]:
         """The activation that ablating all of a site's nodes leaves there."""
         return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
+
+    def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+        dictionary, rows = self.dictionaries[site], x.flatten(0, 1)
+        return (rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))).view_as(x)
 
     def _with_error_mode(self, keep: Tensor) -> Tensor:
         if self.error_mode == "node":
@@ -63,6 +87,10 @@ class Ablation:
         circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
         error_weight = keep_error[circuit_of_token]
         constant = self._ablated_part(site, mask, circuit_of_token, batch.slots[touchable])
+        if self.clean_errors is not None:
+            clean = self.clean_errors[site]
+            clean = clean.repeat(len(touchable) // len(clean), 1, 1)[touchable]
+            constant = constant + clean - self.reference.errors[site][batch.slots[touchable]]
 
         def ablate(activation: Tensor) -> Tensor:
             x = activation[touchable].float()

@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
 from sfc.circuits.attribution import BatchEffects, attributed_effects
-from sfc.circuits.correlation import benjamini_hochberg, correlations
+from sfc.circuits.correlation import pearson
 from sfc.circuits.exact import exact_effects
 from sfc.circuits.integrated_gradients import integrated_effects
 from sfc.circuits.learned_mask import learn_mask
+from sfc.circuits.permutation import permutation_test
 from sfc.circuits.problem import Problem
 from sfc.errors import UserError
 from sfc.models.batches import Batch
@@ -104,7 +105,8 @@ def correlation(problem: Problem) -> Effects:
     """Pearson correlation of each feature, aggregated over the sequence, with the label of the prompts.
 
     Ranked are features with |r| of at least the threshold, or the strongest n of each layer. Error nodes have no value
-    to correlate and are never ranked. Attributes: `p_value`, and `q_value` after Benjamini and Hochberg (1995).
+    to correlate and are never ranked. Attributes: `p_value` against permuted labels (see `sfc.circuits.permutation`),
+    and `q_value` after Benjamini and Hochberg (1995).
 
     Raises:
         UserError: all prompts have the same label.
@@ -112,17 +114,18 @@ def correlation(problem: Problem) -> Effects:
     labels = problem.labels
     if labels.all() or not labels.any():
         raise UserError("correlation needs toxic and safe prompts; where all labels agree use --method magnitude")
-    per_site = [correlations(features, labels.astype(float)) for features in problem.features.values()]
     nodes, config = problem.ablation.nodes, problem.config
-    r = _with_error_nodes([site.r for site in per_site], 0.0)
-    p_value = _with_error_nodes([site.p_value for site in per_site], 1.0)
+    features = np.concatenate(list(problem.features.values()), axis=1)
+    test = permutation_test(features, labels, problem.pairs, config.permutations, config.min_firing, seed=0)
+    r = np.zeros(nodes.n_nodes)
+    r[~nodes.is_error] = pearson(features, labels[:, None])[:, 0]
+    p_value, q_value = np.ones((2, nodes.n_nodes))
+    p_value[~nodes.is_error], q_value[~nodes.is_error] = test.p_value, test.q_value
     by_strength = np.argsort(-np.abs(r), kind="stable")
     if config.top_per_layer:
         eligible = _strongest_per_site(np.abs(r), nodes, config.top_per_layer)
     else:
         eligible = (np.abs(r) >= config.threshold) & ~nodes.is_error
-    q_value = np.ones_like(p_value)
-    q_value[~nodes.is_error] = benjamini_hochberg(p_value[~nodes.is_error])
     ranking = by_strength[eligible[by_strength]]
     return Effects(r, np.abs(r), ranking, {"p_value": p_value, "q_value": q_value}, unit="Pearson's r with the label")
 

@@ -86,7 +86,8 @@ def _score(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor | None) 
     if mask is None:
         return score_batch(problem.model, problem.score, batch, prefix=prefix)
     circuit = torch.zeros_like(batch.lengths)
-    interventions = problem.ablation.interventions(mask[None], circuit, batch)
+    ablation = problem.ablation.for_batch(problem.model, batch, prefix)
+    interventions = ablation.interventions(mask[None], circuit, batch)
     return score_batch(problem.model, problem.score, batch, interventions, prefix)
 
 

@@ -17,6 +17,7 @@ from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, layer_before, prefix_after
 from sfc.models.score import RefusalScore
+from sfc.prompts.topics import topic_pairs
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,20 @@ class Problem:
     """discovery prompts of the population that the circuit explains"""
     store: Store
     prompts: pd.DataFrame
-    """discovery prompts of the category, both sides; `store_index` is their number in the store"""
+    """discovery prompts of the category, both sides: `prompt`, `refusal_label`, and `store_index`, their number in the
+    store; `topic` where the data set lists topics"""
     config: DiscoveryConfig
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:
         """True for prompts that should be refused, in the order of `prompts`."""
         return self.prompts["refusal_label"].to_numpy(dtype=bool)
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """A toxic and a safe prompt each, on the same topic wherever possible, by their places in `prompts`."""
+        topics = self.prompts["topic"].tolist() if "topic" in self.prompts else None
+        return topic_pairs(self.prompts["prompt"].tolist(), self.labels, topics)
 
     @cached_property
     def features(self) -> Mapping[str, Float[np.ndarray, "prompts d_sae"]]:

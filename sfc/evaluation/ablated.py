@@ -33,11 +33,12 @@ def ablated_scores(
     scores = np.full((len(keep), runs.n_prompts), np.nan)
     for batch, prefix in runs:
         at_once = batch.copies_in(PACKED_TOKENS)
+        of_batch = ablation.for_batch(model, batch, prefix)
         for first in range(0, len(keep), at_once):
             masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
             packed = batch.repeat(len(masks))
             circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(batch.lengths))
-            interventions = ablation.interventions(masks, circuit, packed)
+            interventions = of_batch.interventions(masks, circuit, packed)
             result = score_batch(model, score, packed, interventions, prefix.repeat(len(masks)))
             columns = batch.prompts.cpu().numpy()
             scores[first : first + len(masks), columns] = result.view(len(masks), -1).cpu().numpy()

@@ -17,6 +17,7 @@ CATEGORIES = (
 )
 COLUMNS = ("prompt", "category", "refusal_label", "dataset_type", "original_source")
 FILES = {"safe_80k": "or-bench-80k.csv", "hard": "or-bench-hard-1k.csv", "toxic": "or-bench-toxic.csv"}
+TOPICS_FILE = "topics.csv"
 SPLITS = ("discovery", "reference", "test")
 
 

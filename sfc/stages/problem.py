@@ -16,6 +16,7 @@ from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.prompts.balance import balance
+from sfc.prompts.topics import listed_topics
 from sfc.stages.collect import PROMPTS_FILE
 from sfc.stages.corpus import short_enough
 from sfc.stages.paired import paired_prompts
@@ -103,4 +104,6 @@ def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], p
 def _with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     stored = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
     index = dict(zip(stored["prompt"], stored["store_index"], strict=True))
-    return prompts.assign(store_index=prompts["prompt"].map(index)).reset_index(drop=True)
+    topics = listed_topics(run.data_folder, prompts["original_source"].tolist())
+    listed = {} if topics is None else {"topic": topics}
+    return prompts.assign(store_index=prompts["prompt"].map(index), **listed).reset_index(drop=True)

@@ -1,0 +1,187 @@
+"""Circuits that others found, read from their files: which nodes, by whatever name, and in which order.
+
+Nothing is looked up here: `sfc.circuits.naming` says which nodes the names mean. Read are
+
+- our own `circuit.json` (networkx' node-link JSON);
+- lists in JSON or CSV: names, or records with a name (`node`, `name` or `id`, or Neuronpedia's `modelId`, `source` or
+  `layer`, and `index`) and, if the list is ranked, a `rank` (the smallest is the best) or an `effect` (the largest in
+  size is the best); in JSON also below the key `nodes`, with pairs of names below `edges`;
+- graph files of circuit-tracer: its features and errors, each once however many tokens it stands at, ranked by
+  `influence` where all have it (cumulative there: the smallest is the best). Embeddings and logits are no nodes here.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sfc.artifacts import read_json
+from sfc.circuits.circuit import load_circuit
+from sfc.errors import UserError
+
+_NAME_KEYS = ("node", "name", "id")
+_SOURCE_KEYS = ("source", "sourceId", "layer")
+_TRACER_FEATURE, _TRACER_ERROR = "transcoder", "error"
+_TRACER_IGNORED = ("embedding", "logit")
+
+
+class ListedCircuit(NamedTuple):
+    """A circuit as its file gives it."""
+
+    format: str
+    """what the file was read as"""
+    nodes: tuple[str, ...]
+    """names, each once; best first where the circuit is ranked"""
+    is_ranked: bool
+    edges: tuple[tuple[str, str], ...] = ()
+    dictionaries: tuple[str, ...] = ()
+    """what the file calls the dictionaries it was made with, if it says"""
+
+
+def read_listed(path: Path) -> ListedCircuit:
+    """Read a circuit from a file.
+
+    Raises:
+        UserError: the file is missing, of no known form, names no nodes, or names one twice.
+    """
+    if path.suffix.lower() == ".csv":
+        listed = _from_records("list of nodes", _csv_records(path), path)
+    elif path.suffix.lower() == ".json":
+        listed = _from_json(path)
+    else:
+        raise UserError(f"{path} is neither .json nor .csv")
+    if not listed.nodes:
+        raise UserError(f"{path} names no nodes")
+    return listed
+
+
+def _from_json(path: Path) -> ListedCircuit:
+    data = read_json(path)
+    if isinstance(data, list):
+        return _from_records("list of nodes", data, path)
+    nodes = data.get("nodes") if isinstance(data, dict) else None
+    if not isinstance(nodes, list):
+        raise UserError(f"{path} is no circuit: expected a list of nodes, or an object with 'nodes'")
+    if "directed" in data:
+        graph = load_circuit(path)
+        ranked = all("rank" in attributes for _, attributes in graph.nodes(data=True))
+        names = sorted(graph, key=lambda name: graph.nodes[name]["rank"]) if ranked else list(graph)
+        return ListedCircuit("circuit of sfc", tuple(names), ranked, tuple(graph.edges))
+    if any(isinstance(node, dict) and "feature_type" in node for node in nodes):
+        return _from_tracer(data, nodes, path)
+    return _from_records("list of nodes", nodes, path)._replace(edges=_pairs(data.get("edges", []), path))
+
+
+def _csv_records(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not CSV in UTF-8 ({error})") from None
+
+
+def _from_records(form: str, records: Sequence[Any], path: Path) -> ListedCircuit:
+    names, importances = [], []
+    for number, record in enumerate(records, 1):
+        where = f"{path}, node {number}"
+        fields = {"node": record} if isinstance(record, str) else record
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{where}: expected a name or a record with one, not {record!r}")
+        names.append(_name(fields, where))
+        importances.append(_importance(fields, where))
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return _ranked(form, names, importances, path)
+
+
+def _name(fields: Mapping[str, Any], where: str) -> str:
+    for key in _NAME_KEYS:
+        if fields.get(key):
+            return str(fields[key]).strip()
+    source = next((fields[key] for key in _SOURCE_KEYS if fields.get(key)), None)
+    if source is not None and fields.get("modelId") and fields.get("index") not in (None, ""):
+        return f"{fields['modelId']}/{source}/{fields['index']}"
+    raise UserError(f"{where} has no name: expected node, name or id, or modelId, source and index")
+
+
+def _importance(fields: Mapping[str, Any], where: str) -> float | None:
+    """What a node is ranked by, smaller being better; None where nothing is said."""
+    for key, sign in (("rank", 1), ("effect", -1)):
+        if fields.get(key) not in (None, ""):
+            value = _number(fields[key], f"{where}: {key}")
+            return value if sign > 0 else -abs(value)
+    return None
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{what} must be a number, not {value!r}")
+    return number
+
+
+def _ranked(form: str, names: Sequence[str], importances: Sequence[float | None], path: Path) -> ListedCircuit:
+    given = [importance for importance in importances if importance is not None]
+    if 0 < len(given) < len(names):
+        raise UserError(f"{path} ranks {len(given)} of {len(names)} nodes: give all a rank or effect, or none")
+    if not given:
+        return ListedCircuit(form, tuple(names), False)
+    order = sorted(range(len(names)), key=lambda i: given[i])
+    return ListedCircuit(form, tuple(names[i] for i in order), True)
+
+
+def _pairs(edges: Any, path: Path) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for edge in edges if isinstance(edges, list) else [edges]:
+        ends = (edge.get("source"), edge.get("target")) if isinstance(edge, dict) else edge
+        if not (isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, str) for end in ends)):
+            raise UserError(f"{path}: an edge is a pair of names, or a record with source and target, not {edge!r}")
+        pairs.append((ends[0], ends[1]))
+    return tuple(pairs)
+
+
+def _from_tracer(data: Mapping[str, Any], nodes: Sequence[Any], path: Path) -> ListedCircuit:
+    """circuit-tracer's graph: a node is `LAYER_FEATURE_POSITION`, an error `LAYER_…`, at one token each."""
+    best: dict[str, float | None] = {}
+    name_of: dict[str, str] = {}
+    for number, node in enumerate(nodes, 1):
+        where = f"{path}, node {number}"
+        if not isinstance(node, dict) or not isinstance(node.get("node_id"), str):
+            raise UserError(f"{where} has no node_id: not a graph file of circuit-tracer")
+        kind = str(node.get("feature_type"))
+        if kind in _TRACER_IGNORED:
+            continue
+        name = name_of[node["node_id"]] = _tracer_name(node["node_id"], kind, where)
+        influence = node.get("influence")
+        known = [value for value in (best.get(name), influence) if value is not None]
+        best[name] = min(_number(value, f"{where}: influence") for value in known) if known else None
+    # A node without influence is not worth less than one with it: then there is no ranking.
+    importances = list(best.values()) if None not in best.values() else [None] * len(best)
+    listed = _ranked("graph of circuit-tracer", list(best), importances, path)
+    links = [link for link in data.get("links", []) if isinstance(link, dict)]
+    ends = ((name_of.get(link.get("source", "")), name_of.get(link.get("target", ""))) for link in links)
+    edges = dict.fromkeys((source, target) for source, target in ends if source and target)
+    return listed._replace(edges=tuple(edges), dictionaries=_tracer_dictionaries(data.get("metadata")))
+
+
+def _tracer_name(node_id: str, kind: str, where: str) -> str:
+    layer, _, rest = node_id.partition("_")
+    feature = rest.partition("_")[0]
+    if layer.isdecimal() and _TRACER_ERROR in kind:
+        return f"{layer}/error"
+    if layer.isdecimal() and feature.isdecimal() and _TRACER_FEATURE in kind:
+        return f"{layer}/F{feature}"
+    raise UserError(f"{where}: {node_id!r} of type {kind!r} is neither a feature, LAYER_FEATURE_POSITION, nor an error")
+
+
+def _tracer_dictionaries(metadata: Any) -> tuple[str, ...]:
+    if not isinstance(metadata, dict):
+        return ()
+    listed = metadata.get("transcoder_list") or [metadata.get("scan")]
+    return tuple(str(name) for name in listed if name)

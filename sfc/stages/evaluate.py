@@ -1,0 +1,154 @@
+"""Stage: circuits from files, ours or others', judged on the test prompts of one category."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sfc.artifacts import Artifact, write_csv, write_json
+from sfc.circuits.listed import ListedCircuit, read_listed
+from sfc.circuits.naming import DictionaryNames, numbered
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.evaluation.baselines import p_value
+from sfc.evaluation.curve import curve_sizes, evaluation_curve, top_circuits
+from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.evaluation.metrics import Scores, metrics_with_intervals
+from sfc.pipeline import Run
+from sfc.progress import progress_bar, say
+from sfc.sites import short_site
+from sfc.stages.discover import Clock
+from sfc.stages.problem import prepare_problem
+from sfc.viewer.evaluation import write_evaluation_page
+
+FILES = {"page": "evaluation.html", "curves": "curves.csv", "prompts": "prompts.csv", "result": "result.json"}
+_EDGE_FIGURES = (
+    "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high", "random_edge_faithfulness"
+)  # fmt: skip
+
+
+class _Circuit(NamedTuple):
+    """One of the circuits: what its file says, and its nodes and edges by their numbers."""
+
+    name: str
+    listed: ListedCircuit
+    members: list[int]
+    edges: list[tuple[int, int]]
+
+
+def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence[Path], rebuild: bool = False) -> None:
+    """Judge the circuits in the files, and write tables and page.
+
+    Raises:
+        UserError: a file is no circuit, or one of dictionaries that are not in use; the category lacks prompts.
+    """
+    clock = Clock()
+    listed = [read_listed(path) for path in paths]
+    with artifact.being_made(rebuild) as folder:
+        problem, test_runs, facts = prepare_problem(run, category)
+        nodes = problem.ablation.nodes
+        names = DictionaryNames.of(run.saes.folder, nodes.sites, run.experiment.saes.source)
+        circuits = [
+            _Circuit(name, what, *numbered(what, names, nodes))
+            for name, what in zip(circuit_names(paths), listed, strict=True)
+        ]
+        clock.lap("prepare")
+        curves = pd.concat([_curve(run, problem, test_runs, circuit) for circuit in circuits], ignore_index=True)
+        clock.lap("evaluation")
+        result = {
+            "preset": run.experiment.name,
+            "category": category,
+            "population": problem.config.population,
+            "reference": problem.config.reference_choice,
+            "error_mode": run.experiment.evaluation.error_mode,
+            "n_prompts": test_runs.n_prompts,
+            "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
+        }
+        for circuit, figures in zip(circuits, result["circuits"], strict=True):
+            figures |= _edge_figures(run, problem, test_runs, circuit)
+            measurable = figures["faithfulness"] is not None
+            figures["p_value"] = _p_value(run, problem, test_runs, circuit) if measurable else None
+        clock.lap("edges and random circuits")
+        write_csv(folder / FILES["curves"], lambda path: curves.to_csv(path, index=False))
+        write_csv(folder / FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
+        write_evaluation_page(folder / FILES["page"], result)
+        result |= {"files": FILES, "seconds": clock.laps}
+        write_json(folder / FILES["result"], result)
+        artifact.finish(result=result, **facts)
+
+
+def circuit_names(paths: Sequence[Path]) -> list[str]:
+    """What the circuits are called: their files, or the folders of those called `circuit.json`, numbered if alike."""
+    names = [path.resolve().parent.name if path.name == "circuit.json" else path.stem for path in paths]
+    often = Counter(names)
+    return [f"{name} ({i + 1})" if often[name] > 1 else name for i, name in enumerate(names)]
+
+
+def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> pd.DataFrame:
+    """The circuit's figures, and where it is ranked those of its best nodes."""
+    config, size = run.experiment.evaluation, len(circuit.members)
+    say(f"{circuit.name}: {circuit.listed.format}, {size:,} nodes")
+    sizes = curve_sizes(config.sizes, size) if circuit.listed.is_ranked else [size]
+    total = (1 + (3 + config.random_draws) * len(sizes)) * len(runs.batches)
+    with progress_bar("evaluating", total, "runs") as progress:
+        curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
+    curve.insert(0, "circuit", circuit.name)
+    return curve
+
+
+def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> dict[str, float | None]:
+    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
+    nodes, config, seed = problem.ablation.nodes, run.experiment.evaluation, run.experiment.seed
+    reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
+    if reason is not None:
+        say(f"{circuit.name}: edges are not judged: {reason}")
+    if not circuit.edges or reason is not None:
+        return dict.fromkeys(_EDGE_FIGURES)
+    drawn = random_edges(nodes, circuit.members, circuit.edges, seed)
+    with progress_bar("ablating edges", 2 * len(nodes.sites) * len(runs.batches), "sites") as progress:
+        of_edges, of_random = (
+            edge_ablated_scores(problem, runs, circuit.members, edges, progress) for edges in (circuit.edges, drawn)
+        )
+    full = full_scores(problem.model, problem.score, runs)
+    nothing = np.zeros((1, nodes.n_nodes), dtype=bool)
+    empty = ablated_scores(problem.model, problem.score, problem.ablation, runs, nothing)[0]
+    metrics, at_random = (
+        metrics_with_intervals(Scores(full, empty, scores, scores), config.min_denominator, seed)
+        for scores in (of_edges, of_random)
+    )
+    ratios = (metrics["faithfulness"], metrics["faithfulness_low"], metrics["faithfulness_high"])
+    values = (of_edges.mean(), *ratios, at_random["faithfulness"])
+    return dict(zip(_EDGE_FIGURES, map(_figure, values), strict=True))
+
+
+def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> float:
+    """The circuit's p-value among random ones."""
+    config = run.experiment.evaluation
+    mask = top_circuits(np.array(circuit.members), [len(circuit.members)], problem.ablation.nodes.n_nodes)[0]
+    with progress_bar("random circuits", (config.p_value_draws + 2) * len(runs.batches), "runs") as progress:
+        return p_value(problem, runs, mask, config.p_value_draws, run.experiment.seed, progress)
+
+
+def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[str, Any]:
+    """What is reported of a circuit; figures that cannot be measured are None."""
+    nodes, members = problem.ablation.nodes, np.array(circuit.members)
+    per_site = np.bincount(nodes.site_numbers[members], minlength=len(nodes.sites)).tolist()
+    row = curves[(curves["circuit"] == circuit.name) & (curves["size"] == len(members))].iloc[0]
+    figures = row.drop(["circuit", "size"]).astype(object)
+    return {
+        "name": circuit.name,
+        "format": circuit.listed.format,
+        "is_ranked": circuit.listed.is_ranked,
+        "n_nodes": len(members),
+        "n_errors": int(nodes.is_error[members].sum()),
+        "n_edges": len(circuit.edges),
+        **{name: _figure(value) for name, value in figures.items()},
+        "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
+    }
+
+
+def _figure(value: Any) -> float | None:
+    return None if pd.isna(value) else round(float(value), 4)

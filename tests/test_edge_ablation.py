@@ -1,0 +1,193 @@
+"""Circuits of edges: against the definition, one node and one prompt at a time, and against circuits of nodes."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_dictionary
+from test_edges import at_sites, random_architecture
+from torch import Tensor
+
+from sfc.ablation.ablate import Ablation
+from sfc.circuits.problem import Problem
+from sfc.errors import UserError
+from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.models.batches import PACKED_TOKENS, make_batches
+from sfc.models.interventions import recorder
+from sfc.models.loading import Model
+from sfc.models.running import last_logits
+from sfc.prompts.render import TokenizedPrompt
+
+MODES = ("node", "keep-current", "keep-clean", "ablate")
+TEXTS = ["Bake bread?", "How do I kill a process?", "hm"]
+POSTS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(3))
+
+
+@pytest.fixture(scope="module")
+def deep(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    """Three layers with a dictionary each, prompts of different length, in batches with padding."""
+    model = random_architecture("Qwen2", tmp_path_factory.mktemp("deep"))
+    return at_sites(problem, model, model.tokenize(TEXTS), POSTS)
+
+
+def in_mode(problem: Problem, mode: str) -> Problem:
+    return replace(problem, ablation=replace(problem.ablation, error_mode=mode))
+
+
+def random_circuit(problem: Problem, share: float, density: float) -> tuple[list[int], list[tuple[int, int]]]:
+    random, nodes = np.random.default_rng(0), problem.ablation.nodes
+    members = np.flatnonzero((random.random(nodes.n_nodes) < share) | nodes.is_error).tolist()
+    return members, [edge for edge in neighbours(problem, members) if random.random() < density]
+
+
+def neighbours(problem: Problem, members: list[int]) -> list[tuple[int, int]]:
+    site = problem.ablation.nodes.site_numbers
+    return [(u, d) for u in members for d in members if site[d] == site[u] + 1]
+
+
+def oracle_score(
+    model: Model, ablation: Ablation, prompt: TokenizedPrompt, members: list[int], edges: list[tuple[int, int]],
+    score: Callable[[Tensor], Tensor],
+) -> float:  # fmt: skip
+    """The definition by recursion: each node's value from a run of the whole model, dense, token by token."""
+    nodes, reference, layout = ablation.nodes, ablation.reference, ablation.reference.layout
+    slots, batch = layout.slots(prompt), make_batches([prompt], layout, 1, model.device)[0]
+    is_error, site_of, first = nodes.is_error, nodes.site_numbers, np.cumsum([0, *nodes.sizes])
+    clean: dict[str, Tensor] = {}
+    last_logits(model, batch, {site: recorder(clean, site) for site in nodes.sites})
+    if ablation.error_mode in ("ablate", "keep-clean"):
+        members = [node for node in members if not is_error[node]]
+    if ablation.error_mode == "keep-current":
+        members = sorted({*members, *np.flatnonzero(is_error).tolist()})
+        touching_an_error = [
+            (u, d) for u in members for d in members if site_of[d] == site_of[u] + 1 and (is_error[u] or is_error[d])
+        ]
+        edges = [*edges, *touching_an_error]
+
+    def error(site: str, x: Tensor) -> Tensor:
+        dictionary = ablation.dictionaries[site]
+        return x - dictionary.decode(dictionary.encode(x))
+
+    def activation(number: int, kept: list[int]) -> Tensor:
+        site = nodes.sites[number]
+        x, dictionary = clean[site].clone(), ablation.dictionaries[site]
+        for position in range(1, len(slots)):
+            f, e = reference.features[site][slots[position]].clone(), reference.errors[site][slots[position]].clone()
+            if ablation.error_mode == "keep-clean":
+                e = error(site, clean[site][0, position])
+            for node in kept:
+                if is_error[node]:
+                    e = value(node)[position]
+                else:
+                    f[node - first[number]] = value(node)[position]
+            x[0, position] = dictionary.decode(f) + e
+        return x
+
+    @cache
+    def value(node: int) -> Tensor:
+        number, site = int(site_of[node]), nodes.sites[site_of[node]]
+        x = clean[site]
+        if number > 0:
+            kept = sorted({u for u, d in edges if d == node and u in members})
+            before, seen = activation(number - 1, kept), {}
+            acts = {nodes.sites[number - 1]: lambda _: before, site: recorder(seen, site)}
+            last_logits(model, batch, acts)
+            x = seen[site]
+        if is_error[node]:
+            return torch.stack([error(site, row) for row in x[0]])
+        return torch.stack([ablation.dictionaries[site].encode(row)[node - first[number]] for row in x[0]])
+
+    last = len(nodes.sites) - 1
+    x = activation(last, [node for node in members if site_of[node] == last])
+    return float(score(last_logits(model, batch, {nodes.sites[last]: lambda _: x})))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_edges_are_ablated_as_the_recursive_definition_says(deep: Problem, mode: str) -> None:
+    deep = in_mode(deep, mode)
+    members, edges = random_circuit(deep, 0.2, 0.3)
+    fast = edge_ablated_scores(deep, deep.runs, members, edges)
+    with torch.no_grad():
+        slow = [
+            oracle_score(deep.model, deep.ablation, prompt, members, edges, deep.score)
+            for prompt in deep.model.tokenize(TEXTS)
+        ]
+    np.testing.assert_allclose(fast, slow, atol=1e-4)
+    nodes = ablated_scores(deep.model, deep.score, deep.ablation, deep.runs, as_mask(deep, members))[0]
+    assert np.abs(fast - nodes).max() > 1e-2, "the edges that are missing matter"
+
+
+def as_mask(problem: Problem, members: list[int]) -> np.ndarray:
+    mask = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
+    mask[0, members] = True
+    return mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_law_all_edges_between_neighbours_are_the_circuit_of_nodes(deep: Problem, mode: str, share: float) -> None:
+    deep = in_mode(deep, mode)
+    members, _ = random_circuit(deep, share, 0)
+    steps: list[int] = []
+    edges = edge_ablated_scores(deep, deep.runs, members, neighbours(deep, members), steps.append)
+    nodes = ablated_scores(deep.model, deep.score, deep.ablation, deep.runs, as_mask(deep, members))[0]
+    np.testing.assert_allclose(edges, nodes, atol=1e-4)
+    assert sum(steps) == len(POSTS) * len(deep.runs.batches)
+    if share == 1 and mode != "ablate":
+        np.testing.assert_allclose(edges, full_scores(deep.model, deep.score, deep.runs), atol=1e-4)
+
+
+def test_many_runs_go_through_in_several_packs_and_batches_do_not_matter(deep: Problem) -> None:
+    members, edges = random_circuit(deep, 1.0, 0.5)
+    assert len(members) / 3 * max(batch.ids.numel() for batch in deep.runs.batches) > PACKED_TOKENS
+    prompts, layout = deep.model.tokenize(TEXTS), deep.ablation.reference.layout
+    one_by_one = at_sites(deep, deep.model, prompts, POSTS)
+    runs = type(deep.runs).of(deep.model, make_batches(prompts, layout, 1, deep.model.device), POSTS[0])
+    assert len(runs.batches) == 3
+    slow = edge_ablated_scores(one_by_one, runs, members, edges)
+    np.testing.assert_allclose(edge_ablated_scores(deep, deep.runs, members, edges), slow, atol=1e-4)
+
+
+def test_an_edge_into_a_node_that_leads_nowhere_changes_nothing(deep: Problem) -> None:
+    members, edges = random_circuit(deep, 0.2, 0.3)
+    middle = next(target for _, target in edges if target in {source for source, _ in edges})
+    silent = [edge for edge in edges if edge[0] != middle]
+    deaf = [edge for edge in silent if edge[1] != middle]
+    assert len(deaf) < len(silent)
+    before, after = (edge_ablated_scores(deep, deep.runs, members, some) for some in (silent, deaf))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_without_members_at_the_last_site_everything_is_ablated(deep: Problem) -> None:
+    nothing = ablated_scores(deep.model, deep.score, deep.ablation, deep.runs, as_mask(deep, []))[0]
+    for members in ([], [0, 1, 50]):
+        np.testing.assert_allclose(edge_ablated_scores(deep, deep.runs, members, []), nothing, atol=1e-4)
+
+
+def test_edges_of_other_nodes_are_refused(deep: Problem) -> None:
+    for members, edge in (([0, 60], (0, 61)), ([0, 1], (0, 1)), ([0, 100], (0, 100)), ([0, 60], (60, 0))):
+        with pytest.raises(UserError, match="does not join two of the circuit's nodes at neighbouring sites"):
+            edge_ablated_scores(deep, deep.runs, members, [edge])
+
+
+def test_random_edges_are_as_many_into_each_node(deep: Problem) -> None:
+    members, edges = random_circuit(deep, 0.3, 0.2)
+    nodes = deep.ablation.nodes
+    drawn = random_edges(nodes, members, edges, seed=3)
+    assert Counter(target for _, target in drawn) == Counter(target for _, target in edges)
+    assert why_not_ablatable(nodes, members, drawn) is None and len(set(drawn)) == len(drawn)
+    assert set(drawn) != set(edges) and drawn == random_edges(nodes, members, edges, seed=3)
+    assert drawn != random_edges(nodes, members, edges, seed=4)
+
+
+def test_sites_around_which_the_stream_flows_are_refused(deep: Problem) -> None:
+    dictionaries = {site: random_dictionary(site) for site in ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")}
+    nodes = type(deep.ablation.nodes).of({site: d.d_sae for site, d in dictionaries.items()})
+    elsewhere = replace(deep, ablation=replace(deep.ablation, nodes=nodes, dictionaries=dictionaries))
+    with pytest.raises(UserError, match="residual stream"):
+        edge_ablated_scores(elsewhere, deep.runs, [0], [])
