@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
     "errors", "linear", "sites", "config", "artifacts", "ranks", "progress", "offline", "prompts", "models",
     "activations", "saes", "ablation", "circuits", "evaluation", "patching", "features",
-    "viewer", "pipeline", "tables", "stages", "doctor", "cli_options", "cli",
+    "viewer", "pipeline", "tables", "stages", "doctor", "cli_options", "cli_explore", "cli",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_ADDRESS = "https://www.neuronpedia.org"
+ADDRESS = "https://www.neuronpedia.org/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -18,4 +18,4 @@ def neuronpedia_page(config: Mapping[str, Any], feature: int) -> str | None:
     name = config["metadata"].get("neuronpedia_id") or config.get("neuronpedia_id")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or feature >= config["d_sae"]:
         return None
-    return f"{_ADDRESS}/{name}/{feature}"
+    return f"{ADDRESS}{name}/{feature}"

@@ -1,0 +1,36 @@
+"""Stage: a circuit's page, made from the files beside it."""
+
+import pandas as pd
+
+from sfc.artifacts import read_json
+from sfc.circuits.circuit import load_circuit
+from sfc.features.cards import CARDS_FILE
+from sfc.features.labels import with_own_labels
+from sfc.models.loading import load_outline
+from sfc.pipeline import Run, ensure_circuit, ensure_saes, ensure_store
+from sfc.stages.cards import write_cards
+from sfc.stages.train import load_dictionaries
+from sfc.viewer.page import write_page
+
+
+def draw_circuit(run: Run, category: str) -> dict[str, str]:
+    """Draw the circuit of a category anew, with the labels of `labels.json`; cards are made where there are none.
+
+    Returns:
+        The files by name.
+
+    Raises:
+        UserError: as discovery, or `labels.json` is not valid.
+    """
+    folder = ensure_circuit(run, category).folder
+    graph, result = load_circuit(folder / "circuit.json"), read_json(folder / "result.json")
+    if (folder / CARDS_FILE).is_file():
+        cards = read_json(folder / CARDS_FILE)
+    else:
+        ensure_saes(run)
+        ensure_store(run)
+        dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
+        cards = write_cards(run, graph, dictionaries, load_outline(run.experiment.model).tokenizer, folder)
+    page = folder / "circuit.html"
+    write_page(page, graph, pd.read_csv(folder / "curve.csv"), result, with_own_labels(cards, folder))
+    return {"page": str(page), "features": str(folder / CARDS_FILE)}
