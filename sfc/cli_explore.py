@@ -1,5 +1,6 @@
 """Commands for circuits that are there: draw them anew, write them in other programs' formats, explore them."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,3 +20,29 @@ def draw(shared: Shared, category: Category = "violence") -> None:
 
     category = canonical_category(category)
     finish({"category": category, "files": draw_circuit(shared.run(), category)}, shared.json)
+
+
+def export(
+    shared: Shared,
+    category: Category = "violence",
+    format: Annotated[
+        str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
+    ] = "graphml,gexf,csv,circuit-tracer",
+    output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: the circuit's]")] = None,
+) -> None:
+    """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
+
+    Example: sfc export --category violence --format graphml,circuit-tracer --output violence
+    """
+    from sfc.circuits.circuit import load_circuit
+    from sfc.exports import export_circuit
+    from sfc.features.labels import labels_of
+    from sfc.pipeline import ensure_circuit
+    from sfc.prompts.schema import canonical_category
+
+    category = canonical_category(category)
+    folder = ensure_circuit(shared.run(), category).folder
+    graph = load_circuit(folder / "circuit.json")
+    formats = [name.strip() for name in format.split(",")]
+    files = export_circuit(graph, labels_of(folder), formats, output or folder)
+    finish({"category": category, "files": {name: str(path) for name, path in files.items()}}, shared.json)

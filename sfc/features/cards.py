@@ -28,7 +28,6 @@ from sfc.prompts.render import Role
 from sfc.saes.dictionary import Dictionary
 from sfc.sites import short_site
 
-CARDS_FILE = "features.json"
 POPULATIONS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
 """a data set's kinds of prompts as the cards name them; hard prompts are safe ones that look toxic"""
 _PREFERENCE = 2.0

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from sfc.artifacts import read_json
 from sfc.errors import UserError
 
-LABELS_FILE = "labels.json"
+CARDS_FILE, LABELS_FILE = "features.json", "labels.json"
 _MOST_TOKENS, _MOST_RAISED = 3, 2
 _SIGNS = {"\n": "↵", "\t": "⇥"}
 
@@ -75,6 +75,18 @@ def with_own_labels(cards: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     labels = own_labels(folder, cards["features"])
     features = {name: {**card, "label": labels.get(name, card["label"])} for name, card in cards["features"].items()}
     return {**cards, "features": features}
+
+
+def labels_of(folder: Path) -> dict[str, str]:
+    """The labels of a circuit's features, own and automatic ones; none where it has no cards.
+
+    Raises:
+        UserError: as `own_labels`.
+    """
+    if not (folder / CARDS_FILE).is_file():
+        return {}
+    cards = with_own_labels(read_json(folder / CARDS_FILE), folder)
+    return {name: card["label"] for name, card in cards["features"].items()}
 
 
 def _prompts(peaks: Sequence[Peak]) -> str:

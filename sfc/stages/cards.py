@@ -9,7 +9,8 @@ import pandas as pd
 
 from sfc.activations.store import Store
 from sfc.artifacts import write_json
-from sfc.features.cards import CARDS_FILE, feature_cards
+from sfc.features.cards import feature_cards
+from sfc.features.labels import CARDS_FILE
 from sfc.features.neuronpedia import neuronpedia_page
 from sfc.pipeline import Run
 from sfc.progress import say

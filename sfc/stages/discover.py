@@ -24,7 +24,7 @@ from sfc.errors import UserError
 from sfc.evaluation.areas import curve_areas
 from sfc.evaluation.baselines import p_value, single_site_faithfulness
 from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
-from sfc.features.cards import CARDS_FILE
+from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say

@@ -4,8 +4,7 @@ import pandas as pd
 
 from sfc.artifacts import read_json
 from sfc.circuits.circuit import load_circuit
-from sfc.features.cards import CARDS_FILE
-from sfc.features.labels import with_own_labels
+from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.models.loading import load_outline
 from sfc.pipeline import Run, ensure_circuit, ensure_saes, ensure_store
 from sfc.stages.cards import write_cards
