@@ -388,7 +388,7 @@ def _elements(graph, category, folder, texts=("kill",)) -> list[tuple[str, tuple
     write_page(folder / "page.html", graph, make_curve(), make_result(category=category), cards)
     page = Page(folder / "page.html")
     assert len(page.scripts) == 3
-    assert list(page.data) == ["circuit-cards", "circuit-data", "curve-data", "layers-data"]
+    assert list(page.data) == ["circuit-data", "circuit-cards", "curve-data", "layers-data"]
     assert page.source.lower().count("</script") == 7
     return [(tag, tuple(attributes)) for tag, attributes in page.elements]
 

@@ -19,19 +19,20 @@ _FIGURES = ("faithfulness", "completeness_normalised", "random_faithfulness")
 _NODE_FIGURES = ("rank", "effect", "absolute_effect", "mask", "p_value", "q_value")
 
 
-def explorable_html(graph: nx.DiGraph, drawn: Sequence[str], curve: pd.DataFrame, cards: Mapping[str, Any]) -> str:
-    """The controls over the graph, the empty card, and the data.
+def explorable_html(
+    figure: str, graph: nx.DiGraph, drawn: Sequence[str], curve: pd.DataFrame, cards: Mapping[str, Any]
+) -> str:
+    """The controls, the graph under them, the empty card, and the data.
 
     Args:
+        figure: the HTML of the graph.
         drawn: the nodes that the graph draws.
         cards: as `write_page` takes them.
     """
     sizes = shown_sizes(curve, len(graph))
-    return (
-        _controls(graph, drawn, sizes, cards["features"])
-        + _CARD
-        + data_html("circuit-cards", _data(graph, drawn, sizes, cards))
-    )
+    return f"""{_controls(graph, drawn, sizes, cards["features"])}
+<div class="graph">{figure}</div>
+{_CARD}{data_html("circuit-cards", _data(graph, drawn, sizes, cards))}"""
 
 
 def shown_sizes(curve: pd.DataFrame, n_nodes: int) -> list[dict[str, Any]]:

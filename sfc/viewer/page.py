@@ -40,10 +40,10 @@ def write_page(
     listed = min(_LISTED_NODES, len(graph))
     drawn = strongest_nodes(graph, _DRAWN_NODES)
     features = cards["features"]
+    picture = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, features))
     body = f"""{header_html(title, _sentence(graph, result))}
 {tiles_html(result)}
-<section class="card">{explorable_html(graph, drawn, curve, cards)}
-<div class="graph">{figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, features))}</div></section>
+<section class="card">{explorable_html(picture, graph, drawn, curve, cards)}</section>
 <div class="pair">
 <section class="card">{figure_html("curve", curve_figure(curve, len(graph)))}</section>
 <section class="card">{figure_html("layers", layers_figure(graph, features))}</section>
