@@ -1,5 +1,9 @@
 """Stage: a circuit's page, made from the files beside it."""
 
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
 import pandas as pd
 
 from sfc.artifacts import read_json
@@ -12,6 +16,22 @@ from sfc.stages.train import load_dictionaries
 from sfc.viewer.page import write_page
 
 
+def ensure_cards(run: Run, category: str) -> tuple[Path, nx.DiGraph, dict[str, Any]]:
+    """The folder, the graph and the cards of a category's circuit; what is not there is made.
+
+    Raises:
+        UserError: as discovery.
+    """
+    folder = ensure_circuit(run, category).folder
+    graph = load_circuit(folder / "circuit.json")
+    if (folder / CARDS_FILE).is_file():
+        return folder, graph, read_json(folder / CARDS_FILE)
+    ensure_saes(run)
+    ensure_store(run)
+    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
+    return folder, graph, write_cards(run, graph, dictionaries, load_outline(run.experiment.model).tokenizer, folder)
+
+
 def draw_circuit(run: Run, category: str) -> dict[str, str]:
     """Draw the circuit of a category anew, with the labels of `labels.json`; cards are made where there are none.
 
@@ -21,15 +41,7 @@ def draw_circuit(run: Run, category: str) -> dict[str, str]:
     Raises:
         UserError: as discovery, or `labels.json` is not valid.
     """
-    folder = ensure_circuit(run, category).folder
-    graph, result = load_circuit(folder / "circuit.json"), read_json(folder / "result.json")
-    if (folder / CARDS_FILE).is_file():
-        cards = read_json(folder / CARDS_FILE)
-    else:
-        ensure_saes(run)
-        ensure_store(run)
-        dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
-        cards = write_cards(run, graph, dictionaries, load_outline(run.experiment.model).tokenizer, folder)
-    page = folder / "circuit.html"
-    write_page(page, graph, pd.read_csv(folder / "curve.csv"), result, with_own_labels(cards, folder))
+    folder, graph, cards = ensure_cards(run, category)
+    page, curve = folder / "circuit.html", pd.read_csv(folder / "curve.csv")
+    write_page(page, graph, curve, read_json(folder / "result.json"), with_own_labels(cards, folder))
     return {"page": str(page), "features": str(folder / CARDS_FILE)}
