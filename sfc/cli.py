@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sfc.cli_explore import draw, export
+from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, finish, numbers_of, with_shared_options
 from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
@@ -329,7 +329,7 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-for command in (draw, export):
+for command in (draw, export, explore):
     app.command()(with_shared_options(command))
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, finish
+from sfc.errors import UserError
+from sfc.progress import say
 
 Category = Annotated[str, typer.Option(help="OR-Bench category, such as violence or self-harm.")]
 
@@ -46,3 +48,20 @@ def export(
     formats = [name.strip() for name in format.split(",")]
     files = export_circuit(graph, labels_of(folder), formats, output or folder)
     finish({"category": category, "files": {name: str(path) for name, path in files.items()}}, shared.json)
+
+
+def explore(
+    shared: Shared,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8050,
+) -> None:
+    """Explore finished circuits in a browser on this machine: side by side, and with prompts of your own.
+
+    Example: sfc explore --root . --port 8051
+    """
+    try:
+        from sfc.explorer.app import explorer
+    except ModuleNotFoundError as error:
+        raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
+    app = explorer(shared.root, shared.device)
+    say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
+    app.run(host="127.0.0.1", port=port, debug=False)

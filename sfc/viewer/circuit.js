@@ -74,6 +74,7 @@
     };
     const keeps = {
       nodes: (of, i) => shown.has(of[i]),
+      rings: (of, i) => shown.has(of[i]),
       labels: (of, i) => bright.has(of[i]),
       edges: (of, i) => of[i - (i % 3)] !== undefined && edgeShown(of[i - (i % 3)], of[i - (i % 3) + 1]),
       "edge hovers": (of, i) => edgeShown(of[i][0], of[i][1]),

@@ -20,8 +20,13 @@ from sfc.artifacts import write_text
 from sfc.viewer.text import printable
 
 
-def write_document(path: Path, title: str, body: str, scripts: Sequence[str] = ()) -> None:
-    """Write a page, whole or not at all; equal input makes equal bytes.
+def write_document(path: Path, title: str, body: str) -> None:
+    """Write a page, whole or not at all; arguments as `document_html`."""
+    write_text(path, document_html(title, body))
+
+
+def document_html(title: str, body: str, scripts: Sequence[str] = ()) -> str:
+    """A page; equal input makes equal text.
 
     Args:
         title: plain text; it is escaped here.
@@ -29,7 +34,7 @@ def write_document(path: Path, title: str, body: str, scripts: Sequence[str] = (
         scripts: files of this package that run after the figures are drawn.
     """
     sources = [get_plotlyjs(), *map(_asset, ("page.js", *scripts))]
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -46,7 +51,6 @@ def write_document(path: Path, title: str, body: str, scripts: Sequence[str] = (
 </body>
 </html>
 """
-    write_text(path, page)
 
 
 def header_html(title: str, sentence: str) -> str:

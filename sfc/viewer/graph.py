@@ -1,6 +1,6 @@
 """The picture of a circuit: layers from left to right, a node for each feature, a line for each edge."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -21,7 +21,12 @@ _EXTENTS = {"feature": 1.0, "error": 1.3}
 _MARGIN = {"l": 12, "r": 12, "t": 76, "b": 46}
 
 
-def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300, cards: Mapping[str, Any] | None = None) -> go.Figure:
+def circuit_figure(
+    graph: nx.DiGraph,
+    max_nodes: int = 300,
+    cards: Mapping[str, Any] | None = None,
+    marked: Collection[str] = (),
+) -> go.Figure:
     """A circuit as an interactive figure.
 
     Columns are the sites of the experiment. Positive nodes stand above a common line, negative ones below it, the
@@ -30,6 +35,7 @@ def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300, cards: Mapping[str, 
 
     Args:
         cards: the cards of its features by node (see `sfc.features.cards`).
+        marked: nodes that are ringed: those that another circuit has as well.
         max_nodes: with more nodes than this, the strongest are drawn, and the title says so.
     """
     columns, edge_signs = columns_of(graph), edge_signs_of(graph)
@@ -52,6 +58,8 @@ def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300, cards: Mapping[str, 
     for group in groups:
         members = [number for number, name in enumerate(drawn) if group_of_node[name] == group.key]
         figure.add_traces(list(_node_traces(graph, drawn, members, placement, group, cards or {})))
+    if ringed := [number for number, name in enumerate(drawn) if name in set(marked)]:
+        figure.add_trace(_rings(drawn, ringed, placement))
     figure.add_traces(list(_node_legend(graph, drawn, groups, group_of_node)))
     figure.add_traces(list(edge_legend(graph.subgraph(drawn), edge_signs)))
     if placement.labelled and drawn:
@@ -142,6 +150,25 @@ def _node_traces(
                 legendgroup="errors" if kind == "error" else f"nodes {group.key}",
                 showlegend=False,
             )
+
+
+def _rings(drawn: Sequence[str], members: Sequence[int], placement: Placement) -> go.Scatter:
+    """Rings around nodes; what they surround stays in reach of the pointer."""
+    return go.Scatter(
+        x=[placement.x[number] for number in members],
+        y=[placement.y[number] for number in members],
+        mode="markers",
+        marker={
+            "size": [placement.extent[number] + 3 for number in members],
+            "symbol": "circle-open",
+            "color": INK,
+            "line": {"width": 2},
+        },
+        meta={"part": "rings"},
+        customdata=[drawn[number] for number in members],
+        hoverinfo="skip",
+        name="in both circuits",
+    )
 
 
 def _node_legend(

@@ -1,6 +1,6 @@
 """The page of a circuit: its picture, its figures, and how to read them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from sfc.artifacts import write_text
 from sfc.viewer.audit import audit_html, roles_html
 from sfc.viewer.curve import curve_figure
-from sfc.viewer.document import figure_html, guide_html, header_html, write_document
+from sfc.viewer.document import document_html, figure_html, guide_html, header_html
 from sfc.viewer.explorable import explorable_html
 from sfc.viewer.graph import circuit_figure, strongest_nodes
 from sfc.viewer.layers import layers_figure
@@ -26,7 +27,18 @@ _LISTED_NODES, _DRAWN_NODES = 30, 300
 def write_page(
     path: Path, graph: nx.DiGraph, curve: pd.DataFrame, result: Mapping[str, Any], cards: Mapping[str, Any] = NO_CARDS
 ) -> None:
-    """Write a circuit's page, whole or not at all; equal input makes equal bytes.
+    """Write a circuit's page, whole or not at all; arguments as `page_html`."""
+    write_text(path, page_html(graph, curve, result, cards))
+
+
+def page_html(
+    graph: nx.DiGraph,
+    curve: pd.DataFrame,
+    result: Mapping[str, Any],
+    cards: Mapping[str, Any] = NO_CARDS,
+    marked: Collection[str] = (),
+) -> str:
+    """A circuit's page; equal input makes equal text.
 
     Args:
         graph: the circuit; of the facts about it (`graph.graph`) `sites`, `method` and `effect_unit` are used, and
@@ -35,12 +47,13 @@ def write_page(
         curve: as `curve_figure` takes it.
         result: what `discover --json` prints: `preset`, `category`, `method` and the figures of the circuit.
         cards: what its features mean, as `sfc.features.cards` describes it.
+        marked: nodes that are ringed: those that another circuit has as well.
     """
     title = " · ".join(str(result[key]) for key in ("category", "method", "preset"))
     listed = min(_LISTED_NODES, len(graph))
     drawn = strongest_nodes(graph, _DRAWN_NODES)
     features = cards["features"]
-    picture = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, features))
+    picture = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, features, marked))
     body = f"""{header_html(title, _sentence(graph, result))}
 {tiles_html(result)}
 <section class="card">{explorable_html(picture, graph, drawn, curve, cards)}</section>
@@ -56,7 +69,7 @@ def write_page(
 <section class="card scroll"><h2>The {count_text(listed, "node")} with the largest |effect|</h2>
 {nodes_table(graph, _LISTED_NODES, features)}</section>
 <footer>{_foot(graph, result)}</footer>"""
-    write_document(path, title, body, ["circuit.js"])
+    return document_html(title, body, ["circuit.js"])
 
 
 def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
