@@ -59,7 +59,7 @@ def feature_cards(
         for number, name in enumerate(of_site):
             card = _card(measured, number, store, token_text)
             for context in card["contexts"]:
-                context |= _population(groups, group_of_prompt[context.pop("prompt")])
+                context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
             card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")))
             card["label"] = _label(card)
