@@ -1,1 +1,21 @@
-"""sfc: find the sparse feature circuits behind a language model's refusals, and prove them."""
+"""sfc: find the sparse feature circuits behind a language model's refusals, and prove them.
+
+    from sfc import load_preset, discover, plot, plot_curve, open_model
+
+gives what a notebook needs. The names are imported when they are first used: `import sfc` takes no time and no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfc.api import Discovered, discover, load_preset, open_model, plot, plot_curve
+
+__all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'sfc' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("sfc.api"), name)

@@ -8,15 +8,15 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sfc.cli_options import Shared, numbers_of, with_shared_options
+from sfc.cli_explore import draw, explore, export
+from sfc.cli_options import Shared, finish, numbers_of, with_shared_options
 from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
-from sfc.ranks import is_leader
 from sfc.tables import (
     show_behaviour,
     show_checks,
@@ -73,7 +73,7 @@ def discover(
         result["files"]["graphml"] = str(artifact.folder / "circuit.graphml")
         save_circuit(load_circuit(artifact.folder / "circuit.json"), artifact.folder / "circuit.graphml")
     show_circuit(result)
-    _finish(result, shared.json)
+    finish(result, shared.json)
 
 
 @app.command()
@@ -138,13 +138,13 @@ def collect(
 
         takes = what_it_takes(run, sites)
         show_collection(takes)
-        _finish({"preset": shared.preset, **takes, "files": {}}, shared.json)
+        finish({"preset": shared.preset, **takes, "files": {}}, shared.json)
         return
     artifact = ensure_store(run, sites, shared.rebuild)
     manifest = artifact.manifest()
     say(f"{manifest['n_rows']:,} rows from {manifest['n_prompts']:,} prompts in {manifest['seconds']} s")
     figures = {key: manifest[key] for key in ("n_prompts", "n_tokens", "n_rows", "sites", "seconds")}
-    _finish({"preset": shared.preset, **figures, "files": {"store": str(artifact.folder)}}, shared.json)
+    finish({"preset": shared.preset, **figures, "files": {"store": str(artifact.folder)}}, shared.json)
 
 
 @app.command()
@@ -173,7 +173,7 @@ def train(
     }
     figures = quality.astype(object).where(quality.notna(), None).to_dict("records")
     result = {"preset": shared.preset, "quality": figures, "files": {name: str(path) for name, path in files.items()}}
-    _finish(result, shared.json)
+    finish(result, shared.json)
 
 
 @app.command()
@@ -196,7 +196,7 @@ def behaviour(
     result = artifact.manifest()["result"]
     show_behaviour(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -245,7 +245,7 @@ def attribute_logits(
     result = artifact.manifest()["result"]
     show_heads(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -275,7 +275,7 @@ def formats(
     result = artifact.manifest()["result"]
     show_formats(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -321,7 +321,7 @@ def patch(
     result = artifact.manifest()["result"]
     show_patching(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -339,7 +339,7 @@ def adapter(
     run = shared.run()
     folder = output or shared.root / "adapters" / "refusal"
     checks = train_refusal_adapter(run.data_folder / "adapter.csv", folder, run.experiment.seed)
-    _finish({"checks": [check._asdict() for check in checks], "files": {"adapter": str(folder)}}, shared.json)
+    finish({"checks": [check._asdict() for check in checks], "files": {"adapter": str(folder)}}, shared.json)
 
 
 @app.command("data")
@@ -351,7 +351,7 @@ def describe(shared: Shared) -> None:
     """
     from sfc.stages.data import describe_data
 
-    _finish(describe_data(shared.run()), shared.json)
+    finish(describe_data(shared.run()), shared.json)
 
 
 @app.command()
@@ -364,7 +364,7 @@ def download(shared: Shared) -> None:
     from sfc.prompts.download import download as fetch
 
     files = {item.path.name: str(item.path) for item in fetch(shared.root / "data")}
-    _finish({"files": files}, shared.json)
+    finish({"files": files}, shared.json)
 
 
 @app.command()
@@ -376,7 +376,7 @@ def presets(shared: Shared) -> None:
     """
     experiments = [load_experiment(name) for name in preset_names()]
     show_presets(experiments)
-    _finish({"presets": {e.name: e.model_dump() for e in experiments}, "files": {}}, shared.json)
+    finish({"presets": {e.name: e.model_dump() for e in experiments}, "files": {}}, shared.json)
 
 
 @app.command()
@@ -390,22 +390,13 @@ def doctor(shared: Shared) -> None:
 
     checks = examine(shared.run())
     show_checks(checks)
-    _finish({"checks": [check._asdict() for check in checks], "files": {}}, shared.json)
+    finish({"checks": [check._asdict() for check in checks], "files": {}}, shared.json)
     if not all(check.ok for check in checks):
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    """The paths of what was made; with `--json` they go to standard error and the object to standard output."""
-    if not is_leader():
-        return
-    for path in result["files"].values():
-        if as_json:
-            say(path)
-        else:
-            print(path)
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
+for command in (draw, export, explore):
+    app.command()(with_shared_options(command))
 
 
 _DISK_ERRORS = {

@@ -1,6 +1,7 @@
 """The options that every command shares, written once."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ import typer
 from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.pipeline import Run
+from sfc.progress import say
+from sfc.ranks import is_leader
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,16 @@ def numbers_of(text: str) -> list[int]:
             raise UserError(f"{text!r} is no list of numbers: write 10-12,25")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """The paths of what was made; with `--json` they go to standard error and the object to standard output."""
+    if not is_leader():
+        return
+    for path in result["files"].values():
+        if as_json:
+            say(path)
+        else:
+            print(path)
+    if as_json:
+        print(json.dumps(result, allow_nan=False))

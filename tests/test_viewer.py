@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from sfc.viewer.curve import curve_figure
+from sfc.viewer.explorable import shown_sizes
 from sfc.viewer.graph import circuit_figure
 from sfc.viewer.layers import layers_figure
 from sfc.viewer.page import write_page
@@ -60,6 +61,26 @@ def make_circuit(effects, columns=None, n_columns=11, **facts) -> nx.DiGraph:
         if graph.nodes[target]["layer"] == graph.nodes[source]["layer"] + 1:
             graph.add_edge(source, target, weight=graph.nodes[source]["effect"] / 3)
     return graph
+
+
+def make_cards(graph, texts=("kill",)) -> dict:
+    """Cards of all features of a circuit, whose texts are these."""
+    texts = list(texts)
+    card = {
+        "label": " ".join(texts), "raises": texts, "lowers": texts, "density": 0.1, "max": 2.0,
+        "histogram": {"from": 0.5, "counts": [3, 0, 1]}, "firing": [1.0, 0.25],
+        "contexts": [
+            {"tokens": [*texts, "x"], "values": [0.0] * len(texts) + [2.0], "peak": len(texts), "in_template": False,
+             "population": "toxic", "category": "violence"}
+        ],
+        "neighbours": [{"node": "resid_post.19/F999", "cosine": 0.5}],
+    }  # fmt: skip
+    sides = ("toxic", "safe", "shared")
+    names = [name for name in graph if graph.nodes[name]["kind"] == "feature"]
+    return {
+        "groups": [{"population": p, "category": "violence", "n_prompts": 4} for p in ("toxic", "safe")],
+        "features": {name: {**card, "fires_on": sides[number % 3]} for number, name in enumerate(names)},
+    }
 
 
 def make_curve(**columns) -> pd.DataFrame:
@@ -352,19 +373,23 @@ def test_a_curve_without_any_measurable_figure_says_so():
 @given(tokens, st.sampled_from(HOSTILE))
 def test_no_text_of_a_page_becomes_markup_or_script(tmp_path, texts, category):
     graph = make_circuit(np.linspace(1, -1, 20).tolist(), command=category, fingerprint=category)
+    for node in graph.nodes.values():
+        node.update(raises=["a"], lowers=["b"])
     plain = _elements(graph, "violence", tmp_path)
     for node in graph.nodes.values():
         node.update(raises=texts + HOSTILE[:5], lowers=HOSTILE[5:])
     hostile = nx.relabel_nodes(graph, {name: f"{name}{category}" for name in graph})
-    assert set(_elements(hostile, category, tmp_path)) == set(plain)
+    assert set(_elements(hostile, category, tmp_path, [*texts, *HOSTILE])) == set(plain)
 
 
-def _elements(graph, category, folder) -> list[tuple[str, tuple[str, ...]]]:
+def _elements(graph, category, folder, texts=("kill",)) -> list[tuple[str, tuple[str, ...]]]:
     """Tags with the names of their attributes, and how often scripts occur."""
-    write_page(folder / "page.html", graph, make_curve(), make_result(category=category))
+    cards = make_cards(graph, texts)
+    write_page(folder / "page.html", graph, make_curve(), make_result(category=category), cards)
     page = Page(folder / "page.html")
-    assert len(page.scripts) == 2 and list(page.data) == ["circuit-data", "curve-data", "layers-data"]
-    assert page.source.lower().count("</script") == 5
+    assert len(page.scripts) == 3
+    assert list(page.data) == ["circuit-data", "circuit-cards", "curve-data", "layers-data"]
+    assert page.source.lower().count("</script") == 7
     return [(tag, tuple(attributes)) for tag, attributes in page.elements]
 
 
@@ -380,6 +405,62 @@ def test_a_page_holds_plotly_once_asks_for_nothing_and_runs_only_its_own_scripts
     assert policy and policy.startswith("default-src 'none'; script-src 'sha256-")
     for script in page.scripts:
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+
+
+def test_with_cards_colours_are_the_side_a_feature_fires_on_and_errors_have_one_of_their_own():
+    graph = make_circuit([1.0, 0.9, -0.8, 0.7, -0.6, 0.5, 0.4])
+    cards = make_cards(graph)["features"]
+    looks = {}
+    for trace in circuit_figure(graph, cards=cards).to_dict()["data"]:
+        for name in trace.get("ids", ()):
+            looks[name] = (trace["marker"]["color"], trace["marker"]["symbol"])
+    names = list(graph)
+    assert len({looks[name] for name in names[:3]}) == 3
+    assert looks[names[0]] == looks[names[3]] and looks[names[2]] == looks[names[5]]
+    assert looks[names[6]][1] == "diamond" and looks[names[6]][0] not in {looks[name][0] for name in names[:3]}
+
+
+def test_the_slider_offers_the_sizes_of_the_curve_up_to_the_whole_graph():
+    curve = make_curve(faithfulness=[None, 0.5, 0.9, 1.0])
+    sizes = shown_sizes(curve, 120)
+    assert [at["size"] for at in sizes] == [5, 50, 120]
+    assert [at["faithfulness"] for at in sizes] == [None, 0.5, None]
+    assert [at["size"] for at in shown_sizes(curve, 500)] == [5, 50, 500]
+    assert shown_sizes(curve, 0) == []
+
+
+def test_the_data_of_a_page_holds_every_card_and_links_only_to_neuronpedia(tmp_path):
+    graph = make_circuit(np.linspace(1, -1, 12).tolist(), roles={"effect_content": "prompt"})
+    for node in graph.nodes.values():
+        node["effect_content"] = node["effect"]
+    cards = make_cards(graph, ["\u202ekill", "</script>"])
+    first, second = list(cards["features"])[:2]
+    cards["features"][first]["neuronpedia"] = "https://www.neuronpedia.org/gpt2-small/8-res-jb/3"
+    cards["features"][second]["neuronpedia"] = "javascript:alert(1)"
+    write_page(tmp_path / "page.html", graph, make_curve(), make_result(), cards)
+    data = Page(tmp_path / "page.html").data["circuit-cards"]
+    assert set(data["nodes"]) == set(graph) and len(data["edges"]) == graph.number_of_edges()
+    assert data["nodes"][first]["card"]["neuronpedia"].endswith("/3")
+    assert data["nodes"][second]["card"]["neuronpedia"] is None
+    assert data["nodes"][first]["card"]["contexts"][0]["tokens"][0] == "\\u202ekill"
+    assert data["nodes"][first]["role"] == "effect_content"
+    assert {name for name in graph if data["nodes"][name]["card"] is None} == {
+        name for name in graph if graph.nodes[name]["kind"] == "error"
+    }
+
+
+def test_300_nodes_and_2000_edges_with_their_cards_stay_below_8_megabytes(tmp_path):
+    random = np.random.default_rng(0)
+    graph = make_circuit(random.standard_t(2, 300).tolist())
+    graph.remove_edges_from(list(graph.edges)[2000:])
+    cards = make_cards(graph)
+    context = {"tokens": [" considerable"] * 24, "values": [12.34] * 24, "peak": 15, "in_template": False,
+               "population": "toxic", "category": "harassment"}  # fmt: skip
+    for card in cards["features"].values():
+        card.update(contexts=[context] * 8, firing=[0.1234] * 30, raises=["considerable"] * 6)
+    write_page(tmp_path / "page.html", graph, make_curve(), make_result(), cards)
+    assert graph.number_of_edges() == 2000
+    assert (tmp_path / "page.html").stat().st_size < 8_000_000
 
 
 def test_a_page_shows_every_figure_and_says_what_is_not_measurable(tmp_path):

@@ -24,9 +24,11 @@ from sfc.errors import UserError
 from sfc.evaluation.areas import curve_areas
 from sfc.evaluation.baselines import p_value, single_site_faithfulness
 from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
+from sfc.stages.cards import SHOWN_NODES, write_cards
 from sfc.stages.problem import prepare_problem
 from sfc.viewer.page import write_page
 
@@ -34,7 +36,6 @@ _EDGE_WEIGHTS = {
     "attribution": "nats of refusal score that pass along the edge",
     "correlation": "Pearson's r of feature values over discovery prompts",
 }
-_SHOWN_NODES = 300
 
 
 def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
@@ -87,6 +88,8 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         clock.lap("audit")
         graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
         _add_token_effects(graph, problem)
+        cards = write_cards(run, graph, problem.ablation.dictionaries, problem.model.tokenizer, folder)
+        clock.lap("features")
         result = _result(run, category, graph, curve, effects, problem)
         result |= _held_against(
             run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
@@ -95,7 +98,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         save_circuit(graph, folder / _FILES["circuit"])
         write_csv(folder / _FILES["curve"], lambda path: curve.to_csv(path, index=False))
         write_csv(folder / _FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
-        write_page(folder / _FILES["page"], graph, curve, result)
+        write_page(folder / _FILES["page"], graph, curve, result, cards)
         clock.lap("drawing")
         result |= {"files": _FILES, "seconds": clock.laps}
         write_json(folder / _FILES["result"], result)
@@ -105,6 +108,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
 _FILES = {
     "page": "circuit.html",
     "circuit": "circuit.json",
+    "features": CARDS_FILE,
     "curve": "curve.csv",
     "prompts": "prompts.csv",
     "result": "result.json",
@@ -160,7 +164,7 @@ def _audited(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
 
 def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
     """Give the strongest features of the graph the tokens they raise and lower."""
-    strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:_SHOWN_NODES]
+    strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:SHOWN_NODES]
     for site, dictionary in problem.ablation.dictionaries.items():
         names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if names:

@@ -36,6 +36,7 @@ def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
     figure.add_traces(list(_random(numbers)))
     figure.add_traces(list(_lines(numbers)))
     _mark(figure, numbers, reported_size)
+    figure.add_trace(_shown(numbers, reported_size))
     _set_axes(figure, numbers["size"])
     if all(np.isnan(numbers[column]).all() for column in _TEST):
         remark(figure, "Not measurable: F(M) − F(0) is too small to divide by.")
@@ -141,6 +142,23 @@ def _mark(figure: go.Figure, numbers: Numbers, reported_size: int) -> None:
             hoverinfo="skip",
             showlegend=False,
         )
+    )
+
+
+def _shown(numbers: Numbers, size: int) -> go.Scatter:
+    """The size that the graph shows: `circuit.js` moves it with the slider."""
+    faithfulness = numbers["faithfulness"][numbers["size"] == size]
+    middle = [None if math.isnan(value) else value for value in faithfulness[:1].tolist()] or [None]
+    return go.Scatter(
+        x=[size] * 3 if size >= 1 else [None] * 3,
+        y=[_VISIBLE[0], *middle, _VISIBLE[1]],
+        mode="lines+markers",
+        line={"color": INK, "width": 2},
+        marker={"size": [0, 13, 0], "color": INK, "opacity": 1},
+        connectgaps=True,
+        hoverinfo="skip",
+        showlegend=False,
+        meta={"part": "shown"},
     )
 
 

@@ -6,10 +6,22 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.viewer.signs import Sign, sign_of
+from sfc.viewer.style import QUIET
 from sfc.viewer.text import hover_text, number_text
 
+_SIGNS = (
+    Sign(1, "edge, positive", "#3d7a5a"),
+    Sign(-1, "edge, negative", "#a2418f"),
+    Sign(0, "edge without weight", QUIET),
+)
 _CLASSES = ((0.1, 0.7, 0.16), (0.25, 1.2, 0.3), (0.5, 2.0, 0.42), (1.0, 3.4, 0.55))
 """(largest share of the greatest weight, width in pixels, opacity), weakest first"""
+
+
+def edge_signs_of(graph: nx.DiGraph) -> tuple[Sign, ...]:
+    """The signs that the circuit's edges have, in colours that no node has."""
+    present = {sign_of(weight) for *_, weight in graph.edges(data="weight", default=0.0)}
+    return tuple(sign for sign in _SIGNS if sign.number in present)
 
 
 def edge_traces(
@@ -17,7 +29,7 @@ def edge_traces(
 ) -> Iterator[go.Scatter]:
     """One trace per sign and class of weight, weak ones first; only edges between nodes that have a position."""
     edges = [
-        (positions[source], positions[target], weight)
+        (source, target, weight)
         for source, target, weight in sorted(graph.edges(data="weight", default=0.0))
         if source in positions and target in positions
     ]
@@ -28,8 +40,10 @@ def edge_traces(
             lines = [ends for ends, of_sign, of_class in classed if (of_sign, of_class) == (sign.number, number)]
             if lines:
                 yield go.Scatter(
-                    x=[x for start, end in lines for x in (start[0], end[0], None)],
-                    y=[y for start, end in lines for y in (start[1], end[1], None)],
+                    x=[x for start, end in lines for x in (positions[start][0], positions[end][0], None)],
+                    y=[y for start, end in lines for y in (positions[start][1], positions[end][1], None)],
+                    meta={"part": "edges"},
+                    customdata=[end for ends in lines for end in (*ends, None)],
                     mode="lines",
                     line={"width": width, "color": sign.colour},
                     opacity=opacity,
@@ -56,6 +70,8 @@ def edge_hovers(
                 y=[(positions[source][1] + positions[target][1]) / 2 for source, target, _ in edges],
                 mode="markers",
                 marker={"size": 8, "color": sign.colour, "opacity": 0},
+                meta={"part": "edge hovers"},
+                customdata=[[source, target] for source, target, _ in edges],
                 hovertext=[
                     f"<b>{hover_text(source)}</b> → <b>{hover_text(target)}</b>"
                     f"<br>{number_text(weight, signed=True)} {unit}"
@@ -70,7 +86,6 @@ def edge_hovers(
 def edge_legend(graph: nx.DiGraph, signs: tuple[Sign, ...]) -> Iterator[go.Scatter]:
     """An entry for each sign that an edge has; clicking on it shows and hides these edges."""
     present = {sign_of(weight) for *_, weight in graph.edges(data="weight", default=0.0)}
-    names = {1: "edge, positive", -1: "edge, negative", 0: "edge without weight"}
     for sign in signs:
         if sign.number in present:
             yield go.Scatter(
@@ -79,7 +94,7 @@ def edge_legend(graph: nx.DiGraph, signs: tuple[Sign, ...]) -> Iterator[go.Scatt
                 mode="lines",
                 line={"width": 2, "color": sign.colour},
                 opacity=0.6,
-                name=names[sign.number],
+                name=sign.words,
                 legendgroup=f"edges {sign.number}",
             )
 

@@ -1,16 +1,17 @@
 """The picture of a circuit: layers from left to right, a node for each feature, a line for each edge."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.viewer.columns import Columns, columns_of
-from sfc.viewer.edges import edge_hovers, edge_legend, edge_traces
+from sfc.viewer.edges import edge_hovers, edge_legend, edge_signs_of, edge_traces
+from sfc.viewer.groups import Group, groups_of
 from sfc.viewer.placement import Placement, place
 from sfc.viewer.signs import Sign, sign_of, signs
-from sfc.viewer.style import BAND, LINE, QUIET, axis, remark, styled_figure
+from sfc.viewer.style import BAND, INK, LINE, QUIET, axis, remark, styled_figure
 from sfc.viewer.text import count_text, hover_text, number_text, tokens_text
 
 _TOKENS = 8
@@ -20,16 +21,25 @@ _EXTENTS = {"feature": 1.0, "error": 1.3}
 _MARGIN = {"l": 12, "r": 12, "t": 76, "b": 46}
 
 
-def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300) -> go.Figure:
+def circuit_figure(
+    graph: nx.DiGraph,
+    max_nodes: int = 300,
+    cards: Mapping[str, Any] | None = None,
+    marked: Collection[str] = (),
+) -> go.Figure:
     """A circuit as an interactive figure.
 
     Columns are the sites of the experiment. Positive nodes stand above a common line, negative ones below it, the
-    strongest next to it; a node's area is its |effect|, its colour the sign, diamonds are errors.
+    strongest next to it; a node's area is its |effect|, its colour the side that it fires on, or without cards the
+    sign; diamonds are errors. `meta.part` and `customdata` of the traces say to `circuit.js` which nodes they show.
 
     Args:
+        cards: the cards of its features by node (see `sfc.features.cards`).
+        marked: nodes that are ringed: those that another circuit has as well.
         max_nodes: with more nodes than this, the strongest are drawn, and the title says so.
     """
-    columns, all_signs = columns_of(graph), signs(graph.graph.get("method", ""))
+    columns, edge_signs = columns_of(graph), edge_signs_of(graph)
+    groups, group_of_node = groups_of(graph, cards or {})
     drawn = strongest_nodes(graph, max_nodes)
     placement = place(
         [columns.number(graph.nodes[name]["site"]) for name in drawn],
@@ -40,11 +50,18 @@ def circuit_figure(graph: nx.DiGraph, max_nodes: int = 300) -> go.Figure:
     height = round(placement.top - placement.bottom) + _MARGIN["t"] + _MARGIN["b"]
     figure = styled_figure(_title(graph, len(drawn)), height)
     _draw_columns(figure, columns, placement)
+    if drawn:
+        _name_sides(figure, signs(graph.graph.get("method", "")))
     positions = dict(zip(drawn, zip(placement.x, placement.y, strict=True), strict=True))
-    figure.add_traces(list(edge_traces(graph, positions, all_signs)))
-    figure.add_traces(list(edge_hovers(graph, positions, all_signs)))
-    figure.add_traces(list(_node_traces(graph, drawn, placement, all_signs)))
-    figure.add_traces(list(edge_legend(graph.subgraph(drawn), all_signs)))
+    figure.add_traces(list(edge_traces(graph, positions, edge_signs)))
+    figure.add_traces(list(edge_hovers(graph, positions, edge_signs)))
+    for group in groups:
+        members = [number for number, name in enumerate(drawn) if group_of_node[name] == group.key]
+        figure.add_traces(list(_node_traces(graph, drawn, members, placement, group, cards or {})))
+    if ringed := [number for number, name in enumerate(drawn) if name in set(marked)]:
+        figure.add_trace(_rings(drawn, ringed, placement))
+    figure.add_traces(list(_node_legend(graph, drawn, groups, group_of_node)))
+    figure.add_traces(list(edge_legend(graph.subgraph(drawn), edge_signs)))
     if placement.labelled and drawn:
         figure.add_trace(_labels(drawn, placement))
     if not drawn:
@@ -82,61 +99,107 @@ def _draw_columns(figure: go.Figure, columns: Columns, placement: Placement) -> 
     )
 
 
-def _node_traces(
-    graph: nx.DiGraph, drawn: Sequence[str], placement: Placement, all_signs: Sequence[Sign]
-) -> Iterator[go.Scatter]:
-    """A trace per kind of node and sign, so that the legend can switch them, and the entry of the error nodes."""
-    nodes, unit = graph.nodes, graph.graph.get("effect_unit", "")
-    for kind, symbol in _SYMBOLS.items():
-        for sign in all_signs:
-            members = [
-                number
-                for number, name in enumerate(drawn)
-                if (_kind(nodes[name]), sign_of(nodes[name]["effect"])) == (kind, sign.number)
-            ]
-            if members:
-                yield go.Scatter(
-                    x=[placement.x[number] for number in members],
-                    y=[placement.y[number] for number in members],
-                    mode="markers",
-                    marker={
-                        "size": [placement.extent[number] / _EXTENTS[kind] for number in members],
-                        "color": sign.colour,
-                        "symbol": symbol,
-                        "opacity": 1,
-                        "line": {"width": 1, "color": "white"},
-                    },
-                    ids=[drawn[number] for number in members],
-                    hovertext=[_hover(drawn[number], nodes[drawn[number]], sign, unit) for number in members],
-                    hoverinfo="text",
-                    hoverlabel={"bordercolor": sign.colour},
-                    name=sign.words + {1: " (above the line)", -1: " (below)", 0: ""}[sign.number],
-                    legendgroup="errors" if kind == "error" else f"nodes {sign.number}",
-                    showlegend=kind != "error",
-                )
-    if any(_kind(nodes[name]) == "error" for name in drawn):
-        yield go.Scatter(
-            x=[None],
-            y=[None],
-            mode="markers",
-            marker={"symbol": "diamond", "color": QUIET, "size": 10},
-            name="error node: what the SAE misses",
-            legendgroup="errors",
+def _name_sides(figure: go.Figure, by_sign: tuple[Sign, Sign, Sign]) -> None:
+    """Say at the left what it means to stand above the line, and below it."""
+    for sign, y, anchor in ((by_sign[0], 1, "top"), (by_sign[1], 0, "bottom")):
+        arrow = "▲" if sign.number > 0 else "▼"
+        figure.add_annotation(
+            text=f"{arrow} {sign.words}",
+            x=0,
+            y=y,
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor=anchor,
+            showarrow=False,
+            font={"size": 11, "color": QUIET},
+            bgcolor="rgba(255,255,255,0.7)",
         )
+
+
+def _node_traces(
+    graph: nx.DiGraph,
+    drawn: Sequence[str],
+    members: Sequence[int],
+    placement: Placement,
+    group: Group,
+    cards: Mapping[str, Any],
+) -> Iterator[go.Scatter]:
+    """A trace for the features of a group and one for its error nodes, so that the legend can switch them."""
+    for kind, symbol in _SYMBOLS.items():
+        of_kind = [number for number in members if _kind(graph.nodes[drawn[number]]) == kind]
+        if of_kind:
+            names = [drawn[number] for number in of_kind]
+            yield go.Scatter(
+                x=[placement.x[number] for number in of_kind],
+                y=[placement.y[number] for number in of_kind],
+                mode="markers",
+                marker={
+                    "size": [placement.extent[number] / _EXTENTS[kind] for number in of_kind],
+                    "color": group.colour,
+                    "symbol": symbol,
+                    "opacity": [1.0] * len(of_kind),
+                    "line": {"width": 1, "color": "white"},
+                },
+                ids=names,
+                meta={"part": "nodes"},
+                customdata=names,
+                hovertext=[_hover(name, graph, cards) for name in names],
+                hoverinfo="text",
+                hoverlabel={"bordercolor": group.colour},
+                legendgroup="errors" if kind == "error" else f"nodes {group.key}",
+                showlegend=False,
+            )
+
+
+def _rings(drawn: Sequence[str], members: Sequence[int], placement: Placement) -> go.Scatter:
+    """Rings around nodes; what they surround stays in reach of the pointer."""
+    return go.Scatter(
+        x=[placement.x[number] for number in members],
+        y=[placement.y[number] for number in members],
+        mode="markers",
+        marker={
+            "size": [placement.extent[number] + 3 for number in members],
+            "symbol": "circle-open",
+            "color": INK,
+            "line": {"width": 2},
+        },
+        meta={"part": "rings"},
+        customdata=[drawn[number] for number in members],
+        hoverinfo="skip",
+        name="in both circuits",
+    )
+
+
+def _node_legend(
+    graph: nx.DiGraph, drawn: Sequence[str], groups: Sequence[Group], group_of_node: Mapping[str, str]
+) -> Iterator[go.Scatter]:
+    """An entry for each group of features that is drawn, and one for the error nodes."""
+    of_features = {group_of_node[name] for name in drawn if _kind(graph.nodes[name]) == "feature"}
+    entries = [("circle", g.colour, g.words, f"nodes {g.key}") for g in groups if g.key in of_features]
+    if any(_kind(graph.nodes[name]) == "error" for name in drawn):
+        entries.append(("diamond", INK, "error node", "errors"))
+    for symbol, colour, words, legendgroup in entries:
+        marker = {"symbol": symbol, "color": colour, "size": 10}
+        yield go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=words, legendgroup=legendgroup)
 
 
 def _kind(node: dict[str, Any]) -> str:
     return "error" if node["kind"] == "error" else "feature"
 
 
-def _hover(name: str, node: dict[str, Any], sign: Sign, unit: str) -> str:
-    """Everything that is known about a node, escaped, a line each."""
+def _hover(name: str, graph: nx.DiGraph, cards: Mapping[str, Any]) -> str:
+    """The most important of what is known about a node, escaped, a line each."""
+    node, unit = graph.nodes[name], graph.graph.get("effect_unit", "")
+    words = {sign.number: sign.words for sign in signs(graph.graph.get("method", ""))}
     rank = f" · rank {node['rank'] + 1:,}" if "rank" in node else ""
+    label = [hover_text(cards[name]["label"])] if name in cards else []
     lines = [
         f"<b>{hover_text(name)}</b>",
+        *label,
         f"layer {node['layer']}{rank}",
         f"effect {number_text(node['effect'], signed=True)} {hover_text(unit)}",
-        f"<i>{sign.words}</i>",
+        f"<i>{words[sign_of(node['effect'])]}</i>",
     ]
     figures = {"absolute_effect": "mean |effect|", "p_value": "p", "q_value": "q"}
     lines += [f"{label} {number_text(node[key])}" for key, label in figures.items() if key in node]
@@ -153,6 +216,8 @@ def _labels(drawn: Sequence[str], placement: Placement) -> go.Scatter:
         y=[y - extent / 2 - 8 for y, extent in zip(placement.y, placement.extent, strict=True)],
         mode="text",
         text=[hover_text(name.rpartition("/")[2][:10]) for name in drawn],
+        meta={"part": "labels"},
+        customdata=list(drawn),
         textfont={"size": 10, "color": QUIET, "shadow": "0 0 2px white, 0 0 2px white, 0 0 3px white"},
         hoverinfo="skip",
         showlegend=False,

@@ -2,35 +2,38 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.viewer.columns import columns_of
-from sfc.viewer.signs import sign_of, signs
+from sfc.viewer.groups import groups_of
 from sfc.viewer.style import axis, styled_figure
 
 _HEIGHT = 430
 _MOST_LABELS = 16
 
 
-def layers_figure(graph: nx.DiGraph) -> go.Figure:
-    """Bars per layer, stacked by the sign of the effect; all nodes count, drawn in the graph or not."""
+def layers_figure(graph: nx.DiGraph, cards: Mapping[str, Any] | None = None) -> go.Figure:
+    """Bars per layer, stacked by the groups of `circuit_figure`; all nodes count, drawn in the graph or not."""
     columns = columns_of(graph)
-    counts = Counter((data["site"], sign_of(data["effect"])) for _, data in graph.nodes(data=True))
+    groups, group_of_node = groups_of(graph, cards or {})
+    counts = Counter((data["site"], group_of_node[name]) for name, data in graph.nodes(data=True))
     places = list(range(len(columns.sites)))
     figure = styled_figure("Nodes per layer", _HEIGHT)
-    for sign in signs(graph.graph.get("method", "")):
-        of_sign = [counts[site, sign.number] for site in columns.sites]
-        if any(of_sign):
+    for group in groups:
+        of_group = [counts[site, group.key] for site in columns.sites]
+        if any(of_group):
             figure.add_trace(
                 go.Bar(
                     x=places,
-                    y=of_sign,
-                    marker={"color": sign.colour},
-                    name=sign.words,
+                    y=of_group,
+                    marker={"color": group.colour},
+                    name=group.words,
                     customdata=columns.labels,
-                    hovertemplate=f"layer %{{customdata}}: <b>%{{y:,}}</b><br>{sign.words}<extra></extra>",
+                    hovertemplate=f"layer %{{customdata}}: <b>%{{y:,}}</b><br>{group.words}<extra></extra>",
                 )
             )
     step = math.ceil(len(places) / _MOST_LABELS) or 1

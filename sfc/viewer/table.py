@@ -1,6 +1,6 @@
 """Tables in HTML: the strongest nodes of a circuit, for reading without hovering, and small ones of figures."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ class _Column(NamedTuple):
 
 
 _COLUMNS = (
+    _Column("label", "label", "tokens", printable),
     _Column("layer", "layer", "number", str),
     _Column("effect", "effect", "number", lambda value: number_text(value, signed=True)),
     _Column("mean |effect|", "absolute_effect", "number", number_text),
@@ -30,12 +31,14 @@ _COLUMNS = (
 )
 
 
-def nodes_table(graph: nx.DiGraph, most: int = 30) -> str:
+def nodes_table(graph: nx.DiGraph, most: int = 30, cards: Mapping[str, Any] | None = None) -> str:
     """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
     names = strongest_nodes(graph, most)
-    columns = [column for column in _COLUMNS if any(column.key in graph.nodes[name] for name in names)]
+    labels = {name: {"label": card["label"]} for name, card in (cards or {}).items()}
+    nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
+    columns = [column for column in _COLUMNS if any(column.key in node for node in nodes.values())]
     head = "".join(f'<th scope="col" class="{column.style}">{escape(column.title)}</th>' for column in columns)
-    rows = "".join(_row(name, graph.nodes[name], columns) for name in names)
+    rows = "".join(_row(name, node, columns) for name, node in nodes.items())
     return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
@@ -55,4 +58,5 @@ def _row(name: str, node: dict[str, Any], columns: list[_Column]) -> str:
         f'<td class="{column.style}">{escape(column.text(node[column.key])) if column.key in node else ""}</td>'
         for column in columns
     )
-    return f"<tr><td><code>{escape(printable(name))}</code></td>{cells}</tr>"
+    shown = escape(printable(name))
+    return f'<tr><td><code data-node="{shown}">{shown}</code></td>{cells}</tr>'

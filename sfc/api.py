@@ -1,0 +1,97 @@
+"""What a notebook needs, in few lines: `from sfc import load_preset, discover, plot, plot_curve, open_model`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pandas as pd
+import plotly.graph_objects as go
+
+from sfc.artifacts import read_json
+from sfc.config import load_experiment
+from sfc.features.labels import with_own_labels
+from sfc.features.probe import Probe
+from sfc.models.loading import choose_device, load_model
+from sfc.models.score import RefusalScore
+from sfc.pipeline import Run
+from sfc.prompts.schema import canonical_category
+from sfc.stages.draw import ensure_cards
+from sfc.stages.train import load_dictionaries
+from sfc.viewer.curve import curve_figure
+from sfc.viewer.graph import circuit_figure
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """A circuit, and everything that was found out about it."""
+
+    run: Run
+    folder: Path
+    graph: nx.DiGraph
+    curve: pd.DataFrame
+    """the figures for every size, on test prompts"""
+    result: dict[str, Any]
+    """the figures of the reported circuit"""
+    cards: dict[str, Any]
+    """what its features mean (see `sfc.features.cards`)"""
+
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """The nodes with their effects and labels, the largest |effect| first."""
+        labels = {name: card["label"] for name, card in self.cards["features"].items()}
+        columns = ["layer", "kind", "effect", "rank"]
+        frame = pd.DataFrame.from_dict(dict(self.graph.nodes(data=True)), orient="index")[columns]
+        frame.insert(0, "label", [labels.get(str(name), "") for name in frame.index])
+        return frame.sort_values("effect", key=abs, ascending=False)
+
+
+def load_preset(
+    preset: str = "smollm2",
+    overrides: Iterable[str] = (),
+    root: Path | str = ".",
+    data: str = "mini",
+    device: str = "auto",
+) -> Run:
+    """An experiment by the name of its preset or the path of a YAML file, below a folder for its artifacts.
+
+    Args:
+        overrides: such as `["discovery.method=attribution"]`.
+
+    Raises:
+        UserError: the preset or an override is wrong.
+    """
+    return Run(load_experiment(preset, overrides), Path(root), data, device)
+
+
+def discover(run: Run, category: str = "violence") -> Discovered:
+    """The circuit of a category; what is missing before it is made first, what is there is read.
+
+    Raises:
+        UserError: as `sfc discover`.
+    """
+    folder, graph, cards = ensure_cards(run, canonical_category(category))
+    curve, result = pd.read_csv(folder / "curve.csv"), read_json(folder / "result.json")
+    return Discovered(run, folder, graph, curve, result, with_own_labels(cards, folder))
+
+
+def plot(circuit: Discovered) -> go.Figure:
+    """The graph of a circuit as an interactive figure."""
+    return circuit_figure(circuit.graph, cards=circuit.cards["features"])
+
+
+def plot_curve(circuit: Discovered) -> go.Figure:
+    """Faithfulness and completeness of a circuit by its size."""
+    return curve_figure(circuit.curve, len(circuit.graph))
+
+
+def open_model(run: Run) -> Probe:
+    """Load the model and its dictionaries: which features fire on a prompt, the score and reply with some of them off.
+
+    Raises:
+        UserError: the dictionaries are not there yet (`discover` makes them).
+    """
+    model = load_model(run.experiment.model, choose_device(run.device))
+    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites, model.device)
+    return Probe(model, RefusalScore.of(model), dictionaries)

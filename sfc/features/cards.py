@@ -1,0 +1,157 @@
+"""What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
+
+{"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
+ "features": {"resid_post.21/F463": {
+     "label", "fires_on",         see `sfc.features.labels` and `fires_on`
+     "raises", "lowers",          tokens, as the circuit has them
+     "density", "max",            share of the store's tokens at which it is active; its largest value
+     "histogram": {"from", "counts"},   active tokens by value: bins of half an octave from `from` on
+     "firing",                    by group: the share of prompts in which it is active at some token
+     "contexts": [{"tokens", "values", "peak", "in_template", "population", "category"}],
+                                  strongest first, from different prompts; `peak`: the place of the strongest token
+     "neighbours": [{"node", "cosine"}],      by decoder direction, in the same dictionary
+     "neuronpedia"}}}             the feature's page, where the dictionary is one they host
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+from sfc.activations.store import Store
+from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, Activity, activity
+from sfc.features.labels import Peak, automatic_label
+from sfc.features.neighbours import Neighbour, nearest_neighbours
+from sfc.prompts.render import Role
+from sfc.saes.dictionary import Dictionary
+from sfc.sites import short_site
+
+POPULATIONS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
+"""a data set's kinds of prompts as the cards name them; hard prompts are safe ones that look toxic"""
+_PREFERENCE = 2.0
+
+
+def feature_cards(
+    store: Store,
+    dictionaries: Mapping[str, Dictionary],
+    graph: nx.DiGraph,
+    names: Sequence[str],
+    prompts: pd.DataFrame,
+    token_text: Callable[[int], str],
+) -> dict[str, Any]:
+    """The cards of the features named, of a circuit of these dictionaries.
+
+    Args:
+        prompts: the store's prompt table, with `category` and `dataset_type`.
+        token_text: the text of a token id.
+    """
+    groups, group_of_prompt = _groups(prompts)
+    cards: dict[str, Any] = {}
+    for site, dictionary in dictionaries.items():
+        of_site = [n for n in names if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
+        if not of_site:
+            continue
+        features = [int(name.rpartition("/F")[2]) for name in of_site]
+        measured = activity(store, dictionary, features, group_of_prompt)
+        neighbours = nearest_neighbours(dictionary.W_dec, features)
+        for number, name in enumerate(of_site):
+            card = _card(measured, number, store, token_text)
+            for context in card["contexts"]:
+                context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
+            card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
+            card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")))
+            card["label"] = _label(card)
+            card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
+            cards[name] = card
+    return {"groups": groups, "features": {name: cards[name] for name in names if name in cards}}
+
+
+def fires_on(mean_peak: Sequence[float] | np.ndarray, groups: Sequence[Mapping[str, Any]], category: str) -> str:
+    """`toxic` or `safe` where the feature's peaks are on average twice as high on the category's prompts of that side.
+
+    Else `shared`, also where one side has no prompts. Safe are all prompts that are not toxic, hard ones among them.
+    """
+    sums, counts = {"toxic": 0.0, "safe": 0.0}, {"toxic": 0, "safe": 0}
+    for peak, group in zip(mean_peak, groups, strict=True):
+        if group["category"] == category:
+            side = "toxic" if group["population"] == "toxic" else "safe"
+            sums[side] += float(peak) * group["n_prompts"]
+            counts[side] += group["n_prompts"]
+    if not all(counts.values()):
+        return "shared"
+    toxic, safe = sums["toxic"] / counts["toxic"], sums["safe"] / counts["safe"]
+    if toxic >= _PREFERENCE * safe and toxic > 0:
+        return "toxic"
+    return "safe" if safe >= _PREFERENCE * toxic and safe > 0 else "shared"
+
+
+def _groups(prompts: pd.DataFrame) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The groups of prompts, a population of a category each, and the number of each prompt's group."""
+    populations = [POPULATIONS.get(kind, kind) for kind in prompts["dataset_type"]]
+    keys = list(zip(populations, prompts["category"], strict=True))
+    order = list(POPULATIONS.values())
+    known = sorted(set(keys), key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key))
+    number = {key: i for i, key in enumerate(known)}
+    group_of_prompt = np.array([number[key] for key in keys])
+    sizes = np.bincount(group_of_prompt, minlength=len(known)).tolist()
+    groups = [
+        {"population": population, "category": category, "n_prompts": size}
+        for (population, category), size in zip(known, sizes, strict=True)
+    ]
+    return groups, group_of_prompt
+
+
+def _card(measured: Activity, number: int, store: Store, token_text: Callable[[int], str]) -> dict[str, Any]:
+    """What one pass over the store says of a feature."""
+    rows = [int(row) for row in measured.peak_rows[number] if row >= 0]
+    contexts = [
+        _context(store, row, window, token_text) for row, window in zip(rows, measured.windows[number], strict=False)
+    ]
+    counts = measured.counts[number]
+    filled = np.flatnonzero(counts)
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, -1)
+    return {
+        "density": _rounded(counts.sum() / store.n_tokens),
+        "max": max((value for context in contexts for value in context["values"]), default=0.0),
+        "histogram": {"from": _rounded(BIN_EDGES[first]), "counts": counts[first : last + 1].tolist()},
+        "firing": [_rounded(share) for share in measured.firing[number]],
+        "contexts": contexts,
+    }
+
+
+def _context(store: Store, peak: int, window: np.ndarray, token_text: Callable[[int], str]) -> dict[str, Any]:
+    """The tokens of a prompt around its strongest one, and the feature's values there."""
+    rows = np.arange(peak - BEFORE, peak + AFTER + 1)
+    inside = (rows >= 0) & (rows < store.n_tokens)
+    inside[inside] = store.tokens.prompt[rows[inside]] == store.tokens.prompt[peak]
+    kept = rows[inside]
+    return {
+        "prompt": int(store.tokens.prompt[peak]),
+        "tokens": [token_text(int(token)) for token in store.tokens.token[kept]],
+        "values": [_rounded(value) for value in window[inside]],
+        "peak": int(np.flatnonzero(kept == peak)[0]),
+        "in_template": bool(store.tokens.role[peak] == Role.SUFFIX),
+    }
+
+
+def _population(groups: Sequence[Mapping[str, Any]], group: int) -> dict[str, str]:
+    return {key: groups[group][key] for key in ("population", "category")}
+
+
+def _label(card: Mapping[str, Any]) -> str:
+    peaks = [
+        Peak(context["tokens"][context["peak"]], context["in_template"], context["population"], context["category"])
+        for context in card["contexts"]
+    ]
+    return automatic_label(peaks, card["raises"])
+
+
+def _neighbour(site: str, neighbour: Neighbour) -> dict[str, Any]:
+    return {"node": f"{short_site(site)}/F{neighbour.feature}", "cosine": _rounded(neighbour.cosine)}
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: more would only make the file larger."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,120 @@
+"""One prompt under the microscope: which features fire on which token, and what scaling them does to the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sfc.ablation.nodes import Nodes
+from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.generation import generate_replies
+from sfc.models.interventions import Intervention, recorder
+from sfc.models.loading import Model
+from sfc.models.running import run_to
+from sfc.models.score import RefusalScore, score_batch
+from sfc.saes.dictionary import Dictionary
+
+_BATCH_TOKENS = 4096
+
+
+class Firing(NamedTuple):
+    """The values of some features on a prompt, the template around it included."""
+
+    tokens: list[str]
+    values: Float[np.ndarray, "tokens features"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model and its dictionaries, ready for single prompts.
+
+    `factors` of its methods are numbers by node name, such as `{"resid_post.21/F463": 0}`: what the feature's value is
+    multiplied with at every token but the first, the attention sink. 0 switches it off, 2 doubles it. Later features
+    are encoded from what this leaves, and the reconstruction error stays as it is.
+    """
+
+    model: Model
+    score: RefusalScore
+    dictionaries: Mapping[str, Dictionary]
+
+    @torch.no_grad()
+    def fires(self, prompt: str, features: Sequence[str]) -> Firing:
+        """The values of these features on each token.
+
+        Raises:
+            UserError: there is no such feature.
+        """
+        batch = self._batch(prompt)
+        activations: dict[str, Tensor] = {}
+        by_site = self._by_site(dict.fromkeys(features, 1.0))
+        values = {}
+        if by_site:
+            run_to(self.model, batch, {site: recorder(activations, site) for site in by_site}, list(by_site)[-1])
+        for site, of_site in by_site.items():
+            dense = self.dictionaries[site].encode(activations[site][0].float())
+            values |= {name: dense[:, feature].cpu().numpy() for feature, (name, _) in of_site.items()}
+        tokens = [self.model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
+        table = np.stack([values[name] for name in features], axis=1) if features else np.zeros((len(tokens), 0))
+        table[0] = 0  # the attention sink is no token that features are about
+        return Firing(tokens, table)
+
+    @torch.no_grad()
+    def score_of(self, prompt: str, factors: Mapping[str, float] | None = None) -> float:
+        """The refusal score in nats, with some features scaled.
+
+        Raises:
+            UserError: there is no such feature.
+        """
+        return float(score_batch(self.model, self.score, self._batch(prompt), self._scaling(factors or {}))[0])
+
+    def reply(self, prompt: str, factors: Mapping[str, float] | None = None, max_new_tokens: int = 40) -> str:
+        """The greedy reply, with some features scaled at every token of prompt and reply.
+
+        Raises:
+            UserError: there is no such feature.
+        """
+        prompts, scaling = self.model.tokenize([prompt]), self._scaling(factors or {})
+        return generate_replies(self.model, prompts, max_new_tokens, _BATCH_TOKENS, scaling)[0]
+
+    def _batch(self, prompt: str) -> Batch:
+        prompts = self.model.tokenize([prompt])
+        return make_batches(prompts, SlotLayout.of(prompts), _BATCH_TOKENS, self.model.device)[0]
+
+    def _by_site(self, factors: Mapping[str, float]) -> dict[str, dict[int, tuple[str, float]]]:
+        """By site and number within it, in the order of the sites: the feature's name and its factor."""
+        nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in self.dictionaries.items()})
+        sites = nodes.site_numbers
+        by_site: dict[str, dict[int, tuple[str, float]]] = {}
+        for number, name in sorted((nodes.number(name), name) for name in factors):
+            site = nodes.sites[sites[number]]
+            if not name.endswith("/error"):
+                feature = int(name.rpartition("/F")[2])
+                by_site.setdefault(site, {})[feature] = (name, factors[name])
+        return by_site
+
+    def _scaling(self, factors: Mapping[str, float]) -> dict[str, Intervention]:
+        return {
+            site: _scale(self.dictionaries[site], {feature: factor for feature, (_, factor) in of_site.items()})
+            for site, of_site in self._by_site(factors).items()
+        }
+
+
+def _scale(dictionary: Dictionary, factors: Mapping[int, float]) -> Intervention:
+    change = torch.zeros(dictionary.d_sae, device=dictionary.W_dec.device)
+    for feature, factor in factors.items():
+        change[feature] = factor - 1
+
+    def scale(activation: Tensor) -> Tensor:
+        # A pass over several positions begins with the prompt's first token; a step of generation has one position.
+        first = 1 if activation.shape[1] > 1 else 0
+        x = activation[:, first:].float()
+        values, indices = dictionary.encode_sparse(x.flatten(0, 1))
+        added = dictionary.decode_sparse(values * change[indices], indices) - dictionary.b_dec
+        scaled = (x + added.view_as(x)).to(activation.dtype)
+        return torch.cat([activation[:, :first], scaled], dim=1)
+
+    return scale

@@ -1,0 +1,92 @@
+"""The Python API and the notebook, and the commands that draw and export, on one circuit of the tiny preset."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+from typer.testing import CliRunner
+
+import sfc
+from sfc.api import Discovered
+from sfc.cli import app
+
+REPOSITORY = Path(__file__).parents[1]
+NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.ipynb"
+
+
+@pytest.fixture(scope="module")
+def circuit(tmp_path_factory: pytest.TempPathFactory) -> Discovered:
+    run = sfc.load_preset("tiny", ["evaluation.sizes=[16, 64]"], root=tmp_path_factory.mktemp("root"))
+    return sfc.discover(run, "violence")
+
+
+def command(circuit: Discovered, *arguments: str) -> dict:
+    """What `sfc …` with `--json` prints for this circuit's run."""
+    shared = ["--preset", "tiny", "--root", str(circuit.run.root), "--set", "evaluation.sizes=[16, 64]", "--json"]
+    finished = CliRunner().invoke(app, [*arguments, *shared], catch_exceptions=False)
+    assert finished.exit_code == 0
+    return json.loads(finished.stdout)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = "import sys, sfc; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
+
+
+def test_every_name_that_the_package_promises_is_there() -> None:
+    assert all(callable(getattr(sfc, name)) for name in sfc.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'discovery'"):
+        _ = sfc.discovery  # pyright: ignore
+
+
+def test_a_discovered_circuit_has_its_files_figures_and_cards(circuit: Discovered) -> None:
+    assert circuit.result["n_nodes"] == len(circuit.graph) == len(circuit.nodes)
+    assert set(circuit.cards["features"]) == {n for n, d in circuit.graph.nodes(data=True) if d["kind"] == "feature"}
+    effects = circuit.nodes["effect"].abs().tolist()
+    assert effects == sorted(effects, reverse=True)
+    drawn = {name for trace in sfc.plot(circuit).data for name in trace.ids or ()}
+    assert drawn == set(circuit.graph)
+    assert len(circuit.graph) in [x for trace in sfc.plot_curve(circuit).data for x in trace.x or ()]
+
+
+def test_a_second_time_it_is_read_and_not_made(circuit: Discovered) -> None:
+    before = {path: path.stat().st_mtime_ns for path in circuit.folder.iterdir()}
+    again = sfc.discover(circuit.run, "violence")
+    assert (
+        again.cards == circuit.cards and {path: path.stat().st_mtime_ns for path in circuit.folder.iterdir()} == before
+    )
+
+
+def test_own_labels_are_on_the_page_after_drawing_and_cards_are_not_made_again(circuit: Discovered) -> None:
+    name = next(iter(circuit.cards["features"]))
+    (circuit.folder / "labels.json").write_text(json.dumps({name: "a label of my own"}))
+    features = (circuit.folder / "features.json").stat().st_mtime_ns
+    page = Path(command(circuit, "draw")["files"]["page"]).read_text(encoding="utf-8")
+    assert "a label of my own" in page
+    assert (circuit.folder / "features.json").stat().st_mtime_ns == features
+    written = command(circuit, "export", "--format", "gexf,csv", "--output", str(circuit.run.root))["files"]
+    assert set(written) == {"gexf", "nodes", "edges"}
+    assert nx.read_gexf(written["gexf"]).nodes[name]["label"] == "a label of my own"
+    (circuit.folder / "labels.json").unlink()
+
+
+def test_the_probe_switches_features_of_the_circuit_off(circuit: Discovered) -> None:
+    probe, prompt = sfc.open_model(circuit.run), "Bake bread?"
+    features = [str(name) for name in circuit.nodes.index[circuit.nodes["kind"] == "feature"]]
+    assert probe.fires(prompt, features).values.any()
+    assert probe.score_of(prompt, dict.fromkeys(features, 0.0)) != pytest.approx(probe.score_of(prompt), abs=1e-4)
+
+
+def test_the_notebook_runs_and_its_figures_display(circuit: Discovered) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
+    environment = {"SFC_PRESET": "tiny", "SFC_ROOT": str(circuit.run.root), "PYTHONPATH": str(REPOSITORY)}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env={**os.environ, **environment})
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("application/vnd.plotly.v1+json" in output.data for output in shown) == 2

@@ -1,0 +1,82 @@
+"""One prompt: firing against the dictionary itself, scaling against ablation with a reference of zero."""
+
+import numpy as np
+import pytest
+import torch
+
+from sfc.ablation.ablate import Ablation
+from sfc.ablation.nodes import Nodes
+from sfc.ablation.references import zero_reference
+from sfc.errors import UserError
+from sfc.features.probe import Probe
+from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.interventions import recorder
+from sfc.models.loading import Model
+from sfc.models.running import last_logits
+from sfc.models.score import RefusalScore, score_batch
+from sfc.saes.dictionary import Dictionary
+from tests.conftest import SITES, TEXTS
+
+PROMPT = TEXTS[1]
+
+
+@pytest.fixture(scope="module")
+def probe(model: Model, score: RefusalScore, dictionaries: dict[str, Dictionary]) -> Probe:
+    return Probe(model, score, dictionaries)
+
+
+def test_firing_is_what_the_dictionaries_encode_but_not_at_the_sink(probe: Probe, model: Model) -> None:
+    prompts = model.tokenize([PROMPT])
+    [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+    kept: dict[str, torch.Tensor] = {}
+    last_logits(model, batch, {site: recorder(kept, site) for site in SITES})
+    names = ["resid_post.1/F5", "resid_post.0/F7", "resid_post.0/F3"]
+    firing = probe.fires(PROMPT, names)
+    assert "".join(firing.tokens) == model.tokenizer.decode(prompts[0].ids)
+    for column, (site, feature) in enumerate([(SITES[1], 5), (SITES[0], 7), (SITES[0], 3)]):
+        expected = probe.dictionaries[site].encode(kept[site][0]).detach().numpy()[:, feature]
+        np.testing.assert_allclose(firing.values[1:, column], expected[1:], atol=1e-5)
+    assert not firing.values[0].any() and firing.values.any()
+
+
+def test_switching_off_is_ablation_to_zero_with_current_errors(probe: Probe, model: Model) -> None:
+    prompts = model.tokenize([PROMPT])
+    layout = SlotLayout.of(prompts)
+    nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in probe.dictionaries.items()})
+    ablation = Ablation(nodes, probe.dictionaries, zero_reference(probe.dictionaries, layout), "keep-current")
+    off = [f"resid_post.{layer}/F{feature}" for layer in (0, 1) for feature in range(0, 48, 2)]
+    keep = torch.ones(1, nodes.n_nodes)
+    keep[0, [nodes.number(name) for name in off]] = 0
+    [batch] = make_batches(prompts, layout, 4096, model.device)
+    interventions = ablation.interventions(keep, torch.zeros(1, dtype=torch.long), batch)
+    expected = float(score_batch(model, probe.score, batch, interventions)[0])
+    assert probe.score_of(PROMPT, dict.fromkeys(off, 0.0)) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - probe.score_of(PROMPT)) > 1e-3
+
+
+def test_a_factor_of_one_changes_nothing(probe: Probe) -> None:
+    ones = {f"resid_post.{layer}/F{feature}": 1.0 for layer in (0, 1) for feature in range(48)}
+    assert probe.score_of(PROMPT, ones) == pytest.approx(probe.score_of(PROMPT), abs=1e-5)
+    assert probe.reply(PROMPT, ones, 5) == probe.reply(PROMPT, max_new_tokens=5)
+
+
+def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, model: Model) -> None:
+    """Greedy decoding token by token, each from the start and without a cache, gives the same tokens."""
+    off = {f"resid_post.{layer}/F{feature}": 0.0 for layer in (0, 1) for feature in range(40)}
+    [prompt] = model.tokenize([PROMPT])
+    ids = list(prompt.ids)
+    for _ in range(4):
+        grown = prompt._replace(
+            ids=np.array(ids), roles=np.concatenate([prompt.roles, np.full(len(ids) - len(prompt.ids), 3)])
+        )
+        [batch] = make_batches([grown], SlotLayout.of([grown]), 4096, model.device)
+        with torch.no_grad():
+            logits = last_logits(model, batch, probe._scaling(off))
+        ids.append(int(logits[0].argmax()))
+    new = [int(i) for i in ids[len(prompt.ids) :]]
+    assert probe.reply(PROMPT, off, 4) == model.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_an_unknown_feature_is_named(probe: Probe) -> None:
+    with pytest.raises(UserError, match=r"no node 'resid_post\.9/F1'"):
+        probe.score_of(PROMPT, {"resid_post.9/F1": 0.0})
