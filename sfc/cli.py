@@ -109,7 +109,7 @@ def evaluate(
     result = artifact.manifest()["result"]
     show_evaluation(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -224,7 +224,7 @@ def compare(
     result = artifact.manifest()["result"]
     show_comparison(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command("attribute-logits")
