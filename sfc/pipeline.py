@@ -128,14 +128,15 @@ class Run:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
         population = "" if experiment.discovery.population == "toxic" else f"-{experiment.discovery.population}"
+        features = experiment.discovery.nodes == "features"
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
             "prompts": self.store.inputs,
-            "saes": self.saes.inputs,
+            "saes": self.saes.inputs if features else None,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
-            "discovery": experiment.discovery.model_dump(),
+            "discovery": experiment.discovery.model_dump(exclude={"nodes"} if features else {}),
             "evaluation": experiment.evaluation.model_dump(),
         }
         if experiment.discovery.reference_choice == "paired":
@@ -143,6 +144,9 @@ class Run:
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
         if topics and experiment.discovery.method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
+        if not features:
+            inputs["layers"] = experiment.activations.layers
+            population += f"-{experiment.discovery.nodes}"
         name = f"circuit-{category}{population}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
@@ -197,7 +201,8 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
     """Discover and evaluate one category's circuit unless it is there; train first where needed."""
     artifact = run.circuit(category)
     if _needs_making(artifact, rebuild):
-        ensure_saes(run)
+        if run.experiment.discovery.nodes == "features":
+            ensure_saes(run)
         ensure_store(run)
         from sfc.stages.discover import make_circuit
 

@@ -86,6 +86,8 @@ def _means(
     for batch, rows in rows_of_batches:
         seen: dict[str, Tensor] = {}
         run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
+        if missed := [site for site in sites if site not in seen]:
+            raise UserError(f"this model has the site {missed[0]!r} by name, but never passes it: it cannot be ablated")
         counted = _counted(batch, layout)
         weights = _weights_within_prompts(batch, layout)
         prompts_in_row.index_add_(0, rows[counted], weights)

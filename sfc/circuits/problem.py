@@ -98,10 +98,14 @@ class Problem:
         indices, row = np.unique(self.prompts["store_index"].to_numpy(), return_inverse=True)
         return {
             site: aggregated_features(self.store, dictionary, indices, self.config.aggregation)[row]
+            if dictionary.d_sae
+            else np.zeros((len(row), 0))
             for site, dictionary in self.ablation.dictionaries.items()
         }
 
     @cached_property
     def firing_rates(self) -> Float[np.ndarray, " nodes"]:
-        """For each feature the share of the prompts in which it is active at all; 1 for error nodes."""
-        return np.concatenate([np.append((values > 0).mean(0), 1.0) for values in self.features.values()])
+        """For each feature the share of the prompts in which it is active at all; 1 for errors and components."""
+        parts = self.ablation.nodes.parts
+        shares = [(values > 0).mean(0) for values in self.features.values()]
+        return np.concatenate([np.append(s, np.ones(n)) for s, n in zip(shares, parts, strict=True)])

@@ -59,7 +59,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         curve = _curve(run, problem, ranking, sizes, test_runs)
         members = ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
         clock.lap("evaluation")
-        edges = EDGES[config.edges](problem, members)
+        edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
         clock.lap("edges")
         if config.drop_dead_ends:
             kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)

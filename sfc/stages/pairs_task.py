@@ -142,7 +142,10 @@ def _preference(scores: np.ndarray) -> dict[str, float]:
 def _variance_explained(
     model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """Of the activations at each site, on these prompts; the dictionaries were learned on others."""
+    """Of the activations at each site with features, on these prompts; the dictionaries were learned on others."""
+    dictionaries = {site: dictionary for site, dictionary in dictionaries.items() if dictionary.d_sae}
+    if not dictionaries:
+        return {}
     rows: dict[str, list[Tensor]] = {site: [] for site in dictionaries}
     for batch in batches:
         seen: dict[str, Tensor] = {}

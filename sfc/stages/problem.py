@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from sfc.ablation.ablate import Ablation
+from sfc.ablation.components import component_spaces
 from sfc.ablation.nodes import Nodes
 from sfc.activations.store import Store
 from sfc.circuits.problem import Problem, PromptRuns
@@ -26,12 +27,16 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     """
     experiment = run.experiment
     model = load_model(experiment.model, choose_device(run.device))
-    dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
+    kind = experiment.discovery.nodes
+    if kind == "features":
+        dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
+    else:
+        dictionaries = component_spaces(model, kind, experiment.activations.layers)
     if run.pairs:
         task = pairs_task(run, run.pairs, model, dictionaries)
     else:
         task = refusal_task(run, category, model, dictionaries)
-    nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
+    nodes = Nodes.of_spaces(dictionaries)
     first = nodes.sites[0]
     problem = Problem(
         model=model,
