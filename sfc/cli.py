@@ -43,7 +43,16 @@ app = typer.Typer(
 @with_shared_options
 def discover(
     shared: Shared,
-    category: Annotated[str, typer.Option(help="OR-Bench category, such as violence or self-harm.")] = "violence",
+    category: Annotated[
+        str | None, typer.Option(help="OR-Bench category, such as self-harm. [default: violence]")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Explain which answer is given instead: JSON lines with clean_prefix, patch_prefix, clean_answer,"
+            " patch_answer and case."
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -60,11 +69,15 @@ def discover(
 
     Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
     """
-    from sfc.pipeline import ensure_circuit
+    from sfc.pipeline import about_pairs, ensure_circuit
     from sfc.prompts.schema import canonical_category
 
+    if pairs and category:
+        raise UserError("--pairs and --category are two questions: give one of them")
     overrides = [f"discovery.{key}={value}" for key, value in (("method", method), ("population", population)) if value]
-    artifact = ensure_circuit(shared.run(overrides), canonical_category(category), shared.rebuild)
+    run = shared.run(overrides)
+    run = about_pairs(run, pairs) if pairs else run
+    artifact = ensure_circuit(run, run.category_of_pairs or canonical_category(category or "violence"), shared.rebuild)
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:

@@ -20,6 +20,7 @@ PRESETS = Path(__file__).parent / "presets"
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
+NodeChoice = Literal["features", "heads", "mlps", "heads-and-mlps"]
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 Population = Literal["toxic", "safe"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
@@ -177,6 +178,7 @@ class SaeConfig(Section):
 class DiscoveryConfig(Section):
     """How nodes are scored and how the graph is drawn between them."""
 
+    nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
     method: Method = "learned-mask"
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
     reference: ReferenceChoice | None = Field(
@@ -206,6 +208,14 @@ class DiscoveryConfig(Section):
     drop_dead_ends: bool = Field(False, description="leave out nodes from which no edges lead to the last layer")
     audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
     audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
+
+    @model_validator(mode="after")
+    def _components_have_neither_feature_values_nor_edges(self) -> "DiscoveryConfig":
+        if self.nodes != "features" and self.method in ("correlation", "magnitude"):
+            raise ValueError(f"method {self.method!r} needs nodes 'features', not {self.nodes!r}")
+        if self.nodes != "features" and self.drop_dead_ends:
+            raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
+        return self
 
     @property
     def reference_choice(self) -> ReferenceChoice:

@@ -19,7 +19,8 @@ def linear(
     x: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*rows d_out"]:
     """`x @ weight.T + bias`, differentiable any number of times."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0 or _onednn_linear() is None:
+    is_empty = x.numel() == 0 or weight.numel() == 0
+    if x.dtype != torch.float32 or x.device.type != "cpu" or is_empty or _onednn_linear() is None:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)

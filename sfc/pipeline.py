@@ -4,7 +4,7 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sfc.patching.alignment import check_positions
 from sfc.patching.formats import Formats
 from sfc.patching.pairs import WRAPPERS
 from sfc.progress import say
+from sfc.prompts.clean import CleaningReport
 from sfc.prompts.corpus import corpus_identity
 from sfc.prompts.pairs import pairs_fingerprint
 from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
@@ -42,6 +43,10 @@ class Run:
     root: Path = Path()
     data: str = "mini"
     device: str = "auto"
+    pairs: Path | None = None
+    """counterfactual pairs that take the place of the data set, see `about_pairs`"""
+    learned_by: "Run | None" = None
+    """the run whose SAEs are used; None: its own"""
 
     @property
     def data_folder(self) -> Path:
@@ -63,7 +68,17 @@ class Run:
     @cached_property
     def prompts(self) -> Prepared:
         """The prompts with their splits."""
+        if self.pairs:
+            from sfc.prompts.counterfactual import load_counterfactuals, prompts_of
+
+            pairs = load_counterfactuals(self.pairs, self.experiment.prompts, self.experiment.seed)
+            return Prepared(prompts_of(pairs, self.category_of_pairs), CleaningReport(()))
         return prepare_prompts(self.data_folder, self.experiment.prompts, self.experiment.seed)
+
+    @property
+    def category_of_pairs(self) -> str:
+        """What stands in the place of a category where the prompts are pairs: the name of their file."""
+        return self.pairs.stem if self.pairs else ""
 
     @cached_property
     def store(self) -> Artifact:
@@ -98,6 +113,8 @@ class Run:
     @cached_property
     def saes(self) -> Artifact:
         """One dictionary per site, and their quality."""
+        if self.learned_by:
+            return self.learned_by.saes
         inputs = {
             "schema": SAES_SCHEMA,
             "seed": self.experiment.seed,
@@ -111,23 +128,49 @@ class Run:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
         population = "" if experiment.discovery.population == "toxic" else f"-{experiment.discovery.population}"
+        features = experiment.discovery.nodes == "features"
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
             "prompts": self.store.inputs,
-            "saes": self.saes.inputs,
+            "saes": self.saes.inputs if features else None,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
-            "discovery": experiment.discovery.model_dump(),
+            "discovery": experiment.discovery.model_dump(exclude={"nodes"} if features else {}),
             "evaluation": experiment.evaluation.model_dump(),
         }
         if experiment.discovery.reference_choice == "paired":
-            inputs["pairs"] = pairs_fingerprint(self.data_folder)
-        topics = self.data_folder / TOPICS_FILE
-        if experiment.discovery.method == "correlation" and topics.is_file():
+            inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
+        topics = None if self.pairs else self.data_folder / TOPICS_FILE
+        if topics and experiment.discovery.method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
+        if not features:
+            inputs["layers"] = experiment.activations.layers
+            population += f"-{experiment.discovery.nodes}"
         name = f"circuit-{category}{population}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
+
+
+def about_pairs(run: Run, path: Path) -> Run:
+    """The same experiment on the counterfactual pairs of a file: no template, and each prompt against its partner.
+
+    The SAEs are those of the experiment as it was: of a few short prompts none could be learned.
+
+    Raises:
+        UserError: there is no such file, or `discovery.reference` is none for pairs.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}: --pairs takes JSON lines with clean_prefix, patch_prefix, clean_answer, …")
+    discovery = run.experiment.discovery
+    if discovery.reference not in (None, "paired"):
+        raise UserError(
+            f"--pairs: each prompt's reference is its partner, so that {discovery.reference!r} cannot be had"
+        )
+    update = {
+        "model": run.experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
+        "discovery": discovery.model_copy(update={"reference": "paired"}),
+    }
+    return replace(run, experiment=run.experiment.model_copy(update=update), pairs=path, learned_by=run)
 
 
 def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = False) -> Artifact:
@@ -146,6 +189,7 @@ def ensure_saes(run: Run, rebuild: bool = False, loggers: Sequence[str] = ()) ->
     Args:
         loggers: `wandb` or `tensorboard`: where to send training's figures as well.
     """
+    run = run.learned_by or run
     if _needs_making(run.saes, rebuild):
         from sfc.stages.train import make_saes
 
@@ -157,7 +201,8 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
     """Discover and evaluate one category's circuit unless it is there; train first where needed."""
     artifact = run.circuit(category)
     if _needs_making(artifact, rebuild):
-        ensure_saes(run)
+        if run.experiment.discovery.nodes == "features":
+            ensure_saes(run)
         ensure_store(run)
         from sfc.stages.discover import make_circuit
 

@@ -10,9 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import discovery
 import harness
 import sae_training
 from sae_trainers import Problem, ours, saelens_tuned
+
+from sfc.circuits.effects import METHODS
+from sfc.circuits.problem import Problem as DiscoveryProblem
 
 TINY = ["--d-in", "16", "--batch", "64", "--k", "4", "--rounds", "2", "--burst", "2", "--steps", "12", "--threads", "1"]
 PROBLEM = Problem(d_in=16, d_sae=128, k=4, batch=64, device="cpu")
@@ -95,3 +99,20 @@ def test_sae_training_prints_every_figure(capsys: pytest.CaptureFixture[str]) ->
         "sfc": 2, "SAELens": 2, "SAELens, tuned": 2,
     }  # fmt: skip
     assert figures["fvu_ratio"] > 0 and figures["fvu_tokens"] == 12 * 64
+
+
+def test_discovery_measures_what_has_an_aim_and_its_two_ways_to_an_edge_agree(problem: DiscoveryProblem) -> None:
+    figures = discovery.measure(problem, discovery.Effort(rounds=2, prompts=6, mask_steps=3), "cpu")
+    assert all(math.isfinite(value) for value in figures.values())
+    assert all(figures[name] > 0 for name in ("attribution_units", "edge_units", "edge_speedup", "mask_seconds"))
+    assert figures["edge_nodes"] == problem.ablation.nodes.n_nodes < discovery.NODES
+    assert figures["edge_targets"] == problem.ablation.nodes.sizes[1] and figures["prompts"] == 6
+    assert "extrapolated from 3 steps" in discovery.report(figures)
+
+
+def test_edges_are_measured_among_equally_many_nodes_of_each_site(problem: DiscoveryProblem) -> None:
+    strongest = discovery.strongest_everywhere(problem, 20)
+    ranking = METHODS["attribution"](problem).ranking.tolist()
+    for site, here in enumerate(strongest):
+        at_site = [node for node in ranking if problem.ablation.nodes.site_numbers[node] == site]
+        assert here.tolist() == at_site[:10]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -333,3 +334,22 @@ def test_with_many_steps_integrated_gradients_are_a_method_whose_means_obey_the_
         assert total == pytest.approx(lost.mean(), abs=3e-4)
     assert sorted(effects.ranking) == list(range(problem.ablation.nodes.n_nodes))
     assert (effects.absolute >= np.abs(effects.effect) - 1e-6).all()
+
+
+@pytest.mark.parametrize("method", [*CAUSAL, "learned-mask"])
+def test_memory_is_bounded_by_the_prompts_of_a_batch(
+    problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout, method: str
+) -> None:
+    problem = with_config(problem, ig_steps=2, exact_nodes=4, mask_steps=4)
+    longest = max(len(prompt.ids) for prompt in prompts)
+
+    def largest(copies: int, batch_tokens: int) -> int:
+        batches = make_batches(prompts * copies, layout, batch_tokens, problem.model.device)
+        runs = PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0])
+        with LargestTensor() as mode:
+            METHODS[method](replace(problem, runs=runs))
+        return mode.elements
+
+    assert largest(copies=4, batch_tokens=2 * longest) <= largest(copies=2, batch_tokens=2 * longest)
+    if method == "attribution":  # the others pack as many runs into a batch as fit, whatever its size
+        assert largest(copies=4, batch_tokens=8 * longest) > 2 * largest(copies=4, batch_tokens=2 * longest)

@@ -1,6 +1,5 @@
 """Edges: against the definition token by token, their law, finite differences, and rules by hand."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from architectures import ARCHITECTURES, random_model
 from conftest import SITES, random_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
@@ -225,18 +224,6 @@ def test_nothing_passes_into_a_feature_that_is_off(problem: Problem) -> None:
     (between,) = attribution_weights(problem, range(problem.ablation.nodes.n_nodes))
     assert 0 < fires.sum() < len(fires)
     assert ((between.absolute != 0).any(0) == [*fires.tolist(), True]).all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [tensor for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, Tensor)]
-        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
-        return result
 
 
 def test_memory_is_bounded_by_the_tokens_that_go_through_at_once(problem: Problem) -> None:

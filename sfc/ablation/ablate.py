@@ -82,7 +82,7 @@ class Ablation:
 
     def _at_site(self, site: str, mask: Tensor, circuit: Tensor, batch: Batch) -> Intervention:
         dictionary = self.dictionaries[site]
-        keep_feature, keep_error = mask[:, :-1], mask[:, -1]
+        keep_feature, keep_error = mask.split([dictionary.d_sae, dictionary.n_parts], dim=1)
         touchable = batch.touchable
         circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
         error_weight = keep_error[circuit_of_token]
@@ -96,9 +96,9 @@ class Ablation:
             x = activation[touchable].float()
             values, indices = dictionary.encode_sparse(x)
             # m f + m_error (x - x_hat(f)) needs one decoding: of (m - m_error) f.
-            weights = keep_feature[circuit_of_token[:, None], indices] - error_weight[:, None]
+            weights = keep_feature[circuit_of_token[:, None], indices] - error_weight[:, :1]
             kept_part = dictionary.decode_sparse(values * weights, indices) - dictionary.b_dec
-            replaced = constant + kept_part + error_weight[:, None] * x
+            replaced = constant + kept_part + by_coordinate(error_weight, dictionary) * x
             return activation.masked_scatter(touchable[..., None], replaced.to(activation.dtype))
 
         return ablate
@@ -111,6 +111,13 @@ class Ablation:
         row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
         circuit, slot = row // len(features_ref), row % len(features_ref)
         ablated = 1 - mask[circuit]
-        of_features = linear(features_ref[slot] * ablated[:, :-1], dictionary.W_dec.t())
-        of_error = ablated[:, -1:] * (self.reference.errors[site][slot] + dictionary.b_dec)
+        of_features = linear(features_ref[slot] * ablated[:, : dictionary.d_sae], dictionary.W_dec.t())
+        left_ref = self.reference.errors[site][slot] + dictionary.b_dec
+        of_error = by_coordinate(ablated[:, dictionary.d_sae :], dictionary) * left_ref
         return (of_features + of_error)[row_of_token]
+
+
+def by_coordinate(of_parts: Float[Tensor, "rows parts"], dictionary: Dictionary) -> Float[Tensor, "rows coordinates"]:
+    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
+    n_parts = dictionary.n_parts
+    return of_parts if n_parts == 1 else of_parts.repeat_interleave(dictionary.d_in // n_parts, dim=1)

@@ -1,19 +1,22 @@
 """Nodes: every feature of every dictionary, and one error node per site, numbered in the order of the sites.
 
-Names are `resid_post.21/F1234` and `resid_post.21/error`. A set of nodes is a vector over these numbers: booleans for
+Names are `resid_post.21/F1234` and `resid_post.21/error`. Where a site has no features its nodes are components:
+`head.21.3` at `hook_z`, `mlp.21` at `hook_mlp_out`. A set of nodes is a vector over these numbers: booleans for
 a circuit, numbers between 0 and 1 for a mask.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfc.errors import UserError
-from sfc.sites import short_site
+from sfc.saes.dictionary import Dictionary
+from sfc.sites import kind_of, layer_of, short_site
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,24 @@ class Nodes:
     sites: tuple[str, ...]
     widths: tuple[int, ...]
     """features per site"""
+    parts: tuple[int, ...]
+    """nodes per site that are no features: the error, or components"""
 
     @classmethod
     def of(cls, widths: Mapping[str, int]) -> "Nodes":
-        """The nodes of dictionaries with these widths, in the order of the sites."""
-        return cls(tuple(widths), tuple(widths.values()))
+        """The features and errors of dictionaries with these widths, in the order of the sites."""
+        return cls(tuple(widths), tuple(widths.values()), (1,) * len(widths))
+
+    @classmethod
+    def of_spaces(cls, spaces: Mapping[str, Dictionary]) -> "Nodes":
+        """The nodes of dictionaries or components."""
+        widths, parts = zip(*((space.d_sae, space.n_parts) for space in spaces.values()), strict=True)
+        return cls(tuple(spaces), widths, parts)
 
     @property
     def sizes(self) -> list[int]:
-        """Nodes per site: its features and the error."""
-        return [width + 1 for width in self.widths]
+        """Nodes per site: its features and the error, or its components."""
+        return [width + n for width, n in zip(self.widths, self.parts, strict=True)]
 
     @property
     def n_nodes(self) -> int:
@@ -47,17 +58,26 @@ class Nodes:
     def is_error(self) -> Bool[np.ndarray, " nodes"]:
         """Which nodes are error nodes."""
         errors = np.zeros(self.n_nodes, dtype=bool)
-        errors[np.cumsum(self.sizes) - 1] = True
+        errors[(np.cumsum(self.sizes) - 1)[np.array(self.widths) > 0]] = True
         return errors
 
+    def kind(self, node: int) -> Literal["feature", "error", "head", "mlp"]:
+        """What the node is."""
+        site = self.site_numbers[node]
+        if self.widths[site]:
+            return "error" if self.is_error[node] else "feature"
+        return "head" if kind_of(self.sites[site]) == "hook_z" else "mlp"
+
     def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Values over all nodes [..., nodes] as one tensor [..., width + 1] per site."""
+        """Values over all nodes [..., nodes] as one tensor [..., size] per site."""
         return dict(zip(self.sites, values.split(self.sizes, dim=-1), strict=True))
 
     def name(self, node: int) -> str:
         """The node's name."""
         site = int(np.searchsorted(np.cumsum(self.sizes), node, side="right"))
         within = node - sum(self.sizes[:site])
+        if not self.widths[site]:
+            return self._component(site, within)
         kind = "error" if within == self.widths[site] else f"F{within}"
         return f"{short_site(self.sites[site])}/{kind}"
 
@@ -67,13 +87,28 @@ class Nodes:
         Raises:
             UserError: there is no such node.
         """
+        sizes = self.sizes
+        with_features = {short_site(site): i for i, site in enumerate(self.sites) if self.widths[i]}
+        components = {
+            self._component(site, part): sum(sizes[:site]) + part
+            for site, n_parts in enumerate(self.parts)
+            for part in range(n_parts if not self.widths[site] else 0)
+        }
+        if name in components:
+            return components[name]
         site_name, _, kind = name.partition("/")
-        names: Sequence[str] = [short_site(site) for site in self.sites]
-        if site_name in names:
-            site = names.index(site_name)
+        if site_name in with_features:
+            site = with_features[site_name]
             within = self.widths[site] if kind == "error" else int(kind[1:]) if re.fullmatch(r"F\d+", kind) else -1
             if 0 <= within <= self.widths[site] and (kind == "error") == (within == self.widths[site]):
-                return sum(self.sizes[:site]) + within
+                return sum(sizes[:site]) + within
+        if components:
+            raise UserError(f"no node {name!r}: nodes are {self.name(0)} … {self.name(self.n_nodes - 1)}")
         raise UserError(
-            f"no node {name!r}: nodes are SITE/F0 … SITE/F{max(self.widths) - 1} and SITE/error, SITE of {names}"
+            f"no node {name!r}: nodes are SITE/F0 … SITE/F{max(self.widths) - 1} and SITE/error,"
+            f" SITE of {list(with_features)}"
         )
+
+    def _component(self, site: int, part: int) -> str:
+        layer = layer_of(self.sites[site])
+        return f"head.{layer}.{part}" if kind_of(self.sites[site]) == "hook_z" else f"mlp.{layer}"

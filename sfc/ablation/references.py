@@ -38,7 +38,10 @@ def mean_reference(
     Raises:
         UserError: a slot of the layout occurs in none of the prompts.
     """
-    return _means(model, dictionaries, [(batch, batch.slots) for batch in batches], layout, layout.n_slots)
+    reference = _means(model, dictionaries, [(batch, batch.slots) for batch in batches], layout, layout.n_slots)
+    if not _known(reference).all():
+        raise UserError("the reference prompts do not cover every position of the template; use more of them")
+    return reference
 
 
 def paired_reference(
@@ -46,13 +49,22 @@ def paired_reference(
 ) -> Reference:
     """The values on each prompt of the batches by itself, its content tokens pooled: a table per prompt.
 
-    Whoever is paired with prompt p finds its values through the slots that `Batch.with_tables` gives it.
-
-    Raises:
-        UserError: a prompt lacks a slot of the layout.
+    Whoever is paired with prompt p finds its values through the slots that `Batch.with_tables` gives it. Where a prompt
+    lacks a slot of the layout its values are not numbers: see `check_covered`.
     """
     rows = [(batch, batch.with_tables(batch.prompts, layout).slots) for batch in batches]
     return _means(model, dictionaries, rows, layout, layout.n_slots * sum(len(batch.prompts) for batch in batches))
+
+
+def check_covered(reference: Reference, batches: Sequence[Batch]) -> None:
+    """Raise a `UserError` if a token of these prompts has no reference."""
+    known = _known(reference)
+    if not all(known[batch.slots[batch.touchable]].all() for batch in batches):
+        raise UserError("a prompt has tokens that its partner has no counterpart of: the template must be the same")
+
+
+def _known(reference: Reference) -> Bool[Tensor, " slots"]:
+    return torch.stack([values.isfinite().all(1) for values in reference.errors.values()]).all(0)
 
 
 @torch.no_grad()
@@ -63,7 +75,10 @@ def _means(
     layout: SlotLayout,
     n_rows: int,
 ) -> Reference:
-    """Means of what goes into each row of a table: over the tokens of a prompt first, and then over prompts."""
+    """Means of what goes into each row of a table: over the tokens of a prompt first, and then over prompts.
+
+    Rows into which nothing goes are not numbers.
+    """
     sites = list(dictionaries)
     features = {site: torch.zeros(n_rows, d.d_sae, device=model.device) for site, d in dictionaries.items()}
     activations = {site: torch.zeros(n_rows, d.d_in, device=model.device) for site, d in dictionaries.items()}
@@ -71,6 +86,8 @@ def _means(
     for batch, rows in rows_of_batches:
         seen: dict[str, Tensor] = {}
         run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
+        if missed := [site for site in sites if site not in seen]:
+            raise UserError(f"this model has the site {missed[0]!r} by name, but never passes it: it cannot be ablated")
         counted = _counted(batch, layout)
         weights = _weights_within_prompts(batch, layout)
         prompts_in_row.index_add_(0, rows[counted], weights)
@@ -78,8 +95,6 @@ def _means(
             x = seen[site][counted].float()
             features[site].index_add_(0, rows[counted], dictionary.encode(x) * weights[:, None])
             activations[site].index_add_(0, rows[counted], x * weights[:, None])
-    if (prompts_in_row == 0).any():
-        raise UserError("the reference prompts do not cover every position of the template; use more of them")
     features = {site: total / prompts_in_row[:, None] for site, total in features.items()}
     # Decoding is affine, so the mean error is the error of the means.
     errors = {

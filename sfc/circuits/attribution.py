@@ -58,8 +58,9 @@ def first_order_effects(
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 
     error = x - dictionary.decode_sparse(values, indices) - reference.errors[site][slots]
-    of_error = x.new_zeros(len(place)).index_add_(0, place_of_token, (g * error).sum(-1))
-    effects = torch.cat([of_features, of_error[:, None]], dim=1)
+    of_parts = (g * error).unflatten(1, (dictionary.n_parts, -1)).sum(-1)
+    of_error = x.new_zeros(len(place), dictionary.n_parts).index_add_(0, place_of_token, of_parts)
+    effects = torch.cat([of_features, of_error], dim=1)
     return BatchEffects(
         effects.new_zeros(len(batch.lengths), effects.shape[1]).index_add_(0, prompt_of_place, effects),
         effects.new_zeros(n_table, effects.shape[1]).index_add_(0, slot_of_place % n_table, effects),

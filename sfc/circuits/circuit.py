@@ -1,8 +1,8 @@
 """A circuit: a networkx graph of nodes and edges with their effects, and the provenance needed to reproduce it.
 
-Nodes carry `site`, `layer`, `kind` (`feature` or `error`), `effect`, `absolute_effect`, `rank` and what else the method
-says of them; edges carry `weight` and `absolute_weight`. Facts about the whole circuit, among them what `edge_weight`
-is, are the graph's own attributes.
+Nodes carry `site`, `layer`, `kind` (`feature`, `error`, `head` or `mlp`), `effect`, `absolute_effect`, `rank` and what
+else the method says of them; edges carry `weight` and `absolute_weight`. Facts about the whole circuit, among them what
+`edge_weight` is, are the graph's own attributes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ def build_circuit(
 ) -> nx.DiGraph:
     """The graph of the member nodes and the edges between them."""
     graph = nx.DiGraph(**provenance)
-    site_numbers, is_error = nodes.site_numbers, nodes.is_error
+    site_numbers = nodes.site_numbers
     for rank, node in enumerate(members):
         site = nodes.sites[site_numbers[node]]
         graph.add_node(
             nodes.name(node),
             site=site,
             layer=layer_of(site),
-            kind="error" if is_error[node] else "feature",
+            kind=nodes.kind(node),
             rank=rank,
             effect=float(effects.effect[node]),
             absolute_effect=float(effects.absolute[node]),

@@ -24,8 +24,8 @@ from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.progress import progress_bar
 
-NATS = "nats of refusal score"
-"""the unit of causal effects"""
+NATS = "nats"
+"""the unit of causal effects: of whatever the problem's score is"""
 
 
 class Effects(NamedTuple):

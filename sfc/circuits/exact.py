@@ -56,10 +56,13 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
     slots, x = run.batch.slots[touchable], run.x[touchable].float()
     values, indices = dictionary.encode_sparse(x)
     features_ref, errors_ref = reference.features[run.site], reference.errors[run.site][slots]
+    error_ablated = dictionary.decode_sparse(values, indices) + errors_ref
+    width = dictionary.d_in // dictionary.n_parts
     result = run.x.float().repeat(len(within_site), 1, 1, 1)
     for copy, node in zip(result, within_site, strict=True):
-        if node == dictionary.d_sae:
-            copy[touchable] = dictionary.decode_sparse(values, indices) + errors_ref
+        if node >= dictionary.d_sae:
+            part = torch.arange(dictionary.d_in, device=x.device) // width == node - dictionary.d_sae
+            copy[touchable] = torch.where(part, error_ablated, x)
         else:
             f = torch.where(indices == node, values, 0).sum(-1)
             copy[touchable] = x - (f - features_ref[slots, node])[:, None] * dictionary.W_dec[node]

@@ -16,7 +16,7 @@ from sfc.config import DiscoveryConfig
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, layer_before, prefix_after
-from sfc.models.score import RefusalScore
+from sfc.models.score import Score
 from sfc.prompts.topics import topic_pairs
 
 
@@ -71,7 +71,7 @@ class Problem:
     """One discovery problem: which nodes move the score on the discovery prompts of one category?"""
 
     model: Model
-    score: RefusalScore
+    score: Score
     ablation: Ablation
     runs: PromptRuns
     """discovery prompts of the population that the circuit explains"""
@@ -95,13 +95,17 @@ class Problem:
     @cached_property
     def features(self) -> Mapping[str, Float[np.ndarray, "prompts d_sae"]]:
         """Feature values of each prompt, aggregated over the sequence as the configuration says."""
-        indices = self.prompts["store_index"].to_numpy()
+        indices, row = np.unique(self.prompts["store_index"].to_numpy(), return_inverse=True)
         return {
-            site: aggregated_features(self.store, dictionary, indices, self.config.aggregation)
+            site: aggregated_features(self.store, dictionary, indices, self.config.aggregation)[row]
+            if dictionary.d_sae
+            else np.zeros((len(row), 0))
             for site, dictionary in self.ablation.dictionaries.items()
         }
 
     @cached_property
     def firing_rates(self) -> Float[np.ndarray, " nodes"]:
-        """For each feature the share of the prompts in which it is active at all; 1 for error nodes."""
-        return np.concatenate([np.append((values > 0).mean(0), 1.0) for values in self.features.values()])
+        """For each feature the share of the prompts in which it is active at all; 1 for errors and components."""
+        parts = self.ablation.nodes.parts
+        shares = [(values > 0).mean(0) for values in self.features.values()]
+        return np.concatenate([np.append(s, np.ones(n)) for s, n in zip(shares, parts, strict=True)])

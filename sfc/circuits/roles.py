@@ -23,12 +23,15 @@ def effects_by_role(
 
 
 def role_names(model: Model, batches: Sequence[Batch], layout: SlotLayout) -> dict[str, str]:
-    """For each attribute of `effects_by_role`, what it stands for: the tokens after the prompt by their text."""
+    """For each attribute of `effects_by_role`, what it stands for: the tokens after the prompt by their text.
+
+    Where that is not the same in all prompts, they are counted from the end: -1 is the last.
+    """
     names = {"effect_prefix": "template before the prompt", "effect_content": "prompt"}
     for number in range(layout.n_suffix):
         slot = layout.n_prefix + 1 + number
-        ids = [int(i) for b in batches for i in b.ids[b.touchable & (b.slots % layout.n_slots == slot)][:1]]
+        ids = {int(i) for b in batches for i in b.ids[b.touchable & (b.slots % layout.n_slots == slot)].unique()}
         names[f"effect_suffix_{number}"] = (
-            model.tokenizer.decode(ids[:1]) if ids else f"token {number} after the prompt"
+            model.tokenizer.decode(list(ids)) if len(ids) == 1 else f"token {number - layout.n_suffix} from the end"
         )
     return names

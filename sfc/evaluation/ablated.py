@@ -10,13 +10,13 @@ from sfc.ablation.ablate import Ablation
 from sfc.circuits.problem import PromptRuns
 from sfc.models.batches import PACKED_TOKENS
 from sfc.models.loading import Model
-from sfc.models.score import RefusalScore, score_batch
+from sfc.models.score import Score, score_batch
 
 
 @torch.no_grad()
 def ablated_scores(
     model: Model,
-    score: RefusalScore,
+    score: Score,
     ablation: Ablation,
     runs: PromptRuns,
     keep: Bool[np.ndarray, "circuits nodes"],
@@ -47,7 +47,7 @@ def ablated_scores(
 
 
 @torch.no_grad()
-def full_scores(model: Model, score: RefusalScore, runs: PromptRuns) -> Float[np.ndarray, " prompts"]:
+def full_scores(model: Model, score: Score, runs: PromptRuns) -> Float[np.ndarray, " prompts"]:
     """The score of every prompt in the model as it is."""
     scores = np.full(runs.n_prompts, np.nan)
     for batch, prefix in runs:

@@ -82,6 +82,10 @@ class Batch:
         shifted = self.slots + tables[:, None] * layout.n_slots
         return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, shifted))
 
+    def tables(self, layout: SlotLayout) -> Int[Tensor, " batch"]:
+        """Which table each row's slots are of, as `with_tables` was told. The first token is never padding."""
+        return self.slots[:, 0] // layout.n_slots
+
     def copies_in(self, tokens: int) -> int:
         """How many times the batch can be repeated within so many tokens, at least once."""
         return max(1, tokens // self.ids.numel())

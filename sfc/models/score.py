@@ -1,7 +1,12 @@
-"""The refusal score: how strongly the model is about to open a refusal, as a differentiable scalar."""
+"""Scores: what a model is about to say, as a differentiable scalar per prompt.
+
+The refusal score says how strongly it is about to open a refusal, the answer difference which of two answers it
+prefers.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -10,10 +15,22 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from sfc.errors import UserError
-from sfc.models.batches import Batch
+from sfc.models.batches import Batch, SlotLayout
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, last_logits
+
+
+class Score(Protocol):
+    """What circuits are found and judged by: a number per prompt, from the logits at its last position."""
+
+    unit: ClassVar[str]
+    behaviour: ClassVar[str]
+    """what a circuit of this score lies behind, in words"""
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], batch: Batch, /) -> Float[Tensor, " batch"]:
+        """The score of each row of the batch, in nats. Differentiable."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,8 @@ class RefusalScore:
     which for one token each is the plain logit difference.
     """
 
+    unit: ClassVar[str] = "nats of refusal score"
+    behaviour: ClassVar[str] = "the model's refusals"
     refusal: Int[Tensor, " n_refusal"]
     against: Int[Tensor, " n_against"]
 
@@ -38,12 +57,31 @@ class RefusalScore:
         ids = [_single_tokens(model, tokens) for tokens in (model.config.refusal_tokens, model.config.against_tokens)]
         return cls(*(torch.tensor(i, dtype=torch.long, device=model.device) for i in ids))
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
-        """The score of each row, in nats. Differentiable."""
+    def __call__(self, logits: Float[Tensor, "batch vocab"], _batch: Batch | None = None, /) -> Float[Tensor, " batch"]:
+        """The score of each row, in nats, whatever its prompt. Differentiable."""
         refusing = logits[:, self.refusal].logsumexp(-1)
         if len(self.against):
             return refusing - logits[:, self.against].logsumexp(-1)
         return refusing - logits.index_fill(-1, self.refusal, -torch.inf).logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class AnswerDifference:
+    """The logit of the one answer less that of the other, each pair of prompts having its own two answers.
+
+    A row's pair is that of the reference it is held against: its slots are those of the pair's table.
+    """
+
+    unit: ClassVar[str] = "nats of answer difference"
+    behaviour: ClassVar[str] = "the model's preference for one answer over another"
+    layout: SlotLayout
+    answers: Int[Tensor, "pairs 2"]
+    """token ids"""
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], batch: Batch, /) -> Float[Tensor, " batch"]:
+        """The score of each row, in nats. Differentiable."""
+        own, other = logits.gather(1, self.answers[batch.tables(self.layout)]).unbind(1)
+        return own - other
 
 
 def _single_tokens(model: Model, tokens: Sequence[str]) -> list[int]:
@@ -61,17 +99,17 @@ def _single_tokens(model: Model, tokens: Sequence[str]) -> list[int]:
 
 def score_batch(
     model: Model,
-    score: RefusalScore,
+    score: Score,
     batch: Batch,
     interventions: Mapping[str, Intervention] | None = None,
     prefix: Prefix | None = None,
 ) -> Float[Tensor, " batch"]:
-    """The refusal score of each prompt of a batch; arguments as `last_logits`."""
-    return score(last_logits(model, batch, interventions, prefix))
+    """The score of each prompt of a batch; arguments as `last_logits`."""
+    return score(last_logits(model, batch, interventions, prefix), batch)
 
 
 @torch.no_grad()
-def score_prompts(model: Model, score: RefusalScore, batches: Sequence[Batch]) -> Float[np.ndarray, " prompts"]:
+def score_prompts(model: Model, score: Score, batches: Sequence[Batch]) -> Float[np.ndarray, " prompts"]:
     """Scores of all prompts of the batches, in the order of the list that was batched."""
     scores = np.full(sum(len(batch.prompts) for batch in batches), np.nan)
     for batch in batches:

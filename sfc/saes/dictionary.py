@@ -23,6 +23,9 @@ class Dictionary(Protocol):
     with respect to x where the set of active features does not change. The number of entries per row of
     `encode_sparse` is k for a top-k dictionary; elsewhere it is that of the fullest row, the others being padded with
     entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
+
+    What is left, `x - x_hat`, is divided by coordinates among `n_parts` nodes: one, the error, where there are
+    features.
     """
 
     @property
@@ -35,6 +38,8 @@ class Dictionary(Protocol):
     def d_in(self) -> int: ...
     @property
     def d_sae(self) -> int: ...
+    @property
+    def n_parts(self) -> int: ...
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]: ...
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse: ...
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]: ...
@@ -48,6 +53,8 @@ class LinearDecoder(nn.Module):
 
     W_dec: nn.Parameter  # [d_sae, d_in]
     b_dec: nn.Parameter  # [d_in]
+
+    n_parts = 1
 
     def __init__(self, weights: Mapping[str, Tensor], site: str) -> None:
         """Register `weights`, W_dec and b_dec among them; they are not copied."""

@@ -174,6 +174,8 @@ class _RowDots(torch.autograd.Function):
     def forward(ctx, vectors, indices, table):
         ctx.save_for_backward(vectors, indices, table)
         rows, entries = indices.shape
+        if not entries:
+            return vectors.new_zeros(rows, 0)
         starts = torch.arange(0, rows * entries, entries, device=indices.device)
         row_of = torch.arange(rows, device=indices.device).repeat_interleave(entries)
         # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long.

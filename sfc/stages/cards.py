@@ -32,7 +32,7 @@ def write_cards(
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
     cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
-    configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
+    configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
     for name, card in cards["features"].items():
         page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
         card |= {"neuronpedia": page} if page else {}

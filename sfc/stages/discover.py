@@ -33,7 +33,7 @@ from sfc.stages.problem import prepare_problem
 from sfc.viewer.page import write_page
 
 _EDGE_WEIGHTS = {
-    "attribution": "nats of refusal score that pass along the edge",
+    "attribution": "{unit} that pass along the edge",
     "correlation": "Pearson's r of feature values over discovery prompts",
 }
 
@@ -59,7 +59,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         curve = _curve(run, problem, ranking, sizes, test_runs)
         members = ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
         clock.lap("evaluation")
-        edges = EDGES[config.edges](problem, members)
+        edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
         clock.lap("edges")
         if config.drop_dead_ends:
             kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
@@ -69,15 +69,17 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
             members = kept
             clock.lap("evaluation without dead ends")
+        unit = problem.score.unit
         about = {
-            "data": run.data,
+            "behaviour": problem.score.behaviour,
+            "data": str(run.pairs or run.data),
             "category": category,
             "method": problem.config.method,
-            "population": problem.config.population,
+            "population": facts["population"],
             "reference": problem.config.reference_choice,
-            "effect_unit": effects.unit,
+            "effect_unit": unit if effects.unit == NATS else effects.unit,
             "edges": config.edges,
-            "edge_weight": _EDGE_WEIGHTS[config.edges],
+            "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=unit),
             "fingerprint": artifact.fingerprint,
             "versions": package_versions(),
             "experiment": run.experiment.model_dump(mode="json"),

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sfc.ablation.references import Reference, paired_reference
+from sfc.ablation.references import Reference, check_covered, paired_reference
 from sfc.errors import UserError
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
@@ -52,10 +52,12 @@ def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[
         return [batch.with_tables(tables[batch.prompts], layout) for batch in plain]
 
     reference = paired_reference(model, dictionaries, make_batches(partners, layout, tokens, model.device), layout)
+    discovery, test = (batches(of_split[split]) for split in ("discovery", "test"))
+    check_covered(reference, [*discovery, *test])
     kept = pairs[fits]
     frames = [
         pd.DataFrame({"prompt": kept[population], "refusal_label": population == "toxic", "split": kept["split"]}),
         pd.DataFrame({"prompt": kept[partner], "refusal_label": partner == "toxic", "split": "reference"}),
     ]
     prompts = pd.concat(frames).assign(category=category, dataset_type="pair")
-    return Paired(reference, batches(of_split["discovery"]), batches(of_split["test"]), prompts)
+    return Paired(reference, discovery, test, prompts)

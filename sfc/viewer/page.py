@@ -78,7 +78,7 @@ def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
     parts = f"{count_text(len(graph) - errors, 'SAE feature')} and {count_text(errors, 'error node')}"
     return (
         f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found "
-        f"behind the model's refusals (category {result['category']}, {population} prompts, "
+        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts, "
         f"preset {result['preset']}). "
         "All scores are from the test split, which discovery never saw."
     )
@@ -105,7 +105,7 @@ def _guide(graph: nx.DiGraph, has_cards: bool) -> str:
         "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
         "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
         "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
-        "<b>Faithfulness</b> = (F(C) − F(0)) / (F(M) − F(0)). F is the mean refusal score: of the full model M, of the "
+        "<b>Faithfulness</b> = (F(C) − F(0)) / (F(M) − F(0)). F is the mean score: of the full model M, of the "
         "circuit C alone, of the model without it (M\\C), and with everything ablated (0), that is, set to its mean "
         "on reference prompts. 1 means that the circuit alone does what the model does; random circuits of the "
         "same size per layer show what size alone would give.",
