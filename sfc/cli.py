@@ -28,6 +28,7 @@ from sfc.tables import (
     show_heads,
     show_patching,
     show_presets,
+    show_probe,
     show_quality,
 )
 
@@ -246,6 +247,27 @@ def attribute_logits(
     show_heads(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
     finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def probe(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
+) -> None:
+    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
+
+    Example: sfc probe --category all
+    """
+    from sfc.pipeline import ALL, ensure_probe
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_probe(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
 
 
 @app.command()

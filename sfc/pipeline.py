@@ -26,7 +26,7 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
-LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
+LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 1, 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
 
 ALL = "all"  # every category
@@ -273,6 +273,23 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
         from sfc.stages.logits import make_logit_attribution
 
         make_logit_attribution(run, artifact, category, rebuild)
+    return artifact
+
+
+def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
+    """Measure the refusal direction and a linear probe at every layer, of one category or of `ALL`, unless done."""
+    inputs = {
+        "schema": PROBE_SCHEMA,
+        "model": model_identity(run.experiment.model),
+        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+        "category": category,
+        "seed": run.experiment.seed,
+    }
+    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.probe import make_probe
+
+        make_probe(run, artifact, category, rebuild)
     return artifact
 
 
