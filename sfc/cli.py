@@ -18,6 +18,7 @@ from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
 from sfc.tables import (
+    show_batch,
     show_behaviour,
     show_checks,
     show_circuit,
@@ -344,6 +345,36 @@ def patch(
     show_patching(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def batch(
+    shared: Shared,
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all, where a stage takes one.")] = "violence",
+    stages: Annotated[str, typer.Option(help="Among behaviour,probe,logits,patching,circuit.")] = (
+        "behaviour,probe,logits,patching"
+    ),
+    limit: Annotated[int | None, typer.Option(min=1, help="Behaviour: at most this many prompts per label.")] = 40,
+) -> None:
+    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
+
+    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
+    """
+    from sfc.pipeline import ALL
+    from sfc.prompts.schema import canonical_category
+    from sfc.stages.batch import check_stages, make_batch
+
+    wanted, chosen = ALL if category == ALL else canonical_category(category), stages.split(",")
+    check_stages(chosen)
+    runs = shared.runs(models or (None if file else shared.preset), file)
+    artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_batch(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    _finish({**result, "files": files}, shared.json)
 
 
 @app.command()

@@ -26,7 +26,8 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
-LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 1, 1
+LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 2, 1
+BATCH_SCHEMA = 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
 
 ALL = "all"  # every category
@@ -320,6 +321,19 @@ def ensure_formats(
 
         make_formats(run, artifact, formats, prompts, rebuild)
     return artifact
+
+
+def batch_artifact(runs: Sequence[Run], stages: Sequence[str], category: str, limit: int | None) -> Artifact:
+    """Where the comparison of these runs lies. It is put together anew each time; the runs' stages are what costs."""
+    inputs = {
+        "schema": BATCH_SCHEMA,
+        "experiments": [run.experiment.model_dump(mode="json") for run in runs],
+        "data": runs[0].data,
+        "stages": list(stages),
+        "category": category,
+        "limit": limit,
+    }
+    return Artifact.of(runs[0].root / "circuits" / "batch", category, inputs)
 
 
 def pairs_file(run: Run) -> Path | None:

@@ -152,6 +152,18 @@ def show_patching(result: dict[str, Any]) -> None:
     show_table("First-order effects against exact ones", titles, rows)
 
 
+def show_batch(result: dict[str, Any]) -> None:
+    """A line per model, and what failed."""
+    columns = {
+        "model": "model", "toxic": "refused_toxic", "safe": "refused_safe", "separation": "separation",
+        "probe": "probe_accuracy", "guardrail": "n_guardrail", "critical": "n_critical",
+    }  # fmt: skip
+    rows = ([row[key] for key in columns.values()] for row in result["models"])
+    show_table(f"{result['category']}: shares refused, the probe, and heads or components", list(columns), rows)
+    for failure in result["failures"]:
+        console.print(escape(f"failed: {failure['model']}, {failure['stage']}: {failure['reason']}"), soft_wrap=True)
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

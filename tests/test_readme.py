@@ -44,6 +44,8 @@ def test_its_commands_run_on_the_tiny_preset(command: str, tmp_path_factory: pyt
         program, arguments = str(Path(sys.executable).parent / "sfc"), arguments
     else:
         program, arguments = sys.executable, [str(REPOSITORY / arguments[0]), *arguments[1:]]
+    if "--models" in arguments:
+        arguments[arguments.index("--models") + 1] = "tiny"
     if "--help" not in arguments:
         arguments += ["--preset", "tiny", "--root", str(root)]
     finished = subprocess.run([program, *arguments], capture_output=True, text=True, env={**os.environ})
