@@ -379,6 +379,21 @@ def batch(
 
 @app.command()
 @with_shared_options
+def report(shared: Shared) -> None:
+    """Put all that is finished of a preset into one report, in Markdown and as one HTML page.
+
+    Example: sfc report --preset smollm2
+    """
+    from sfc.pipeline import ensure_report
+
+    artifact = ensure_report(shared.run(), shared.rebuild)
+    manifest = artifact.manifest()
+    files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
+    _finish({**manifest["result"], "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
 def adapter(
     shared: Shared,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: ROOT/adapters/refusal]")] = None,

@@ -27,7 +27,7 @@ from sfc.sites import in_order
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 2, 1
-BATCH_SCHEMA = 1
+BATCH_SCHEMA, REPORT_SCHEMA = 1, 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
 
 ALL = "all"  # every category
@@ -320,6 +320,37 @@ def ensure_formats(
         from sfc.stages.formats import make_formats
 
         make_formats(run, artifact, formats, prompts, rebuild)
+    return artifact
+
+
+def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
+    """Report every finished artifact of the experiment's model, unless that is done and none of their files changed.
+
+    Raises:
+        UserError: there is none.
+    """
+    from sfc.reports.found import find_artifacts, found_in, hashes
+
+    folder = run.root / "circuits" / run.experiment.name
+    found, left_out = find_artifacts(folder, model_identity(run.experiment.model))
+    if not found:
+        raise UserError(
+            f"nothing to report: {folder} holds no finished artifact of this model; run `sfc discover`, `sfc patch` or"
+            " another command first"
+        )
+    if run.saes.is_complete():
+        found.append(found_in(run.saes.folder, "saes"))
+    inputs = {
+        "schema": REPORT_SCHEMA,
+        "description": run.experiment.description,
+        "artifacts": {each.place: hashes(each) for each in found},
+        "left_out": [each.place for each in left_out],
+    }
+    artifact = Artifact.of(folder, "report", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.report import make_report
+
+        make_report(run, artifact, found, left_out, rebuild)
     return artifact
 
 
