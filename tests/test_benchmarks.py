@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import harness
+import patching
 import sae_training
 from sae_trainers import Problem, ours, saelens_tuned
 
@@ -95,3 +96,14 @@ def test_sae_training_prints_every_figure(capsys: pytest.CaptureFixture[str]) ->
         "sfc": 2, "SAELens": 2, "SAELens, tuned": 2,
     }  # fmt: skip
     assert figures["fvu_ratio"] > 0 and figures["fvu_tokens"] == 12 * 64
+
+
+def test_patching_gives_the_scores_of_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    patching.main(["--quick", "--json", "--preset", "tiny"])
+    *others, last = capsys.readouterr().out.splitlines()
+    assert others == []
+    figures = json.loads(last)
+    assert figures["ratio_loop"] > 0 and figures["largest_difference"] < 1e-4
+    assert figures["pairs"] == 6 and figures["heads"] == {"sfc": 3, "loop": 4}
+    per_head = figures["seconds_per_head"]["sfc"] * figures["heads"]["sfc"]
+    assert math.isclose(figures["seconds_all_heads"], per_head)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.evaluation.intervals import Interval, wilson
+from sfc.evaluation.intervals import Interval, resampled_counts, wilson
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
@@ -123,7 +123,7 @@ def separation_interval(projections: Float[np.ndarray, " n"], toxic: Bool[np.nda
     random = np.random.default_rng(seed)
     means, squares = [], 0.0
     for side in (projections[toxic], projections[~toxic]):
-        weights = random.multinomial(len(side), np.full(len(side), 1 / len(side)), size=_DRAWS)
+        weights = resampled_counts(len(side), _DRAWS, random)
         centred = side - side.mean()
         means.append(weights @ centred / len(side))
         squares = squares + weights @ centred**2 - len(side) * means[-1] ** 2
