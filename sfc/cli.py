@@ -367,7 +367,10 @@ def batch(
     from sfc.prompts.schema import canonical_category
     from sfc.stages.batch import check_stages, make_batch
 
-    wanted, chosen = ALL if category == ALL else canonical_category(category), stages.split(",")
+    wanted, chosen = (
+        ALL if category == ALL else canonical_category(category),
+        [stage.strip() for stage in stages.split(",")],
+    )
     check_stages(chosen)
     runs = shared.runs(models or (None if file else shared.preset), file)
     artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)

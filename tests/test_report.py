@@ -228,6 +228,20 @@ def test_what_another_model_made_is_left_out_and_named(root: Path) -> None:
     assert "## Refusal direction" not in report and "another model made it: circuits/tiny/probe-violence" in report
 
 
+def test_a_damaged_artifact_is_one_line(root: Path) -> None:
+    path = _folder(root, "patching") / "result.json"
+    path.write_text(json.dumps({"pairs": "toxic-safe"}), encoding="utf-8")
+    finished = sfc("report", *TINY, root=root)
+    last = finished.stderr.splitlines()[-1]
+    assert (
+        finished.status == 2 and "patching-toxic-safe" in last and "lacks 'n_pairs_at'" in last and "--rebuild" in last
+    )
+    (_folder(root, "probe") / "layers.csv").unlink()
+    path.unlink()
+    finished = sfc("report", *TINY, root=root)
+    assert finished.status == 2 and "layers.csv" in finished.stderr.splitlines()[-1]
+
+
 def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
     finished = sfc("report", "--preset", "tiny", root=tmp_path)
     assert finished.status == 2 and "nothing to report" in finished.stderr.splitlines()[-1]

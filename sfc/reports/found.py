@@ -22,6 +22,11 @@ class Found(NamedTuple):
     manifest: Mapping[str, Any]
 
     @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What it was made from."""
+        return self.manifest.get("inputs", {})
+
+    @property
     def name(self) -> str:
         """Its name without the fingerprint."""
         return self.folder.name.rpartition("-")[0]
@@ -59,7 +64,7 @@ def find_artifacts(folder: Path, model: Mapping[str, Any]) -> tuple[list[Found],
     found = [found_in(each, each.name.partition("-")[0]) for each in folders]
     found = sorted((each for each in found if each.kind != REPORT), key=lambda each: each.manifest.get("created", ""))
     # Circuits name the model where their prompts were run.
-    models = [each.manifest["inputs"].get("model") or _model_of_prompts(each.manifest["inputs"]) for each in found]
+    models = [each.inputs.get("model") or _model_of_prompts(each.inputs) for each in found]
     same = [made_with in (None, model) for made_with in models]
     both = list(zip(found, same, strict=True))
     return [each for each, mine in both if mine], [each for each, mine in both if not mine]

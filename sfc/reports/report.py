@@ -1,7 +1,9 @@
 """The report: a summary, how figures are measured, each artifact, what the limits are, and how to reproduce it."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from sfc.errors import UserError
 from sfc.reports.blocks import Commands, Formula, Paragraph, Section, Table, cell
 from sfc.reports.found import Found
 from sfc.reports.kinds.circuit import CIRCUIT, SAES
@@ -38,19 +40,39 @@ def report_sections(found: Sequence[Found], left_out: Sequence[Found], descripti
     Args:
         left_out: artifacts of the same preset that were made with another model; they are named only.
         description: what the model is.
+
+    Raises:
+        UserError: a file is missing, or lacks a figure.
     """
     ordered = sorted(found, key=_place)
+    told = [_told(each) for each in ordered]
+    rows = [(f"{section.title}: {name}", value) for section, summary, _ in told for name, value in summary]
     return [
-        _summary(ordered, description),
+        Section("Summary", [Paragraph(description), Table("", ("figure", "value"), rows)]),
         _methods(ordered),
-        *(Section(f"{_kind(each).title(each)} ({_mark(each)})", _kind(each).blocks(each)) for each in ordered),
-        _limits(ordered, left_out),
+        *(section for section, _, _ in told),
+        _limits([limit for _, _, limits in told for limit in limits], left_out),
         *_provenance(ordered),
     ]
 
 
-def _kind(found: Found) -> Kind:
-    return KINDS.get(found.kind, OTHER)
+class _Told(NamedTuple):
+    """What there is to say of an artifact."""
+
+    section: Section
+    summary: list[tuple[str, str]]
+    limits: list[str]
+
+
+def _told(found: Found) -> _Told:
+    kind = KINDS.get(found.kind, OTHER)
+    try:
+        section = Section(f"{kind.title(found)} ({_mark(found)})", kind.blocks(found))
+        return _Told(section, kind.summary(found), kind.limits(found))
+    except KeyError as error:
+        raise UserError(
+            f"{found.folder} lacks {error}: it is damaged or of another version; make it again with --rebuild"
+        ) from None
 
 
 def _place(found: Found) -> int:
@@ -61,17 +83,8 @@ def _mark(found: Found) -> str:
     return found.folder.name.rpartition("-")[2]
 
 
-def _summary(found: Sequence[Found], description: str) -> Section:
-    rows = [
-        (f"{_kind(each).title(each)} ({_mark(each)}): {name}", value)
-        for each in found
-        for name, value in _kind(each).summary(each)
-    ]
-    return Section("Summary", [Paragraph(description), Table("", ("figure", "value"), rows)])
-
-
 def _methods(found: Sequence[Found]) -> Section:
-    formulas = dict.fromkeys(formula for each in found for formula in _kind(each).methods)
+    formulas = dict.fromkeys(formula for each in found for formula in KINDS.get(each.kind, OTHER).methods)
     blocks: list[Paragraph | Formula] = [
         Paragraph(
             "Prompts are split by hash. Discovery prompts choose, reference prompts give the values that ablated parts"
@@ -81,8 +94,8 @@ def _methods(found: Sequence[Found]) -> Section:
     return Section("How it was measured", [*blocks, *formulas])
 
 
-def _limits(found: Sequence[Found], left_out: Sequence[Found]) -> Section:
-    of_kinds = dict.fromkeys(limit for each in found for limit in _kind(each).limits(each))
+def _limits(limits: Sequence[str], left_out: Sequence[Found]) -> Section:
+    of_kinds = dict.fromkeys(limits)
     stale = [f"Left out, because another model made it: {each.place}." for each in left_out]
     return Section("Limits", [Paragraph(text) for text in (*_LIMITS, *of_kinds, *stale)])
 
@@ -101,7 +114,7 @@ def _provenance(found: Sequence[Found]) -> list[Section]:
 
 
 def _seed(found: Found) -> object:
-    return found.manifest["inputs"].get("seed")
+    return found.inputs.get("seed")
 
 
 def _versions(found: Found) -> str:
