@@ -1,5 +1,8 @@
 """Circuits with their evaluation, and the autoencoders that they are made of."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import networkx as nx
 import pandas as pd
 
@@ -25,10 +28,18 @@ _FIGURES = {
     "F(M\\C), nats": "f_complement",
     "F(0), nats": "f_empty",
     "error share": "error_share",
+    "p, against random circuits": "p_value",
+    "faithfulness of the last site alone": "last_site_faithfulness",
+    "CPR": "cpr",
+    "CPR, sizes on a logarithmic axis": "cpr_log",
+    "CMD": "cmd",
+    "CMD, sizes on a logarithmic axis": "cmd_log",
 }
 _CURVE = {
     "nodes": "size",
     "faithfulness": "faithfulness",
+    "from": "faithfulness_low",
+    "to": "faithfulness_high",
     "on discovery prompts": "discovery_faithfulness",
     "completeness, normalised": "completeness_normalised",
     "random circuits": "random_faithfulness",
@@ -43,18 +54,30 @@ def _summary(found: Found) -> list[tuple[str, str]]:
 def _blocks(found: Found) -> list[Block]:
     graph = nx.node_link_graph(read_json(found.folder / "circuit.json"), edges="edges")
     curve, result = found.table("curve.csv"), found.result
-    figures = Table("The reported circuit, test prompts", ("figure", "value"), [
-        (name, cell(result.get(field))) for name, field in _FIGURES.items()
-    ])  # fmt: skip
+    figures = [(name, cell(result[field]), _ends(result, field)) for name, field in _FIGURES.items() if field in result]
     blocks: list[Block] = [
         Paragraph(_about(graph)),
-        figures,
+        Table("The reported circuit, test prompts", ("figure", "value", "95 %"), figures),
+        *_sites(result),
         Figure(circuit_figure(graph)),
         Figure(curve_figure(curve, len(graph)), _curve_table(curve)),
         Figure(layers_figure(graph), _layers_table(graph)),
         _nodes_table(graph),
     ]
     return [*blocks, *_audit(graph)]
+
+
+def _ends(result: Mapping[str, Any], field: str) -> str:
+    low, high = result.get(f"{field}_low"), result.get(f"{field}_high")
+    return "" if low is None or high is None else interval_cell(low, high)
+
+
+def _sites(result: Mapping[str, Any]) -> list[Block]:
+    """What each site is worth alone, where that was measured."""
+    alone, nodes = result.get("single_site_faithfulness", {}), result.get("nodes_per_site", {})
+    rows = [(site, cell(nodes.get(site)), cell(value)) for site, value in alone.items()]
+    columns = ("site", "nodes of the circuit", "faithfulness of as many nodes there")
+    return [Table("One site alone", columns, rows)] if rows else []
 
 
 def _about(graph: nx.DiGraph) -> str:
@@ -67,7 +90,8 @@ def _about(graph: nx.DiGraph) -> str:
 
 
 def _curve_table(curve: pd.DataFrame) -> Table:
-    table = records_table("Evaluation by circuit size", _CURVE, curve.to_dict("records"))  # pyright: ignore
+    columns = {title: field for title, field in _CURVE.items() if field in curve}
+    table = records_table("Evaluation by circuit size", columns, curve.to_dict("records"))  # pyright: ignore
     bands = [interval_cell(row["random_low"], row["random_high"]) for row in curve.to_dict("records")]
     rows = [[*row, band] for row, band in zip(table.rows, bands, strict=True)]
     return Table(table.title, [*table.columns, "of random circuits, from to"], rows)
@@ -135,6 +159,10 @@ CIRCUIT = Kind(
             " circuit ablated; with everything ablated",
         ),
         Formula("Faithfulness (Marks et al. 2024)", "(F(C) - F(0)) / (F(M) - F(0))"),
+        Formula(
+            "CPR, CMD (Mueller et al. 2025)",
+            "area under the curve of faithfulness by size, nodes ranked by effect; area between it and 1, by |effect|",
+        ),
         Formula("Completeness, normalised", "(F(M\\C) - F(0)) / (F(M) - F(0)); as published, F(M\\C) / F(M)"),
     ),
 )
