@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,10 +63,14 @@ class Artifact:
         return read_json(self.folder / MANIFEST)
 
     def finish(self, **facts: Any) -> None:
-        """Write the manifest, which declares the folder complete. `facts` are its figures, files and times."""
+        """Write the manifest, which declares the folder complete. `facts` are its figures, files and times.
+
+        Beside them it has the versions of packages and the command that is running.
+        """
         manifest = {
             "fingerprint": self.fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["sfc", *sys.argv[1:]]),
             "versions": package_versions(),
             **facts,
             "inputs": self.inputs,

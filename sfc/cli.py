@@ -18,6 +18,7 @@ from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
 from sfc.tables import (
+    show_batch,
     show_behaviour,
     show_checks,
     show_circuit,
@@ -28,6 +29,7 @@ from sfc.tables import (
     show_heads,
     show_patching,
     show_presets,
+    show_probe,
     show_quality,
 )
 
@@ -263,6 +265,27 @@ def attribute_logits(
 
 @app.command()
 @with_shared_options
+def probe(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
+) -> None:
+    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
+
+    Example: sfc probe --category all
+    """
+    from sfc.pipeline import ALL, ensure_probe
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_probe(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
 def formats(
     shared: Shared,
     prompts: Annotated[
@@ -335,6 +358,54 @@ def patch(
     show_patching(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def batch(
+    shared: Shared,
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all, where a stage takes one.")] = "violence",
+    stages: Annotated[str, typer.Option(help="Among behaviour,probe,logits,patching,circuit.")] = (
+        "behaviour,probe,logits,patching"
+    ),
+    limit: Annotated[int | None, typer.Option(min=1, help="Behaviour: at most this many prompts per label.")] = 40,
+) -> None:
+    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
+
+    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
+    """
+    from sfc.pipeline import ALL
+    from sfc.prompts.schema import canonical_category
+    from sfc.stages.batch import check_stages, make_batch
+
+    wanted, chosen = (
+        ALL if category == ALL else canonical_category(category),
+        [stage.strip() for stage in stages.split(",")],
+    )
+    check_stages(chosen)
+    runs = shared.runs(models or (None if file else shared.preset), file)
+    artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_batch(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    _finish({**result, "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def report(shared: Shared) -> None:
+    """Put all that is finished of a preset into one report, in Markdown and as one HTML page.
+
+    Example: sfc report --preset smollm2
+    """
+    from sfc.pipeline import ensure_report
+
+    artifact = ensure_report(shared.run(), shared.rebuild)
+    manifest = artifact.manifest()
+    files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
+    _finish({**manifest["result"], "files": files}, shared.json)
 
 
 @app.command()

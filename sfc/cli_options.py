@@ -9,11 +9,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sfc.config import load_experiment
+from sfc.config import Experiment, load_experiment
 from sfc.errors import UserError
 from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.ranks import is_leader
+from sfc.study import load_study
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,20 @@ class Shared:
         Raises:
             UserError: the preset, an override or the root folder is wrong.
         """
-        seeds = [] if self.seed is None else [f"seed={self.seed}"]
-        experiment = load_experiment(self.preset, [*(self.set or []), *(overrides or []), *seeds])
+        return self._run(load_experiment(self.preset, self._overrides(overrides or [])))
+
+    def runs(self, models: str | None, file: Path | None) -> list[Run]:
+        """The runs of several models that share everything else; arguments as `load_study`.
+
+        Raises:
+            UserError: as `run`, or the list is wrong.
+        """
+        return [self._run(experiment) for experiment in load_study(models, file, self._overrides([]))]
+
+    def _overrides(self, further: list[str]) -> list[str]:
+        return [*(self.set or []), *further, *([] if self.seed is None else [f"seed={self.seed}"])]
+
+    def _run(self, experiment: Experiment) -> Run:
         if not self.root.is_dir():
             raise UserError(f"--root {self.root} is not a folder")
         return Run(experiment, self.root, self.data, self.device)

@@ -27,7 +27,8 @@ from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
-LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA = 1, 1, 1
+LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 2, 1
+BATCH_SCHEMA, REPORT_SCHEMA = 1, 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
 
 ALL = "all"  # every category
@@ -321,6 +322,23 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
     return artifact
 
 
+def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
+    """Measure the refusal direction and a linear probe at every layer, of one category or of `ALL`, unless done."""
+    inputs = {
+        "schema": PROBE_SCHEMA,
+        "model": model_identity(run.experiment.model),
+        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+        "category": category,
+        "seed": run.experiment.seed,
+    }
+    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.probe import make_probe
+
+        make_probe(run, artifact, category, rebuild)
+    return artifact
+
+
 def ensure_formats(
     run: Run, formats: Formats, prompts: Path | None, category: str, limit: int | None, rebuild: bool = False
 ) -> Artifact:
@@ -348,6 +366,50 @@ def ensure_formats(
 
         make_formats(run, artifact, formats, prompts, rebuild)
     return artifact
+
+
+def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
+    """Report every finished artifact of the experiment's model, unless that is done and none of their files changed.
+
+    Raises:
+        UserError: there is none.
+    """
+    from sfc.reports.found import find_artifacts, found_in, hashes
+
+    folder = run.root / "circuits" / run.experiment.name
+    found, left_out = find_artifacts(folder, model_identity(run.experiment.model))
+    if not found:
+        raise UserError(
+            f"nothing to report: {folder} holds no finished artifact of this model; run `sfc discover`, `sfc patch` or"
+            " another command first"
+        )
+    if run.saes.is_complete():
+        found.append(found_in(run.saes.folder, "saes"))
+    inputs = {
+        "schema": REPORT_SCHEMA,
+        "description": run.experiment.description,
+        "artifacts": {each.place: hashes(each) for each in found},
+        "left_out": [each.place for each in left_out],
+    }
+    artifact = Artifact.of(folder, "report", inputs)
+    if _needs_making(artifact, rebuild):
+        from sfc.stages.report import make_report
+
+        make_report(run, artifact, found, left_out, rebuild)
+    return artifact
+
+
+def batch_artifact(runs: Sequence[Run], stages: Sequence[str], category: str, limit: int | None) -> Artifact:
+    """Where the comparison of these runs lies. It is put together anew each time; the runs' stages are what costs."""
+    inputs = {
+        "schema": BATCH_SCHEMA,
+        "experiments": [run.experiment.model_dump(mode="json") for run in runs],
+        "data": runs[0].data,
+        "stages": list(stages),
+        "category": category,
+        "limit": limit,
+    }
+    return Artifact.of(runs[0].root / "circuits" / "batch", category, inputs)
 
 
 def pairs_file(run: Run) -> Path | None:

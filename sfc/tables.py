@@ -102,6 +102,19 @@ def show_heads(result: dict[str, Any]) -> None:
     )
 
 
+def show_probe(result: dict[str, Any]) -> None:
+    """The refusal direction and the probe, layer by layer."""
+    columns = {
+        "layer": "layer", "norm": "norm", "separation": "separation", "AUROC": "auroc", "probe": "accuracy",
+        "shuffled": "control", "p": "p_value",
+    }  # fmt: skip
+    title = (
+        f"{result['category']}: refusal direction (separation in pooled standard deviations on {result['n_test']} test"
+        f" prompts) and linear probe ({result['n_folds']}-fold accuracy on {result['n_prompts']})"
+    )
+    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["layers"]))
+
+
 def show_formats(result: dict[str, Any]) -> None:
     """Scores by prompt format, and the tests between formats."""
     columns = {
@@ -137,6 +150,18 @@ def show_patching(result: dict[str, Any]) -> None:
     titles = [column.replace("_", " ") for column in columns]
     rows = ([row[column] for column in columns] for row in result["agreement"])
     show_table("First-order effects against exact ones", titles, rows)
+
+
+def show_batch(result: dict[str, Any]) -> None:
+    """A line per model, and what failed."""
+    columns = {
+        "model": "model", "toxic": "refused_toxic", "safe": "refused_safe", "separation": "separation",
+        "probe": "probe_accuracy", "guardrail": "n_guardrail", "critical": "n_critical",
+    }  # fmt: skip
+    rows = ([row[key] for key in columns.values()] for row in result["models"])
+    show_table(f"{result['category']}: shares refused, the probe, and heads or components", list(columns), rows)
+    for failure in result["failures"]:
+        console.print(escape(f"failed: {failure['model']}, {failure['stage']}: {failure['reason']}"), soft_wrap=True)
 
 
 def show_presets(experiments: Iterable[Experiment]) -> None:

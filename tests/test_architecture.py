@@ -7,9 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
-    "errors", "linear", "sites", "config", "artifacts", "ranks", "progress", "offline", "prompts", "models",
+    "errors", "linear", "sites", "config", "study", "artifacts", "ranks", "progress", "offline", "prompts", "models",
     "activations", "saes", "ablation", "circuits", "evaluation", "patching", "features", "exports",
-    "viewer", "pipeline", "tables", "stages", "doctor", "api", "explorer", "cli_options", "cli_explore", "cli",
+    "viewer", "reports", "pipeline", "tables", "stages", "doctor", "api", "explorer", "cli_options", "cli_explore",
+    "cli",
 )  # fmt: skip
 
 

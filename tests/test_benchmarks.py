@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import discovery
 import harness
+import patching
 import sae_training
 from sae_trainers import Problem, ours, saelens_tuned
 
@@ -116,3 +117,14 @@ def test_edges_are_measured_among_equally_many_nodes_of_each_site(problem: Disco
     for site, here in enumerate(strongest):
         at_site = [node for node in ranking if problem.ablation.nodes.site_numbers[node] == site]
         assert here.tolist() == at_site[:10]
+
+
+def test_patching_gives_the_scores_of_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    patching.main(["--quick", "--json", "--preset", "tiny"])
+    *others, last = capsys.readouterr().out.splitlines()
+    assert others == []
+    figures = json.loads(last)
+    assert figures["ratio_loop"] > 0 and figures["largest_difference"] < 1e-4
+    assert figures["pairs"] == 6 and figures["heads"] == {"sfc": 3, "loop": 4}
+    per_head = figures["seconds_per_head"]["sfc"] * figures["heads"]["sfc"]
+    assert math.isclose(figures["seconds_all_heads"], per_head)

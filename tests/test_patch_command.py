@@ -21,7 +21,7 @@ from sfc.viewer.patching import heads_figure, positions_figure, write_patching_p
 TINY = ("patch", "--preset", "tiny")
 BY_SCORE = (*TINY, "--require", "score", "--limit", "12")
 KEYS = {
-    "preset", "pairs", "require", "n_tried", "n_pairs", "lost", "n_pairs_at", "wrappers", "clean_score",
+    "preset", "pairs", "require", "n_layers", "n_tried", "n_pairs", "lost", "n_pairs_at", "wrappers", "clean_score",
     "corrupted_score", "n_components", "n_critical", "critical", "agreement", "files", "seconds",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import norm
 
 
@@ -68,5 +68,9 @@ def resampled_means(
     """
     if len(values) == 0:
         raise ValueError("no rows to draw from")
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    return counts @ values / len(values)
+    return resampled_counts(len(values), draws, np.random.default_rng(seed)) @ values / len(values)
+
+
+def resampled_counts(n: int, draws: int, random: np.random.Generator) -> Int[np.ndarray, "draws n"]:
+    """How often each of n rows comes up where n rows are drawn with replacement, again and again."""
+    return random.multinomial(n, np.full(n, 1 / n), size=draws)

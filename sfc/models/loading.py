@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sfc.config import ModelConfig
-from sfc.errors import UserError
+from sfc.errors import CannotLoadModel, UserError
 from sfc.models.adapter import merge_adapter
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.linear_layers import use_quick_products
@@ -110,7 +110,8 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     """Load the weights, merge the adapter if one is named, and wrap the model for hooks.
 
     Raises:
-        UserError: the model or its adapter cannot be found or read.
+        CannotLoadModel: the model cannot be found or read.
+        UserError: its adapter cannot.
     """
     hf, tokenizer = load_weights(config)
     if config.adapter:
@@ -129,7 +130,7 @@ def load_outline(config: ModelConfig) -> Outline:
     """Load the tokenizer and the sizes, not the weights.
 
     Raises:
-        UserError: they cannot be found or read.
+        CannotLoadModel: they cannot be found or read.
     """
     folder = _folder(config)
     try:
@@ -146,10 +147,10 @@ def _folder(config: ModelConfig) -> str | Path:
     return own[config.source]() if config.source in own else config.source
 
 
-def _cannot_load(config: ModelConfig, error: Exception) -> UserError:
+def _cannot_load(config: ModelConfig, error: Exception) -> CannotLoadModel:
     reason = str(error).strip().splitlines()[0]
     where = "the folder" if Path(config.source).exists() else "no such folder, nor a model the hub gives"
-    return UserError(f"cannot load model {config.source!r} ({where}): {reason}")
+    return CannotLoadModel(f"cannot load model {config.source!r} ({where}): {reason}")
 
 
 def load_weights(config: ModelConfig) -> tuple[Any, Any]:

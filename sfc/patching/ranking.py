@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from sfc.circuits.correlation import benjamini_hochberg, pearson
+from sfc.evaluation.intervals import resampled_counts
 from sfc.patching.components import Patch
 
 _BEST = 10
@@ -85,8 +86,7 @@ def ratio_interval(
     n_pairs = len(gaps)
     if n_pairs < 2:
         return np.full(len(changes), np.nan), np.full(len(changes), np.nan)
-    random = np.random.default_rng(seed)
-    weights = random.multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=draws).astype(float)
+    weights = resampled_counts(n_pairs, draws, np.random.default_rng(seed)).astype(float)
     denominators = weights @ gaps
     # One row after another: every draw of thousands of components at once would not fit into memory.
     ends = [np.percentile(weights @ row / denominators, [2.5, 97.5]) for row in changes]

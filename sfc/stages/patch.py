@@ -55,7 +55,7 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         effects = effect_table(
             runs, config.draws, config.flips, run.experiment.evaluation.min_denominator, run.experiment.seed
         )
-        result = _result(run, selection, effects, runs)
+        result = {"n_layers": model.n_layers, **_result(run, selection, effects, runs)}
         write_csv(folder / FILES["effects"], lambda path: effects.to_csv(path, index=False, float_format="%.6g"))
         scores = _scores(runs)
         write_csv(folder / FILES["scores"], lambda path: scores.to_csv(path, index=False, float_format="%.6g"))

@@ -1,0 +1,182 @@
+"""Presets of models whose weights are elsewhere: they fit the models' shapes, and the whole study runs on small ones.
+
+Each small model has the real configuration class and as many layers as the real model, random weights, and a tokenizer
+that knows the family's special tokens and writes its chat template.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from test_cli import sfc as sfc_process
+from test_patch_command import sfc
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from sfc.config import load_experiment, preset_names
+from sfc.models.loading import load_model
+from sfc.models.score import RefusalScore
+from sfc.prompts.render import Role
+
+
+class Family(NamedTuple):
+    """What the models of one kind have in common."""
+
+    architecture: str
+    settings: dict[str, Any]
+    special: list[str]
+    begins_with: str | None = None
+    """what the tokenizer puts before every text by itself"""
+    chat_template: str | None = None
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+_GROUPED = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+PYTHIA = Family(
+    "GPTNeoXForCausalLM",
+    {
+        "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "rotary_pct": 0.25,
+        "use_parallel_residual": True, "tie_word_embeddings": False, "max_position_embeddings": 1024,
+    },
+    ["<|endoftext|>"],
+)  # fmt: skip
+GPT2 = Family("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_positions": 1024}, ["<|endoftext|>"])
+QWEN = Family(
+    "Qwen2ForCausalLM",
+    {**_GROUPED, "tie_word_embeddings": True},
+    ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    # A part of the real one: the default system prompt that the preset leaves out.
+    chat_template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+)
+LLAMA3 = Family(
+    "LlamaForCausalLM",
+    {**_GROUPED, "tie_word_embeddings": False, "rope_parameters": _LLAMA3_ROPE},
+    ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    begins_with="<|begin_of_text|>",
+)
+LLAMA2 = Family(
+    "LlamaForCausalLM",
+    {**_GROUPED, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    ["<s>", "</s>"],
+    begins_with="<s>",
+    chat_template="{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip()"
+    " + ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+)
+FOREIGN = {
+    "pythia-70m": (PYTHIA, 6),
+    "pythia-160m": (PYTHIA, 12),
+    "pythia-410m": (PYTHIA, 24),
+    "gpt2": (GPT2, 12),
+    "gpt2-medium": (GPT2, 24),
+    "qwen2.5-0.5b-instruct": (QWEN, 24),
+    "llama3.1-8b-instruct": (LLAMA3, 32),
+    "llama2-7b-chat": (LLAMA2, 32),
+}
+"""the family and the number of layers of each preset's real model"""
+RENDERED = {
+    "pythia-70m": "User: Bake bread?\nAssistant:",
+    "gpt2": "User: Bake bread?\nAssistant:",
+    "qwen2.5-0.5b-instruct": "<|im_start|>user\nBake bread?<|im_end|>\n<|im_start|>assistant\n",
+    "llama3.1-8b-instruct": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nBake bread?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama2-7b-chat": "<s>[INST] Bake bread? [/INST]",
+}
+
+
+def _tokenizer(family: Family) -> Any:
+    """Bytes are tokens; the two merges make the refusal tokens of the presets single ones, as they really are."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠI", "As"]
+    merges = [("Ġ", "I"), ("A", "s")]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in family.special])
+    if family.begins_with:
+        from tokenizers.processors import TemplateProcessing
+
+        number = tokenizer.token_to_id(family.begins_with)
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{family.begins_with} $A", special_tokens=[(family.begins_with, number)]
+        )
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=family.begins_with, eos_token=family.special[-1]
+    )
+    wrapped.chat_template = family.chat_template
+    return wrapped
+
+
+def small_model(preset: str, folder: Path) -> Path:
+    """Save a small model of the preset's family, with as many layers as the real one."""
+    family, n_layers = FOREIGN[preset]
+    tokenizer = _tokenizer(family)
+    kind = getattr(transformers, family.architecture)
+    layers = "n_layer" if family.architecture.startswith("GPT2") else "num_hidden_layers"
+    end = tokenizer.eos_token_id
+    config = kind.config_class(
+        vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **family.settings, **{layers: n_layers}
+    )
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("preset", FOREIGN)
+def test_its_sites_are_late_layers_that_the_model_has(preset: str) -> None:
+    layers, n_layers = load_experiment(preset).activations.layers, FOREIGN[preset][1]
+    assert layers == list(range(layers[0], n_layers)) and n_layers / 2 <= layers[0] <= 0.67 * n_layers
+
+
+def test_every_preset_is_known_here_or_needs_no_network() -> None:
+    assert set(preset_names()) == {*FOREIGN, "tiny", "smollm2", "smollm2-base"}
+
+
+def test_weights_that_are_not_here_and_cannot_be_fetched_are_one_line(tmp_path: Path) -> None:
+    finished = sfc_process("behaviour", "--preset", "gpt2", root=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert "cannot load model 'openai-community/gpt2'" in finished.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("preset", RENDERED)
+def test_prompts_are_rendered_as_the_model_wants_them_and_refusal_tokens_are_single(
+    preset: str, tmp_path: Path
+) -> None:
+    overrides = [f"model.source={small_model(preset, tmp_path)}", "model.dtype=float32"]
+    model = load_model(load_experiment(preset, overrides).model)
+    prompt = model.tokenize(["Bake bread?"])[0]
+    assert model.tokenizer.decode(prompt.ids) == RENDERED[preset], "and nothing twice, such as a first token"
+    assert model.tokenizer.decode(prompt.ids[prompt.roles == Role.CONTENT]).strip() == "Bake bread?"
+    assert (prompt.roles == Role.SUFFIX).any()
+    assert len(RefusalScore.of(model).refusal) == len(model.config.refusal_tokens)
+
+
+@pytest.mark.parametrize("preset", ["pythia-70m", "gpt2", "qwen2.5-0.5b-instruct", "llama3.1-8b-instruct"])
+def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -> None:
+    n_layers = FOREIGN[preset][1]
+    source = small_model(preset, tmp_path / "model")
+    values = {
+        "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "patching.limit": 4,
+        "patching.require": "score", "patching.components": "[head, mlp]", "patching.layers": [n_layers - 1],
+        "activations.layers": [n_layers - 2, n_layers - 1], "activations.dtype": "float32",
+        "saes.steps": 20, "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "discovery.mask_steps": 3,
+        "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
+    }  # fmt: skip
+    overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    stages = "behaviour,probe,logits,patching,circuit"
+    options = ("--models", preset, "--stages", stages, "--limit", 2, "--json", *overrides)
+    result = sfc("batch", *options, root=tmp_path).result
+    assert result["failures"] == []
+    (row,) = result["models"]
+    assert row["n_layers"] == n_layers and row["n_heads"] == 4 * n_layers and row["n_components"] == 2 * 5
+    assert row["n_pairs"] > 0 and row["n_nodes"] > 0
+    circuit = next((tmp_path / "circuits" / preset).glob("circuit-violence-*/result.json"))
+    assert json.loads(circuit.read_text())["preset"] == preset
