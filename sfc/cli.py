@@ -83,10 +83,13 @@ def discover(
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
-        from sfc.circuits.circuit import load_circuit, save_circuit
+        from sfc.circuits.circuit import load_circuit
+        from sfc.exports import export_circuit
+        from sfc.features.labels import labels_of
 
-        result["files"]["graphml"] = str(artifact.folder / "circuit.graphml")
-        save_circuit(load_circuit(artifact.folder / "circuit.json"), artifact.folder / "circuit.graphml")
+        graph = load_circuit(artifact.folder / "circuit.json")
+        files = export_circuit(graph, labels_of(artifact.folder), ["graphml"], artifact.folder)
+        result["files"] |= {name: str(path) for name, path in files.items()}
     show_circuit(result)
     finish(result, shared.json)
 

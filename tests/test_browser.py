@@ -17,6 +17,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
 N_NODES = 60
+PATIENCE = 180_000
+"""milliseconds: a page holds megabytes of JavaScript, and the machine may be busy"""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def address(circuit, tmp_path_factory: pytest.TempPathFactory) -> str:
 def page(chromium: Any, address: str) -> Iterator[Any]:
     """The page, opened; after each test no request may have been made and no error have reached the console."""
     context = chromium.new_context(viewport={"width": 1366, "height": 800}, accept_downloads=True)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     requests: list[str] = []
     problems: list[str] = []
@@ -210,6 +213,7 @@ def test_a_page_without_cards_or_edges_works_too(chromium, tmp_path: Path) -> No
     graph = make_circuit([1.0])
     write_page(tmp_path / "page.html", graph, make_curve(), make_result())
     page = chromium.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(f"file://{tmp_path / 'page.html'}")
     page.wait_for_function("document.getElementById('shown').textContent !== ''")
     assert page.inner_text("#shown") == "1 of 1 nodes and 0 edges shown"

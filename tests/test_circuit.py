@@ -46,14 +46,6 @@ def test_nodes_say_what_they_are() -> None:
     assert graph.edges["resid_post.3/error", "resid_post.4/F1"] == {"weight": -0.25, "absolute_weight": 0.5}
 
 
-def test_graphml_is_written_for_others(tmp_path: Path) -> None:
-    graph = _circuit([0, 1, 5, 9])
-    save_circuit(graph, tmp_path / "circuit.graphml")
-    back = nx.read_graphml(tmp_path / "circuit.graphml")
-    assert dict(back.nodes(data=True)) == dict(graph.nodes(data=True))
-    assert list(back.edges(data=True)) == list(graph.edges(data=True))
-
-
 @pytest.mark.parametrize(
     "content",
     [

@@ -92,7 +92,7 @@ def address(root: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def until(holds: Callable[[], bool], page, seconds: float = 60) -> None:
+def until(holds: Callable[[], bool], page, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, page.inner_text("body")[-500:]
@@ -107,12 +107,13 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(address: str,
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1366, "height": 900})
+        page.set_default_timeout(180_000)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("dialog", lambda dialog: (problems.append("a dialog"), dialog.dismiss()))
         page.goto(address)
-        page.wait_for_selector("#prompt", timeout=60_000)
+        page.wait_for_selector("#prompt")
         until(lambda: len(page.frames) > 1 and "circuit" in page.frames[1].url, page)
         until(lambda: "nodes and" in page.frames[1].inner_text("#shown"), page)
         page.fill("#prompt", PROMPT)

@@ -13,7 +13,7 @@ import networkx as nx
 import numpy as np
 
 from sfc.ablation.nodes import Nodes
-from sfc.artifacts import read_json, replacing, write_json
+from sfc.artifacts import read_json, write_json
 from sfc.circuits.edges import Edge
 from sfc.circuits.effects import Effects
 from sfc.errors import UserError
@@ -48,15 +48,8 @@ def build_circuit(
 
 
 def save_circuit(graph: nx.DiGraph, path: Path) -> None:
-    """Write a circuit as networkx' own node-link JSON, or as GraphML where the path ends in `.graphml`."""
-    if path.suffix == ".graphml":
-        flat = nx.DiGraph()
-        flat.add_nodes_from(graph.nodes(data=True))
-        flat.add_edges_from(graph.edges(data=True))
-        with replacing(path) as temporary:
-            nx.write_graphml(flat, temporary)
-    else:
-        write_json(path, nx.node_link_data(graph, edges="edges"))
+    """Write a circuit as networkx' own node-link JSON; `sfc.exports` has other formats."""
+    write_json(path, nx.node_link_data(graph, edges="edges"))
 
 
 def load_circuit(path: Path) -> nx.DiGraph:
