@@ -74,7 +74,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
     """
     runs, config = problem.runs, problem.config
     strongest = strongest_everywhere(problem, NODES)
-    members, targets = np.concatenate(strongest), [here[0] for here in strongest[1:]]
+    members, targets = np.concatenate(strongest).tolist(), [here[0] for here in strongest[1:]]
     found: dict[str, list[Weights]] = {}
     seconds = in_turns(
         {
@@ -138,7 +138,7 @@ def strongest_everywhere(problem: Problem, count: int) -> list[Int[np.ndarray, "
     return [ranking[nodes.site_numbers[ranking] == site][:share] for site, share in enumerate(shares)]
 
 
-def naive_weights(problem: Problem, members: Sequence[int] | np.ndarray, targets: Sequence[int]) -> list[Weights]:
+def naive_weights(problem: Problem, members: Sequence[int], targets: Sequence[int]) -> list[Weights]:
     """The weights into some targets, one at each site but the first, by a backward pass to the embedding for each."""
     nodes = problem.ablation.nodes
     at_site = members_at_sites(nodes, members)

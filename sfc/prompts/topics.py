@@ -32,14 +32,14 @@ def listed_topics(folder: Path, sources: Sequence[str]) -> list[int] | None:
     if not path.is_file():
         return None
     n_topics = len(read_table(path, ("category", "topic")))
-    sources = [source.rsplit(":", 1) for source in sources]
+    places = [source.rsplit(":", 1) for source in sources]
     topic_at: dict[str, dict[str, int]] = {}
-    for file in {file for file, _ in sources}:
+    for file in {file for file, _ in places}:
         rows = read_table(folder / file, ("prompt", "category")).index
         if len(rows) % n_topics:
             raise UserError(f"{folder / file} has {len(rows)} rows, no multiple of the {n_topics} topics of {path}")
         topic_at[file] = {str(row): place * n_topics // len(rows) for place, row in enumerate(rows)}
-    return [topic_at[file][row] for file, row in sources]
+    return [topic_at[file][row] for file, row in places]
 
 
 def topic_pairs(

@@ -145,7 +145,7 @@ def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[
         "n_nodes": len(members),
         "n_errors": int(nodes.is_error[members].sum()),
         "n_edges": len(circuit.edges),
-        **{name: _figure(value) for name, value in figures.items()},
+        **{str(name): _figure(value) for name, value in figures.items()},
         "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
     }
 

@@ -68,7 +68,7 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
         reference = mean_reference(model, dictionaries, batches(in_reference), layout)
     score = RefusalScore.of(model)
     facts["score_auroc"] = _score_separation(model, score, batches(discovery), used[discovery])
-    return Task(score, reference, *to_explain, used[discovery], config.population, facts)
+    return Task(score, reference, to_explain[0], to_explain[1], used[discovery], config.population, facts)
 
 
 def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], prompts: pd.DataFrame) -> float | None:
