@@ -24,7 +24,7 @@ PATIENCE = 180_000
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
@@ -63,7 +63,7 @@ def page(chromium: Any, address: str) -> Iterator[Any]:
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("dialog", lambda dialog: (problems.append("a dialog: a prompt's text was run"), dialog.dismiss()))
     page.goto(address)
-    page.wait_for_function("document.getElementById('shown').textContent !== ''")
+    page.wait_for_function("document.getElementById('shown').textContent !== ''", polling=100)
     yield page
     outside = [url for url in requests if url != address and not url.startswith(("data:", "blob:"))]
     context.close()
@@ -215,7 +215,7 @@ def test_a_page_without_cards_or_edges_works_too(chromium, tmp_path: Path) -> No
     page = chromium.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(f"file://{tmp_path / 'page.html'}")
-    page.wait_for_function("document.getElementById('shown').textContent !== ''")
+    page.wait_for_function("document.getElementById('shown').textContent !== ''", polling=100)
     assert page.inner_text("#shown") == "1 of 1 nodes and 0 edges shown"
     click_on(page, next(iter(graph)))
     assert "raises the refusal score" in page.inner_text("#card")

@@ -105,7 +105,7 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(address: str,
     requests: list[str] = []
     problems: list[str] = []
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1366, "height": 900})
         page.set_default_timeout(180_000)
         page.on("request", lambda request: requests.append(request.url))
