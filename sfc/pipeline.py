@@ -26,7 +26,7 @@ from sfc.saes.source import saes_identity
 from sfc.sites import in_order
 
 # Raised by hand when the meaning of a stage's artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 2, 1
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 3, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 2, 1
 BATCH_SCHEMA, REPORT_SCHEMA = 1, 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1

@@ -21,6 +21,7 @@ FURTHER_KEYS = {
     "discovery_faithfulness", "faithfulness_low", "faithfulness_high", "completeness_low", "completeness_high",
     "completeness_normalised_low", "completeness_normalised_high", "random_low", "random_high", "p_value",
     "last_site_faithfulness", "single_site_faithfulness", "nodes_per_site", "cpr", "cpr_log", "cmd", "cmd_log",
+    "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from sfc.artifacts import package_versions, write_csv, write_json
 from sfc.circuits.audit import audit
 from sfc.circuits.circuit import build_circuit, save_circuit
-from sfc.circuits.edges import EDGES, without_dead_ends
+from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.roles import effects_by_role, role_names
@@ -24,6 +24,7 @@ from sfc.errors import UserError
 from sfc.evaluation.areas import curve_areas
 from sfc.evaluation.baselines import p_value, single_site_faithfulness
 from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.evaluation.edge_faithfulness import edge_faithfulness
 from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
 from sfc.pipeline import Run
@@ -97,6 +98,8 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
         )
         clock.lap("baselines")
+        result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
+        clock.lap("ablating edges")
         save_circuit(graph, folder / _FILES["circuit"])
         write_csv(folder / _FILES["curve"], lambda path: curve.to_csv(path, index=False))
         write_csv(folder / _FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
@@ -223,6 +226,20 @@ def _held_against(
         "nodes_per_site": dict(zip(alone, np.bincount(nodes.site_numbers, circuit).astype(int).tolist(), strict=True)),
         **{name: _figure(value if measurable else None) for name, value in areas.items()},
     }
+
+
+def _faithfulness_of_edges(
+    run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int], edges: Sequence[Edge]
+) -> dict[str, float | None]:
+    """Of the edges that are drawn, on the test split."""
+    config, ends = run.experiment.evaluation, [(edge.source, edge.target) for edge in edges]
+    with progress_bar(
+        "ablating edges", len(problem.ablation.nodes.sites) * len(test_runs.batches), "sites"
+    ) as progress:
+        figures = edge_faithfulness(
+            problem, test_runs, members, ends, config.min_denominator, run.experiment.seed, progress
+        )
+    return {name: _figure(value) for name, value in figures.items()}
 
 
 def _figure(value: Any) -> float | None:

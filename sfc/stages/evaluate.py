@@ -12,11 +12,10 @@ from sfc.artifacts import Artifact, write_csv, write_json
 from sfc.circuits.listed import ListedCircuit, read_listed
 from sfc.circuits.naming import DictionaryNames, numbered
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.evaluation.ablated import ablated_scores, full_scores
 from sfc.evaluation.baselines import p_value
 from sfc.evaluation.curve import curve_sizes, evaluation_curve, top_circuits
-from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
-from sfc.evaluation.metrics import Scores, metrics_with_intervals
+from sfc.evaluation.edge_ablation import random_edges, why_not_ablatable
+from sfc.evaluation.edge_faithfulness import edge_faithfulness
 from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.sites import short_site
@@ -25,9 +24,6 @@ from sfc.stages.problem import prepare_problem
 from sfc.viewer.evaluation import write_evaluation_page
 
 FILES = {"page": "evaluation.html", "curves": "curves.csv", "prompts": "prompts.csv", "result": "result.json"}
-_EDGE_FIGURES = (
-    "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high", "random_edge_faithfulness"
-)  # fmt: skip
 
 
 class _Circuit(NamedTuple):
@@ -101,27 +97,18 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
 
 def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> dict[str, float | None]:
     """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
-    nodes, config, seed = problem.ablation.nodes, run.experiment.evaluation, run.experiment.seed
+    nodes, smallest, seed = problem.ablation.nodes, run.experiment.evaluation.min_denominator, run.experiment.seed
     reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
     if reason is not None:
         say(f"{circuit.name}: edges are not judged: {reason}")
-    if not circuit.edges or reason is not None:
-        return dict.fromkeys(_EDGE_FIGURES)
-    drawn = random_edges(nodes, circuit.members, circuit.edges, seed)
+    drawn = random_edges(nodes, circuit.members, circuit.edges, seed) if reason is None else []
     with progress_bar("ablating edges", 2 * len(nodes.sites) * len(runs.batches), "sites") as progress:
-        of_edges, of_random = (
-            edge_ablated_scores(problem, runs, circuit.members, edges, progress) for edges in (circuit.edges, drawn)
+        figures, at_random = (
+            edge_faithfulness(problem, runs, circuit.members, edges, smallest, seed, progress)
+            for edges in (circuit.edges, drawn)
         )
-    full = full_scores(problem.model, problem.score, runs)
-    nothing = np.zeros((1, nodes.n_nodes), dtype=bool)
-    empty = ablated_scores(problem.model, problem.score, problem.ablation, runs, nothing)[0]
-    metrics, at_random = (
-        metrics_with_intervals(Scores(full, empty, scores, scores), config.min_denominator, seed)
-        for scores in (of_edges, of_random)
-    )
-    ratios = (metrics["faithfulness"], metrics["faithfulness_low"], metrics["faithfulness_high"])
-    values = (of_edges.mean(), *ratios, at_random["faithfulness"])
-    return dict(zip(_EDGE_FIGURES, map(_figure, values), strict=True))
+    figures["random_edge_faithfulness"] = at_random["edge_faithfulness"]
+    return {name: _figure(value) for name, value in figures.items()}
 
 
 def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> float:
