@@ -268,7 +268,7 @@ def probe(
     result = artifact.manifest()["result"]
     show_probe(result)
     files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -377,7 +377,7 @@ def batch(
     result = artifact.manifest()["result"]
     show_batch(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    _finish({**result, "files": files}, shared.json)
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()
@@ -392,7 +392,7 @@ def report(shared: Shared) -> None:
     artifact = ensure_report(shared.run(), shared.rebuild)
     manifest = artifact.manifest()
     files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
-    _finish({**manifest["result"], "files": files}, shared.json)
+    finish({**manifest["result"], "files": files}, shared.json)
 
 
 @app.command()
