@@ -190,7 +190,7 @@ def _on_test_prompts(run: Run, found: Found, categories: Sequence[str]) -> tuple
         `core`: the same for the shared core, and for what is left of the category's own circuit without it; the nodes.
     """
     core = shared_core(list(found.whole.values()))
-    transfer, parts, nodes = [], [], Nodes((), ())
+    transfer, parts, nodes = [], [], Nodes.of({})
     with progress_bar("test prompts", len(categories), "categories") as progress:
         for category in categories:
             problem, test_runs, _ = prepare_problem(run, category)
