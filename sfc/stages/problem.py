@@ -27,11 +27,11 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     """
     experiment = run.experiment
     model = load_model(experiment.model, choose_device(run.device))
-    kind = experiment.discovery.nodes
+    kind, error_mode = experiment.discovery.nodes, experiment.evaluation.error_mode
     if kind == "features":
         dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
     else:
-        dictionaries = component_spaces(model, kind, experiment.activations.layers)
+        dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
     if run.pairs:
         task = pairs_task(run, run.pairs, model, dictionaries)
     else:
@@ -41,7 +41,7 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     problem = Problem(
         model=model,
         score=task.score,
-        ablation=Ablation(nodes, dictionaries, task.reference, experiment.evaluation.error_mode),
+        ablation=Ablation(nodes, dictionaries, task.reference, error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
         store=Store(run.store.folder),
         prompts=_with_store_index(run, task.labelled),
