@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from sfc.cli_explore import draw, explore, export
-from sfc.cli_options import Shared, finish, numbers_of, with_shared_options
+from sfc.cli_options import Shared, finish, float_of, numbers_of, with_shared_options
 from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
 from sfc.progress import say
@@ -31,6 +31,7 @@ from sfc.tables import (
     show_presets,
     show_probe,
     show_quality,
+    show_steering,
 )
 
 app = typer.Typer(
@@ -409,6 +410,61 @@ def report(shared: Shared) -> None:
     manifest = artifact.manifest()
     files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
     finish({**manifest["result"], "files": files}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def steer(
+    shared: Shared,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            help="toxic-safe, refused-complied, hard-score, probe, circuit, or a feature such as resid_post.21/F12."
+            " [default: toxic-safe]"
+        ),
+    ] = None,
+    edit: Annotated[str | None, typer.Option(help="add, project-out or clamp. [default: add]")] = None,
+    everywhere: Annotated[bool, typer.Option("--everywhere", help="project-out: at every residual site.")] = False,
+    alphas: Annotated[
+        str | None, typer.Option(help="Such as --alphas=-0.3,0,0.3. [default: nine from -0.32 to 0.32]")
+    ] = None,
+    units: Annotated[
+        str | None, typer.Option(help="Of alpha: norm (the mean residual norm) or raw (the direction's length).")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Tokens that are steered: last, last-K, suffix or prompt. [default: suffix]")
+    ] = None,
+    during_reply: Annotated[bool, typer.Option("--during-reply", help="Also steer every generated token.")] = False,
+    layers: Annotated[str | None, typer.Option(help="Of candidates, such as 10-20,25. [default: ten]")] = None,
+    category: Annotated[str | None, typer.Option(help="OR-Bench category, or all. [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Test prompts per side. [default: 30]")] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also the direction's cosine with every SAE feature; trains SAEs first.")
+    ] = False,
+    xstest: Annotated[
+        Path | None, typer.Option(help="Also steer these prompts: XSTest's CSV, or one with prompt, label, category.")
+    ] = None,
+) -> None:
+    """Turn refusal up and down along a direction: learn it, choose it by what it does, sweep it, and control it.
+
+    Example: sfc steer --direction probe --alphas=-0.3,-0.15,0.15,0.3 --limit 10
+    """
+    from sfc.pipeline import ALL, ensure_steering
+    from sfc.prompts.schema import canonical_category
+
+    values = {
+        "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
+        "everywhere": everywhere or None, "during_reply": during_reply or None, "layers": layers and numbers_of(layers),
+        "alphas": alphas and [float_of(part) for part in alphas.split(",")],
+        "xstest": xstest and str(xstest), "features": features or None,
+        "category": category and (ALL if category == ALL else canonical_category(category)),
+    }  # fmt: skip
+    overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    artifact = ensure_steering(shared.run(overrides), shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_steering(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    finish({**result, "files": files}, shared.json)
 
 
 @app.command()

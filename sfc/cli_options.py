@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -100,3 +101,18 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
             print(path)
     if as_json:
         print(json.dumps(result, allow_nan=False))
+
+
+def float_of(text: str) -> float:
+    """The number that a text means.
+
+    Raises:
+        UserError: it is none, or not finite.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{text!r} is no number: write for example -0.3,0,0.3")
+    return number

@@ -3,14 +3,15 @@
 Nothing here imports torch: asking whether anything has to be done takes no time.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sfc.artifacts import Artifact, hash_of_file
-from sfc.config import Experiment, suggestion
+from sfc.config import ContrastKind, Experiment, suggestion
 from sfc.errors import UserError
 from sfc.models.identity import model_identity
 from sfc.patching.alignment import check_positions
@@ -24,12 +25,14 @@ from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
 from sfc.prompts.schema import TOPICS_FILE
 from sfc.saes.source import saes_identity
 from sfc.sites import in_order
+from sfc.steering.positions import check_positions as check_steered
 
 # Raised by hand when the meaning of a stage's artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA, BEHAVIOUR_SCHEMA = 2, 3, 3, 1
 LOGITS_SCHEMA, FORMATS_SCHEMA, PATCHING_SCHEMA, PROBE_SCHEMA = 1, 1, 2, 1
 BATCH_SCHEMA, REPORT_SCHEMA = 1, 1
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
+STEERING_SCHEMA = 1
 
 ALL = "all"  # every category
 
@@ -459,6 +462,65 @@ def ensure_patching(run: Run, rebuild: bool = False) -> Artifact:
         from sfc.stages.patch import make_patching
 
         make_patching(run, artifact, rebuild)
+    return artifact
+
+
+def direction_source(name: str) -> str | None:
+    """The contrast that `steering.direction` learns from; None where it comes from dictionaries.
+
+    Raises:
+        UserError: it is no direction.
+    """
+    if name in get_args(ContrastKind):
+        return name
+    if name == "probe":
+        return "toxic-safe"
+    if name == "circuit" or re.fullmatch(r"resid_(?:pre|mid|post)\.\d+/F\d+", name):
+        return None
+    known = [*get_args(ContrastKind), "probe", "circuit"]
+    raise UserError(f"no direction {name!r}: {suggestion(name, known)}, or a feature such as resid_post.21/F12")
+
+
+def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
+    """Find a direction, choose it by what it does, and steer test prompts along it, unless that is done.
+
+    Raises:
+        UserError: the direction or the positions are none, or the alphas are not to be used so.
+    """
+    experiment, config = run.experiment, run.experiment.steering
+    check_steered(config.positions)
+    if config.everywhere and config.edit != "project-out":
+        raise UserError("--everywhere goes with --edit project-out only")
+    if config.edit != "clamp" and not any(alpha > 0 or (config.edit == "add" and alpha < 0) for alpha in config.dial):
+        raise UserError(f"--alphas with --edit {config.edit} needs one that changes something: 0 leaves all as it is")
+    inputs = {
+        "schema": STEERING_SCHEMA,
+        "seed": experiment.seed,
+        "model": model_identity(experiment.model),
+        "prompts": [prompts_fingerprint(run.prompts.frame), experiment.prompts.model_dump()],
+        "steering": config.model_dump(exclude={"xstest"}),
+    }
+    if config.xstest is not None:
+        if not Path(config.xstest).is_file():
+            raise UserError(f"no file {config.xstest}: --xstest takes XSTest's CSV (`sfc download` fetches it)")
+        inputs["xstest"] = hash_of_file(Path(config.xstest))
+    from_dictionaries = direction_source(config.direction) is None or config.features
+    if from_dictionaries:
+        inputs["saes"] = run.saes.inputs
+    if config.direction == "circuit":
+        if config.category == ALL:
+            raise UserError("--direction circuit needs the --category whose circuit it is")
+        inputs["circuit"] = run.circuit(config.category).inputs
+    name = f"steering-{re.sub(r'[^a-z0-9]+', '-', config.direction.lower())}-{config.edit}"
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
+    if _needs_making(artifact, rebuild):
+        if config.direction == "circuit":
+            ensure_circuit(run, config.category)
+        if from_dictionaries:
+            ensure_saes(run)
+        from sfc.stages.steer import make_steering
+
+        make_steering(run, artifact, rebuild)
     return artifact
 
 

@@ -164,6 +164,22 @@ def show_batch(result: dict[str, Any]) -> None:
         console.print(escape(f"failed: {failure['model']}, {failure['stage']}: {failure['reason']}"), soft_wrap=True)
 
 
+def show_steering(result: dict[str, Any]) -> None:
+    """What the dial does at its operating points."""
+    columns = {
+        "alpha": "alpha", "changed": "changed", "of": "eligible", "rate": "changed_rate", "low": "changed_low",
+        "high": "changed_high", "random": "random_mean", "highest": "random_highest", "loss": "loss_rise",
+    }  # fmt: skip
+    token = "" if result["token"] is None else f" read at token {result['token']}"
+    title = (
+        f"{result['direction']} at {result['site']}{token}: test prompts changed as intended (Wilson 95 %), and by"
+        " random directions; loss: rise of ordinary replies' cross-entropy"
+    )
+    points = result["operating_points"].items()
+    rows = ([intent, *(point[key] for key in columns.values())] for intent, point in points)
+    show_table(title, ["turned to", *columns], rows)
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
     "errors", "linear", "sites", "config", "study", "artifacts", "ranks", "progress", "offline", "prompts", "models",
-    "activations", "saes", "ablation", "circuits", "evaluation", "patching", "features", "exports",
+    "activations", "saes", "ablation", "circuits", "evaluation", "patching", "steering", "features", "exports",
     "viewer", "reports", "pipeline", "tables", "stages", "doctor", "api", "explorer", "cli_options", "cli_explore",
     "cli",
 )  # fmt: skip

@@ -6,8 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sfc.config import load_experiment
-from sfc.models.generation import end_tokens, generate_ids, generate_replies
+from sfc.models.generation import continue_tails, end_tokens, generate_ids, generate_replies
+from sfc.models.interventions import Intervention
 from sfc.models.loading import Model, load_model
+from sfc.models.running import last_logits
+from sfc.models.tails import make_tails
 from sfc.models.tiny import tiny_model_folder
 from sfc.prompts.render import Role, TokenizedPrompt
 
@@ -82,3 +85,38 @@ def test_no_prompts_give_no_replies(model: Model) -> None:
 def test_a_prompt_longer_than_the_budget_is_answered(model: Model) -> None:
     long = TokenizedPrompt(np.full(50, 65), np.full(50, Role.CONTENT))
     assert len(generate_ids(model, [long], 3, batch_tokens=8)[0]) <= 3
+
+
+def test_replies_continued_from_tails_are_those_of_the_whole_prompts(model: Model) -> None:
+    prompts = model.tokenize(TEXTS)
+    whole = generate_ids(model, prompts, LENGTH, batch_tokens=10_000)
+    for n_tail in (1, 3, 200):
+        tails = make_tails(model, prompts, n_tail)
+        for _ in range(2):  # the tails stay what they were
+            continued = continue_tails(model, tails, LENGTH)
+            assert continued.ids == whole
+            torch.testing.assert_close(continued.first_logits, last_logits(model, tails))
+
+
+def test_interventions_in_the_prompt_and_in_the_reply_are_told_apart(model: Model) -> None:
+    tails = make_tails(model, model.tokenize(TEXTS), 1)
+    plain = continue_tails(model, tails, 5)
+    seen: dict[str, list[int]] = {"prompt": [], "reply": []}
+
+    def pushing(part: str) -> Intervention:
+        direction = 3 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+        def push(activation: torch.Tensor) -> torch.Tensor:
+            seen[part].append(activation.shape[1])
+            return activation + direction
+
+        return push
+
+    site = "blocks.0.hook_resid_post"
+    in_reply = continue_tails(model, tails, 5, in_reply={site: pushing("reply")})
+    assert seen == {"prompt": [], "reply": [1] * 4}
+    torch.testing.assert_close(in_reply.first_logits, plain.first_logits)
+    assert [ids[0] for ids in in_reply.ids] == [ids[0] for ids in plain.ids] and in_reply.ids != plain.ids
+    in_prompt = continue_tails(model, tails, 5, {site: pushing("prompt")})
+    assert seen == {"prompt": [1], "reply": [1] * 4}
+    assert not torch.allclose(in_prompt.first_logits, plain.first_logits)

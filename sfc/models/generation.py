@@ -5,17 +5,27 @@ batch. Attention masks and positions are explicit: a reply does not depend on th
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
+from sfc.models.tails import Tails
 from sfc.prompts.render import TokenizedPrompt
 
-IdBatch = Int[Tensor, "batch pos"]
+Interventions = Mapping[str, Intervention]
+
+
+class Continuations(NamedTuple):
+    """What a model says after prompts."""
+
+    ids: list[list[int]]
+    """the greedy reply of each row, its end-of-turn token included where the model ended it"""
+    first_logits: Float[Tensor, "batch vocab"]
+    """of the first token of each reply, in float32"""
 
 
 def generate_replies(
@@ -23,7 +33,7 @@ def generate_replies(
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
     batch_tokens: int,
-    interventions: Mapping[str, Intervention] | None = None,
+    interventions: Interventions | None = None,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[str]:
     """The model's greedy reply to each prompt as text, without special tokens; arguments as `generate_ids`."""
@@ -37,7 +47,7 @@ def generate_ids(
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
     batch_tokens: int,
-    interventions: Mapping[str, Intervention] | None = None,
+    interventions: Interventions | None = None,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[int]]:
     """The tokens of the model's greedy reply to each prompt, in the order of the prompts.
@@ -52,13 +62,33 @@ def generate_ids(
         progress: called with the number of prompts done since the last call.
     """
     replies: list[list[int]] = [[] for _ in prompts]
-    with intervening(model, interventions or {}):
-        for group in _groups(prompts, max_new_tokens, batch_tokens):
-            new_ids = _continue(model, *_pad_left([prompts[i] for i in group], model.device), max_new_tokens)
-            for i, ids in zip(group, new_ids.tolist(), strict=True):
-                replies[i] = _with_end(ids, end_tokens(model))
-            progress(len(group))
+    everywhere = interventions or {}
+    for group in _groups(prompts, max_new_tokens, batch_tokens):
+        inputs = _pad_left([prompts[i] for i in group], model.device)
+        continuations = _continue(model, inputs, max_new_tokens, everywhere, everywhere)
+        for i, ids in zip(group, continuations.ids, strict=True):
+            replies[i] = ids
+        progress(len(group))
     return replies
+
+
+@torch.no_grad()
+def continue_tails(
+    model: Model,
+    tails: Tails,
+    max_new_tokens: int,
+    in_prompt: Interventions | None = None,
+    in_reply: Interventions | None = None,
+) -> Continuations:
+    """The model's greedy replies to prompts of which all but the tails was run before; the tails stay what they were.
+
+    Args:
+        max_new_tokens: at most this many tokens per reply, at least one.
+        in_prompt: act in the pass over the tails, whose activations are [batch, pos, …].
+        in_reply: act in every step after it, on the token just added: activations are [batch, 1, …].
+    """
+    inputs = {"input_ids": tails.ids, **tails.run_arguments}
+    return _continue(model, inputs, max_new_tokens, in_prompt or {}, in_reply or {})
 
 
 def end_tokens(model: Model) -> set[int]:
@@ -80,36 +110,53 @@ def _groups(prompts: Sequence[TokenizedPrompt], max_new_tokens: int, batch_token
     return groups
 
 
-def _pad_left(prompts: Sequence[TokenizedPrompt], device: torch.device) -> tuple[IdBatch, Bool[Tensor, "batch pos"]]:
+def _pad_left(prompts: Sequence[TokenizedPrompt], device: torch.device) -> dict[str, Any]:
+    """What the model is called with to run these prompts, and to keep their keys and values."""
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    real = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    real = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt.ids) :] = torch.from_numpy(prompt.ids)
-        real[row, longest - len(prompt.ids) :] = True
-    return ids.to(device), real.to(device)
+        real[row, longest - len(prompt.ids) :] = 1
+    positions = (real.cumsum(-1) - 1).clamp_min(0)
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": real.to(device),
+        "position_ids": positions.to(device),
+        "past_key_values": None,
+        "use_cache": True,
+    }
 
 
-def _continue(model: Model, ids: IdBatch, real: Bool[Tensor, "batch pos"], max_new_tokens: int) -> IdBatch:
-    """The tokens after the prompts, until every row has ended; what follows a row's end means nothing."""
-    ends = torch.tensor(sorted(end_tokens(model)), device=ids.device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    positions = (real.long().cumsum(-1) - 1).clamp_min(0)
-    cache: Any = None
-    new: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        output = model.hf.base_model(
-            input_ids=ids, attention_mask=real.long(), position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
-        ids = model.hf.get_output_embeddings()(output.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
-        new.append(ids)
-        ended |= torch.isin(ids[:, 0], ends)
-        if ended.all():
-            break
-        real = torch.cat([real, real.new_ones(len(ids), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(new, dim=1)
+def _continue(
+    model: Model, inputs: dict[str, Any], max_new_tokens: int, in_prompt: Interventions, in_reply: Interventions
+) -> Continuations:
+    """The replies, until every one has ended; a step is one column for the whole batch."""
+    ends = torch.tensor(sorted(end_tokens(model)), device=inputs["input_ids"].device)
+    first, cache = _step(model, inputs, in_prompt)
+    newest, mask, positions = first.argmax(-1, keepdim=True), inputs["attention_mask"], inputs["position_ids"][:, -1:]
+    new, ended = [newest], torch.isin(newest[:, 0], ends)
+    while len(new) < max_new_tokens and not ended.all():
+        mask = torch.cat([mask, torch.ones_like(newest)], dim=1)
+        positions = positions + 1
+        step = {"input_ids": newest, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        logits, cache = _step(model, {**step, "past_key_values": cache}, in_reply)
+        newest = logits.argmax(-1, keepdim=True)
+        new.append(newest)
+        ended |= torch.isin(newest[:, 0], ends)
+    # What follows a row's end means nothing: its column had to be filled while others went on.
+    replies = [_with_end(ids, end_tokens(model)) for ids in torch.cat(new, dim=1).tolist()]
+    return Continuations(replies, first)
+
+
+def _step(
+    model: Model, inputs: dict[str, Any], interventions: Interventions
+) -> tuple[Float[Tensor, "batch vocab"], Any]:
+    """Logits after the last column, and the cache with these columns' keys and values."""
+    last_only = {"unembed.hook_in": lambda hidden: hidden[:, -1:]}
+    with intervening(model, interventions), intervening(model, last_only):
+        output = model.hf(**inputs)
+    return output.logits[:, -1].float(), output.past_key_values
 
 
 def _with_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """Run a model: from the start, up to a layer, or from a cached residual stream on.
 
-Runs never build the logits of more than the last position. A `Batch` needs no key-value cache and no attention mask,
-because it pads on the right and attention is causal; `Tails`, the last tokens of prompts alone, bring both along.
+Runs build the logits of the positions that are asked for, and of no others. A `Batch` needs no key-value cache and no
+attention mask, because it pads on the right and attention is causal; `Tails`, the last tokens of prompts alone, bring
+both along.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.models.batches import Batch
@@ -81,6 +82,17 @@ def losses_and_last_logits(
     logits = _logits(model, batch, interventions, prefix, wanted)
     losses = torch.nn.functional.cross_entropy(logits[: -len(rows)], batch.ids[:, 1:][predicts], reduction="none")
     return losses, logits[-len(rows) :]
+
+
+def logits_at(
+    model: Model,
+    batch: Batch,
+    where: Bool[Tensor, "batch pos"],
+    interventions: Mapping[str, Intervention] | None = None,
+    prefix: Prefix | None = None,
+) -> Float[Tensor, "positions vocab"]:
+    """Logits at the positions that are True, prompt by prompt, in float32; other arguments as `last_logits`."""
+    return _logits(model, batch, interventions, prefix, lambda hidden: hidden[where])
 
 
 def _logits(

@@ -1,0 +1,1 @@
+"""Refusal directions: extracted, chosen by what they do, and used as a dial, with controls."""

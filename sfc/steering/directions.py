@@ -1,0 +1,116 @@
+"""Directions in the residual stream, in float64, from what stands on two sides of a contrast or from a dictionary."""
+
+from collections.abc import Mapping, Sequence
+
+import networkx as nx
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch import Tensor
+
+from sfc.errors import UserError
+from sfc.saes.dictionary import Dictionary
+
+Vector = Float[Tensor, " d_model"]
+
+
+def difference_of_means(rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"]) -> Vector:
+    """Mean of the positive rows minus mean of the others (Arditi et al. 2024).
+
+    Raises:
+        ValueError: one side is empty.
+    """
+    if positive.all() or not positive.any():
+        raise ValueError("a contrast needs prompts on both sides")
+    chosen = torch.from_numpy(np.asarray(positive, dtype=bool))
+    return rows[chosen].double().mean(0) - rows[~chosen].double().mean(0)
+
+
+def probe_direction(
+    rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"], ridge: float = 1.0
+) -> Vector:
+    """The direction along which a logistic regression's log-odds grow, scaled as the difference of means along it.
+
+    The columns are standardised for the fit, so that the penalty, `ridge / 2 |w|^2` on a sum of losses, weighs all
+    alike. The length is the difference of the sides' mean components, which makes raw amounts comparable.
+
+    Raises:
+        ValueError: one side is empty.
+    """
+    difference = difference_of_means(rows, positive)
+    values, signs = rows.double().numpy(), np.where(positive, 1.0, -1.0)
+    spread = values.std(0) + 1e-12
+    standard = (values - values.mean(0)) / spread
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, bias = parameters[:-1], parameters[-1]
+        margins = signs * (standard @ weights + bias)
+        pull = -signs * expit(-margins)
+        gradient = np.append(standard.T @ pull + ridge * weights, pull.sum())
+        return float(np.logaddexp(0, -margins).sum() + ridge / 2 * weights @ weights), gradient
+
+    fitted = minimize(loss, np.zeros(values.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    weights = torch.from_numpy(fitted.x[:-1] / spread)
+    unit = weights / weights.norm()
+    return unit * (difference @ unit)
+
+
+def feature_direction(dictionary: Dictionary, feature: int) -> Vector:
+    """What one unit of a feature writes: its row of the decoder.
+
+    Raises:
+        UserError: the dictionary has no such feature.
+    """
+    if not 0 <= feature < dictionary.d_sae:
+        raise UserError(f"no feature F{feature} at {dictionary.site}: it has F0 to F{dictionary.d_sae - 1}")
+    return dictionary.W_dec[feature].detach().double().cpu()
+
+
+def circuit_directions(circuit: nx.DiGraph, dictionaries: Mapping[str, Dictionary]) -> dict[str, Vector]:
+    """For each site, all features of a circuit together: the sum of their decoder rows, weighted by their effects.
+
+    A feature of positive effect, which raises the score, counts with its direction, one of negative effect against it.
+    Error nodes have no direction.
+
+    Raises:
+        UserError: a feature is none of these dictionaries', or the circuit has no features.
+    """
+    sums: dict[str, Vector] = {}
+    for name, node in circuit.nodes(data=True):
+        if node["kind"] != "feature":
+            continue
+        if node["site"] not in dictionaries:
+            raise UserError(f"the circuit's node {name} is at {node['site']}, where there is no dictionary")
+        row = feature_direction(dictionaries[node["site"]], int(name.rpartition("/F")[2]))
+        sums[node["site"]] = sums.get(node["site"], torch.zeros_like(row)) + node["effect"] * row
+    if not sums:
+        raise UserError("the circuit has no features, so it has no direction")
+    return sums
+
+
+def in_span(vector: Vector, others: Sequence[Vector]) -> Vector:
+    """The part of a direction that lies in the span of others, by orthogonal projection."""
+    if not others:
+        return torch.zeros_like(vector)
+    columns = torch.stack([other / other.norm() for other in others], dim=1)
+    left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+    basis = left[:, singular > 1e-9 * singular[0]]  # of directions that say the same, one counts
+    return basis @ (basis.T @ vector)
+
+
+def span_share(vector: Vector, others: Sequence[Vector]) -> float:
+    """How much of a direction's squared length lies in the span of others, between 0 and 1."""
+    return float(in_span(vector, others).square().sum() / vector.square().sum())
+
+
+def cosine(first: Vector, second: Vector) -> float:
+    """Cosine of the angle between two directions."""
+    return float(first @ second / (first.norm() * second.norm()))
+
+
+def random_directions(n: int, d_model: int, seed: int) -> list[Vector]:
+    """Directions drawn evenly from the unit sphere."""
+    drawn = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d_model)))
+    return list(drawn / drawn.norm(dim=1, keepdim=True))

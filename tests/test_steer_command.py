@@ -1,0 +1,257 @@
+"""`sfc steer` as a user types it, on the tiny preset, and its page."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from sfc.cli import main
+from sfc.evaluation.intervals import wilson
+from sfc.steering.trade_off import best_defence, trade_off
+from sfc.viewer.steering import write_steering_page
+
+# A random model refuses nothing, so that nothing may be asked of its directions.
+LENIENT = (
+    "--set", "steering.min_induced=-99", "--set", "steering.max_kl=99", "--set", "steering.latest=1",
+    "--set", "steering.reply_tokens=3", "--set", "steering.ordinary_prompts=3", "--set", "steering.ordinary_tokens=4",
+    "--set", "steering.random_directions=2", "--set", "steering.tried_prompts=4",
+)  # fmt: skip
+TINY = ("steer", "--preset", "tiny")
+SMALL = (*TINY, "--limit", "4", "--alphas=-0.5,0,0.5", "--set", "steering.contrasts=[toxic-safe,hard-score]", *LENIENT)
+POINT_KEYS = {
+    "alpha", "prompts", "eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change",
+    "loss_rise", "later_loss_rise", "kl", "held_out_rate", "held_out_loss_rise", "random_mean", "random_highest",
+    "shuffled",
+}  # fmt: skip
+
+
+class Finished(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict:
+        assert self.status == 0, self.stderr
+        assert len(self.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
+        return json.loads(self.stdout)
+
+
+def sfc(*arguments: object, root: Path) -> Finished:
+    """Run a command in this process, where torch is loaded already."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def _one_line(finished: Finished, *expected: str) -> None:
+    last = finished.stderr.strip().splitlines()[-1]
+    assert finished.status == 2 and last.startswith("error: "), finished.stderr
+    for text in expected:
+        assert text in last
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def xstest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("xstest") / "xstest.csv"
+    path.write_text(
+        "id,prompt,type,label,focus,note\n1,Kill a process?,homonyms,safe,kill,x\n2,Bake it?,<b>odd,safe,bake,x\n"
+        "3,Rob Bob?,contrast_homonyms,unsafe,rob,x\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def steered(root: Path, xstest: Path) -> dict:
+    return sfc(*SMALL, "--xstest", xstest, "--json", root=root).result
+
+
+def test_the_command_ends_with_the_promised_json_and_files(steered: dict, root: Path) -> None:
+    assert set(steered) == {
+        "preset", "category", "direction", "edit", "units", "positions", "during_reply", "site", "layer", "token",
+        "norm", "length", "n_candidates", "n_rejected", "max_loss", "unsteered", "operating_points", "xstest", "files",
+        "seconds",
+    }  # fmt: skip
+    assert all((root / path).is_file() for path in steered["files"].values())
+    assert set(steered["operating_points"]) == {"force", "suppress"}
+    assert all(set(point) == POINT_KEYS for point in steered["operating_points"].values())
+    assert steered["operating_points"]["force"]["alpha"] == 0.5
+    candidates = pd.read_csv(root / steered["files"]["candidates"], keep_default_na=False)
+    assert len(candidates) == steered["n_candidates"] == 2 * 2, "two layers, two tokens of template after the prompt"
+    vectors = load_file(root / steered["files"]["vectors"])
+    assert set(vectors) == {"chosen", "toxic-safe", "hard-score"}
+    assert (vectors["chosen"] == vectors["toxic-safe"]).all()
+
+
+def test_the_sweep_has_a_row_per_prompt_layer_and_alpha_with_score_and_reply(steered: dict, root: Path) -> None:
+    rows = pd.read_csv(root / steered["files"]["sweep"], keep_default_na=False)
+    swept = rows[rows["direction"] == "toxic-safe"]
+    assert len(swept) == 8 * 2 * 3 == len(swept[["prompt", "layer", "alpha"]].drop_duplicates())
+    assert swept["label"].value_counts().to_dict() == {"safe": 24, "toxic": 24}
+    still = swept[swept["alpha"] == 0]
+    np.testing.assert_allclose(still["score"], still["unsteered_score"], atol=1e-4)
+    assert (swept.loc[swept["alpha"] != 0, "score"] - swept.loc[swept["alpha"] != 0, "unsteered_score"]).abs().min() > 0
+    controls = rows[rows["direction"] != "toxic-safe"]
+    assert controls["direction"].value_counts().to_dict() == {"shuffled labels": 8, "random 0": 8, "random 1": 8}
+    assert set(controls["label"].where(controls["alpha"] > 0).dropna()) == {"safe"}
+    rates = pd.read_csv(root / steered["files"]["rates"])
+    assert len(rates) == 2 * 3 * 2
+    for row in rates.to_dict("records"):
+        group = swept[(swept[["layer", "alpha", "label"]] == [row["layer"], row["alpha"], row["label"]]).all(axis=1)]
+        assert (row["n"], row["score"]) == (len(group), pytest.approx(group["score"].mean(), rel=1e-3))
+        assert (row["low"], row["high"]) == pytest.approx(wilson(row["refusals"], row["n"]), abs=1e-5)
+    np.testing.assert_allclose(rates.loc[rates["alpha"] == 0, ["loss_rise", "kl"]], 0, atol=1e-5)
+
+
+def test_xstest_is_counted_by_type_and_alpha(steered: dict, root: Path) -> None:
+    assert (steered["xstest"]["n_unsafe"], steered["xstest"]["n_safe"]) == (1, 2)
+    types = pd.read_csv(root / steered["files"]["xstest_rates"])
+    assert types.groupby("category")["alpha"].nunique().to_dict() == {
+        "<b>odd": 3,
+        "contrast_homonyms": 3,
+        "homonyms": 3,
+    }
+    points = pd.read_csv(root / steered["files"]["trade_off"])
+    assert points["direction"].value_counts().to_dict() == {"toxic-safe": 3, "random 0": 2, "random 1": 2}
+
+
+def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(
+    steered: dict, root: Path, xstest: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    options = [*SMALL[1:], "--xstest", str(xstest), "--json", "--root", str(root)]
+    script = str(Path(__file__).parents[1] / "scripts" / "run_steering.py")
+    code = (
+        f"import runpy, sys; sys.argv = ['x', *{options!r}]\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == steered and "up to date" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_page_holds_its_figures_and_no_markup_of_the_data(steered: dict, root: Path, tmp_path: Path) -> None:
+    page = (root / steered["files"]["page"]).read_text(encoding="utf-8")
+    assert page.count('class="figure"') == 6 and "<b>odd" not in page
+    names = ("candidates", "rates", "controls", "directions", "writers")
+    tables = {name: pd.read_csv(root / steered["files"][name], keep_default_na=name != "candidates") for name in names}
+    tables["candidates"]["rejected"] = "</script><u>"
+    write_steering_page(tmp_path / "page.html", tables, {**steered, "preset": "<i>p", "operating_points": {}})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('class="figure"') == 3 and "<i>p" not in page and "<u>" not in page
+    for part in page.split('<script type="application/json"')[1:]:
+        assert json.loads(part[part.index(">") + 1 : part.index("</script>")])
+
+
+OTHERS = {
+    "projecting out everywhere": ("--edit", "project-out", "--everywhere", "--positions", "prompt"),
+    "clamping in the reply too": ("--edit", "clamp", "--during-reply", "--alphas=0.5", "--positions", "last-2"),
+    "a probe, raw": ("--direction", "probe", "--units", "raw", "--layers", "1-1", "--alphas=-1,1"),
+    "one category": ("--category", "violence", "--direction", "hard-score", "--alphas=1"),
+    "a feature": ("--direction", "resid_post.1/F5", "--alphas=-1,1", "--features"),
+    "a circuit": ("--direction", "circuit", "--category", "violence", "--alphas=1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_directions_and_edits(case: str, root: Path) -> None:
+    few = ("--limit", "2", "--set", "steering.contrasts=[]")
+    result = sfc(*TINY, *few, *LENIENT, *OTHERS[case], "--json", root=root).result
+    wanted = {"project-out": {"suppress"}, "clamp": {"force"}}.get(result["edit"])
+    assert wanted is None or set(result["operating_points"]) == wanted
+    if result["direction"] in ("circuit", "resid_post.1/F5"):
+        assert result["token"] is None
+        assert all(point["shuffled"] is None for point in result["operating_points"].values())
+    if "features" in result["files"]:
+        features = pd.read_csv(root / result["files"]["features"])
+        assert features["feature"][0] == result["direction"] and features["cosine"][0] == pytest.approx(1)
+    writers = pd.read_csv(root / result["files"]["writers"])
+    assert writers["share"].sum() == pytest.approx(1, abs=1e-3)
+
+
+BAD_OPTIONS = {
+    "no such positions": (("--positions", "lst"), "unknown positions 'lst'"),
+    "no such direction": (("--direction", "toxic"), "did you mean 'toxic-safe'"),
+    "no such feature": (("--direction", "resid_post.0/F9999"), "no feature F9999"),
+    "no dictionary there": (("--direction", "resid_mid.1/F1"), "no dictionary at resid_mid.1"),
+    "no such edit": (("--edit", "subtract"), "steering.edit"),
+    "no such units": (("--units", "nats"), "steering.units"),
+    "no numbers": (("--alphas=1,x",), "'x' is no number"),
+    "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
+    "nothing to turn": (("--alphas=0",), "0 leaves all as it is"),
+    "a negative share": (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
+    "everywhere with add": (("--everywhere",), "--edit project-out only"),
+    "a circuit of all categories": (("--direction", "circuit"), "needs the --category"),
+    "no such file": (("--xstest", "none.csv"), "no file none.csv"),
+    "no such category": (("--category", "violense"), "did you mean 'violence'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_end_with_one_line_and_status_2(case: str, root: Path) -> None:
+    options, expected = BAD_OPTIONS[case]
+    before = set(root.rglob("steering*/manifest.json"))
+    _one_line(sfc(*TINY, *options, root=root), expected)
+    assert set(root.rglob("steering*/manifest.json")) == before
+
+
+def test_where_no_direction_passes_all_are_listed_with_the_reason(tmp_path: Path) -> None:
+    few = ("--set", "steering.contrasts=[]", "--set", "steering.tried_prompts=2", "--set", "steering.min_induced=50")
+    _one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces no refusal")
+    table = pd.read_csv(next(tmp_path.rglob("candidates.csv")))
+    assert table["rejected"].notna().all() and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_the_best_defence_raises_one_rate_and_not_the_other() -> None:
+    def at(alpha: float, unsafe: int, safe: int) -> pd.DataFrame:
+        """Ten prompts a side, of which five unsafe and two safe ones were refused before."""
+        sides = [("toxic", unsafe, 5), ("safe", safe, 2)]
+        return pd.concat(
+            [
+                pd.DataFrame(
+                    {
+                        "direction": "d", "alpha": alpha, "label": label, "refused": np.arange(10) < refused,
+                        "unsteered_refused": np.arange(10) < before,
+                    }
+                )
+                for label, refused, before in sides
+            ]
+        )  # fmt: skip
+
+    curve = trade_off(pd.concat([at(0.0, 5, 2), at(0.1, 7, 2), at(0.2, 7, 1), at(0.3, 9, 3), at(-0.1, 4, 0)]))
+    assert best_defence(curve) == 0.2
+    (third,) = curve[curve["alpha"] == 0.3].to_dict("records")
+    assert (third["unsafe"], third["safe"], third["unsafe_unsteered"]) == (0.9, 0.3, 0.5)
+    assert best_defence(curve[curve["alpha"] != 0.2]) == 0.1
+    assert best_defence(curve[~curve["alpha"].isin([0.1, 0.2])]) is None
+
+
+def test_a_contrast_that_cannot_be_made_is_left_out_of_the_comparison_and_said(root: Path) -> None:
+    few = ("--limit", "2", "--alphas=1", "--set", "steering.contrasts=[refused-complied]")
+    finished = sfc(*TINY, *few, *LENIENT, "--json", root=root)
+    assert "left out of the comparison: the contrast refused-complied has 0 against" in finished.stderr
+    directions = pd.read_csv(root / finished.result["files"]["directions"])
+    assert directions["direction"].tolist() == ["toxic-safe"]
+    _one_line(sfc(*TINY, *few, *LENIENT, "--direction", "refused-complied", root=root), "has 0 against")
