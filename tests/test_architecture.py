@@ -10,7 +10,7 @@ ROOMS = (
     "errors", "linear", "sites", "config", "study", "artifacts", "ranks", "progress", "offline", "prompts", "models",
     "activations", "saes", "ablation", "circuits", "evaluation", "patching", "steering", "features", "exports",
     "viewer", "reports", "pipeline", "tables", "stages", "doctor", "api", "explorer", "cli_options", "cli_explore",
-    "cli",
+    "cli_study", "cli",
 )  # fmt: skip
 
 

@@ -1,0 +1,224 @@
+"""Commands that study heads, layers, formats and directions, one model or many, and the report of it all."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfc.cli_options import Shared, finish, float_of, numbers_of
+from sfc.tables import (
+    show_batch,
+    show_formats,
+    show_heads,
+    show_patching,
+    show_probe,
+    show_steering,
+)
+
+
+def attribute_logits(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
+) -> None:
+    """Split the refusal logit difference into what each head, MLP, embedding and bias writes; classify the heads.
+
+    Example: sfc attribute-logits --category all
+    """
+    from sfc.pipeline import ALL, ensure_logit_attribution
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_heads(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def probe(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
+) -> None:
+    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
+
+    Example: sfc probe --category all
+    """
+    from sfc.pipeline import ALL, ensure_probe
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_probe(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def formats(
+    shared: Shared,
+    prompts: Annotated[
+        Path | None, typer.Option(help="CSV of harmful instructions, column prompt or goal. [default: the test split]")
+    ] = None,
+    category: Annotated[str, typer.Option(help="Without --prompts: OR-Bench category, or all.")] = "all",
+    limit: Annotated[int | None, typer.Option(min=2, help="At most this many of each side, chosen by hash.")] = None,
+    definitions: Annotated[
+        Path | None, typer.Option(help="YAML file with other formats or answers. [default: the package's three]")
+    ] = None,
+) -> None:
+    """Ask harmful instructions as a question, a blank to fill and a choice; does the format change the refusal?
+
+    Example: sfc formats --prompts harmful_behaviors.csv --limit 100
+    """
+    from sfc.patching.formats import FORMATS, load_formats
+    from sfc.pipeline import ALL, ensure_formats
+    from sfc.prompts.schema import canonical_category
+
+    wanted = ALL if category == ALL else canonical_category(category)
+    asked = load_formats(definitions or FORMATS)
+    artifact = ensure_formats(shared.run(), asked, prompts, wanted, limit, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_formats(result)
+    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def patch(
+    shared: Shared,
+    pairs: Annotated[
+        str | None, typer.Option(help="toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe.")
+    ] = None,
+    wrappers: Annotated[
+        str | None, typer.Option(help="For wrapped pairs: CSV or .jsonl with name, template ({prompt}), prefill.")
+    ] = None,
+    component: Annotated[str | None, typer.Option(help="Among resid,attn,mlp,head. [default: all four]")] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Among last,last-K,suffix,content,prefix,all,each,suffix[-2]. [default: suffix; wrapped: last]"
+        ),
+    ] = None,
+    direction: Annotated[str | None, typer.Option(help="denoise, noise or both. [default: both]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 10-20,25. [default: all]")] = None,
+    cumulative: Annotated[bool, typer.Option("--cumulative", help="Also all layers up to each at once.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Try at most this many pairs. [default: 24]")] = None,
+    category: Annotated[str | None, typer.Option(help="Only pairs of this category.")] = None,
+    require: Annotated[
+        str | None, typer.Option(help="behaviour: judged replies differ; score: the score does. [default: behaviour]")
+    ] = None,
+) -> None:
+    """Patch activations between refused and complied runs: which layers, heads and positions carry the refusal?
+
+    Example: sfc patch --component head --positions last,suffix --limit 40
+    """
+    from sfc.pipeline import ensure_patching
+
+    values = {
+        "pairs": pairs, "wrappers": wrappers, "limit": limit, "category": category, "require": require,
+        "components": component and component.split(","), "positions": positions and positions.split(","),
+        "directions": direction and (["denoise", "noise"] if direction == "both" else [direction]),
+        "layers": layers and numbers_of(layers), "cumulative": cumulative or None,
+    }  # fmt: skip
+    overrides = [f"patching.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    artifact = ensure_patching(shared.run(overrides), shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_patching(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def batch(
+    shared: Shared,
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all, where a stage takes one.")] = "violence",
+    stages: Annotated[str, typer.Option(help="Among behaviour,probe,logits,patching,circuit.")] = (
+        "behaviour,probe,logits,patching"
+    ),
+    limit: Annotated[int | None, typer.Option(min=1, help="Behaviour: at most this many prompts per label.")] = 40,
+) -> None:
+    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
+
+    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
+    """
+    from sfc.pipeline import ALL
+    from sfc.prompts.schema import canonical_category
+    from sfc.stages.batch import check_stages, make_batch
+
+    wanted, chosen = (
+        ALL if category == ALL else canonical_category(category),
+        [stage.strip() for stage in stages.split(",")],
+    )
+    check_stages(chosen)
+    runs = shared.runs(models or (None if file else shared.preset), file)
+    artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_batch(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def report(shared: Shared) -> None:
+    """Put all that is finished of a preset into one report, in Markdown and as one HTML page.
+
+    Example: sfc report --preset smollm2
+    """
+    from sfc.pipeline import ensure_report
+
+    artifact = ensure_report(shared.run(), shared.rebuild)
+    manifest = artifact.manifest()
+    files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
+    finish({**manifest["result"], "files": files}, shared.json)
+
+
+def steer(
+    shared: Shared,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            help="toxic-safe, refused-complied, hard-score, probe, circuit, or a feature such as resid_post.21/F12."
+            " [default: toxic-safe]"
+        ),
+    ] = None,
+    edit: Annotated[str | None, typer.Option(help="add, project-out or clamp. [default: add]")] = None,
+    everywhere: Annotated[bool, typer.Option("--everywhere", help="project-out: at every residual site.")] = False,
+    alphas: Annotated[
+        str | None, typer.Option(help="Such as --alphas=-0.3,0,0.3. [default: nine from -0.32 to 0.32]")
+    ] = None,
+    units: Annotated[
+        str | None, typer.Option(help="Of alpha: norm (the mean residual norm) or raw (the direction's length).")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Tokens that are steered: last, last-K, suffix or prompt. [default: suffix]")
+    ] = None,
+    during_reply: Annotated[bool, typer.Option("--during-reply", help="Also steer every generated token.")] = False,
+    layers: Annotated[str | None, typer.Option(help="Of candidates, such as 10-20,25. [default: ten]")] = None,
+    category: Annotated[str | None, typer.Option(help="OR-Bench category, or all. [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Test prompts per side. [default: 30]")] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also the direction's cosine with every SAE feature; trains SAEs first.")
+    ] = False,
+    xstest: Annotated[
+        Path | None, typer.Option(help="Also steer these prompts: XSTest's CSV, or one with prompt, label, category.")
+    ] = None,
+) -> None:
+    """Turn refusal up and down along a direction: learn it, choose it by what it does, sweep it, and control it.
+
+    Example: sfc steer --direction probe --alphas=-0.3,-0.15,0.15,0.3 --limit 10
+    """
+    from sfc.pipeline import ALL, ensure_steering
+    from sfc.prompts.schema import canonical_category
+
+    values = {
+        "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
+        "everywhere": everywhere or None, "during_reply": during_reply or None, "layers": layers and numbers_of(layers),
+        "alphas": alphas and [float_of(part) for part in alphas.split(",")],
+        "xstest": xstest and str(xstest), "features": features or None,
+        "category": category and (ALL if category == ALL else canonical_category(category)),
+    }  # fmt: skip
+    overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    artifact = ensure_steering(shared.run(overrides), shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_steering(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    finish({**result, "files": files}, shared.json)
