@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import SITES, TEXTS
 
 from sfc.activations.store import Store
 from sfc.circuits.problem import Problem
@@ -20,7 +21,6 @@ from sfc.features.neighbours import nearest_neighbours
 from sfc.features.neuronpedia import neuronpedia_page
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
-from tests.conftest import SITES, TEXTS
 
 GROUPS = np.array([0, 1, 0, 2, 1, 0])
 FEATURES = [3, 40, 7, 0, 21]

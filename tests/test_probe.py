@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import SITES, TEXTS
 
 from sfc.ablation.ablate import Ablation
 from sfc.ablation.nodes import Nodes
@@ -15,7 +16,6 @@ from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, score_batch
 from sfc.saes.dictionary import Dictionary
-from tests.conftest import SITES, TEXTS
 
 PROMPT = TEXTS[1]
 

@@ -15,25 +15,27 @@ _HEIGHT = 430
 _VISIBLE = (-0.5, 1.5)
 _LABELLED_DECADES = 3.2
 _TEST = ("faithfulness", "completeness_normalised", "completeness")
-_OTHERS = ("size", "discovery_faithfulness", "random_faithfulness", "random_low", "random_high")
+_BANDS = ("faithfulness_low", "faithfulness_high", "random_low", "random_high")
+_OTHERS = ("size", "discovery_faithfulness", "random_faithfulness", *_BANDS)
 
 Numbers = dict[str, np.ndarray]
 
 
 def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
-    """Faithfulness and completeness against the size of the circuit, the random circuits' as a band.
+    """Faithfulness, with its 95 % interval, and completeness against the size of the circuit; random circuits as a band.
 
     Ratios outside -0.5 to 1.5 are out of sight at first; a double click shows them. Figures that are not measurable are
     gaps.
 
     Args:
         curve: columns `size, faithfulness, completeness, completeness_normalised, random_faithfulness, random_low,
-            random_high` of the test split, and `discovery_faithfulness`.
+            random_high, faithfulness_low, faithfulness_high` of the test split, and `discovery_faithfulness`.
         reported_size: the size of the circuit that is reported; its place is marked.
     """
     numbers = _numbers(curve)
     figure = styled_figure("Faithfulness and completeness by circuit size", _HEIGHT)
     figure.add_traces(list(_random(numbers)))
+    figure.add_traces(list(_band(numbers, "faithfulness_low", "faithfulness_high", "rgba(0,121,90,0.16)")))
     figure.add_traces(list(_lines(numbers)))
     _mark(figure, numbers, reported_size)
     figure.add_trace(_shown(numbers, reported_size))
@@ -77,23 +79,28 @@ def _lines(numbers: Numbers) -> Iterator[go.Scatter]:
         )
 
 
-def _random(numbers: Numbers) -> Iterator[go.Scatter]:
-    """A polygon for each unbroken run of sizes, and the line of the means."""
-    sizes, low, high = numbers["size"], numbers["random_low"], numbers["random_high"]
-    measured = np.flatnonzero(~np.isnan(low + high))
+def _band(numbers: Numbers, low: str, high: str, colour: str) -> Iterator[go.Scatter]:
+    """A polygon between two columns for each unbroken run of sizes."""
+    sizes, lower, upper = numbers["size"], numbers[low], numbers[high]
+    measured = np.flatnonzero(~np.isnan(lower + upper))
     runs = np.split(measured, np.flatnonzero(np.diff(measured) > 1) + 1)
     for run in filter(len, runs):
         yield go.Scatter(
             x=[*sizes[run].tolist(), *sizes[run][::-1].tolist()],
-            y=[*high[run].tolist(), *low[run][::-1].tolist()],
+            y=[*upper[run].tolist(), *lower[run][::-1].tolist()],
             mode="lines",
             line={"width": 0},
             fill="toself",
-            fillcolor="rgba(122,130,140,0.22)",
+            fillcolor=colour,
             hoverinfo="skip",
-            legendgroup="random",
             showlegend=False,
         )
+
+
+def _random(numbers: Numbers) -> Iterator[go.Scatter]:
+    """The range of the random circuits, and the line of their means."""
+    low, high = numbers["random_low"], numbers["random_high"]
+    yield from _band(numbers, "random_low", "random_high", "rgba(122,130,140,0.22)")
     yield go.Scatter(
         x=numbers["size"].tolist(),
         y=_gapped(numbers["random_faithfulness"]),
@@ -105,7 +112,6 @@ def _random(numbers: Numbers) -> Iterator[go.Scatter]:
         line={"color": _GREY, "width": 1.5},
         marker={"size": 4},
         name="faithfulness of random circuits",
-        legendgroup="random",
         hovertemplate="random circuits of that size: <b>%{y:.3f}</b><br>%{customdata}<br>%{x:,} nodes<extra></extra>",
     )
 

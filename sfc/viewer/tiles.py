@@ -29,16 +29,26 @@ _TILES = (
 
 def tiles_html(result: Mapping[str, Any]) -> str:
     """The tiles as a definition list; a figure that does not exist is "not measurable"."""
-    return f'<dl class="tiles">{"".join(_tile_html(tile, result.get(tile.key)) for tile in _TILES)}</dl>'
+    return f'<dl class="tiles">{"".join(_tile_html(tile, result) for tile in _TILES)}</dl>'
 
 
-def _tile_html(tile: _Tile, value: float | None) -> str:
-    text = _value_text(tile, value)
+def _tile_html(tile: _Tile, result: Mapping[str, Any]) -> str:
+    text = _value_text(tile, result.get(tile.key))
     style = "none" if text == NOT_MEASURABLE else "value"
     return (
         f'<div class="tile"><dt>{escape(tile.name)}</dt><dd class="{style}">{escape(text)}</dd>'
-        f'<dd class="note">{escape(tile.note)}</dd></div>'
+        f'<dd class="note">{escape(_note(tile, result))}</dd></div>'
     )
+
+
+def _note(tile: _Tile, result: Mapping[str, Any]) -> str:
+    """The remark, with the figure's 95 % interval or p-value where it has one."""
+    low, high = result.get(f"{tile.key}_low"), result.get(f"{tile.key}_high")
+    if low is not None and high is not None:
+        return f"{number_text(low)} to {number_text(high)} · {tile.note}"
+    if tile.key == "random_faithfulness" and result.get("p_value") is not None:
+        return f"{tile.note} · p = {result['p_value']:.2g}"
+    return tile.note
 
 
 def _value_text(tile: _Tile, value: float | None) -> str:
