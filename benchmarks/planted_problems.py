@@ -164,6 +164,6 @@ def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str])
         ablation=Ablation(nodes, dictionaries, mean_reference(model, dictionaries, references, layout), "node"),
         runs=PromptRuns.of(model, runs, nodes.sites[0]),
         store=Store(folder / "store"),
-        prompts=pd.DataFrame({"store_index": range(len(labels)), "refusal_label": labels}),
+        prompts=pd.DataFrame({"prompt": toxic + safe, "store_index": range(len(labels)), "refusal_label": labels}),
         config=DISCOVERY,
     )
