@@ -22,7 +22,7 @@ Numbers = dict[str, np.ndarray]
 
 
 def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
-    """Faithfulness, with its 95 % interval, and completeness against the size of the circuit; random circuits as a band.
+    """Faithfulness, with its 95 % interval, and completeness against the circuit's size; random circuits as a band.
 
     Ratios outside -0.5 to 1.5 are out of sight at first; a double click shows them. Figures that are not measurable are
     gaps.
