@@ -27,7 +27,8 @@ from sfc.config import load_experiment
 from sfc.models.batches import Batch
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.score import score_batch, score_prompts
-from sfc.pipeline import Run, ensure_saes, ensure_store
+from sfc.pipeline import ensure_saes, ensure_store
+from sfc.run import Run
 from sfc.stages.problem import prepare_problem
 
 EMBEDDING = "blocks.0.hook_resid_pre"

@@ -15,8 +15,8 @@ from sfc.features.labels import with_own_labels
 from sfc.features.probe import Probe
 from sfc.models.loading import choose_device, load_model
 from sfc.models.score import RefusalScore
-from sfc.pipeline import Run
 from sfc.prompts.schema import canonical_category
+from sfc.run import Run
 from sfc.stages.draw import ensure_cards
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.curve import curve_figure

@@ -66,8 +66,9 @@ def discover(
 
     Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
     """
-    from sfc.pipeline import about_pairs, ensure_circuit
+    from sfc.pipeline import ensure_circuit
     from sfc.prompts.schema import canonical_category
+    from sfc.run import about_pairs
 
     if pairs and category:
         raise UserError("--pairs and --category are two questions: give one of them")
@@ -203,7 +204,7 @@ def behaviour(
 
     Example: sfc behaviour --prompts data/xstest/xstest_prompts.csv
     """
-    from sfc.pipeline import ensure_behaviour
+    from sfc.pipeline_study import ensure_behaviour
 
     artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
     result = artifact.manifest()["result"]
@@ -227,8 +228,9 @@ def compare(
 
     Example: sfc compare --categories violence,privacy,illegal
     """
-    from sfc.pipeline import ALL, ensure_comparison
+    from sfc.pipeline import ensure_comparison
     from sfc.prompts.schema import CATEGORIES, canonical_category
+    from sfc.run import ALL
 
     wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
     values = {"discovery.method": method, "comparison.size": size}

@@ -12,9 +12,9 @@ import typer
 
 from sfc.config import Experiment, load_experiment
 from sfc.errors import UserError
-from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.ranks import is_leader
+from sfc.run import Run
 from sfc.study import load_study
 
 

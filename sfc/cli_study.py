@@ -25,8 +25,9 @@ def attribute_logits(
 
     Example: sfc attribute-logits --category all
     """
-    from sfc.pipeline import ALL, ensure_logit_attribution
+    from sfc.pipeline_study import ensure_logit_attribution
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
 
     wanted = ALL if category == ALL else canonical_category(category)
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
@@ -44,8 +45,9 @@ def probe(
 
     Example: sfc probe --category all
     """
-    from sfc.pipeline import ALL, ensure_probe
+    from sfc.pipeline_study import ensure_probe
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
 
     wanted = ALL if category == ALL else canonical_category(category)
     artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
@@ -71,8 +73,9 @@ def formats(
     Example: sfc formats --prompts harmful_behaviors.csv --limit 100
     """
     from sfc.patching.formats import FORMATS, load_formats
-    from sfc.pipeline import ALL, ensure_formats
+    from sfc.pipeline_study import ensure_formats
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
 
     wanted = ALL if category == ALL else canonical_category(category)
     asked = load_formats(definitions or FORMATS)
@@ -111,7 +114,7 @@ def patch(
 
     Example: sfc patch --component head --positions last,suffix --limit 40
     """
-    from sfc.pipeline import ensure_patching
+    from sfc.pipeline_study import ensure_patching
 
     values = {
         "pairs": pairs, "wrappers": wrappers, "limit": limit, "category": category, "require": require,
@@ -141,8 +144,8 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.pipeline import ALL
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
     from sfc.stages.batch import check_stages, make_batch
 
     wanted, chosen = (
@@ -163,7 +166,7 @@ def report(shared: Shared) -> None:
 
     Example: sfc report --preset smollm2
     """
-    from sfc.pipeline import ensure_report
+    from sfc.pipeline_study import ensure_report
 
     artifact = ensure_report(shared.run(), shared.rebuild)
     manifest = artifact.manifest()
@@ -206,8 +209,9 @@ def steer(
 
     Example: sfc steer --direction probe --alphas=-0.3,-0.15,0.15,0.3 --limit 10
     """
-    from sfc.pipeline import ALL, ensure_steering
+    from sfc.pipeline_study import ensure_steering
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
 
     values = {
         "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sfc.artifacts import MANIFEST, Artifact
 from sfc.errors import UserError
-from sfc.pipeline import Run
+from sfc.run import Run
 
 _WANTED_DISK = 3 << 30
 _WANTED_MEMORY = 6 << 30

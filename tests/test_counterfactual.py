@@ -23,9 +23,9 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
-from sfc.pipeline import Run, about_pairs
 from sfc.prompts.counterfactual import aligned, load_counterfactuals, prompts_of
 from sfc.prompts.render import Role
+from sfc.run import Run, about_pairs
 from sfc.stages.problem import prepare_problem
 
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]

@@ -9,7 +9,8 @@ from sfc.artifacts import MANIFEST
 from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.models.identity import model_identity
-from sfc.pipeline import Run, ensure_circuit, ensure_saes, ensure_store
+from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
+from sfc.run import Run
 
 
 def _run(root: Path, *overrides: str) -> Run:

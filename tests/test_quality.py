@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sfc.activations.store import Store
 from sfc.config import load_experiment
-from sfc.pipeline import Run, ensure_saes
+from sfc.pipeline import ensure_saes
 from sfc.prompts.render import Role
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from sfc.config import load_experiment
 from sfc.errors import UserError
-from sfc.pipeline import Run, ensure_circuit, ensure_saes
+from sfc.pipeline import ensure_circuit, ensure_saes
+from sfc.run import Run
 from sfc.saes.pretrained import fetch_pretrained
 from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE
 from sfc.stages.foreign import check_fit

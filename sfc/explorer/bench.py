@@ -15,7 +15,7 @@ from sfc.circuits.circuit import load_circuit
 from sfc.config import Experiment
 from sfc.features.labels import labels_of
 from sfc.features.probe import Firing, Probe
-from sfc.pipeline import Run
+from sfc.run import Run
 from sfc.viewer.style import axis, styled_figure
 from sfc.viewer.text import hover_text, printable
 

@@ -14,16 +14,10 @@ from sfc.artifacts import Artifact, write_csv, write_json, write_text
 from sfc.config import suggestion
 from sfc.errors import CannotLoadModel, UserError
 from sfc.patching.across_models import frequencies
-from sfc.pipeline import (
-    Run,
-    batch_artifact,
-    ensure_behaviour,
-    ensure_circuit,
-    ensure_logit_attribution,
-    ensure_patching,
-    ensure_probe,
-)
+from sfc.pipeline import ensure_circuit
+from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching, ensure_probe
 from sfc.progress import say
+from sfc.run import Run
 from sfc.stages.batch_tables import critical_table, model_row, probe_table
 from sfc.viewer.batch import write_batch_page
 

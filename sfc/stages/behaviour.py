@@ -8,9 +8,9 @@ from sfc.artifacts import Artifact, write_csv, write_text
 from sfc.evaluation.behaviour import Behaviour, measure_behaviour
 from sfc.models.loading import choose_device, load_model
 from sfc.offline import PLOTLY_CONFIG
-from sfc.pipeline import Run
 from sfc.prompts.anyfile import load_prompt_file
 from sfc.prompts.keyed import keyed_ranks
+from sfc.run import Run
 from sfc.viewer.behaviour import rates_chart
 
 FILES = {"replies": "replies.csv", "groups": "groups.csv", "chart": "behaviour.html"}

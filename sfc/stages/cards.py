@@ -12,8 +12,8 @@ from sfc.artifacts import write_json
 from sfc.features.cards import feature_cards
 from sfc.features.labels import CARDS_FILE
 from sfc.features.neuronpedia import neuronpedia_page
-from sfc.pipeline import Run
 from sfc.progress import say
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.saelens_config import read_config
 from sfc.stages.collect import PROMPTS_FILE

@@ -9,9 +9,9 @@ from sfc.activations.collect import collect
 from sfc.artifacts import Artifact, write_csv
 from sfc.errors import UserError
 from sfc.models.loading import Model, choose_device, load_model, load_outline
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.run import Run
 from sfc.stages.corpus import Corpus, circuit_prompts, tokenizing
 
 PROMPTS_FILE = "prompts.csv"

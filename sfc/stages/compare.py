@@ -32,8 +32,8 @@ from sfc.evaluation.comparison import (
     weighted_overlap,
 )
 from sfc.evaluation.metrics import Scores, metrics_with_intervals
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
+from sfc.run import Run
 from sfc.stages.problem import prepare_problem
 from sfc.viewer.comparison import write_comparison_page
 

@@ -10,10 +10,10 @@ from sfc.config import CorpusConfig, ModelConfig
 from sfc.errors import UserError
 from sfc.models.generation import generate_ids
 from sfc.models.loading import Model
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.corpus import pieces, read_texts
 from sfc.prompts.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.run import Run
 
 _REPLY_BATCH_TOKENS = 4096
 

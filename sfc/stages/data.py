@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.prompts.analyse import analyse
 from sfc.prompts.analysis_page import write_analysis
 from sfc.prompts.load import load_prompts
+from sfc.run import Run
 from sfc.tables import show_table
 
 

@@ -27,8 +27,8 @@ from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, fai
 from sfc.evaluation.edge_faithfulness import edge_faithfulness
 from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
+from sfc.run import Run
 from sfc.stages.cards import SHOWN_NODES, write_cards
 from sfc.stages.problem import prepare_problem
 from sfc.viewer.page import write_page

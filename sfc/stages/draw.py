@@ -10,7 +10,8 @@ from sfc.artifacts import read_json
 from sfc.circuits.circuit import load_circuit
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.models.loading import load_outline
-from sfc.pipeline import Run, ensure_circuit, ensure_saes, ensure_store
+from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
+from sfc.run import Run
 from sfc.stages.cards import write_cards
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.page import write_page

@@ -16,8 +16,8 @@ from sfc.evaluation.baselines import p_value
 from sfc.evaluation.curve import curve_sizes, evaluation_curve, top_circuits
 from sfc.evaluation.edge_ablation import random_edges, why_not_ablatable
 from sfc.evaluation.edge_faithfulness import edge_faithfulness
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
+from sfc.run import Run
 from sfc.sites import short_site
 from sfc.stages.discover import Clock
 from sfc.stages.problem import prepare_problem

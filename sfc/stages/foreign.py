@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from sfc.artifacts import replacing
 from sfc.errors import UserError
 from sfc.models.loading import choose_device
-from sfc.pipeline import Run
 from sfc.progress import progress_bar
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.pretrained import fetch_pretrained
 from sfc.saes.quality import ALL, quality_by_role

@@ -16,11 +16,11 @@ from sfc.models.loading import choose_device, load_model
 from sfc.models.score import auroc
 from sfc.patching.format_scores import standardised, version_scores
 from sfc.patching.formats import Formats
-from sfc.pipeline import ALL, Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.anyfile import UNLABELLED, load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
+from sfc.run import ALL, Run
 from sfc.stages.corpus import short_enough
 from sfc.viewer.formats import write_formats_page
 

@@ -15,9 +15,9 @@ from sfc.models.score import auroc
 from sfc.patching.head_roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest_heads
 from sfc.patching.logit_attribution import LogitAttribution, attribute_logits, by_layer
 from sfc.patching.logit_difference import refusal_logit_difference
-from sfc.pipeline import ALL, Run
 from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
+from sfc.run import ALL, Run
 from sfc.stages.corpus import short_enough
 from sfc.viewer.logits import write_logits_page
 

@@ -11,8 +11,8 @@ from sfc.ablation.references import Reference, check_covered, paired_reference
 from sfc.errors import UserError
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
-from sfc.pipeline import Run
 from sfc.prompts.pairs import load_pairs
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 
 

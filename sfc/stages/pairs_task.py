@@ -16,10 +16,10 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import AnswerDifference, auroc, score_prompts
-from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.prompts.counterfactual import aligned, load_counterfactuals
 from sfc.prompts.render import TokenizedPrompt
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.stages.task import Task
 

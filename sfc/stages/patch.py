@@ -15,8 +15,9 @@ from sfc.patching.pairs import WRAPPERS, Candidates, load_wrappers, toxic_safe_p
 from sfc.patching.ranking import PatchRuns, agreement, effect_table
 from sfc.patching.selection import Selection, select_pairs, unaligned
 from sfc.patching.study import patch_pairs
-from sfc.pipeline import Run, pairs_file
+from sfc.pipeline_study import pairs_file
 from sfc.progress import progress_bar, say
+from sfc.run import Run
 from sfc.stages.discover import Clock
 from sfc.viewer.patching import write_patching_page
 

@@ -10,8 +10,8 @@ from sfc.ablation.nodes import Nodes
 from sfc.activations.store import Store
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.loading import choose_device, load_model
-from sfc.pipeline import Run
 from sfc.prompts.topics import listed_topics
+from sfc.run import Run
 from sfc.stages.collect import PROMPTS_FILE
 from sfc.stages.pairs_task import pairs_task
 from sfc.stages.refusal_task import refusal_task

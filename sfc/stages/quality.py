@@ -10,9 +10,9 @@ from sfc.artifacts import write_csv
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.models.score import RefusalScore
-from sfc.pipeline import Run
 from sfc.progress import progress_bar
 from sfc.prompts.keyed import keyed_numbers
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.quality import ALL, DENSE_RATE, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality

@@ -9,9 +9,9 @@ from sfc.config import ReferenceChoice
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
-from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.prompts.balance import balance
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.stages.corpus import short_enough
 from sfc.stages.paired import paired_prompts

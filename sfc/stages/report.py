@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from sfc.artifacts import Artifact, write_text
-from sfc.pipeline import Run
 from sfc.reports.found import Found
 from sfc.reports.markdown import markdown_report
 from sfc.reports.page import write_report_page
 from sfc.reports.report import report_sections, report_title
+from sfc.run import Run
 
 FILES = {"page": "report.html", "markdown": "report.md"}
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from sfc.artifacts import Artifact, replacing, write_csv, write_json
 from sfc.config import SteeringConfig
 from sfc.models.loading import Model, choose_device, load_model
-from sfc.pipeline import Run
 from sfc.progress import progress_bar, say
+from sfc.run import Run
 from sfc.sites import layer_of, short_site
 from sfc.stages.discover import Clock
 from sfc.stages.steering_inputs import (

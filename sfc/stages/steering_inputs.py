@@ -17,12 +17,13 @@ from sfc.models.batches import PACKED_TOKENS
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
-from sfc.pipeline import ALL, Run, direction_source
+from sfc.pipeline_study import direction_source
 from sfc.progress import progress_bar, say
 from sfc.prompts.anyfile import load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
 from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.run import ALL, Run
 from sfc.sites import in_order, site_from_short, site_of
 from sfc.stages.corpus import Corpus, short_enough
 from sfc.stages.train import load_dictionaries

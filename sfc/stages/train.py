@@ -13,9 +13,9 @@ import torch
 from sfc.activations.stream import shuffled_batches
 from sfc.artifacts import fingerprint
 from sfc.models.loading import choose_device
-from sfc.pipeline import Run
 from sfc.progress import Show, progress_beside_table, say
 from sfc.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.run import Run
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.logs import Log, json_lines, loggers

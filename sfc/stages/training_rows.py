@@ -18,9 +18,9 @@ from sfc.activations.stream import BLOCKS_PER_BUFFER, Source, live_source, store
 from sfc.config import Experiment
 from sfc.errors import UserError
 from sfc.models.loading import Model, choose_device, load_model
-from sfc.pipeline import Run
 from sfc.progress import say
 from sfc.prompts.keyed import keyed_ranks
+from sfc.run import Run
 from sfc.stages.collect import PROMPTS_FILE, fill, n_bytes
 from sfc.stages.corpus import Corpus, sae_corpus
 

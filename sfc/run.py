@@ -1,0 +1,164 @@
+"""One experiment on one data set below one root folder: where its artifacts lie, and what each depends on.
+
+Nothing here imports torch: asking whether anything has to be done takes no time.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from sfc.artifacts import Artifact, hash_of_file
+from sfc.config import Experiment
+from sfc.errors import UserError
+from sfc.models.identity import model_identity
+from sfc.prompts.clean import CleaningReport
+from sfc.prompts.corpus import corpus_identity
+from sfc.prompts.pairs import pairs_fingerprint
+from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.prompts.schema import TOPICS_FILE
+from sfc.saes.source import saes_identity
+
+# Raised by hand when the meaning of an artifact changes.
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
+
+ALL = "all"  # every category
+
+_EMBEDDED_DATA = Path(__file__).parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment on one data set, below one root folder."""
+
+    experiment: Experiment
+    root: Path = Path()
+    data: str = "mini"
+    device: str = "auto"
+    pairs: Path | None = None
+    """counterfactual pairs that take the place of the data set, see `about_pairs`"""
+    learned_by: "Run | None" = None
+    """the run whose SAEs are used; None: its own"""
+
+    @property
+    def data_folder(self) -> Path:
+        """`ROOT/data/NAME`, any folder by path, or for `mini` the set that comes with the repository.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        candidates = [self.root / "data" / self.data, Path(self.data)]
+        if self.data == "mini":
+            candidates.append(_EMBEDDED_DATA / "mini")
+        for folder in candidates:
+            if folder.is_dir():
+                return folder
+        raise UserError(
+            f"no data set {self.data!r}: looked for {candidates[0]}; `sfc download` fetches or-bench, or give a folder"
+        )
+
+    @cached_property
+    def prompts(self) -> Prepared:
+        """The prompts with their splits."""
+        if self.pairs:
+            from sfc.prompts.counterfactual import load_counterfactuals, prompts_of
+
+            pairs = load_counterfactuals(self.pairs, self.experiment.prompts, self.experiment.seed)
+            return Prepared(prompts_of(pairs, self.category_of_pairs), CleaningReport(()))
+        return prepare_prompts(self.data_folder, self.experiment.prompts, self.experiment.seed)
+
+    @property
+    def category_of_pairs(self) -> str:
+        """What stands in the place of a category where the prompts are pairs: the name of their file."""
+        return self.pairs.stem if self.pairs else ""
+
+    @cached_property
+    def store(self) -> Artifact:
+        """The activations of the discovery and reference prompts, at whatever sites were asked for."""
+        experiment = self.experiment
+        inputs = {
+            "schema": STORE_SCHEMA,
+            "seed": experiment.seed,
+            "model": model_identity(experiment.model),
+            "prompts": {
+                "data": prompts_fingerprint(self.prompts.frame),
+                **experiment.prompts.model_dump(exclude={"hard_share"}),
+            },
+            "activations": experiment.activations.identity(),
+        }
+        return Artifact.of(self.root / "activations", experiment.name, inputs)
+
+    @cached_property
+    def corpus(self) -> Artifact:
+        """The activations that the SAEs learn from: the store itself, or one of another corpus.
+
+        Raises:
+            UserError: the corpus is a file that does not exist.
+        """
+        corpus = self.experiment.corpus
+        if corpus.source == "prompts":
+            return self.store
+        text = {} if corpus.source == "replies" else {"prompts": corpus_identity(corpus.source)}
+        inputs = {**self.store.inputs, **text, "corpus": corpus.identity()}
+        return Artifact.of(self.root / "activations", f"{self.experiment.name}-corpus", inputs)
+
+    @cached_property
+    def saes(self) -> Artifact:
+        """One dictionary per site, and their quality."""
+        if self.learned_by:
+            return self.learned_by.saes
+        inputs = {
+            "schema": SAES_SCHEMA,
+            "seed": self.experiment.seed,
+            "activations": self.corpus.inputs,
+            "sites": self.experiment.activations.sites,
+            "saes": saes_identity(self.experiment.saes, self.experiment.activations.sites),
+        }
+        return Artifact.of(self.root / "saes", self.experiment.name, inputs)
+
+    def circuit(self, category: str) -> Artifact:
+        """The circuit of one category, with its evaluation and its page."""
+        experiment = self.experiment
+        population = "" if experiment.discovery.population == "toxic" else f"-{experiment.discovery.population}"
+        features = experiment.discovery.nodes == "features"
+        inputs = {
+            "schema": CIRCUIT_SCHEMA,
+            "seed": experiment.seed,
+            "prompts": self.store.inputs,
+            "saes": self.saes.inputs if features else None,
+            "category": category,
+            "hard_share": experiment.prompts.hard_share,
+            "discovery": experiment.discovery.model_dump(exclude={"nodes"} if features else {}),
+            "evaluation": experiment.evaluation.model_dump(),
+        }
+        if experiment.discovery.reference_choice == "paired":
+            inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
+        topics = None if self.pairs else self.data_folder / TOPICS_FILE
+        if topics and experiment.discovery.method == "correlation" and topics.is_file():
+            inputs["topics"] = hash_of_file(topics)
+        if not features:
+            inputs["layers"] = experiment.activations.layers
+            population += f"-{experiment.discovery.nodes}"
+        name = f"circuit-{category}{population}-{experiment.discovery.method}"
+        return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
+
+
+def about_pairs(run: Run, path: Path) -> Run:
+    """The same experiment on the counterfactual pairs of a file: no template, and each prompt against its partner.
+
+    The SAEs are those of the experiment as it was: of a few short prompts none could be learned.
+
+    Raises:
+        UserError: there is no such file, or `discovery.reference` is none for pairs.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}: --pairs takes JSON lines with clean_prefix, patch_prefix, clean_answer, …")
+    discovery = run.experiment.discovery
+    if discovery.reference not in (None, "paired"):
+        raise UserError(
+            f"--pairs: each prompt's reference is its partner, so that {discovery.reference!r} cannot be had"
+        )
+    update = {
+        "model": run.experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
+        "discovery": discovery.model_copy(update={"reference": "paired"}),
+    }
+    return replace(run, experiment=run.experiment.model_copy(update=update), pairs=path, learned_by=run)
