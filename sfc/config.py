@@ -246,6 +246,9 @@ class ComparisonConfig(Section):
 
     size: int = Field(200, ge=1, description="nodes of each circuit; the overlap depends on it")
     shuffles: int = Field(5, ge=0, description="shuffled pools of two categories, as a yardstick")
+    edges: int = Field(500, ge=0, description="strongest edges of each circuit, whose overlap is measured as well")
+    replies: int = Field(20, ge=0, description="test prompts per category that are answered with nodes ablated")
+    reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
 
 
 class PatchingConfig(Section):

@@ -14,7 +14,7 @@ from sfc.run import CIRCUIT_SCHEMA, Run
 from sfc.sites import in_order
 
 # Raised by hand when the meaning of an artifact changes.
-COMPARISON_SCHEMA, EVALUATION_SCHEMA = 1, 1
+COMPARISON_SCHEMA, EVALUATION_SCHEMA = 2, 1
 
 
 def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = False) -> Artifact:

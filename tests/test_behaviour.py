@@ -6,15 +6,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfc.ablation.ablate import Ablation
+from sfc.circuits.problem import Problem
 from sfc.config import load_experiment
 from sfc.errors import UserError
-from sfc.evaluation.behaviour import Behaviour, measure_behaviour, refusal_rates
+from sfc.evaluation.behaviour import Behaviour, ablated_replies, measure_behaviour, refusal_rates
 from sfc.evaluation.intervals import wilson
+from sfc.models.batches import PAD_SLOT, Batch
+from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal
-from sfc.models.loading import load_model
+from sfc.models.loading import Model, load_model
+from sfc.models.running import last_logits
 from sfc.models.score import auroc
 from sfc.prompts.anyfile import load_prompt_file
 from sfc.stages.behaviour import FILES, write_behaviour
@@ -161,3 +167,28 @@ def test_a_bad_file_is_named_with_its_row(tmp_path: Path, text: str, message: st
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_prompt_file(tmp_path / "none.csv")
+
+
+def test_replies_under_ablation_are_those_of_a_run_from_the_start_for_every_token(problem: Problem) -> None:
+    model, ablation = problem.model, problem.ablation
+    keep = np.random.default_rng(0).random((3, ablation.nodes.n_nodes)) < np.array([[0.0], [0.5], [1.0]])
+    replies = ablated_replies(model, ablation, problem.runs.batches, keep, 4)
+    assert len({tuple(of_circuit) for of_circuit in replies}) > 1
+    for batch in problem.runs.batches:
+        for row, number in enumerate(batch.prompts.tolist()):
+            for circuit, mask in enumerate(keep):
+                assert replies[circuit][number] == _reply_token_by_token(model, ablation, batch, row, mask, 4)
+
+
+def _reply_token_by_token(model: Model, ablation: Ablation, batch: Batch, row: int, mask: np.ndarray, n: int) -> str:
+    length = int(batch.lengths[row])
+    ids, slots = batch.ids[row : row + 1, :length], batch.slots[row : row + 1, :length]
+    masks, new = torch.from_numpy(mask)[None].float(), []
+    while len(new) < n and not set(new) & end_tokens(model):
+        grown = Batch(torch.zeros(1).long(), ids, torch.tensor([ids.shape[1]]), slots)
+        interventions = ablation.interventions(masks, torch.zeros(1).long(), grown)
+        with torch.no_grad():
+            new.append(int(last_logits(model, grown, interventions).argmax()))
+        ids = torch.cat([ids, torch.tensor([[new[-1]]])], dim=1)
+        slots = torch.cat([slots, torch.tensor([[PAD_SLOT]])], dim=1)
+    return model.tokenizer.decode(new, skip_special_tokens=True)

@@ -21,6 +21,7 @@ from sfc.evaluation.comparison import (
     verdict,
     weighted_overlap,
 )
+from sfc.stages.comparison_judged import CORE, OWN, REST
 
 weights = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10))
 
@@ -105,7 +106,8 @@ def test_halves_are_disjoint_and_joined_prompts_are_numbered_on(problem: Problem
 
 COMPARE = (
     "compare", "--preset", "tiny", "--categories", "violence,privacy,hate", "--size", 20, "--json",
-    "--set", "comparison.shuffles=1", "--set", "evaluation.min_denominator=1e-6", "--set", "discovery.mask_steps=3",
+    "--set", "comparison.shuffles=1", "--set", "comparison.edges=30", "--set", "comparison.replies=2",
+    "--set", "evaluation.min_denominator=1e-6", "--set", "discovery.mask_steps=3",
 )  # fmt: skip
 
 
@@ -121,15 +123,38 @@ def compared(root: Path) -> dict:
 
 def test_the_command_compares_all_pairs(compared: dict, root: Path) -> None:
     overlap, transfer, core = (pd.read_csv(compared["files"][name]) for name in ("overlap", "transfer", "core"))
-    assert len(overlap) == 6 and len(transfer) == 9 and len(core) == 6
+    assert len(overlap) == 6 and len(transfer) == 9 and len(core) == 9
     own = overlap[overlap["a"] == overlap["b"]]
     assert (own["jaccard"] == 1).all() and (own["jaccard_halves"] < 1).all()
     assert compared["overlap"]["jaccard"]["within"] == pytest.approx(own["jaccard_halves"].mean())
     different = overlap[overlap["a"] != overlap["b"]]
     assert compared["overlap"]["jaccard"]["between"] == pytest.approx(different["jaccard_halves"].mean())
-    assert escape(compared["verdict"]) in Path(compared["files"]["page"]).read_text()
+    assert set(compared["overlap"]) == {"jaccard", "weighted", "edge_jaccard", "edge_weighted"}
+    assert (own["edge_weighted"] == 1).all() and compared["overlap"]["edge_jaccard"]["within"] <= 1
+    page = Path(compared["files"]["page"]).read_text()
+    assert escape(compared["verdict"]) in page and "edges, weighted by their effects" in page
     rankings = Path(compared["files"]["result"]).parent / "rankings"
     assert len(list(rankings.iterdir())) == 11
+
+
+def test_edges_join_the_circuits_own_nodes(compared: dict) -> None:
+    for path in (Path(compared["files"]["result"]).parent / "rankings").iterdir():
+        circuit = json.loads(path.read_text())
+        assert 0 < len(circuit["edges"]) <= 30
+        assert all(set(name.split(" -> ")) <= set(circuit["nodes"]) for name in circuit["edges"])
+        assert list(circuit["edges"].values()) == sorted(circuit["edges"].values(), reverse=True)
+
+
+def test_the_core_the_rest_and_the_circuit_are_ablated_in_scores_and_replies(compared: dict) -> None:
+    core, transfer = pd.read_csv(compared["files"]["core"]), pd.read_csv(compared["files"]["transfer"])
+    for _, rows in core.groupby("prompts"):
+        shared, rest, whole = (rows[rows["circuit"] == name].iloc[0] for name in (CORE, REST, OWN))
+        assert whole["nodes"] == 20 and rest["nodes"] >= 20 - shared["nodes"]
+        assert shared["nodes"] == len(compared["core_nodes"])
+        in_transfer = transfer[(transfer["circuit"] == whole["prompts"]) & (transfer["prompts"] == whole["prompts"])]
+        assert in_transfer.iloc[0]["completeness"] == pytest.approx(whole["completeness"])
+        assert (rows["refused_ablated_low"] <= rows["refused_ablated"]).all() and rows["refused"].nunique() == 1
+        assert (rows["n_replies"] == 2).all()
 
 
 def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(compared: dict, root: Path) -> None:
@@ -137,6 +162,7 @@ def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(co
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
     (folder / "manifest.json").unlink()
     (folder / "rankings" / "privacy-half-0.json").unlink()
+    (folder / "judged" / "hate.json").unlink()
     again = sfc(*COMPARE, root=root)
     assert {**result_of(again), "files": 0} == {**compared, "files": 0}
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}

@@ -11,7 +11,7 @@ from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import every_prefix, last_logits, prefix_after
-from sfc.models.tails import make_tails
+from sfc.models.tails import flush_right, make_tails
 from sfc.prompts.render import TokenizedPrompt
 
 
@@ -38,6 +38,14 @@ def test_the_logits_of_tails_are_those_of_the_prompts(
         torch.testing.assert_close(selected, expected[rows], atol=1e-5, rtol=1e-5)
         repeated = last_logits(model, tails.repeat(2), prefix=prefix.repeat(2))
         torch.testing.assert_close(repeated, expected.repeat(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_whole_prompts_flush_right_run_like_those_flush_left(model: Model, prompts: list[TokenizedPrompt]) -> None:
+    whole = _whole(model, prompts)
+    tails, longest = flush_right(whole), make_tails(model, prompts, max(len(prompt.ids) for prompt in prompts))
+    for name in ("ids", "slots", "positions", "touchable", "lengths"):
+        assert torch.equal(getattr(tails, name), getattr(longest, name))
+    torch.testing.assert_close(last_logits(model, tails.repeat(2)), last_logits(model, whole).repeat(2, 1))
 
 
 def test_slots_and_touchable_tokens_of_tails(model: Model, prompts: list[TokenizedPrompt]) -> None:

@@ -1,15 +1,21 @@
 """What a model does with prompts: refusal scores, greedy replies, judged refusals, and their rates per group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Bool
 
+from sfc.ablation.ablate import Ablation
 from sfc.evaluation.intervals import wilson
-from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.generation import generate_replies
+from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
+from sfc.models.generation import continue_tails, generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
+from sfc.models.tails import flush_right
 from sfc.progress import progress_bar
 from sfc.prompts.anyfile import LABELS, UNLABELLED
 
@@ -41,6 +47,36 @@ def measure_behaviour(
     refused = [is_refusal(text) for text in texts]
     replies = prompts[["prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
     return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
+
+
+@torch.no_grad()
+def ablated_replies(
+    model: Model,
+    ablation: Ablation,
+    batches: Sequence[Batch],
+    keep: Bool[np.ndarray, "circuits nodes"],
+    reply_tokens: int,
+) -> list[list[str]]:
+    """For each circuit the greedy replies to all prompts, in the order of their numbers, with everything outside it
+    ablated.
+
+    The prompt's tokens are ablated, as they are for scores; those of the reply are not, since no prompt says what a
+    reply's reference would be. Several circuits go through in one batch, `PACKED_TOKENS` tokens at a time.
+    """
+    replies = [[""] * sum(len(batch.prompts) for batch in batches) for _ in keep]
+    for batch in batches:
+        prompts, numbers = flush_right(batch), batch.prompts.tolist()
+        at_once, of_batch = prompts.copies_in(PACKED_TOKENS), ablation.for_batch(model, prompts, None)
+        for first in range(0, len(keep), at_once):
+            masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
+            packed = prompts.repeat(len(masks))
+            circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(numbers))
+            in_prompt = of_batch.interventions(masks, circuit, packed)
+            continued = continue_tails(model, packed, reply_tokens, in_prompt).ids
+            for row, ids in enumerate(continued):
+                text = model.tokenizer.decode(ids, skip_special_tokens=True)
+                replies[first + row // len(numbers)][numbers[row % len(numbers)]] = text
+    return replies
 
 
 def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:

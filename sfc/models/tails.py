@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
 from sfc.models.loading import Model
@@ -96,6 +97,23 @@ def make_tails(model: Model, prompts: Sequence[TokenizedPrompt], n_tail: int) ->
         mask=mask,
         positions=positions[:, -n_tail:],
         cache=before.past_key_values,
+    )
+
+
+def flush_right(batch: Batch) -> Tails:
+    """The same prompts whole, padded on the left, with nothing run before them: generation can go on from there."""
+    width = batch.ids.shape[1]
+    columns = (torch.arange(width, device=batch.ids.device) + batch.lengths[:, None]) % width
+    slots = batch.slots.gather(1, columns)
+    mask = (slots != PAD_SLOT).long()
+    return Tails(
+        prompts=batch.prompts,
+        ids=batch.ids.gather(1, columns),
+        lengths=torch.full_like(batch.lengths, width),
+        slots=slots,
+        mask=mask,
+        positions=(mask.cumsum(-1) - 1).clamp_min(0),
+        cache=DynamicCache(),
     )
 
 

@@ -25,8 +25,17 @@ _GUIDE = (
     "<b>Transfer</b>: how faithful the circuit of one category (rows) is on the test prompts of another (columns). "
     "1 is as good as the model itself.",
     "<b>The shared core</b> holds the nodes of more than half of the circuits. Kept alone it has the faithfulness of "
-    "the first column; ablated it leaves the share in the second, 0 where nothing works without it.",
+    "the first column; ablated it leaves the share in the second, 0 where nothing works without it. Beside it "
+    "the share of replies to test prompts that refuse, with these nodes ablated and as the model is.",
+    "<b>Edges</b> are the strongest by attribution between a circuit's nodes, as many of each circuit. Two circuits "
+    "can only share an edge whose two ends they share.",
 )
+_MEASURES = {
+    "jaccard": "nodes, Jaccard",
+    "weighted": "nodes, weighted by their effects",
+    "edge_jaccard": "edges, Jaccard",
+    "edge_weighted": "edges, weighted by their effects",
+}
 
 
 def write_comparison_page(
@@ -38,13 +47,15 @@ def write_comparison_page(
         result: what `compare --json` prints.
         overlaps: by Jaccard's index, in the order of `result["categories"]`.
         transfer: columns `circuit, prompts, faithfulness, faithfulness_low, faithfulness_high`.
-        core: columns `circuit, prompts, nodes, faithfulness, completeness_normalised` and their intervals.
+        core: columns `circuit, prompts, nodes, faithfulness, completeness_normalised` and their intervals; where
+            replies were judged `n_replies, refused, refused_ablated` and the last one's interval.
     """
     title = f"Circuits of {len(result['categories'])} categories · {result['preset']}"
     sentence = f"{result['verdict']} Circuits of {result['size']} nodes by {result['method']}."
     body = f"""{header_html(title, sentence)}
 <section class="card graph">{figure_html("overlap", overlap_figure(result, overlaps))}</section>
 <section class="card graph">{figure_html("transfer", transfer_figure(result, transfer))}</section>
+<section class="card scroll"><h2>Overlaps</h2>{_overlap_table(result)}</section>
 <section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
 <section class="card scroll"><h2>The shared core and the rest, on test prompts</h2>{_core_table(core)}</section>"""
     write_document(path, title, body)
@@ -111,7 +122,23 @@ def _heat_map(x: list, y: list[str], table: np.ndarray, name: str, low: float, h
     )
 
 
+def _overlap_table(result: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            _MEASURES[name],
+            number_text(found["within"]),
+            number_text(found["between"]),
+            "" if found["shuffled"] is None else number_text(found["shuffled"]),
+            _with_interval(found, "difference"),
+        )
+        for name, found in result["overlap"].items()
+    ]
+    heads = ("overlap of", "halves of one category", "of two categories", "of shuffled pools", "first less second")
+    return figures_table(heads, rows)
+
+
 def _core_table(core: pd.DataFrame) -> str:
+    replied = "refused" in core
     rows = [
         (
             printable(row["prompts"]),
@@ -119,13 +146,15 @@ def _core_table(core: pd.DataFrame) -> str:
             f"{row['nodes']:,}",
             _with_interval(row, "faithfulness"),
             _with_interval(row, "completeness_normalised"),
+            *((_with_interval(row, "refused_ablated"), number_text(row["refused"])) if replied else ()),
         )
         for _, row in core.iterrows()
     ]
-    return figures_table(("prompts", "nodes kept or ablated", "nodes", "kept: faithfulness", "ablated: left"), rows)
+    heads = ("prompts", "nodes kept or ablated", "nodes", "kept: faithfulness", "ablated: left")
+    return figures_table((*heads, "ablated: refuses", "as it is: refuses") if replied else heads, rows)
 
 
-def _with_interval(row: pd.Series, name: str) -> str:
+def _with_interval(row: Mapping[str, Any] | pd.Series, name: str) -> str:
     if pd.isna(row[name]):
         return "not measurable"
     return f"{number_text(row[name])} ({number_text(row[f'{name}_low'])} to {number_text(row[f'{name}_high'])})"
