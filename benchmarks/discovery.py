@@ -7,8 +7,7 @@ node: on one node of each downstream layer, whose weights must agree with ours, 
 Activations and SAEs are those of the root folder, made first where they are missing.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -77,7 +76,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
     strongest = strongest_everywhere(problem, NODES)
     members, targets = np.concatenate(strongest).tolist(), [here[0] for here in strongest[1:]]
     found: dict[str, list[Weights]] = {}
-    seconds = in_turns(
+    seconds = harness.in_turns(
         {
             "full forward pass": lambda: score_prompts(problem.model, problem.score, runs.batches),
             "prefix cache": lambda: PromptRuns.of(problem.model, runs.batches, problem.ablation.nodes.sites[0]),
@@ -93,7 +92,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
         raise RuntimeError(f"the two ways to an edge differ by {disagreement:.2g} of the largest weight")
     steps = effort.mask_steps or config.mask_steps
     quicker = {n: replace(problem, config=config.model_copy(update={"mask_steps": n})) for n in (1, steps)}
-    learned = in_turns({str(n): lambda p=p: METHODS["learned-mask"](p) for n, p in quicker.items()}, 1, device)
+    learned = harness.in_turns({str(n): lambda p=p: METHODS["learned-mask"](p) for n, p in quicker.items()}, 1, device)
     (one,), (some,) = learned["1"], learned[str(steps)]
 
     n_targets = sum(len(weights.targets) for weights in found["ours"])
@@ -118,18 +117,6 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
         "prompts": runs.n_prompts,
         "tokens": sum(int(batch.lengths.sum()) for batch in runs.batches),
     }
-
-
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call, once a round; they take too long for rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            harness.synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def strongest_everywhere(problem: Problem, count: int) -> list[Int[np.ndarray, " members"]]:

@@ -48,6 +48,18 @@ def interleaved(calls: Calls, rounds: int, burst: int, device: str = "cpu") -> d
     return {name: counted for name, (_, *counted) in seconds.items()}
 
 
+def in_turns(calls: Calls, rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each call, once a round; they take too long for rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
 def paired_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
     """The median over the rounds of `seconds / of`, each pair from one round."""
     return statistics.median(a / b for a, b in zip(seconds, of, strict=True))

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import discovery
+import evaluation
 import harness
 import patching
 import sae_training
@@ -117,6 +118,25 @@ def test_edges_are_measured_among_equally_many_nodes_of_each_site(problem: Disco
     for site, here in enumerate(strongest):
         at_site = [node for node in ranking if problem.ablation.nodes.site_numbers[node] == site]
         assert here.tolist() == at_site[:10]
+
+
+def test_evaluation_gives_the_scores_of_hooks_on_the_whole_model(problem: DiscoveryProblem) -> None:
+    figures = evaluation.measure(problem, problem.runs.batches, rounds=2, device="cpu")
+    assert figures["units"] > figures["units_kept_only"] > 0 and figures["ratio_hooks"] > 0
+    assert figures["largest_difference"] <= evaluation.TOLERANCE and figures["prompts"] == 6
+    assert len(figures["sizes"]) == evaluation.CIRCUITS and figures["sizes"][-1] == problem.ablation.nodes.n_nodes
+    assert figures["sizes"] == sorted(set(figures["sizes"]))
+    assert set(figures["seconds"]) == set(figures["seconds_by_round"])
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert "6 prompts" in evaluation.report(figures)
+
+
+def test_a_disagreement_of_the_two_ways_is_no_figure(
+    problem: DiscoveryProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match="scores differ"):
+        evaluation.measure(problem, problem.runs.batches, rounds=1, device="cpu")
 
 
 def test_patching_gives_the_scores_of_the_loop(capsys: pytest.CaptureFixture[str]) -> None:
