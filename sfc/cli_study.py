@@ -195,6 +195,10 @@ def steer(
         str | None, typer.Option(help="Tokens that are steered: last, last-K, suffix or prompt. [default: suffix]")
     ] = None,
     during_reply: Annotated[bool, typer.Option("--during-reply", help="Also steer every generated token.")] = False,
+    when: Annotated[
+        str | None,
+        typer.Option(help="Also steer only prompts on which this feature fires: resid_post.21/F12, or best."),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Of candidates, such as 10-20,25. [default: ten]")] = None,
     category: Annotated[str | None, typer.Option(help="OR-Bench category, or all. [default: all]")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Test prompts per side. [default: 30]")] = None,
@@ -217,7 +221,7 @@ def steer(
         "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
         "everywhere": everywhere or None, "during_reply": during_reply or None, "layers": layers and numbers_of(layers),
         "alphas": alphas and [float_of(part) for part in alphas.split(",")],
-        "xstest": xstest and str(xstest), "features": features or None,
+        "xstest": xstest and str(xstest), "features": features or None, "when": when,
         "category": category and (ALL if category == ALL else canonical_category(category)),
     }  # fmt: skip
     overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]

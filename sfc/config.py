@@ -303,6 +303,10 @@ class SteeringConfig(Section):
     alphas: list[float] = Field([], description="empty: nine from -0.32 to 0.32; raw: -4 to 4; project-out: 0 to 1")
     positions: str = Field("suffix", description="tokens of the prompt that are steered: last, last-K, suffix, prompt")
     during_reply: bool = Field(False, description="also steer every token that is generated")
+    when: str | None = Field(
+        None, description="steer only prompts in whose text this feature fires: resid_post.21/F12, or best; null: all"
+    )
+    when_above: float = Field(0.0, ge=0, description="the value above which it fires; best brings its own")
     swept_layers: int = Field(5, ge=1, description="layers of the sweep: those of the best candidates")
     test_prompts: int = Field(30, ge=1, description="test prompts per side")
     reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")

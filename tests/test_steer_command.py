@@ -89,8 +89,8 @@ def steered(root: Path, xstest: Path) -> dict:
 def test_the_command_ends_with_the_promised_json_and_files(steered: dict, root: Path) -> None:
     assert set(steered) == {
         "preset", "category", "direction", "edit", "units", "positions", "during_reply", "site", "layer", "token",
-        "norm", "length", "n_candidates", "n_rejected", "max_loss", "unsteered", "operating_points", "xstest", "files",
-        "seconds",
+        "norm", "length", "n_candidates", "n_rejected", "max_loss", "unsteered", "operating_points", "xstest",
+        "conditional", "files", "seconds",
     }  # fmt: skip
     assert all((root / path).is_file() for path in steered["files"].values())
     assert set(steered["operating_points"]) == {"force", "suppress"}
@@ -165,12 +165,28 @@ def test_the_page_holds_its_figures_and_no_markup_of_the_data(steered: dict, roo
         assert json.loads(part[part.index(">") + 1 : part.index("</script>")])
 
 
+def test_a_condition_leaves_prompts_without_the_feature_as_they_are(root: Path, xstest: Path) -> None:
+    few = ("--limit", "8", "--alphas=-2,0,2", "--set", "steering.contrasts=[]", "--layers", "1-1")
+    result = sfc(*TINY, *few, *LENIENT, "--when", "best", "--xstest", xstest, "--json", root=root).result
+    table = pd.read_csv(root / result["files"]["conditional"])
+    assert len(table) == 2 * 3 * (3 + 2), "dials, alphas, and groups of the test prompts and of XSTest"
+    steered = table.pivot_table(index=["data", "group", "alpha"], columns="dial", values=["steered", "n"])
+    assert (steered["steered"]["unconditional"] == steered["n"]["unconditional"]).all()
+    assert (steered["steered"]["conditional"] <= steered["n"]["conditional"]).all()
+    facts = result["conditional"]
+    assert facts["feature"].startswith("resid_post.") and set(facts["matched"]) == {"test", "xstest"}
+    assert facts["holds_on_discovery"]["toxic"] > facts["holds_on_discovery"]["safe"]
+    page = (root / result["files"]["page"]).read_text(encoding="utf-8")
+    assert page.count('class="figure"') == 7 and "Both dials at equal refusal" in page
+
+
 OTHERS = {
     "projecting out everywhere": ("--edit", "project-out", "--everywhere", "--positions", "prompt"),
     "clamping in the reply too": ("--edit", "clamp", "--during-reply", "--alphas=0.5", "--positions", "last-2"),
     "a probe, raw": ("--direction", "probe", "--units", "raw", "--layers", "1-1", "--alphas=-1,1"),
     "one category": ("--category", "violence", "--direction", "hard-score", "--alphas=1"),
     "a feature": ("--direction", "resid_post.1/F5", "--alphas=-1,1", "--features"),
+    "where a feature fires": ("--when", "resid_post.0/F3", "--alphas=1", "--set", "steering.when_above=0.1"),
     "a circuit": ("--direction", "circuit", "--category", "violence", "--alphas=1"),
 }
 
@@ -204,6 +220,15 @@ BAD_OPTIONS = {
     "a negative share": (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
     "everywhere with add": (("--everywhere",), "--edit project-out only"),
     "a circuit of all categories": (("--direction", "circuit"), "needs the --category"),
+    "no such condition": (("--when", "F3"), "no condition 'F3'"),
+    "a condition without a dictionary": (("--when", "resid_mid.0/F3"), "no dictionary at resid_mid.0"),
+    "a condition without a feature": (("--when", "resid_post.0/F9999"), "no feature F9999"),
+    "a condition that comes too late": (("--when", "resid_post.1/F3", "--layers", "0-0"), "known at resid_post.1 only"),
+    "a condition with two thresholds": (("--when", "best", "--set", "steering.when_above=1"), "its own threshold"),
+    "everywhere with a condition": (
+        ("--when", "best", "--edit", "project-out", "--everywhere"),
+        "leaves nothing before it",
+    ),
     "no such file": (("--xstest", "none.csv"), "no file none.csv"),
     "no such category": (("--category", "violense"), "did you mean 'violence'"),
 }

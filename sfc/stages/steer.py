@@ -10,14 +10,17 @@ from safetensors.torch import save_file
 from sfc.artifacts import Artifact, replacing, write_csv, write_json
 from sfc.config import SteeringConfig
 from sfc.models.loading import Model, choose_device, load_model
+from sfc.pipeline_study import BEST
 from sfc.progress import progress_bar, say
 from sfc.run import Run
 from sfc.sites import layer_of, short_site
 from sfc.stages.discover import Clock
+from sfc.stages.steering_condition import conditioned, found_condition, grouped, named_condition
 from sfc.stages.steering_inputs import (
     Learned,
     Tested,
     folds_of,
+    hard_prompts,
     learn,
     ordinary_benches,
     test_corpus,
@@ -47,6 +50,7 @@ FILES = {
     "xstest": "xstest.csv",
     "xstest_rates": "xstest_rates.csv",
     "trade_off": "trade_off.csv",
+    "conditional": "conditional.csv",
     "vectors": "vectors.safetensors",
     "result": "result.json",
 }
@@ -59,6 +63,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         UserError: there are too few prompts, or no candidate passes the requirements.
     """
     clock, config, seed = Clock(), run.experiment.steering, run.experiment.seed
+    condition = named_condition(run)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
 
@@ -78,6 +83,8 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         swept = [learned.candidates[i] for i in best_per_layer(kept, config.swept_layers)]
         chosen = learned.candidates[int(kept.index[0])]
         say(f"chosen: {_where(chosen)}")
+        if config.when == BEST:
+            condition = found_condition(run, model, learned, chosen)
         clock.lap("selection")
         ordinary = ordinary_benches(run, model)
         held_out = _held_out(chosen, folds, ordinary["reference"], config)
@@ -94,6 +101,15 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         fewer = xstest_prompts(run, model, config.test_prompts)
         by_chance = _generalised_chance(fewer, chosen, alphas, config, seed) if fewer else None
         clock.lap("xstest")
+        dials = None
+        if condition:
+            of_hard = _swept({"hard": hard_prompts(run, model)}, [chosen], config)
+            of_chosen = rows[rows["site"] == chosen.site]
+            compared = {"test": grouped(of_chosen, of_hard)}
+            if generalised is not None:
+                compared["xstest"] = generalised.assign(group=generalised["label"])
+            dials = conditioned(run, model, learned, condition, compared)
+            clock.lap("condition")
         writers = _writers(run, model, chosen)
         vectors = {name: learned.vector(contrast, chosen) for name, contrast in learned.contrasts.items()}
         tables = {
@@ -106,6 +122,8 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
             "writers": writers,
             "sweep": pd.concat([rows, chance]),
         }
+        if dials:
+            tables["conditional"] = dials.table
         if config.features:
             dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
             tables["features"] = feature_cosines(chosen.vector, dictionaries)
@@ -115,6 +133,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
             tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
             tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(by_chance)])
         result = _result(run, chosen, tables, folds, alphas, held_out)
+        result["conditional"] = dials.facts if dials else None
         for name, table in tables.items():
             write(name, table)
         _save_vectors(folder / FILES["vectors"], chosen, vectors)

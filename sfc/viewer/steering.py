@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from sfc.sites import short_site
 from sfc.viewer.document import figure_html, guide_html, header_html, write_document
+from sfc.viewer.steering_condition import conditional_figure, matched_html
 from sfc.viewer.steering_trade_off import alpha_title, trade_off_figure, types_figure
 from sfc.viewer.style import AMBER, BLUE, GREEN, INK, LINE, PINK, QUIET, VERMILION, axis, styled_figure
 from sfc.viewer.table import figures_table
@@ -33,7 +34,8 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
             label, with `loss_rise` and `later_loss_rise`; `controls`, rates of the control directions per alpha;
             `directions` as `sfc.steering.controls.subspace_table` makes it; `writers` and, where asked for, `features`
             as `sfc.steering.writers` makes them; and where XSTest was steered its `trade_off` (see
-            `sfc.steering.trade_off`) and `xstest_rates` per label, category and alpha.
+            `sfc.steering.trade_off`) and `xstest_rates` per label, category and alpha; with a condition `conditional`
+            (see `sfc.steering.conditional`), per `data`.
         result: what `steer --json` prints.
     """
     candidates, dial, controls = tables["candidates"], tables["rates"], tables["controls"]
@@ -45,6 +47,7 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
         *([controls_figure(controls, result)] if result["operating_points"] else []),
         *([trade_off_figure(tables["trade_off"], result)] if "trade_off" in tables else []),
         *([types_figure(tables["xstest_rates"], result)] if "xstest_rates" in tables else []),
+        *([conditional_figure(tables["conditional"], result)] if "conditional" in tables else []),
     ]
     cards = "".join(
         f'<section class="card scroll">{figure_html(f"figure-{number}", figure)}</section>\n'
@@ -53,7 +56,8 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
     body = f"""{header_html(title, _sentence(result))}
 <section class="card scroll"><h2>Operating points, on test prompts</h2>{_points_table(result)}</section>
 <section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
-{cards}<section class="card scroll"><h2>Several directions</h2>{_directions_table(tables["directions"])}</section>
+{cards}{_matched_card(result)}
+<section class="card scroll"><h2>Several directions</h2>{_directions_table(tables["directions"])}</section>
 <section class="card scroll"><h2>What writes the direction</h2>{_writers_table(tables["writers"])}</section>
 {_features_card(tables["features"]) if "features" in tables else ""}
 <section class="card scroll"><h2>Candidates</h2>{_candidates_table(candidates)}</section>"""
@@ -262,6 +266,13 @@ def _points_table(result: Mapping[str, Any]) -> str:
         for intent, point in result["operating_points"].items()
     ]
     return figures_table(titles, rows)
+
+
+def _matched_card(result: Mapping[str, Any]) -> str:
+    if not result["conditional"]:
+        return ""
+    title = "Both dials at equal refusal of toxic prompts (interpolated between alphas)"
+    return f'<section class="card scroll"><h2>{title}</h2>{matched_html(result)}</section>\n'
 
 
 def _directions_table(directions: pd.DataFrame) -> str:
