@@ -15,14 +15,14 @@ from sfc.models.identity import model_identity
 from sfc.patching.alignment import check_positions
 from sfc.patching.formats import Formats
 from sfc.patching.pairs import WRAPPERS
-from sfc.pipeline import ensure_circuit, ensure_saes, needs_making
+from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.prompts.prepare import prompts_fingerprint
 from sfc.run import ALL, Run
 from sfc.steering.positions import check_positions as check_steered
 
 # Raised by hand when the meaning of an artifact changes.
 BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
-PATCHING_SCHEMA, STEERING_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1
+PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 
 BEST = "best"  # the condition that tells toxic from safe prompts best
 _FEATURE = r"resid_(?:pre|mid|post)\.\d+/F\d+"
@@ -251,6 +251,28 @@ def check_condition(name: str, above: float) -> None:
         raise UserError(f"no condition {name!r}: --when takes a feature such as resid_post.21/F12, or {BEST}")
     if name == BEST and above:
         raise UserError(f"--when {BEST} brings its own threshold: leave steering.when_above at 0, or name a feature")
+
+
+def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
+    """Find the edit that lowers the over-refusal of one category, or of `ALL`, and measure it, unless that is done."""
+    experiment = run.experiment
+    inputs = {
+        "schema": REPAIR_SCHEMA,
+        "seed": experiment.seed,
+        "prompts": run.store.inputs,
+        "saes": run.saes.inputs,
+        "category": category,
+        "hard_share": experiment.prompts.hard_share,
+        "repair": experiment.repair.model_dump(),
+    }
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, f"repair-{category}", inputs)
+    if needs_making(artifact, rebuild):
+        ensure_saes(run)
+        ensure_store(run)
+        from sfc.stages.repair import make_repair
+
+        make_repair(run, artifact, category, rebuild)
+    return artifact
 
 
 def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
