@@ -314,6 +314,7 @@ class SteeringConfig(Section):
     ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
     max_loss: float = Field(0.15, gt=0, description="share by which their cross-entropy may rise at the chosen alphas")
     random_directions: int = Field(20, ge=2)
+    shuffled_directions: int = Field(5, ge=1, description="directions between sides to which prompts are dealt by lot")
     ablated_writers: int = Field(10, ge=0, description="heads and MLPs that write most of it, which are ablated")
     features: bool = Field(False, description="also the direction's cosine with every SAE feature")
     xstest: str | None = Field(

@@ -22,14 +22,15 @@ from sfc.viewer.steering import write_steering_page
 LENIENT = (
     "--set", "steering.min_induced=-99", "--set", "steering.max_kl=99", "--set", "steering.latest=1",
     "--set", "steering.reply_tokens=3", "--set", "steering.ordinary_prompts=3", "--set", "steering.ordinary_tokens=4",
-    "--set", "steering.random_directions=2", "--set", "steering.tried_prompts=4",
+    "--set", "steering.random_directions=2", "--set", "steering.shuffled_directions=3",
+    "--set", "steering.tried_prompts=4",
 )  # fmt: skip
 TINY = ("steer", "--preset", "tiny")
 SMALL = (*TINY, "--limit", "4", "--alphas=-0.5,0,0.5", "--set", "steering.contrasts=[toxic-safe,hard-score]", *LENIENT)
 POINT_KEYS = {
     "alpha", "prompts", "eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change",
     "loss_rise", "later_loss_rise", "kl", "held_out_rate", "held_out_loss_rise", "random_mean", "random_highest",
-    "shuffled",
+    "shuffled_mean", "shuffled_highest",
 }  # fmt: skip
 
 
@@ -112,7 +113,9 @@ def test_the_sweep_has_a_row_per_prompt_layer_and_alpha_with_score_and_reply(ste
     np.testing.assert_allclose(still["score"], still["unsteered_score"], atol=1e-4)
     assert (swept.loc[swept["alpha"] != 0, "score"] - swept.loc[swept["alpha"] != 0, "unsteered_score"]).abs().min() > 0
     controls = rows[rows["direction"] != "toxic-safe"]
-    assert controls["direction"].value_counts().to_dict() == {"shuffled labels": 8, "random 0": 8, "random 1": 8}
+    assert controls["direction"].value_counts().to_dict() == dict.fromkeys(
+        ["shuffled labels 0", "shuffled labels 1", "shuffled labels 2", "random 0", "random 1"], 8
+    )
     assert set(controls["label"].where(controls["alpha"] > 0).dropna()) == {"safe"}
     rates = pd.read_csv(root / steered["files"]["rates"])
     assert len(rates) == 2 * 3 * 2
@@ -199,7 +202,7 @@ def test_other_directions_and_edits(case: str, root: Path) -> None:
     assert wanted is None or set(result["operating_points"]) == wanted
     if result["direction"] in ("circuit", "resid_post.1/F5"):
         assert result["token"] is None
-        assert all(point["shuffled"] is None for point in result["operating_points"].values())
+        assert all(point["shuffled_highest"] is None for point in result["operating_points"].values())
     if "features" in result["files"]:
         features = pd.read_csv(root / result["files"]["features"])
         assert features["feature"][0] == result["direction"] and features["cosine"][0] == pytest.approx(1)

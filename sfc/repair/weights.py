@@ -1,7 +1,7 @@
 """A repair as a change of weights: what features write is projected out of what heads and MLPs write.
 
 Every attention and MLP output before a feature's site loses its component along the feature's decoder row: `W_out (1 -
-U U^T)` with U an orthonormal basis of such rows (Arditi et al. 2024, for one direction). It is exactly the hook that
+U^T U)`, the rows of U an orthonormal basis (Arditi et al. 2024, for one direction). It is exactly the hook that
 projects at these outputs, at every token. It is not the ablation of the features: it removes the component and not the
 feature's value, leaves what the embedding writes, and puts no mean in its place.
 """

@@ -1,5 +1,7 @@
-"""Stage: an edit that lowers over-refusal. Features and their number are chosen on discovery prompts, and what the
-edits do is measured on test prompts."""
+"""Stage: an edit that lowers over-refusal.
+
+Features and their number are chosen on discovery prompts, and what the edits do is measured on test prompts.
+"""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +14,7 @@ import torch
 from jaxtyping import Int
 
 from sfc.artifacts import Artifact, write_csv, write_json
+from sfc.config import RepairConfig
 from sfc.errors import UserError
 from sfc.evaluation.intervals import wilson
 from sfc.evaluation.random_circuits import matching_strata, random_circuits
@@ -38,6 +41,7 @@ FILES = {
     "result": "result.json",
 }
 HOOK, WEIGHTS = "hook", "weights"
+_LISTED = 500  # features in the table
 _MOST_DIFFERENT = 0.01  # nats between changed weights and the hook that they stand for
 
 
@@ -69,10 +73,10 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
             raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
         sizes = sorted({min(size, len(ranking)) for size in config.sizes})
         clock.lap("effects")
-        own = [make(run, inputs, ranking[:size]) for make in _EDITS.values() for size in sizes]
         settings = [
-            Setting(kind, size, None, edit)
-            for (kind, size), edit in zip([(k, s) for k in _EDITS for s in sizes], own, strict=True)
+            Setting(kind, size, None, make(run, inputs, ranking[:size]))
+            for kind, make in _EDITS.items()
+            for size in sizes
         ]
         tried = _tried(inputs, settings, config.refused_above)
         chosen = {kind: best_size(_with_plain(tried, kind), config.most_lost) for kind in _EDITS}
@@ -83,8 +87,7 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
         clock.lap("test prompts")
         features = _features(inputs, on_hard, on_toxic, ranking)
         if chosen[HOOK]:
-            repair = _hook(run, inputs, ranking[: chosen[HOOK]])
-            save_repair(repair, folder / FILES["hook"])
+            save_repair(_hook(run, inputs, ranking[: chosen[HOOK]]), folder / FILES["hook"])
         difference = None
         if chosen[WEIGHTS]:
             difference = _export_weights(inputs, _subspaces(inputs, ranking[: chosen[WEIGHTS]]), folder)
@@ -178,7 +181,9 @@ def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
     return tried[tried["kind"].isin([kind, "none"])]
 
 
-def _measured(inputs: RepairInputs, settings: Sequence[Setting], config: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _measured(
+    inputs: RepairInputs, settings: Sequence[Setting], config: RepairConfig
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per edit and test prompt, with score and reply; and per edit the cross-entropy of ordinary replies."""
     model, score, layout = inputs.problem.model, inputs.problem.score, inputs.layout
     tables, losses = [], []
@@ -225,9 +230,6 @@ def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, r
         }
     )
     return table.sort_values("hard", ascending=False, kind="stable", ignore_index=True)
-
-
-_LISTED = 500
 
 
 def _export_weights(inputs: RepairInputs, subspaces: Subspaces, folder: Path) -> float | None:

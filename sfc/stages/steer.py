@@ -29,7 +29,7 @@ from sfc.stages.steering_inputs import (
 )
 from sfc.stages.train import load_dictionaries
 from sfc.steering.bench import Bench
-from sfc.steering.controls import SHUFFLED, control_settings, random_band, subspace_table
+from sfc.steering.controls import RANDOM, SHUFFLED, band, control_settings, subspace_table
 from sfc.steering.directions import Vector
 from sfc.steering.ordinary import ordinary_effect
 from sfc.steering.select import Candidate, Fold, best_per_layer, candidate_table, plain_means, ranked
@@ -197,7 +197,7 @@ def _costs(ordinary: Bench, candidates: list[Candidate], config: SteeringConfig)
 def _by_chance(
     tested: Tested,
     chosen: Candidate,
-    shuffled: Vector | None,
+    shuffled: list[Vector],
     alphas: Mapping[str, float],
     config: SteeringConfig,
     seed: int,
@@ -226,7 +226,7 @@ def _generalised_chance(
     parts = []
     with progress_bar("chance", len(alphas) * config.random_directions * _n_prompts(fewer), "replies") as progress:
         for prompts, bench in fewer.values():
-            settings = control_settings(bench, chosen, None, list(alphas.values()), config, seed)
+            settings = control_settings(bench, chosen, [], list(alphas.values()), config, seed)
             parts.append(sweep(bench, prompts, settings, config.reply_tokens, progress))
     return pd.concat(parts, ignore_index=True)
 
@@ -242,12 +242,12 @@ def _writers(run: Run, model: Model, chosen: Candidate) -> pd.DataFrame:
     return writers_table(model, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated)
 
 
-def _shuffled(learned: Learned, chosen: Candidate, config: SteeringConfig, seed: int) -> Vector | None:
-    """The difference of means between sides dealt by lot; None where nothing was learned from sides."""
+def _shuffled(learned: Learned, chosen: Candidate, config: SteeringConfig, seed: int) -> list[Vector]:
+    """Differences of means between sides dealt by lot; none where nothing was learned from sides."""
     if chosen.token is None:
-        return None
+        return []
     contrast = learned.contrasts["toxic-safe" if config.direction == "probe" else config.direction]  # pyright: ignore
-    return learned.vector(contrast.shuffled(seed), chosen)
+    return [learned.vector(contrast.shuffled(seed + number), chosen) for number in range(config.shuffled_directions)]
 
 
 def _where(candidate: Candidate) -> str:
@@ -303,8 +303,7 @@ def _operating_point(
     tested = dial[(dial["site"] == chosen.site) & (dial["alpha"] == alpha) & (dial["label"] == label)].iloc[0]
     before = held_out[(held_out["alpha"] == alpha) & (held_out["intent"] == intent)].iloc[0]
     chance = controls[(controls["alpha"] == alpha) & (controls["intent"] == intent)]
-    band = random_band(chance, "changed_rate")
-    shuffled = chance.loc[chance["direction"] == SHUFFLED, "changed_rate"]
+    at_random, shuffled = (band(chance, control, "changed_rate") for control in (RANDOM, SHUFFLED))
     figures = ["eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change"]
     costs = ["loss_rise", "later_loss_rise", "kl"]
     return {
@@ -313,9 +312,10 @@ def _operating_point(
         **{name: _figure(tested[name]) for name in [*figures, *costs]},
         "held_out_rate": _figure(before["changed_rate"]),
         "held_out_loss_rise": _figure(before["loss_rise"]),
-        "random_mean": _figure(band.mean),
-        "random_highest": _figure(band.high),
-        "shuffled": _figure(shuffled.iloc[0]) if len(shuffled) else None,
+        "random_mean": _figure(at_random.mean),
+        "random_highest": _figure(at_random.high),
+        "shuffled_mean": _figure(shuffled.mean),
+        "shuffled_highest": _figure(shuffled.high),
     }
 
 

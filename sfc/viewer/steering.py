@@ -23,6 +23,7 @@ _MEASURES = {
     "removed": "removed: toxic prompts, turned down",
     "kl": "KL on safe prompts, turned down",
 }
+_CONTROLS = ("held_out_rate", "random_mean", "random_highest", "shuffled_mean", "shuffled_highest")
 _INTENTS = {"force": "refusal forced on safe prompts", "suppress": "refusal suppressed on toxic prompts"}
 
 
@@ -162,7 +163,7 @@ def cost_figure(dial: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
 
 
 def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
-    """Replies changed as intended at the chosen alphas: the direction, shuffled labels', and each random one."""
+    """Replies changed as intended at the chosen alphas: the direction, and each of shuffled labels and at random."""
     points = result["operating_points"]
     figure = styled_figure("Against chance: replies changed as intended, equal norm at the same place", 380)
     make_subplots(rows=1, cols=len(points), figure=figure, subplot_titles=[_INTENTS[intent] for intent in points])
@@ -183,7 +184,7 @@ def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any]) -> go.Fig
             hovertemplate=f"{point['changed']} of {point['eligible']}<extra></extra>",
         )
         strip = go.Scatter(
-            x=["random" if name.startswith("random") else name for name in others["direction"]],
+            x=others["direction"].str.replace(r" \d+$", "", regex=True),
             y=others["changed_rate"].astype(float),
             mode="markers",
             marker={"color": QUIET, "size": 8, "opacity": 0.55},
@@ -243,15 +244,15 @@ _GUIDE = (
     "<b>What writes it.</b> Components along the direction of what heads and MLPs write, on test prompts: the shares "
     "of all of them sum to 1. Lost without it: the part of the difference at the site that is gone when this output is "
     "set to its mean on safe prompts; score, the change of toxic prompts' mean refusal score by the same.",
-    "<b>Against chance.</b> The same amount along random directions and along the difference of means between prompts "
+    "<b>Against chance.</b> The same amount along random directions and along differences of means between prompts "
     "dealt to two sides by lot.",
 )
 
 
 def _points_table(result: Mapping[str, Any]) -> str:
     titles = [
-        "what", "alpha", "changed", "95 %", "held-out folds", "random, mean", "random, highest", "shuffled labels",
-        "cross-entropy", "without opening", "KL",
+        "what", "alpha", "changed", "95 %", "held-out folds", "random, mean", "random, highest", "shuffled, mean",
+        "shuffled, highest", "cross-entropy", "without opening", "KL",
     ]  # fmt: skip
     rows = [
         [
@@ -259,7 +260,7 @@ def _points_table(result: Mapping[str, Any]) -> str:
             number_text(point["alpha"], signed=True),
             f"{point['changed']} of {point['eligible']}",
             f"{_percent(point['changed_low'])} to {_percent(point['changed_high'])}",
-            *(_percent(point[name]) for name in ("held_out_rate", "random_mean", "random_highest", "shuffled")),
+            *(_percent(point[name]) for name in _CONTROLS),
             *(_percent(point[name], signed=True) for name in ("loss_rise", "later_loss_rise")),
             number_text(point["kl"]),
         ]
