@@ -79,7 +79,10 @@ def conditioned(
         texts = of_data["prompt"].unique().tolist()
         table = conditional_table(of_data, of_data["prompt"].map(dict(zip(texts, holds(texts), strict=True))))
         tables.append(table.assign(data=data))
-        at_equal[data] = matched(table).to_dict("records")
+        at_equal[data] = [
+            {name: None if share is None else round(share, 4) for name, share in row.items()}
+            for row in matched(table).to_dict("records")
+        ]
     toxic = learned.recording.prompts["refusal_label"].to_numpy(dtype=bool)
     on_discovery = holds(learned.recording.prompts["prompt"].tolist())
     facts = {
