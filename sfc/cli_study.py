@@ -13,6 +13,7 @@ from sfc.tables import (
     show_heads,
     show_patching,
     show_probe,
+    show_repair,
     show_steering,
 )
 
@@ -195,6 +196,10 @@ def steer(
         str | None, typer.Option(help="Tokens that are steered: last, last-K, suffix or prompt. [default: suffix]")
     ] = None,
     during_reply: Annotated[bool, typer.Option("--during-reply", help="Also steer every generated token.")] = False,
+    when: Annotated[
+        str | None,
+        typer.Option(help="Also steer only prompts on which this feature fires: resid_post.21/F12, or best."),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Of candidates, such as 10-20,25. [default: ten]")] = None,
     category: Annotated[str | None, typer.Option(help="OR-Bench category, or all. [default: all]")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Test prompts per side. [default: 30]")] = None,
@@ -217,12 +222,36 @@ def steer(
         "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
         "everywhere": everywhere or None, "during_reply": during_reply or None, "layers": layers and numbers_of(layers),
         "alphas": alphas and [float_of(part) for part in alphas.split(",")],
-        "xstest": xstest and str(xstest), "features": features or None,
+        "xstest": xstest and str(xstest), "features": features or None, "when": when,
         "category": category and (ALL if category == ALL else canonical_category(category)),
     }  # fmt: skip
     overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
     result = artifact.manifest()["result"]
     show_steering(result)
+    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
+    finish({**result, "files": files}, shared.json)
+
+
+def repair(
+    shared: Shared,
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "all",
+    sizes: Annotated[str | None, typer.Option(help="Features ablated, such as 5,20,80. [default: 5,10,20,50]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Test prompts of each kind. [default: 30]")] = None,
+) -> None:
+    """Find features that refuse hard prompts and not toxic ones, ablate them, and measure what that repairs and breaks.
+
+    Example: sfc repair --category violence --sizes 5,20 --limit 20
+    """
+    from sfc.pipeline_study import ensure_repair
+    from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
+
+    values = {"sizes": sizes and numbers_of(sizes), "test_prompts": limit}
+    overrides = [f"repair.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    wanted = ALL if category == ALL else canonical_category(category)
+    artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
+    result = artifact.manifest()["result"]
+    show_repair(result)
     files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     finish({**result, "files": files}, shared.json)

@@ -303,6 +303,10 @@ class SteeringConfig(Section):
     alphas: list[float] = Field([], description="empty: nine from -0.32 to 0.32; raw: -4 to 4; project-out: 0 to 1")
     positions: str = Field("suffix", description="tokens of the prompt that are steered: last, last-K, suffix, prompt")
     during_reply: bool = Field(False, description="also steer every token that is generated")
+    when: str | None = Field(
+        None, description="steer only prompts in whose text this feature fires: resid_post.21/F12, or best; null: all"
+    )
+    when_above: float = Field(0.0, ge=0, description="the value above which it fires; best brings its own")
     swept_layers: int = Field(5, ge=1, description="layers of the sweep: those of the best candidates")
     test_prompts: int = Field(30, ge=1, description="test prompts per side")
     reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
@@ -310,6 +314,7 @@ class SteeringConfig(Section):
     ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
     max_loss: float = Field(0.15, gt=0, description="share by which their cross-entropy may rise at the chosen alphas")
     random_directions: int = Field(20, ge=2)
+    shuffled_directions: int = Field(5, ge=1, description="directions between sides to which prompts are dealt by lot")
     ablated_writers: int = Field(10, ge=0, description="heads and MLPs that write most of it, which are ablated")
     features: bool = Field(False, description="also the direction's cosine with every SAE feature")
     xstest: str | None = Field(
@@ -324,6 +329,23 @@ class SteeringConfig(Section):
         if self.edit == "project-out":
             return [0.0, 0.5, 1.0]
         return [round(0.08 * step, 2) if self.units == "norm" else float(step) for step in range(-4, 5)]
+
+
+class RepairConfig(Section):
+    """How the edit that lowers over-refusal is chosen and measured."""
+
+    sizes: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1, description="features ablated")
+    toxic_share: float = Field(
+        0.5, description="of its effect on hard prompts that a feature may have on toxic ones, and still qualify"
+    )
+    refused_above: float = Field(0.0, description="score above which a discovery prompt counts as refused")
+    most_lost: float = Field(0.05, ge=0, description="share of toxic discovery prompts whose refusal may be lost")
+    prompts: int = Field(100, ge=2, description="discovery prompts of each kind: half to score features, half to try")
+    test_prompts: int = Field(30, ge=1, description="test prompts of each kind: hard, toxic, safe")
+    random_draws: int = Field(3, ge=1, description="random edits of each size, matched by site and firing rate")
+    reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
+    ordinary_prompts: int = Field(20, ge=1, description="safe test prompts whose replies by the base model are read")
+    ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
 
 
 class Experiment(Section):
@@ -342,6 +364,7 @@ class Experiment(Section):
     comparison: ComparisonConfig = ComparisonConfig()  # pyright: ignore[reportCallIssue]
     patching: PatchingConfig = PatchingConfig()  # pyright: ignore[reportCallIssue]
     steering: SteeringConfig = SteeringConfig()  # pyright: ignore[reportCallIssue]
+    repair: RepairConfig = RepairConfig()  # pyright: ignore[reportCallIssue]
 
 
 def preset_names() -> list[str]:

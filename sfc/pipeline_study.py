@@ -15,14 +15,17 @@ from sfc.models.identity import model_identity
 from sfc.patching.alignment import check_positions
 from sfc.patching.formats import Formats
 from sfc.patching.pairs import WRAPPERS
-from sfc.pipeline import ensure_circuit, ensure_saes, needs_making
+from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.prompts.prepare import prompts_fingerprint
 from sfc.run import ALL, Run
 from sfc.steering.positions import check_positions as check_steered
 
 # Raised by hand when the meaning of an artifact changes.
 BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
-PATCHING_SCHEMA, STEERING_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1
+PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
+
+BEST = "best"  # the condition that tells toxic from safe prompts best
+_FEATURE = r"resid_(?:pre|mid|post)\.\d+/F\d+"
 
 
 def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | None, rebuild: bool = False) -> Artifact:
@@ -183,6 +186,10 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
     """
     experiment, config = run.experiment, run.experiment.steering
     check_steered(config.positions)
+    if config.when:
+        check_condition(config.when, config.when_above)
+    if config.everywhere and config.when:
+        raise UserError("--when is read before the steered site, and --everywhere leaves nothing before it")
     if config.everywhere and config.edit != "project-out":
         raise UserError("--everywhere goes with --edit project-out only")
     if config.edit != "clamp" and not any(alpha > 0 or (config.edit == "add" and alpha < 0) for alpha in config.dial):
@@ -198,7 +205,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
         if not Path(config.xstest).is_file():
             raise UserError(f"no file {config.xstest}: --xstest takes XSTest's CSV (`sfc download` fetches it)")
         inputs["xstest"] = hash_of_file(Path(config.xstest))
-    from_dictionaries = direction_source(config.direction) is None or config.features
+    from_dictionaries = direction_source(config.direction) is None or config.features or config.when is not None
     if from_dictionaries:
         inputs["saes"] = run.saes.inputs
     if config.direction == "circuit":
@@ -228,10 +235,44 @@ def direction_source(name: str) -> str | None:
         return name
     if name == "probe":
         return "toxic-safe"
-    if name == "circuit" or re.fullmatch(r"resid_(?:pre|mid|post)\.\d+/F\d+", name):
+    if name == "circuit" or re.fullmatch(_FEATURE, name):
         return None
     known = [*get_args(ContrastKind), "probe", "circuit"]
     raise UserError(f"no direction {name!r}: {suggestion(name, known)}, or a feature such as resid_post.21/F12")
+
+
+def check_condition(name: str, above: float) -> None:
+    """Check `steering.when` and `steering.when_above`.
+
+    Raises:
+        UserError: the condition is no feature, or has two thresholds.
+    """
+    if name != BEST and not re.fullmatch(_FEATURE, name):
+        raise UserError(f"no condition {name!r}: --when takes a feature such as resid_post.21/F12, or {BEST}")
+    if name == BEST and above:
+        raise UserError(f"--when {BEST} brings its own threshold: leave steering.when_above at 0, or name a feature")
+
+
+def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
+    """Find the edit that lowers the over-refusal of one category, or of `ALL`, and measure it, unless that is done."""
+    experiment = run.experiment
+    inputs = {
+        "schema": REPAIR_SCHEMA,
+        "seed": experiment.seed,
+        "prompts": run.store.inputs,
+        "saes": run.saes.inputs,
+        "category": category,
+        "hard_share": experiment.prompts.hard_share,
+        "repair": experiment.repair.model_dump(),
+    }
+    artifact = Artifact.of(run.root / "circuits" / experiment.name, f"repair-{category}", inputs)
+    if needs_making(artifact, rebuild):
+        ensure_saes(run)
+        ensure_store(run)
+        from sfc.stages.repair import make_repair
+
+        make_repair(run, artifact, category, rebuild)
+    return artifact
 
 
 def ensure_report(run: Run, rebuild: bool = False) -> Artifact:

@@ -180,6 +180,17 @@ def show_steering(result: dict[str, Any]) -> None:
     show_table(title, ["turned to", *columns], rows)
 
 
+def show_repair(result: dict[str, Any]) -> None:
+    """What the chosen edits do to test prompts, beside the model as it is."""
+    columns = ("size", "hard", "toxic", "safe", "random_hard", "random_toxic", "loss_rise")
+    title = "Shares of test prompts refused; random: features matched by site and firing rate, mean"
+    points = {"as it is": result["unedited"], **result["chosen"]}
+    rows = (
+        [name, *(point.get(column, "") for column in columns)] for name, point in points.items() if point is not None
+    )
+    show_table(title, ["edit", *(column.replace("_", " ") for column in columns)], rows)
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

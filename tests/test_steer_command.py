@@ -22,14 +22,15 @@ from sfc.viewer.steering import write_steering_page
 LENIENT = (
     "--set", "steering.min_induced=-99", "--set", "steering.max_kl=99", "--set", "steering.latest=1",
     "--set", "steering.reply_tokens=3", "--set", "steering.ordinary_prompts=3", "--set", "steering.ordinary_tokens=4",
-    "--set", "steering.random_directions=2", "--set", "steering.tried_prompts=4",
+    "--set", "steering.random_directions=2", "--set", "steering.shuffled_directions=3",
+    "--set", "steering.tried_prompts=4",
 )  # fmt: skip
 TINY = ("steer", "--preset", "tiny")
 SMALL = (*TINY, "--limit", "4", "--alphas=-0.5,0,0.5", "--set", "steering.contrasts=[toxic-safe,hard-score]", *LENIENT)
 POINT_KEYS = {
     "alpha", "prompts", "eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change",
     "loss_rise", "later_loss_rise", "kl", "held_out_rate", "held_out_loss_rise", "random_mean", "random_highest",
-    "shuffled",
+    "shuffled_mean", "shuffled_highest",
 }  # fmt: skip
 
 
@@ -89,8 +90,8 @@ def steered(root: Path, xstest: Path) -> dict:
 def test_the_command_ends_with_the_promised_json_and_files(steered: dict, root: Path) -> None:
     assert set(steered) == {
         "preset", "category", "direction", "edit", "units", "positions", "during_reply", "site", "layer", "token",
-        "norm", "length", "n_candidates", "n_rejected", "max_loss", "unsteered", "operating_points", "xstest", "files",
-        "seconds",
+        "norm", "length", "n_candidates", "n_rejected", "max_loss", "unsteered", "operating_points", "xstest",
+        "conditional", "files", "seconds",
     }  # fmt: skip
     assert all((root / path).is_file() for path in steered["files"].values())
     assert set(steered["operating_points"]) == {"force", "suppress"}
@@ -112,7 +113,9 @@ def test_the_sweep_has_a_row_per_prompt_layer_and_alpha_with_score_and_reply(ste
     np.testing.assert_allclose(still["score"], still["unsteered_score"], atol=1e-4)
     assert (swept.loc[swept["alpha"] != 0, "score"] - swept.loc[swept["alpha"] != 0, "unsteered_score"]).abs().min() > 0
     controls = rows[rows["direction"] != "toxic-safe"]
-    assert controls["direction"].value_counts().to_dict() == {"shuffled labels": 8, "random 0": 8, "random 1": 8}
+    assert controls["direction"].value_counts().to_dict() == dict.fromkeys(
+        ["shuffled labels 0", "shuffled labels 1", "shuffled labels 2", "random 0", "random 1"], 8
+    )
     assert set(controls["label"].where(controls["alpha"] > 0).dropna()) == {"safe"}
     rates = pd.read_csv(root / steered["files"]["rates"])
     assert len(rates) == 2 * 3 * 2
@@ -165,12 +168,28 @@ def test_the_page_holds_its_figures_and_no_markup_of_the_data(steered: dict, roo
         assert json.loads(part[part.index(">") + 1 : part.index("</script>")])
 
 
+def test_a_condition_leaves_prompts_without_the_feature_as_they_are(root: Path, xstest: Path) -> None:
+    few = ("--limit", "8", "--alphas=-2,0,2", "--set", "steering.contrasts=[]", "--layers", "1-1")
+    result = sfc(*TINY, *few, *LENIENT, "--when", "best", "--xstest", xstest, "--json", root=root).result
+    table = pd.read_csv(root / result["files"]["conditional"])
+    assert len(table) == 2 * 3 * (3 + 2), "dials, alphas, and groups of the test prompts and of XSTest"
+    steered = table.pivot_table(index=["data", "group", "alpha"], columns="dial", values=["steered", "n"])
+    assert (steered["steered"]["unconditional"] == steered["n"]["unconditional"]).all()
+    assert (steered["steered"]["conditional"] <= steered["n"]["conditional"]).all()
+    facts = result["conditional"]
+    assert facts["feature"].startswith("resid_post.") and set(facts["matched"]) == {"test", "xstest"}
+    assert facts["holds_on_discovery"]["toxic"] > facts["holds_on_discovery"]["safe"]
+    page = (root / result["files"]["page"]).read_text(encoding="utf-8")
+    assert page.count('class="figure"') == 7 and "Both dials at equal refusal" in page
+
+
 OTHERS = {
     "projecting out everywhere": ("--edit", "project-out", "--everywhere", "--positions", "prompt"),
     "clamping in the reply too": ("--edit", "clamp", "--during-reply", "--alphas=0.5", "--positions", "last-2"),
     "a probe, raw": ("--direction", "probe", "--units", "raw", "--layers", "1-1", "--alphas=-1,1"),
     "one category": ("--category", "violence", "--direction", "hard-score", "--alphas=1"),
     "a feature": ("--direction", "resid_post.1/F5", "--alphas=-1,1", "--features"),
+    "where a feature fires": ("--when", "resid_post.0/F3", "--alphas=1", "--set", "steering.when_above=0.1"),
     "a circuit": ("--direction", "circuit", "--category", "violence", "--alphas=1"),
 }
 
@@ -183,7 +202,7 @@ def test_other_directions_and_edits(case: str, root: Path) -> None:
     assert wanted is None or set(result["operating_points"]) == wanted
     if result["direction"] in ("circuit", "resid_post.1/F5"):
         assert result["token"] is None
-        assert all(point["shuffled"] is None for point in result["operating_points"].values())
+        assert all(point["shuffled_highest"] is None for point in result["operating_points"].values())
     if "features" in result["files"]:
         features = pd.read_csv(root / result["files"]["features"])
         assert features["feature"][0] == result["direction"] and features["cosine"][0] == pytest.approx(1)
@@ -204,6 +223,15 @@ BAD_OPTIONS = {
     "a negative share": (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
     "everywhere with add": (("--everywhere",), "--edit project-out only"),
     "a circuit of all categories": (("--direction", "circuit"), "needs the --category"),
+    "no such condition": (("--when", "F3"), "no condition 'F3'"),
+    "a condition without a dictionary": (("--when", "resid_mid.0/F3"), "no dictionary at resid_mid.0"),
+    "a condition without a feature": (("--when", "resid_post.0/F9999"), "no feature F9999"),
+    "a condition that comes too late": (("--when", "resid_post.1/F3", "--layers", "0-0"), "known at resid_post.1 only"),
+    "a condition with two thresholds": (("--when", "best", "--set", "steering.when_above=1"), "its own threshold"),
+    "everywhere with a condition": (
+        ("--when", "best", "--edit", "project-out", "--everywhere"),
+        "leaves nothing before it",
+    ),
     "no such file": (("--xstest", "none.csv"), "no file none.csv"),
     "no such category": (("--category", "violense"), "did you mean 'violence'"),
 }

@@ -29,7 +29,7 @@ from sfc.steering.bench import (
     steered_scores,
 )
 from sfc.steering.contrasts import make_contrast
-from sfc.steering.controls import random_band
+from sfc.steering.controls import RANDOM, SHUFFLED, band
 from sfc.steering.directions import (
     circuit_directions,
     difference_of_means,
@@ -371,9 +371,12 @@ def test_intents_of_edits() -> None:
     assert [intent("project-out", alpha) for alpha in (0, 1)] == ["", SUPPRESS]
 
 
-def test_the_random_band_is_of_random_directions_alone() -> None:
-    table = pd.DataFrame({"direction": ["random 0", "random 1", "shuffled labels"], "changed_rate": [0.0, 0.5, 1.0]})
-    assert random_band(table, "changed_rate") == (0.25, 0.0, 0.5)
+def test_the_band_of_a_control_is_of_its_directions_alone() -> None:
+    names = ["random 0", "random 1", "shuffled labels 0", "shuffled labels 1"]
+    table = pd.DataFrame({"direction": names, "changed_rate": [0.0, 0.5, 1.0, 0.2]})
+    assert band(table, RANDOM, "changed_rate") == (0.25, 0.0, 0.5)
+    assert band(table, SHUFFLED, "changed_rate") == (0.6, 0.2, 1.0)
+    assert np.isnan(band(table[:2], SHUFFLED, "changed_rate")).all()
 
 
 def test_the_dial_that_an_edit_suggests() -> None:

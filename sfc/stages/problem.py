@@ -44,13 +44,14 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
         ablation=Ablation(nodes, dictionaries, task.reference, error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
         store=Store(run.store.folder),
-        prompts=_with_store_index(run, task.labelled),
+        prompts=with_store_index(run, task.labelled),
         config=experiment.discovery,
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 
 
-def _with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
+def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
+    """The prompts with their numbers in the store and, where the data set lists them, their topics."""
     stored = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
     index = dict(zip(stored["prompt"], stored["store_index"], strict=True))
     topics = None if run.pairs else listed_topics(run.data_folder, prompts["original_source"].tolist())

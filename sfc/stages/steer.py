@@ -10,14 +10,17 @@ from safetensors.torch import save_file
 from sfc.artifacts import Artifact, replacing, write_csv, write_json
 from sfc.config import SteeringConfig
 from sfc.models.loading import Model, choose_device, load_model
+from sfc.pipeline_study import BEST
 from sfc.progress import progress_bar, say
 from sfc.run import Run
 from sfc.sites import layer_of, short_site
 from sfc.stages.discover import Clock
+from sfc.stages.steering_condition import conditioned, found_condition, grouped, named_condition
 from sfc.stages.steering_inputs import (
     Learned,
     Tested,
     folds_of,
+    hard_prompts,
     learn,
     ordinary_benches,
     test_corpus,
@@ -26,7 +29,7 @@ from sfc.stages.steering_inputs import (
 )
 from sfc.stages.train import load_dictionaries
 from sfc.steering.bench import Bench
-from sfc.steering.controls import SHUFFLED, control_settings, random_band, subspace_table
+from sfc.steering.controls import RANDOM, SHUFFLED, band, control_settings, subspace_table
 from sfc.steering.directions import Vector
 from sfc.steering.ordinary import ordinary_effect
 from sfc.steering.select import Candidate, Fold, best_per_layer, candidate_table, plain_means, ranked
@@ -47,6 +50,7 @@ FILES = {
     "xstest": "xstest.csv",
     "xstest_rates": "xstest_rates.csv",
     "trade_off": "trade_off.csv",
+    "conditional": "conditional.csv",
     "vectors": "vectors.safetensors",
     "result": "result.json",
 }
@@ -59,6 +63,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         UserError: there are too few prompts, or no candidate passes the requirements.
     """
     clock, config, seed = Clock(), run.experiment.steering, run.experiment.seed
+    condition = named_condition(run)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
 
@@ -78,6 +83,8 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         swept = [learned.candidates[i] for i in best_per_layer(kept, config.swept_layers)]
         chosen = learned.candidates[int(kept.index[0])]
         say(f"chosen: {_where(chosen)}")
+        if config.when == BEST:
+            condition = found_condition(run, model, learned, chosen)
         clock.lap("selection")
         ordinary = ordinary_benches(run, model)
         held_out = _held_out(chosen, folds, ordinary["reference"], config)
@@ -94,6 +101,15 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         fewer = xstest_prompts(run, model, config.test_prompts)
         by_chance = _generalised_chance(fewer, chosen, alphas, config, seed) if fewer else None
         clock.lap("xstest")
+        dials = None
+        if condition:
+            of_hard = _swept({"hard": hard_prompts(run, model)}, [chosen], config)
+            of_chosen = rows[rows["site"] == chosen.site]
+            compared = {"test": grouped(of_chosen, of_hard)}
+            if generalised is not None:
+                compared["xstest"] = generalised.assign(group=generalised["label"])
+            dials = conditioned(run, model, learned, condition, compared)
+            clock.lap("condition")
         writers = _writers(run, model, chosen)
         vectors = {name: learned.vector(contrast, chosen) for name, contrast in learned.contrasts.items()}
         tables = {
@@ -106,6 +122,8 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
             "writers": writers,
             "sweep": pd.concat([rows, chance]),
         }
+        if dials:
+            tables["conditional"] = dials.table
         if config.features:
             dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
             tables["features"] = feature_cosines(chosen.vector, dictionaries)
@@ -115,6 +133,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
             tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
             tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(by_chance)])
         result = _result(run, chosen, tables, folds, alphas, held_out)
+        result["conditional"] = dials.facts if dials else None
         for name, table in tables.items():
             write(name, table)
         _save_vectors(folder / FILES["vectors"], chosen, vectors)
@@ -178,7 +197,7 @@ def _costs(ordinary: Bench, candidates: list[Candidate], config: SteeringConfig)
 def _by_chance(
     tested: Tested,
     chosen: Candidate,
-    shuffled: Vector | None,
+    shuffled: list[Vector],
     alphas: Mapping[str, float],
     config: SteeringConfig,
     seed: int,
@@ -207,7 +226,7 @@ def _generalised_chance(
     parts = []
     with progress_bar("chance", len(alphas) * config.random_directions * _n_prompts(fewer), "replies") as progress:
         for prompts, bench in fewer.values():
-            settings = control_settings(bench, chosen, None, list(alphas.values()), config, seed)
+            settings = control_settings(bench, chosen, [], list(alphas.values()), config, seed)
             parts.append(sweep(bench, prompts, settings, config.reply_tokens, progress))
     return pd.concat(parts, ignore_index=True)
 
@@ -223,12 +242,12 @@ def _writers(run: Run, model: Model, chosen: Candidate) -> pd.DataFrame:
     return writers_table(model, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated)
 
 
-def _shuffled(learned: Learned, chosen: Candidate, config: SteeringConfig, seed: int) -> Vector | None:
-    """The difference of means between sides dealt by lot; None where nothing was learned from sides."""
+def _shuffled(learned: Learned, chosen: Candidate, config: SteeringConfig, seed: int) -> list[Vector]:
+    """Differences of means between sides dealt by lot; none where nothing was learned from sides."""
     if chosen.token is None:
-        return None
+        return []
     contrast = learned.contrasts["toxic-safe" if config.direction == "probe" else config.direction]  # pyright: ignore
-    return learned.vector(contrast.shuffled(seed), chosen)
+    return [learned.vector(contrast.shuffled(seed + number), chosen) for number in range(config.shuffled_directions)]
 
 
 def _where(candidate: Candidate) -> str:
@@ -284,8 +303,7 @@ def _operating_point(
     tested = dial[(dial["site"] == chosen.site) & (dial["alpha"] == alpha) & (dial["label"] == label)].iloc[0]
     before = held_out[(held_out["alpha"] == alpha) & (held_out["intent"] == intent)].iloc[0]
     chance = controls[(controls["alpha"] == alpha) & (controls["intent"] == intent)]
-    band = random_band(chance, "changed_rate")
-    shuffled = chance.loc[chance["direction"] == SHUFFLED, "changed_rate"]
+    at_random, shuffled = (band(chance, control, "changed_rate") for control in (RANDOM, SHUFFLED))
     figures = ["eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change"]
     costs = ["loss_rise", "later_loss_rise", "kl"]
     return {
@@ -294,9 +312,10 @@ def _operating_point(
         **{name: _figure(tested[name]) for name in [*figures, *costs]},
         "held_out_rate": _figure(before["changed_rate"]),
         "held_out_loss_rise": _figure(before["loss_rise"]),
-        "random_mean": _figure(band.mean),
-        "random_highest": _figure(band.high),
-        "shuffled": _figure(shuffled.iloc[0]) if len(shuffled) else None,
+        "random_mean": _figure(at_random.mean),
+        "random_highest": _figure(at_random.high),
+        "shuffled_mean": _figure(shuffled.mean),
+        "shuffled_highest": _figure(shuffled.high),
     }
 
 

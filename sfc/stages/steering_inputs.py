@@ -17,14 +17,14 @@ from sfc.models.batches import PACKED_TOKENS
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
-from sfc.pipeline_study import direction_source
+from sfc.pipeline_study import BEST, direction_source
 from sfc.progress import progress_bar, say
 from sfc.prompts.anyfile import load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
 from sfc.prompts.render import Role, TokenizedPrompt
 from sfc.run import ALL, Run
-from sfc.sites import in_order, site_from_short, site_of
+from sfc.sites import in_order, short_site, site_from_short, site_of
 from sfc.stages.corpus import Corpus, short_enough
 from sfc.stages.train import load_dictionaries
 from sfc.steering.bench import Bench, make_bench
@@ -79,6 +79,8 @@ def learn(run: Run, model: Model) -> Learned:
     config, seed = run.experiment.steering, run.experiment.seed
     fixed = _fixed_directions(run, model)
     sites = list(fixed) or [site_of(kind, layer) for layer in _layers(model, config) for kind in config.kinds]
+    if config.when:
+        sites = _after_the_condition(run, sites)
     corpus = _discovery(run, model)
     n_tokens = min(int((prompt.roles == Role.SUFFIX).sum()) for prompt in corpus.sequences) or 1
     with progress_bar("recording", len(corpus.sequences), "prompts") as progress:
@@ -89,6 +91,7 @@ def learn(run: Run, model: Model) -> Learned:
         candidates = [
             Candidate(site, None, vector, [vector] * config.folds, recording.norm(site))
             for site, vector in fixed.items()
+            if site in sites
         ]
     else:
         learner = probe_direction if config.direction == "probe" else difference_of_means
@@ -154,6 +157,24 @@ def xstest_prompts(run: Run, model: Model, per_side: int | None = None) -> Teste
     return _by_label(run, model, frame)
 
 
+def hard_prompts(run: Run, model: Model) -> Side:
+    """Hard prompts of the test split, ready to be steered: safe ones that models tend to refuse.
+
+    Raises:
+        UserError: the category has none.
+    """
+    config, frame = run.experiment.steering, run.prompts.frame
+    wanted = frame["dataset_type"] == "hard"
+    if config.category != ALL:
+        wanted &= frame["category"] == config.category
+    chosen = _some(frame[wanted], "test", config.test_prompts, run.experiment.seed)
+    if chosen.empty:
+        raise UserError(f"--when is tried on hard prompts too, and the test split has none of {config.category!r}")
+    corpus = short_enough(model.tokenize, chosen.assign(label="safe"), run.experiment.prompts.max_tokens)
+    columns = ["prompt", "category", "dataset_type", "label"]
+    return Side(corpus.table[columns], _bench(model, corpus.sequences, config))
+
+
 def _by_label(run: Run, model: Model, frame: pd.DataFrame) -> Tested:
     corpora = {
         label: short_enough(model.tokenize, frame[frame["label"] == label], run.experiment.prompts.max_tokens)
@@ -216,6 +237,18 @@ def _discovery(run: Run, model: Model) -> Corpus:
         chosen = pd.concat([chosen, _some(hard, "discovery", config.prompts, seed)])
         chosen = chosen[~chosen.index.duplicated()]
     return short_enough(model.tokenize, chosen, run.experiment.prompts.max_tokens)
+
+
+def _after_the_condition(run: Run, sites: list[str]) -> list[str]:
+    """The sites at which the condition is known when the model gets there; how many are left out is said."""
+    name = str(run.experiment.steering.when)
+    known_at = site_from_short(name.partition("/")[0]) if name != BEST else run.experiment.activations.sites[0]
+    kept = [site for site in sites if in_order([known_at, site])[0] == known_at]
+    if not kept:
+        raise UserError(f"--when {name} is known at {short_site(known_at)} only: steer there or later (--layers)")
+    if len(kept) < len(sites):
+        say(f"left out: {len(sites) - len(kept)} of {len(sites)} sites, which come before {short_site(known_at)}")
+    return kept
 
 
 def _layers(model: Model, config: SteeringConfig) -> list[int]:

@@ -19,13 +19,13 @@ SHUFFLED, RANDOM = "shuffled labels", "random"
 def control_settings(
     bench: Bench,
     candidate: Candidate,
-    shuffled: Vector | None,
+    shuffled: Sequence[Vector],
     alphas: Sequence[float],
     config: SteeringConfig,
     seed: int,
 ) -> list[Setting]:
     """At each alpha, directions beside the candidate's, of equal norm: shuffled labels', and random ones."""
-    others = {SHUFFLED: shuffled} if shuffled is not None else {}
+    others = {f"{SHUFFLED} {number}": vector for number, vector in enumerate(shuffled)}
     drawn = random_directions(config.random_directions, len(candidate.vector), seed)
     others |= {f"{RANDOM} {number}": vector for number, vector in enumerate(drawn)}
     return [
@@ -34,16 +34,20 @@ def control_settings(
 
 
 class Band(NamedTuple):
-    """Where random directions end up."""
+    """Where the directions of a control end up."""
 
     mean: float
     low: float
     high: float
 
 
-def random_band(table: pd.DataFrame, column: str) -> Band:
-    """Mean and extremes over the random directions of a table with a column `direction`."""
-    values = table.loc[table["direction"].str.startswith(RANDOM), column].astype(float)
+def band(table: pd.DataFrame, control: str, column: str) -> Band:
+    """Mean and extremes over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
+
+    Args:
+        table: with a column `direction`, the control's name and a number.
+    """
+    values = table.loc[table["direction"].str.startswith(control), column].astype(float)
     return Band(float(values.mean()), float(values.min()), float(values.max()))
 
 

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from sfc.sites import short_site
 from sfc.viewer.document import figure_html, guide_html, header_html, write_document
+from sfc.viewer.steering_condition import conditional_figure, matched_html
 from sfc.viewer.steering_trade_off import alpha_title, trade_off_figure, types_figure
 from sfc.viewer.style import AMBER, BLUE, GREEN, INK, LINE, PINK, QUIET, VERMILION, axis, styled_figure
 from sfc.viewer.table import figures_table
@@ -22,6 +23,7 @@ _MEASURES = {
     "removed": "removed: toxic prompts, turned down",
     "kl": "KL on safe prompts, turned down",
 }
+_CONTROLS = ("held_out_rate", "random_mean", "random_highest", "shuffled_mean", "shuffled_highest")
 _INTENTS = {"force": "refusal forced on safe prompts", "suppress": "refusal suppressed on toxic prompts"}
 
 
@@ -33,7 +35,8 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
             label, with `loss_rise` and `later_loss_rise`; `controls`, rates of the control directions per alpha;
             `directions` as `sfc.steering.controls.subspace_table` makes it; `writers` and, where asked for, `features`
             as `sfc.steering.writers` makes them; and where XSTest was steered its `trade_off` (see
-            `sfc.steering.trade_off`) and `xstest_rates` per label, category and alpha.
+            `sfc.steering.trade_off`) and `xstest_rates` per label, category and alpha; with a condition `conditional`
+            (see `sfc.steering.conditional`), per `data`.
         result: what `steer --json` prints.
     """
     candidates, dial, controls = tables["candidates"], tables["rates"], tables["controls"]
@@ -45,6 +48,7 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
         *([controls_figure(controls, result)] if result["operating_points"] else []),
         *([trade_off_figure(tables["trade_off"], result)] if "trade_off" in tables else []),
         *([types_figure(tables["xstest_rates"], result)] if "xstest_rates" in tables else []),
+        *([conditional_figure(tables["conditional"], result)] if "conditional" in tables else []),
     ]
     cards = "".join(
         f'<section class="card scroll">{figure_html(f"figure-{number}", figure)}</section>\n'
@@ -53,7 +57,8 @@ def write_steering_page(path: Path, tables: Mapping[str, pd.DataFrame], result: 
     body = f"""{header_html(title, _sentence(result))}
 <section class="card scroll"><h2>Operating points, on test prompts</h2>{_points_table(result)}</section>
 <section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
-{cards}<section class="card scroll"><h2>Several directions</h2>{_directions_table(tables["directions"])}</section>
+{cards}{_matched_card(result)}
+<section class="card scroll"><h2>Several directions</h2>{_directions_table(tables["directions"])}</section>
 <section class="card scroll"><h2>What writes the direction</h2>{_writers_table(tables["writers"])}</section>
 {_features_card(tables["features"]) if "features" in tables else ""}
 <section class="card scroll"><h2>Candidates</h2>{_candidates_table(candidates)}</section>"""
@@ -158,7 +163,7 @@ def cost_figure(dial: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
 
 
 def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
-    """Replies changed as intended at the chosen alphas: the direction, shuffled labels', and each random one."""
+    """Replies changed as intended at the chosen alphas: the direction, and each of shuffled labels and at random."""
     points = result["operating_points"]
     figure = styled_figure("Against chance: replies changed as intended, equal norm at the same place", 380)
     make_subplots(rows=1, cols=len(points), figure=figure, subplot_titles=[_INTENTS[intent] for intent in points])
@@ -179,7 +184,7 @@ def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any]) -> go.Fig
             hovertemplate=f"{point['changed']} of {point['eligible']}<extra></extra>",
         )
         strip = go.Scatter(
-            x=["random" if name.startswith("random") else name for name in others["direction"]],
+            x=others["direction"].str.replace(r" \d+$", "", regex=True),
             y=others["changed_rate"].astype(float),
             mode="markers",
             marker={"color": QUIET, "size": 8, "opacity": 0.55},
@@ -239,15 +244,15 @@ _GUIDE = (
     "<b>What writes it.</b> Components along the direction of what heads and MLPs write, on test prompts: the shares "
     "of all of them sum to 1. Lost without it: the part of the difference at the site that is gone when this output is "
     "set to its mean on safe prompts; score, the change of toxic prompts' mean refusal score by the same.",
-    "<b>Against chance.</b> The same amount along random directions and along the difference of means between prompts "
+    "<b>Against chance.</b> The same amount along random directions and along differences of means between prompts "
     "dealt to two sides by lot.",
 )
 
 
 def _points_table(result: Mapping[str, Any]) -> str:
     titles = [
-        "what", "alpha", "changed", "95 %", "held-out folds", "random, mean", "random, highest", "shuffled labels",
-        "cross-entropy", "without opening", "KL",
+        "what", "alpha", "changed", "95 %", "held-out folds", "random, mean", "random, highest", "shuffled, mean",
+        "shuffled, highest", "cross-entropy", "without opening", "KL",
     ]  # fmt: skip
     rows = [
         [
@@ -255,13 +260,20 @@ def _points_table(result: Mapping[str, Any]) -> str:
             number_text(point["alpha"], signed=True),
             f"{point['changed']} of {point['eligible']}",
             f"{_percent(point['changed_low'])} to {_percent(point['changed_high'])}",
-            *(_percent(point[name]) for name in ("held_out_rate", "random_mean", "random_highest", "shuffled")),
+            *(_percent(point[name]) for name in _CONTROLS),
             *(_percent(point[name], signed=True) for name in ("loss_rise", "later_loss_rise")),
             number_text(point["kl"]),
         ]
         for intent, point in result["operating_points"].items()
     ]
     return figures_table(titles, rows)
+
+
+def _matched_card(result: Mapping[str, Any]) -> str:
+    if not result["conditional"]:
+        return ""
+    title = "Both dials at equal refusal of toxic prompts (interpolated between alphas)"
+    return f'<section class="card scroll"><h2>{title}</h2>{matched_html(result)}</section>\n'
 
 
 def _directions_table(directions: pd.DataFrame) -> str:

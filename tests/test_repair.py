@@ -1,0 +1,174 @@
+"""Repairs against what they should be: ablations of the same nodes, prompts one at a time, and changed weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from architectures import random_model
+from conftest import SITES, TEXTS
+
+from sfc.ablation.ablate import Ablation
+from sfc.circuits.attribution import attributed_effects
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.config import load_experiment
+from sfc.errors import UserError
+from sfc.models.batches import Batch, SlotLayout
+from sfc.models.generation import generate_replies
+from sfc.models.interventions import intervening
+from sfc.models.loading import Model, load_model
+from sfc.models.running import last_logits
+from sfc.models.score import RefusalScore
+from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.repair.choose import best_size, mean_effects, qualified
+from sfc.repair.hook import Repair, load_repair, save_repair
+from sfc.repair.measure import NO_EDIT, Edit, edited_replies, edited_scores, reply_losses
+from sfc.repair.weights import project_weights, projecting, writers_before, written_subspaces
+
+CHOSEN = torch.tensor([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error at each of two sites
+
+
+@pytest.fixture(scope="module")
+def repair(ablation: Ablation) -> Repair:
+    return Repair.of(CHOSEN, ablation.nodes, ablation.reference, "saes/x")
+
+
+@pytest.fixture(scope="module")
+def hook(repair: Repair, ablation: Ablation) -> Edit:
+    return Edit(lambda batch: repair.interventions(ablation.dictionaries, batch), {})
+
+
+def test_the_hook_is_the_ablation_of_its_features_with_all_else_kept(
+    model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch], repair: Repair, hook: Edit
+) -> None:
+    names = [ablation.nodes.name(int(node)) for node in CHOSEN]
+    assert [f"{site.split('.')[1]}/F{n}" for site, of in repair.features.items() for n in of.tolist()] == [
+        f"{name.split('.')[1].split('/')[0]}/{name.split('/')[1]}" for name in names
+    ]
+    keep = torch.ones(1, ablation.nodes.n_nodes)
+    keep[0, CHOSEN] = 0
+    scores = edited_scores(model, score, PromptRuns.of(model, batches, SITES[0]), hook)
+    for batch in batches:
+        circuit = torch.zeros(len(batch.prompts), dtype=torch.long)
+        expected = score(last_logits(model, batch, ablation.interventions(keep, circuit, batch)))
+        np.testing.assert_allclose(scores[batch.prompts.numpy()], expected, atol=1e-4)
+        plain = score(last_logits(model, batch))
+        assert (expected - plain).abs().max() > 1e-3
+
+
+def test_replies_are_those_of_the_hook_on_each_prompt_alone(
+    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout,
+    repair: Repair, hook: Edit,
+) -> None:  # fmt: skip
+    replies = edited_replies(model, score, prompts, layout, hook, 4)
+    for prompt, text in zip(prompts, replies.texts, strict=True):
+        ids = torch.from_numpy(prompt.ids)[None]
+        for _ in range(4):
+            slots = torch.full_like(ids, -1)
+            slots[0, : len(prompt.ids)] = torch.from_numpy(layout.slots(prompt))
+            batch = Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots)
+            with torch.no_grad(), intervening(model, repair.interventions(ablation.dictionaries, batch)):
+                newest = model.hf(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, newest[None, None]], dim=1)
+        assert model.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True).startswith(text)
+    unedited = edited_replies(model, score, prompts, layout, NO_EDIT, 4)
+    assert unedited.texts == generate_replies(model, prompts, 4, 200)
+
+
+def test_losses_of_given_replies_are_those_of_one_run_each(
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, hook: Edit
+) -> None:
+    reply = np.array([5, 9, 7], dtype=prompts[0].ids.dtype)
+    replied = [
+        TokenizedPrompt(np.append(p.ids, reply[:n]), np.append(p.roles, np.full(n, Role.REPLY)))
+        for n, p in enumerate(prompts[:3], start=1)
+    ]
+    losses = reply_losses(model, replied, layout, hook)
+    expected = []
+    for n, (full, prompt) in enumerate(zip(replied, prompts, strict=False), start=1):
+        slots = torch.full((1, len(full.ids)), -1)
+        slots[0, :-n] = torch.from_numpy(layout.slots(prompt))
+        ids = torch.from_numpy(full.ids)[None]
+        batch = Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots)
+        with torch.no_grad(), intervening(model, hook.in_prompt(batch)):
+            log_p = model.hf(input_ids=ids).logits[0].log_softmax(-1)
+        expected += [-log_p[i - 1, full.ids[i]].item() for i in range(len(prompt.ids), len(full.ids))]
+    np.testing.assert_allclose(sorted(losses), sorted(expected), atol=1e-4)
+
+
+def test_a_saved_repair_is_the_same_repair(
+    repair: Repair, ablation: Ablation, batches: list[Batch], tmp_path: Path
+) -> None:
+    save_repair(repair, tmp_path / "repair.safetensors")
+    loaded = load_repair(tmp_path / "repair.safetensors")
+    assert (loaded.layout, loaded.dictionaries) == (repair.layout, repair.dictionaries)
+    for site in repair.features:
+        assert (loaded.features[site] == repair.features[site]).all()
+        assert (loaded.reference[site] == repair.reference[site]).all()
+    with pytest.raises(UserError, match="do not fit it"):
+        loaded.interventions({SITES[0]: ablation.dictionaries[SITES[0]]}, batches[0])
+    (tmp_path / "no.safetensors").write_bytes(b"x" * 20)
+    for bad in ("no.safetensors", "none.safetensors"):
+        with pytest.raises(UserError, match="is no repair"):
+            load_repair(tmp_path / bad)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "GPTNeoX", "Llama"])
+def test_changed_weights_do_exactly_what_projecting_the_outputs_does(architecture: str, tmp_path: Path) -> None:
+    random_model(architecture, tmp_path)
+    changed = load_model(load_experiment("tiny", [f"model.source={tmp_path}", "model.template=plain"]).model)
+    random = torch.Generator().manual_seed(0)
+    subspaces = {
+        site: torch.linalg.qr(torch.randn(32, n, generator=random, dtype=torch.float64))[0].T
+        for n, site in enumerate(writers_before("blocks.1.hook_resid_post"), start=1)
+    }
+    assert len(subspaces) == 4
+    ids = torch.from_numpy(changed.tokenize(TEXTS[:1])[0].ids)[None]
+    with torch.no_grad():
+        plain = changed.hf(input_ids=ids).logits
+        with intervening(changed, projecting(subspaces)):
+            hooked = changed.hf(input_ids=ids).logits
+        project_weights(changed, subspaces)
+        torch.testing.assert_close(changed.hf(input_ids=ids).logits, hooked, atol=2e-5, rtol=1e-4)
+    assert (hooked - plain).abs().max() > 1e-3
+
+
+def test_the_subspaces_are_spanned_by_the_features_that_come_later(ablation: Ablation) -> None:
+    subspaces = written_subspaces({SITES[0]: [3], SITES[1]: [5, 20]}, ablation.dictionaries)
+    sizes = {site: len(basis) for site, basis in subspaces.items()}
+    assert sizes == {
+        "blocks.0.hook_attn_out": 3, "blocks.0.hook_mlp_out": 3, "blocks.1.hook_attn_out": 2,
+        "blocks.1.hook_mlp_out": 2,
+    }  # fmt: skip
+    u, rows = subspaces["blocks.1.hook_attn_out"], ablation.dictionaries[SITES[1]].W_dec[[5, 20]].double()
+    torch.testing.assert_close(u @ u.T, torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(rows @ u.T @ u, rows)
+    assert writers_before("blocks.1.hook_resid_mid") == [
+        "blocks.0.hook_attn_out", "blocks.1.hook_attn_out", "blocks.0.hook_mlp_out",
+    ]  # fmt: skip
+    assert writers_before("blocks.1.hook_mlp_out") == ["blocks.1.hook_mlp_out"]
+
+
+def test_mean_effects_are_means_of_effects_per_prompt(problem: Problem) -> None:
+    by_prompt = [attributed_effects(problem, batch, prefix).by_prompt for batch, prefix in problem.runs]
+    np.testing.assert_allclose(mean_effects(problem, problem.runs), torch.cat(by_prompt).mean(0), atol=1e-5)
+
+
+def test_features_qualify_that_matter_for_hard_prompts_and_not_for_toxic_ones() -> None:
+    hard = np.array([1.0, 2.0, 3.0, -1.0, 0.5, 9.0, 0.0])
+    toxic = np.array([0.1, 1.5, -2.0, -5.0, 0.25, 0.0, -1.0])
+    is_error = np.arange(7) == 5
+    assert qualified(hard, toxic, is_error, 0.5).tolist() == [2, 0, 4]
+    assert qualified(hard, toxic, is_error, 0.75).tolist() == [2, 1, 0, 4]
+
+
+def test_the_size_that_refuses_fewest_hard_prompts_and_spares_the_toxic_ones_is_chosen() -> None:
+    tried = pd.DataFrame(
+        [(0, 0.5, 0.9, 1.0), (5, 0.4, 0.9, 0.8), (10, 0.3, 0.85, 0.7), (20, 0.1, 0.6, -1.0), (30, 0.4, 0.9, 0.5)],
+        columns=["size", "hard", "toxic", "hard_score"],
+    )
+    assert best_size(tried, 0.05) == 10
+    assert best_size(tried, 0.0) == 30, "of two sizes with equal shares the one with the lower score"
+    assert best_size(tried, 0.5) == 20
+    assert best_size(tried[tried["size"].isin([0, 20])], 0.05) is None
