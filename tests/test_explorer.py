@@ -18,7 +18,8 @@ from sfc.errors import UserError
 from sfc.explorer.comparisons import Compared, circuit_like, command_for, comparisons, overlaps_of
 from sfc.explorer.shelf import shared_core, shelf
 from sfc.features.probe import Firing
-from sfc.pipeline import Run, ensure_comparison
+from sfc.pipeline import ensure_comparison
+from sfc.run import Run
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")
 from werkzeug.serving import make_server
