@@ -1,19 +1,25 @@
 """The explorer: what it offers, whom it answers, and in a real browser what becomes of a prompt."""
 
+import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sfc
 from sfc.api import Discovered
 from sfc.errors import UserError
+from sfc.explorer.comparisons import Compared, circuit_like, command_for, comparisons, overlaps_of
 from sfc.explorer.shelf import shared_core, shelf
 from sfc.features.probe import Firing
+from sfc.pipeline import ensure_comparison
+from sfc.run import Run
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")
 from werkzeug.serving import make_server
@@ -25,14 +31,17 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PROMPT = "Bake bread? <script>alert(1)</script>"
 
 
+def by(method: str, root: Path) -> Run:
+    settings = ["evaluation.sizes=[16, 64]", "evaluation.target_faithfulness=-100"]
+    fewer = ["comparison.size=20", "comparison.shuffles=1"]
+    return sfc.load_preset("tiny", [f"discovery.method={method}", *settings, *fewer], root=root)
+
+
 @pytest.fixture(scope="module")
 def circuits(tmp_path_factory: pytest.TempPathFactory) -> list[Discovered]:
     """Two circuits over the same dictionaries."""
     root = tmp_path_factory.mktemp("root")
-    methods = ("attribution", "magnitude")
-    settings = ["evaluation.sizes=[16, 64]", "evaluation.target_faithfulness=-100"]
-    runs = [sfc.load_preset("tiny", [f"discovery.method={m}", *settings], root=root) for m in methods]
-    return [sfc.discover(run, "violence") for run in runs]
+    return [sfc.discover(by(method, root), "violence") for method in ("attribution", "magnitude")]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,83 @@ def test_features_that_fire_are_listed_the_strongest_on_top() -> None:
 
 
 @pytest.fixture(scope="module")
-def address(root: Path) -> Iterator[str]:
+def compared(root: Path) -> Compared:
+    """Two categories compared, of which one has a circuit."""
+    ensure_comparison(by("attribution", root), ["violence", "privacy"])
+    [found] = comparisons(root).values()
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(compared: Compared, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the comparison and a circuit of each of its categories."""
+    copied = tmp_path_factory.mktemp("both") / "root"
+    shutil.copytree(root, copied)
+    sfc.discover(by("attribution", copied), "privacy")
+    return copied
+
+
+def answer(app: Any, output: str, inputs: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the application answers a browser in which these properties stand, one `id.property` each."""
+    key = next(key for key in app.callback_map if output in key)
+
+    def listed(properties: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [dict(zip(("id", "property"), k.split("."), strict=True), value=v) for k, v in properties.items()]
+
+    outputs = [dict(zip(("id", "property"), each.split("."), strict=True)) for each in key.strip(".").split("...")]
+    sent = {"output": key, "outputs": outputs, "inputs": listed(inputs), "state": listed(state)}
+    response = app.server.test_client().post(
+        "/_dash-update-component", json={**sent, "changedPropIds": list(inputs)}, base_url="http://127.0.0.1"
+    )
+    assert response.status_code == 200
+    return {**response.get_json()["response"], **response.get_json().get("sideUpdate", {})}
+
+
+def click(root: Path, compared: Compared, row: str, column: str) -> dict[str, Any]:
+    point = {"points": [{"y": row, "x": compared.categories.index(column)}]}
+    return answer(explorer(root, "cpu"), "opened", {"overlap.clickData": point}, {"comparison.value": compared.name})
+
+
+def test_the_heat_map_is_that_of_the_comparisons_page(compared: Compared, root: Path) -> None:
+    import pandas as pd
+
+    app = explorer(root, "cpu")
+    offered = answer(app, "comparison", {"first-preset.value": "tiny"}, {"comparison.value": None})
+    assert offered["comparison"] == {"options": [compared.name], "value": compared.name}
+    assert offered["categories"] == {"hidden": False}
+    assert answer(app, "comparison", {"first-preset.value": "x"}, {"comparison.value": None})["categories"]["hidden"]
+    table = pd.read_csv(compared.folder / "overlap.csv").set_index(["a", "b"])["jaccard_halves"]
+    overlaps = overlaps_of(compared)
+    assert compared.result["categories"] == ["privacy", "violence"]
+    assert overlaps[0].tolist() == [table["privacy", "privacy"], table["privacy", "violence"]]
+    assert overlaps[1].tolist() == [table["privacy", "violence"], table["violence", "violence"]]
+    drawn = answer(app, "overlap.figure", {"comparison.value": compared.name}, {})
+    assert compared.result["verdict"] in str(drawn["verdict"]) and compared.command in str(drawn["verdict"])
+    page = (compared.folder / "comparison.html").read_text(encoding="utf-8")
+    of_page = json.loads(page.split('id="overlap-data">')[1].split("</script>")[0])
+    assert json.loads(json.dumps(drawn["overlap"]["figure"])) == of_page
+
+
+def test_a_cell_opens_its_rows_circuit_beside_its_columns(compared: Compared, both: Path) -> None:
+    pair = click(both, compared, "privacy", "violence")
+    assert [pair[f"{side}-preset"]["value"] for side in ("first", "second")] == ["tiny", "tiny"]
+    assert [pair[f"{side}-category"]["value"] for side in ("first", "second")] == ["privacy", "violence"]
+    assert all(pair[f"{side}-method"]["value"].startswith("attribution") for side in ("first", "second"))
+    alone = click(both, compared, "violence", "violence")
+    assert (alone["first-category"]["value"], alone["second-category"]["value"]) == ("violence", None)
+
+
+def test_where_a_circuit_is_missing_the_command_is_named(compared: Compared, root: Path) -> None:
+    assert circuit_like(root, compared, "privacy") is None
+    answered = click(root, compared, "violence", "privacy")
+    assert "first-category" not in answered and "second-category" not in answered
+    command = "sfc discover --preset tiny --category privacy --method attribution --population toxic"
+    assert command_for(compared, "privacy") == command
+    assert command in str(answered["opened"]) and "--category violence" not in str(answered["opened"])
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
     server = make_server("127.0.0.1", 0, explorer(root, "cpu").server, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -99,8 +184,9 @@ def until(holds: Callable[[], bool], page, seconds: float = 180) -> None:
         page.wait_for_timeout(100)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
-def test_a_prompt_is_scored_and_answered_and_features_switched_off(address: str, circuits: list[Discovered]) -> None:
+@contextmanager
+def opened(address: str) -> Iterator[Any]:
+    """The explorer in a browser; no request may have left the machine and no error have reached the console."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     requests: list[str] = []
     problems: list[str] = []
@@ -114,6 +200,19 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(address: str,
         page.on("dialog", lambda dialog: (problems.append("a dialog"), dialog.dismiss()))
         page.goto(address)
         page.wait_for_selector("#prompt")
+        page.wait_for_load_state("networkidle")  # what is still being drawn would move under the pointer
+        yield page
+        browser.close()
+    assert not problems
+    assert all(url.startswith((address, "data:", "blob:")) for url in requests)
+
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+
+
+@in_browser
+def test_a_prompt_is_scored_and_answered_and_features_switched_off(root: Path, circuits: list[Discovered]) -> None:
+    with serving(root) as address, opened(address) as page:
         until(lambda: len(page.frames) > 1 and "circuit" in page.frames[1].url, page)
         until(lambda: "nodes and" in page.frames[1].inner_text("#shown"), page)
         page.fill("#prompt", PROMPT)
@@ -127,6 +226,43 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(address: str,
         until(lambda: page.inner_text("#reply") != "", page)
         page.click("#second-preset")
         page.keyboard.press("Enter")
-        browser.close()
-    assert not problems
-    assert all(url.startswith((address, "data:", "blob:")) for url in requests)
+
+
+def click_on_cell(page: Any, row: int, column: int) -> None:
+    """Click on the middle of the heat map's cell where it stands."""
+    x, y = page.evaluate(
+        """([row, column]) => {
+            const graph = document.querySelector('#overlap .js-plotly-plot');
+            graph.scrollIntoView({ block: 'center' });
+            const { xaxis, yaxis2: yaxis } = graph._fullLayout, box = graph.getBoundingClientRect();
+            return [box.left + xaxis._offset + xaxis.d2p(column), box.top + yaxis._offset + yaxis.d2p(row)];
+        }""",
+        [row, column],
+    )
+    page.mouse.move(x, y)
+    page.wait_for_timeout(150)
+    page.mouse.click(x, y)
+
+
+@in_browser
+def test_a_click_on_a_cell_opens_its_circuits_side_by_side(both: Path, compared: Compared) -> None:
+    def shown() -> list[str]:
+        # a frame goes away while the next page is loaded into it
+        return [f.title() for f in page.frames[1:] if "/page/" in f.url]
+
+    with serving(both) as address, opened(address) as page:
+        page.wait_for_selector("#overlap .heatmaplayer .hm image", state="attached")
+        assert compared.result["verdict"] in page.inner_text("#verdict")
+        assert "Overlap of circuits" in page.inner_text("#overlap")
+        for row, column in ((0, 1), (1, 0)):
+            wanted = [compared.categories[row], compared.categories[column]]
+            click_on_cell(page, row, column)
+            until(lambda wanted=wanted: [title.split(" · ")[0] for title in shown()] == wanted, page)
+            assert page.inner_text("#opened") == " beside ".join(wanted)
+            assert "shared core" in page.inner_text("#core")
+            for side, category in zip(("first", "second"), wanted, strict=True):
+                assert category in page.inner_text(f"#{side}-category") and "tiny" in page.inner_text(f"#{side}-preset")
+                assert "attribution" in page.inner_text(f"#{side}-method")
+        click_on_cell(page, 1, 1)
+        until(lambda: page.is_hidden("#second-page"), page)
+        assert page.inner_text("#opened") == compared.categories[1]

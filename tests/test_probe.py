@@ -54,6 +54,19 @@ def test_switching_off_is_ablation_to_zero_with_current_errors(probe: Probe, mod
     assert abs(expected - probe.score_of(PROMPT)) > 1e-3
 
 
+@pytest.mark.parametrize("layers", [(), (0,), (1,), (0, 1)])
+def test_runs_that_start_from_the_kept_prompt_are_runs_from_the_start(
+    probe: Probe, model: Model, layers: tuple[int, ...]
+) -> None:
+    scaled = {f"resid_post.{layer}/F{feature}": -1.5 for layer in layers for feature in range(48)}
+    for text in (PROMPT, TEXTS[3], PROMPT):
+        prompts = model.tokenize([text])
+        [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+        with torch.no_grad():
+            whole = float(score_batch(model, probe.score, batch, probe._scaling(scaled))[0])
+        assert probe.score_of(text, scaled) == pytest.approx(whole, abs=1e-6)
+
+
 def test_a_factor_of_one_changes_nothing(probe: Probe) -> None:
     ones = {f"resid_post.{layer}/F{feature}": 1.0 for layer in (0, 1) for feature in range(48)}
     assert probe.score_of(PROMPT, ones) == pytest.approx(probe.score_of(PROMPT), abs=1e-5)

@@ -1,7 +1,7 @@
 """One prompt under the microscope: which features fire on which token, and what scaling them does to the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import Prefix, every_prefix, layer_before, run_to
 from sfc.models.score import RefusalScore, score_batch
 from sfc.saes.dictionary import Dictionary
 
@@ -28,9 +28,20 @@ class Firing(NamedTuple):
     values: Float[np.ndarray, "tokens features"]
 
 
+class _Plain(NamedTuple):
+    """A prompt's run with nothing changed, stopped after each layer."""
+
+    batch: Batch
+    prefixes: dict[int, Prefix]
+
+    def before(self, sites: Sequence[str]) -> Prefix:
+        """The last prefix that changes at these sites leave as it is."""
+        return self.prefixes[min(map(layer_before, sites), default=max(self.prefixes))]
+
+
 @dataclass(frozen=True)
 class Probe:
-    """A model and its dictionaries, ready for single prompts.
+    """A model and its dictionaries, ready for single prompts. The last prompt's plain run is kept: runs start from it.
 
     `factors` of its methods are numbers by node name, such as `{"resid_post.21/F463": 0}`: what the feature's value is
     multiplied with at every token but the first, the attention sink. 0 switches it off, 2 doubles it. Later features
@@ -40,6 +51,7 @@ class Probe:
     model: Model
     score: RefusalScore
     dictionaries: Mapping[str, Dictionary]
+    _kept: dict[str, _Plain] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @torch.no_grad()
     def fires(self, prompt: str, features: Sequence[str]) -> Firing:
@@ -48,16 +60,17 @@ class Probe:
         Raises:
             UserError: there is no such feature.
         """
-        batch = self._batch(prompt)
+        plain = self._plain(prompt)
         activations: dict[str, Tensor] = {}
         by_site = self._by_site(dict.fromkeys(features, 1.0))
         values = {}
         if by_site:
-            run_to(self.model, batch, {site: recorder(activations, site) for site in by_site}, list(by_site)[-1])
+            recorders = {site: recorder(activations, site) for site in by_site}
+            run_to(self.model, plain.batch, recorders, list(by_site)[-1], plain.before(list(by_site)))
         for site, of_site in by_site.items():
             dense = self.dictionaries[site].encode(activations[site][0].float())
             values |= {name: dense[:, feature].cpu().numpy() for feature, (name, _) in of_site.items()}
-        tokens = [self.model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
+        tokens = [self.model.tokenizer.decode([token]) for token in plain.batch.ids[0].tolist()]
         table = np.stack([values[name] for name in features], axis=1) if features else np.zeros((len(tokens), 0))
         table[0] = 0  # the attention sink is no token that features are about
         return Firing(tokens, table)
@@ -69,7 +82,8 @@ class Probe:
         Raises:
             UserError: there is no such feature.
         """
-        return float(score_batch(self.model, self.score, self._batch(prompt), self._scaling(factors or {}))[0])
+        plain, scaling = self._plain(prompt), self._scaling(factors or {})
+        return float(score_batch(self.model, self.score, plain.batch, scaling, plain.before(list(scaling)))[0])
 
     def reply(self, prompt: str, factors: Mapping[str, float] | None = None, max_new_tokens: int = 40) -> str:
         """The greedy reply, with some features scaled at every token of prompt and reply.
@@ -80,9 +94,14 @@ class Probe:
         prompts, scaling = self.model.tokenize([prompt]), self._scaling(factors or {})
         return generate_replies(self.model, prompts, max_new_tokens, _BATCH_TOKENS, scaling)[0]
 
-    def _batch(self, prompt: str) -> Batch:
-        prompts = self.model.tokenize([prompt])
-        return make_batches(prompts, SlotLayout.of(prompts), _BATCH_TOKENS, self.model.device)[0]
+    def _plain(self, prompt: str) -> _Plain:
+        if prompt not in self._kept:
+            prompts = self.model.tokenize([prompt])
+            [batch] = make_batches(prompts, SlotLayout.of(prompts), _BATCH_TOKENS, self.model.device)
+            prefixes = every_prefix(self.model, batch)
+            self._kept.clear()
+            self._kept[prompt] = _Plain(batch, prefixes)
+        return self._kept[prompt]
 
     def _by_site(self, factors: Mapping[str, float]) -> dict[str, dict[int, tuple[str, float]]]:
         """By site and number within it, in the order of the sites: the feature's name and its factor."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
@@ -53,7 +54,7 @@ def write_comparison_page(
     title = f"Circuits of {len(result['categories'])} categories · {result['preset']}"
     sentence = f"{result['verdict']} Circuits of {result['size']} nodes by {result['method']}."
     body = f"""{header_html(title, sentence)}
-<section class="card graph">{figure_html("overlap", overlap_figure(result, overlaps))}</section>
+<section class="card graph">{figure_html("overlap", overlap_figure(result, overlaps.between))}</section>
 <section class="card graph">{figure_html("transfer", transfer_figure(result, transfer))}</section>
 <section class="card scroll"><h2>Overlaps</h2>{_overlap_table(result)}</section>
 <section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
@@ -61,14 +62,18 @@ def write_comparison_page(
     write_document(path, title, body)
 
 
-def overlap_figure(result: Mapping[str, Any], overlaps: Overlaps) -> go.Figure:
-    """The heat map in the order of the clustering, its tree above it."""
+def overlap_figure(result: Mapping[str, Any], between: Float[np.ndarray, "categories categories"]) -> go.Figure:
+    """The heat map in the order of the clustering, its tree above it.
+
+    Args:
+        between: overlaps by Jaccard's index, in the order of `result["categories"]`.
+    """
     names = [hover_text(result["categories"][i]) for i in result["order"]]
-    table = overlaps.between[np.ix_(result["order"], result["order"])]
+    table = between[np.ix_(result["order"], result["order"])]
     figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.2, 0.8], vertical_spacing=0.01)
     height = round(_CELL * len(names) * 1.25) + _FRAME
     figure.update_layout(styled_figure("Overlap of circuits found on half of the prompts", height).layout)
-    tree = dendrogram(cluster(overlaps.between), no_plot=True)
+    tree = dendrogram(cluster(between), no_plot=True)
     for x, y in zip(tree["icoord"], tree["dcoord"], strict=True):
         # scipy sets leaves at 5, 15, 25 …
         line = {"color": QUIET, "width": 1.5}
@@ -82,7 +87,9 @@ def overlap_figure(result: Mapping[str, Any], overlaps: Overlaps) -> go.Figure:
             row=1,
             col=1,
         )
-    figure.add_trace(_heat_map(list(range(len(names))), names, table, "overlap", 0, float(np.nanmax(table))), 2, 1)
+    figure.add_trace(
+        _heat_map(list(range(len(names))), names, table, "Jaccard's index", 0, float(np.nanmax(table))), 2, 1
+    )
     figure.update_xaxes(axis("", showgrid=False, showticklabels=False), row=1, col=1)
     figure.update_yaxes(axis("1 − overlap", showgrid=False), row=1, col=1)
     figure.update_xaxes(
