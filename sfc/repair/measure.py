@@ -16,7 +16,7 @@ from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import logits_at
 from sfc.models.score import RefusalScore, score_batch
-from sfc.models.tails import Tails, make_tails
+from sfc.models.tails import flush_right
 from sfc.prompts.render import Role, TokenizedPrompt
 
 
@@ -61,7 +61,7 @@ def edited_replies(
     scores, texts = np.full(len(prompts), np.nan), [""] * len(prompts)
     for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
         places = batch.prompts.tolist()
-        tails = _whole(model, [prompts[i] for i in places], layout)
+        tails = flush_right(batch)
         continued = continue_tails(model, tails, reply_tokens, edit.in_prompt(tails), edit.in_reply)
         scores[places] = score(continued.first_logits).cpu().numpy()
         decoded = model.tokenizer.batch_decode(continued.ids, skip_special_tokens=True)
@@ -85,16 +85,6 @@ def reply_losses(
         targets = batch.ids[is_reply]
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu().numpy())
     return np.concatenate(losses)
-
-
-def _whole(model: Model, prompts: Sequence[TokenizedPrompt], layout: SlotLayout) -> Tails:
-    """Prompts as tails that begin with their first tokens, in the slots of a layout."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    tails = make_tails(model, prompts, longest)
-    slots = torch.full_like(tails.slots, PAD_SLOT)
-    for row, prompt in enumerate(prompts):
-        slots[row, longest - len(prompt.ids) :] = torch.from_numpy(layout.slots(prompt)).to(slots)
-    return replace(tails, slots=slots)
 
 
 def _is_reply(prompts: Sequence[TokenizedPrompt], batch: Batch) -> Tensor:
