@@ -1,4 +1,4 @@
-"""What a notebook needs, in few lines: `from sfc import load_preset, discover, plot, plot_curve, open_model`."""
+"""What a notebook needs, in few lines: `from sfc import load_preset, discover, plot, plot_curve, open_model, steer`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,10 +17,13 @@ from sfc.models.loading import choose_device, load_model
 from sfc.models.score import RefusalScore
 from sfc.prompts.schema import canonical_category
 from sfc.run import Run
+from sfc.stages.directions import steer
 from sfc.stages.draw import ensure_cards
 from sfc.stages.train import load_dictionaries
 from sfc.viewer.curve import curve_figure
 from sfc.viewer.graph import circuit_figure
+
+__all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve", "steer"]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import networkx as nx
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from test_steer_command import LENIENT
 from typer.testing import CliRunner
 
 import sfc
 from sfc.api import Discovered
 from sfc.cli import app
+from sfc.errors import UserError
+from sfc.pipeline_study import ensure_steering
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.ipynb"
@@ -79,6 +86,45 @@ def test_the_probe_switches_features_of_the_circuit_off(circuit: Discovered) -> 
     features = [str(name) for name in circuit.nodes.index[circuit.nodes["kind"] == "feature"]]
     assert probe.fires(prompt, features).values.any()
     assert probe.score_of(prompt, dict.fromkeys(features, 0.0)) != pytest.approx(probe.score_of(prompt), abs=1e-4)
+
+
+def test_steering_along_a_feature_adds_a_share_of_the_residual_norm(circuit: Discovered) -> None:
+    probe, prompt, run = sfc.open_model(circuit.run), "Bake bread?", circuit.run
+    name = next(str(n) for n in circuit.nodes.index[circuit.nodes["kind"] == "feature"])
+    [site] = {str(node["site"]) for n, node in circuit.graph.nodes(data=True) if n == name}
+    steering = sfc.steer(run, name, 0.5)
+    row = probe.dictionaries[site].W_dec[int(name.rpartition("/F")[2])]
+    assert torch.equal(steering.edit.direction.float(), row) and steering.edit.sites == (site,)
+    with h5py.File(run.store.folder / "shard-00000.h5") as file:
+        rows = np.asarray(file[f"activations/{site}"]).astype(np.float64)
+    assert steering.edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
+    assert (steering.positions, steering.during_reply) == ("suffix", False)
+    assert abs(probe.score_of(prompt, steering=steering) - probe.score_of(prompt)) > 1e-3
+    assert probe.score_of(prompt, steering=sfc.steer(run, name, 0)) == pytest.approx(probe.score_of(prompt), abs=1e-6)
+
+
+def test_steering_along_a_finished_direction_is_what_its_sweep_did(circuit: Discovered) -> None:
+    overrides = [text for text in LENIENT if text != "--set"]
+    short = ["steering.prompts=8", "steering.test_prompts=2", "steering.alphas=[-0.5, 0.5]", "steering.layers=[0]"]
+    run = sfc.load_preset("tiny", [*overrides, *short], root=circuit.run.root)
+    folder = ensure_steering(run).folder
+    sweep = pd.read_csv(folder / "sweep.csv")
+    sweep = sweep[(sweep["direction"] == "toxic-safe") & (sweep["alpha"] == 0.5)]
+    probe, steering = sfc.open_model(run), sfc.steer(circuit.run, folder.name, 0.5)
+    for row in sweep.to_dict("records"):
+        assert probe.score_of(row["prompt"], steering=steering) == pytest.approx(row["score"], abs=1e-4)
+    assert len(sweep) == 4 and (sweep["score"] - sweep["unsteered_score"]).abs().max() > 1e-3
+
+
+def test_a_direction_that_is_not_there_is_an_error_that_says_what_is(circuit: Discovered) -> None:
+    for name, words in (
+        ("refusal", "no direction 'refusal'"),
+        ("resid_post.7/F1", "there are SAEs at"),
+        ("resid_post.1/F99999", "no feature F99999"),
+        ("resid_post.1/error", "no direction"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sfc.steer(circuit.run, name, 0.1)
 
 
 def test_the_notebook_runs_and_its_figures_display(circuit: Discovered) -> None:

@@ -25,7 +25,7 @@ pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[expl
 from werkzeug.serving import make_server
 
 from sfc.explorer.app import explorer
-from sfc.explorer.bench import firing_figure
+from sfc.explorer.bench import Bench, firing_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "Bake bread? <script>alert(1)</script>"
@@ -224,6 +224,17 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(root: Path, c
         page.click("#strongest")
         until(lambda: "10 features times 0" in page.inner_text("#score"), page)
         until(lambda: page.inner_text("#reply") != "", page)
+        page.click("#direction")
+        page.locator(".dash-options-list-option-checkbox").first.click(force=True)
+        until(lambda: "10 features times 0 and +0.1 along resid_post" in page.inner_text("#score"), page)
+        page.fill("#alpha", "-0.3")
+        page.keyboard.press("Enter")
+        until(lambda: "-0.3 along resid_post" in page.inner_text("#score"), page)
+        name = re.findall(r"along (\S+):", page.inner_text("#score"))[0]
+        steering = sfc.steer(circuits[0].run, name, -0.3)
+        off = dict.fromkeys(list(Bench(root, "cpu").features(circuits[0].folder))[:10], 0.0)
+        changed = float(re.findall(r": ([+-]\d+\.\d+)", page.inner_text("#score"))[0])
+        assert changed == pytest.approx(sfc.open_model(circuits[0].run).score_of(PROMPT, off, steering), abs=0.006)
         page.click("#second-preset")
         page.keyboard.press("Enter")
 

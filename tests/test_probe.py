@@ -16,6 +16,8 @@ from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, score_batch
 from sfc.saes.dictionary import Dictionary
+from sfc.steering.bench import make_bench, steered_replies
+from sfc.steering.edits import Edit, Steering
 
 PROMPT = TEXTS[1]
 
@@ -93,3 +95,36 @@ def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, mode
 def test_an_unknown_feature_is_named(probe: Probe) -> None:
     with pytest.raises(UserError, match=r"no node 'resid_post\.9/F1'"):
         probe.score_of(PROMPT, {"resid_post.9/F1": 0.0})
+
+
+@pytest.mark.parametrize("positions", ["last", "suffix", "prompt"])
+@pytest.mark.parametrize("during_reply", [False, True])
+def test_steering_is_what_the_steering_bench_does(
+    probe: Probe, model: Model, positions: str, during_reply: bool
+) -> None:
+    edit = Edit("add", (SITES[0],), torch.randn(32, generator=torch.Generator().manual_seed(3)), 6.0)
+    bench = make_bench(model, model.tokenize([PROMPT]), positions, during_reply, 4096)
+    expected = steered_replies(bench, [edit], 5)
+    steering = Steering(edit, positions, during_reply)
+    assert probe.score_of(PROMPT, steering=steering) == pytest.approx(expected.scores[0, 0], abs=1e-4)
+    assert abs(expected.scores[0, 0] - probe.score_of(PROMPT)) > 1e-3
+    assert probe.reply(PROMPT, max_new_tokens=5, steering=steering) == expected.texts[0][0]
+
+
+def test_features_of_the_site_are_scaled_before_it_is_steered(probe: Probe, model: Model) -> None:
+    off = {f"resid_post.1/F{feature}": 0.0 for feature in range(0, 48, 2)}
+    steering = Steering(Edit("add", (SITES[1],), torch.ones(32), 3.0), "prompt", False)
+    prompts = model.tokenize([PROMPT])
+    [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+    [scale] = probe._scaling(off).values()
+
+    def both(activation: torch.Tensor) -> torch.Tensor:
+        changed = scale(activation)
+        assert changed is not None
+        shift = torch.full((32,), 3 / 32**0.5)
+        return torch.cat([changed[:, :1], changed[:, 1:] + shift], dim=1)
+
+    with torch.no_grad():
+        expected = float(score_batch(model, probe.score, batch, {SITES[1]: both})[0])
+    assert probe.score_of(PROMPT, off, steering) == pytest.approx(expected, abs=1e-4)
+    assert probe.score_of(PROMPT, {}, steering) != pytest.approx(expected, abs=1e-4)

@@ -1,26 +1,42 @@
-"""Prompts put to the model of a circuit: which of its features fire where, and what switching some off does."""
+"""Prompts put to the model of a circuit: which of its features fire where, and what scaling and steering do."""
 
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 
-from sfc.api import open_model
+from sfc.api import open_model, steer
 from sfc.circuits.circuit import load_circuit
 from sfc.config import Experiment
 from sfc.features.labels import labels_of
 from sfc.features.probe import Firing, Probe
 from sfc.run import Run
+from sfc.stages.directions import finished_directions
+from sfc.steering.edits import Steering
 from sfc.viewer.style import axis, styled_figure
 from sfc.viewer.text import hover_text, printable
 
 _SHOWN_FEATURES = 30
 _LONGEST_LABEL = 44
+
+
+class Changes(NamedTuple):
+    """What is done to the model."""
+
+    factors: Mapping[str, float] = {}
+    """what features are multiplied with, by name"""
+    direction: str | None = None
+    """what is steered along, as `sfc.steer` takes it; None: nothing"""
+    alpha: float = 0.0
+
+
+NOTHING = Changes()
 
 
 class Bench:
@@ -30,7 +46,6 @@ class Bench:
         self._root, self._device = root, device
         # One prompt at a time: interventions of two runs would meet in the same model.
         self._lock = Lock()
-        self._plain: tuple[tuple[Path, str], float] | None = None
 
     def features(self, folder: Path) -> dict[str, str]:
         """The features of a circuit, the largest |effect| first, with what they are called."""
@@ -44,25 +59,32 @@ class Bench:
         with self._lock:
             return self._probe(folder).fires(prompt, list(self.features(folder)))
 
-    def plain_score(self, folder: Path, prompt: str) -> float:
-        """As `Probe.score_of` with nothing scaled; the last one is remembered, so that scaling costs one run alone."""
-        if self._plain is None or self._plain[0] != (folder, prompt):
-            self._plain = (folder, prompt), self.score(folder, prompt, {})
-        return self._plain[1]
+    def directions(self, folder: Path) -> dict[str, str]:
+        """What its model can be steered along, with what it is called: finished directions, and the features."""
+        return {name: name for name in finished_directions(_run(*self._source(folder)))} | self.features(folder)
 
-    def score(self, folder: Path, prompt: str, factors: Mapping[str, float]) -> float:
+    def score(self, folder: Path, prompt: str, changes: Changes = NOTHING) -> float:
         """As `Probe.score_of`."""
         with self._lock:
-            return self._probe(folder).score_of(prompt, factors)
+            return self._probe(folder).score_of(prompt, changes.factors, self._steering(folder, changes))
 
-    def reply(self, folder: Path, prompt: str, factors: Mapping[str, float]) -> str:
+    def reply(self, folder: Path, prompt: str, changes: Changes = NOTHING) -> str:
         """As `Probe.reply`."""
         with self._lock:
-            return self._probe(folder).reply(prompt, factors)
+            steering = self._steering(folder, changes)
+            return self._probe(folder).reply(prompt, changes.factors, steering=steering)
 
     def _probe(self, folder: Path) -> Probe:
+        return _opened(*self._source(folder))
+
+    def _steering(self, folder: Path, changes: Changes) -> Steering | None:
+        if changes.direction is None:
+            return None
+        return _steered(*self._source(folder), changes.direction, changes.alpha)
+
+    def _source(self, folder: Path) -> tuple[str, Path, str, str]:
         facts = _circuit(folder).graph
-        return _opened(json.dumps(facts["experiment"]), self._root, str(facts["data"]), self._device)
+        return json.dumps(facts["experiment"]), self._root, str(facts["data"]), self._device
 
 
 @lru_cache(maxsize=4)
@@ -70,9 +92,19 @@ def _circuit(folder: Path) -> nx.DiGraph:
     return load_circuit(folder / "circuit.json")
 
 
+@lru_cache(maxsize=4)
+def _run(experiment: str, root: Path, data: str, device: str) -> Run:
+    return Run(Experiment.model_validate_json(experiment), root, data, device)
+
+
 @lru_cache(maxsize=1)
-def _opened(experiment: str, root: Path, data: str, device: str) -> Probe:
-    return open_model(Run(Experiment.model_validate_json(experiment), root, data, device))
+def _opened(*source: Any) -> Probe:
+    return open_model(_run(*source))
+
+
+@lru_cache(maxsize=8)
+def _steered(experiment: str, root: Path, data: str, device: str, direction: str, alpha: float) -> Steering:
+    return steer(_run(experiment, root, data, device), direction, alpha)
 
 
 def firing_figure(firing: Firing, titles: Sequence[str]) -> go.Figure:

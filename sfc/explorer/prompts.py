@@ -5,7 +5,7 @@ from typing import Any
 
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
-from sfc.explorer.bench import Bench, firing_figure
+from sfc.explorer.bench import Bench, Changes, firing_figure
 from sfc.explorer.choosers import CHOICE, chosen_circuit
 
 
@@ -16,8 +16,15 @@ def prompts_section() -> html.Section:
         html.Div(dcc.Dropdown(id="scaled", multi=True, placeholder="none"), className="wide"),
         html.Button("the 10 strongest", id="strongest", n_clicks=0),
         html.Label("times", htmlFor="factor"),
-        dcc.Input(id="factor", type="number", value=0, step=0.5, debounce=True),
-        html.Span("0 switches them off, above 1 steers towards them"),
+        dcc.Input(id="factor", type="number", value=0, step="any", debounce=True),
+        html.Span("0 switches them off"),
+    ]
+    steering = [
+        html.Label("steer along", htmlFor="direction"),
+        html.Div(dcc.Dropdown(id="direction", placeholder="nothing"), className="wide"),
+        html.Label("alpha", htmlFor="alpha"),
+        dcc.Input(id="alpha", type="number", value=0.1, step="any", debounce=True),
+        html.Span("of the residual stream's norm; below 0 steers away"),
     ]
     return html.Section(
         [
@@ -25,6 +32,7 @@ def prompts_section() -> html.Section:
             dcc.Textarea(id="prompt", placeholder="a prompt"),
             html.Div(html.Button("run", id="run", n_clicks=0), className="row"),
             html.Div(scaling, className="row"),
+            html.Div(steering, className="row"),
             html.P(id="score", role="status"),
             dcc.Loading(html.Div(id="reply")),
             dcc.Graph(id="firing", config={"displaylogo": False}),
@@ -33,15 +41,17 @@ def prompts_section() -> html.Section:
 
 
 def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
-    """Score and answer what is typed, with features of the first circuit scaled."""
-    choice_of_first = [State(f"first-{name}", "value") for name in CHOICE]
-    question = [State("scaled", "value"), State("factor", "value"), State("prompt", "value"), *choice_of_first]
+    """Score and answer what is typed, with features of the first circuit scaled, and steered."""
+    choice = [f"first-{name}" for name in CHOICE]
+    controls = ["scaled", "factor", "direction", "alpha"]
 
-    @app.callback(Output("scaled", "options"), *(Input(f"first-{name}", "value") for name in CHOICE))
-    def features(*choice: str | None) -> list[dict[str, str]]:
+    @app.callback(
+        Output("scaled", "options"), Output("direction", "options"), *(Input(name, "value") for name in choice)
+    )
+    def offer(*choice: str | None) -> tuple[list[dict[str, str]], ...]:
         circuit = chosen_circuit(root, choice)
-        names = bench.features(circuit.folder) if circuit else {}
-        return [{"label": title, "value": name} for name, title in names.items()]
+        offered = (bench.features(circuit.folder), bench.directions(circuit.folder)) if circuit else ({}, {})
+        return tuple([{"label": title, "value": name} for name, title in names.items()] for names in offered)
 
     @app.callback(
         Output("scaled", "value"), Input("strongest", "n_clicks"), State("scaled", "options"), prevent_initial_call=True
@@ -53,33 +63,49 @@ def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
         Output("score", "children"),
         Output("firing", "figure"),
         Input("run", "n_clicks"),
-        Input("scaled", "value"),
-        Input("factor", "value"),
-        *question[2:],
+        *(Input(name, "value") for name in controls),
+        *(State(name, "value") for name in ["prompt", *choice]),
         prevent_initial_call=True,
     )
-    def score(
-        _clicks: int, scaled: list[str] | None, factor: float | None, prompt: str | None, *choice: str | None
-    ) -> tuple[Any, Any]:
-        circuit = chosen_circuit(root, choice)
+    def score(_clicks: int, *values: Any) -> tuple[Any, Any]:
+        (prompt, *choice), changes = values[4:], _changes(*values[:4])
+        circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return "type a prompt, and run", no_update
-        plain = bench.plain_score(circuit.folder, prompt)
+        plain = bench.score(circuit.folder, prompt)
         words = f"refusal score {plain:+.2f} nats"
-        if scaled:
-            changed = bench.score(circuit.folder, prompt, dict.fromkeys(scaled, float(factor or 0)))
-            words += f"; with {len(scaled)} features times {factor or 0:g}: {changed:+.2f} ({changed - plain:+.2f})"
+        if changed_by := _words(changes):
+            changed = bench.score(circuit.folder, prompt, changes)
+            words += f"; with {changed_by}: {changed:+.2f} ({changed - plain:+.2f})"
         if ctx.triggered_id != "run":
             return words, no_update
         titles = list(bench.features(circuit.folder).values())
         return words, firing_figure(bench.fires(circuit.folder, prompt), titles)
 
     # After the score, which takes a moment only: the reply follows.
-    @app.callback(Output("reply", "children"), Input("score", "children"), *question, prevent_initial_call=True)
-    def reply(
-        _score: str, scaled: list[str] | None, factor: float | None, prompt: str | None, *choice: str | None
-    ) -> Any:
-        circuit = chosen_circuit(root, choice)
+    @app.callback(
+        Output("reply", "children"),
+        Input("score", "children"),
+        *(State(name, "value") for name in [*controls, "prompt", *choice]),
+        prevent_initial_call=True,
+    )
+    def reply(_score: str, *values: Any) -> Any:
+        prompt, *choice = values[4:]
+        circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return no_update
-        return bench.reply(circuit.folder, prompt, dict.fromkeys(scaled or (), float(factor or 0)))
+        return bench.reply(circuit.folder, prompt, _changes(*values[:4]))
+
+
+def _changes(scaled: list[str] | None, factor: float | None, direction: str | None, alpha: float | None) -> Changes:
+    return Changes(dict.fromkeys(scaled or (), float(factor or 0)), direction, float(alpha or 0))
+
+
+def _words(changes: Changes) -> str:
+    """What is done to the model; nothing where nothing is."""
+    words = []
+    if changes.factors:
+        words.append(f"{len(changes.factors)} features times {next(iter(changes.factors.values())):g}")
+    if changes.direction is not None:
+        words.append(f"{changes.alpha:+g} along {changes.direction}")
+    return " and ".join(words)

@@ -16,7 +16,10 @@ from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, every_prefix, layer_before, run_to
 from sfc.models.score import RefusalScore, score_batch
+from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import Dictionary
+from sfc.steering.edits import Steering, editing
+from sfc.steering.positions import steered_tokens
 
 _BATCH_TOKENS = 4096
 
@@ -45,7 +48,8 @@ class Probe:
 
     `factors` of its methods are numbers by node name, such as `{"resid_post.21/F463": 0}`: what the feature's value is
     multiplied with at every token but the first, the attention sink. 0 switches it off, 2 doubles it. Later features
-    are encoded from what this leaves, and the reconstruction error stays as it is.
+    are encoded from what this leaves, and the reconstruction error stays as it is. `steering` is an edit at one site
+    and some tokens beside it (see `sfc.stages.directions.steer`); features of its own site are scaled first.
     """
 
     model: Model
@@ -76,23 +80,31 @@ class Probe:
         return Firing(tokens, table)
 
     @torch.no_grad()
-    def score_of(self, prompt: str, factors: Mapping[str, float] | None = None) -> float:
-        """The refusal score in nats, with some features scaled.
+    def score_of(
+        self, prompt: str, factors: Mapping[str, float] | None = None, steering: Steering | None = None
+    ) -> float:
+        """The refusal score in nats, with some features scaled, and steered.
 
         Raises:
             UserError: there is no such feature.
         """
-        plain, scaling = self._plain(prompt), self._scaling(factors or {})
-        return float(score_batch(self.model, self.score, plain.batch, scaling, plain.before(list(scaling)))[0])
+        plain, changes = self._plain(prompt), self._changes(prompt, factors or {}, steering)
+        return float(score_batch(self.model, self.score, plain.batch, changes, plain.before(list(changes)))[0])
 
-    def reply(self, prompt: str, factors: Mapping[str, float] | None = None, max_new_tokens: int = 40) -> str:
-        """The greedy reply, with some features scaled at every token of prompt and reply.
+    def reply(
+        self,
+        prompt: str,
+        factors: Mapping[str, float] | None = None,
+        max_new_tokens: int = 40,
+        steering: Steering | None = None,
+    ) -> str:
+        """The greedy reply, with some features scaled at every token of prompt and reply, and steered.
 
         Raises:
             UserError: there is no such feature.
         """
-        prompts, scaling = self.model.tokenize([prompt]), self._scaling(factors or {})
-        return generate_replies(self.model, prompts, max_new_tokens, _BATCH_TOKENS, scaling)[0]
+        prompts, changes = self.model.tokenize([prompt]), self._changes(prompt, factors or {}, steering)
+        return generate_replies(self.model, prompts, max_new_tokens, _BATCH_TOKENS, changes)[0]
 
     def _plain(self, prompt: str) -> _Plain:
         if prompt not in self._kept:
@@ -114,6 +126,15 @@ class Probe:
                 feature = int(name.rpartition("/F")[2])
                 by_site.setdefault(site, {})[feature] = (name, factors[name])
         return by_site
+
+    def _changes(self, prompt: str, factors: Mapping[str, float], steering: Steering | None) -> dict[str, Intervention]:
+        changes = self._scaling(factors)
+        if steering is not None:
+            [tokenized] = self.model.tokenize([prompt])
+            edit = _edit(steering, tokenized, self.model.device)
+            for site in steering.edit.sites:
+                changes[site] = _one_after_another(changes[site], edit) if site in changes else edit
+        return changes
 
     def _scaling(self, factors: Mapping[str, float]) -> dict[str, Intervention]:
         return {
@@ -137,3 +158,26 @@ def _scale(dictionary: Dictionary, factors: Mapping[int, float]) -> Intervention
         return torch.cat([activation[:, :first], scaled], dim=1)
 
     return scale
+
+
+def _edit(steering: Steering, prompt: TokenizedPrompt, device: torch.device) -> Intervention:
+    where = torch.from_numpy(steered_tokens(steering.positions, prompt, during_reply=False))[None].to(device)
+    in_prompt, in_reply = editing([steering.edit], where), editing([steering.edit], None)
+
+    def edit(activation: Tensor) -> Tensor | None:
+        # As above: one position is a step of generation.
+        if activation.shape[1] > 1:
+            return in_prompt(activation)
+        return in_reply(activation) if steering.during_reply else None
+
+    return edit
+
+
+def _one_after_another(first: Intervention, second: Intervention) -> Intervention:
+    def both(activation: Tensor) -> Tensor | None:
+        changed = first(activation)
+        between = activation if changed is None else changed
+        last = second(between)
+        return between if last is None else last
+
+    return both

@@ -26,6 +26,7 @@ from sfc.prompts.render import Role, TokenizedPrompt
 from sfc.run import ALL, Run
 from sfc.sites import in_order, short_site, site_from_short, site_of
 from sfc.stages.corpus import Corpus, short_enough
+from sfc.stages.directions import direction_of_feature
 from sfc.stages.train import load_dictionaries
 from sfc.steering.bench import Bench, make_bench
 from sfc.steering.contrasts import Contrast, make_contrast
@@ -33,7 +34,6 @@ from sfc.steering.directions import (
     Vector,
     circuit_directions,
     difference_of_means,
-    feature_direction,
     probe_direction,
 )
 from sfc.steering.ordinary import with_replies
@@ -314,8 +314,5 @@ def _fixed_directions(run: Run, model: Model) -> dict[str, Vector]:
     if name == "circuit":
         circuit = load_circuit(run.circuit(run.experiment.steering.category).folder / "circuit.json")
         return circuit_directions(circuit, load_dictionaries(run.saes.folder, sites))
-    site, _, feature = name.partition("/F")
-    if site_from_short(site) not in sites:
-        raise UserError(f"no dictionary at {site}: there are SAEs at {', '.join(sites)}")
-    dictionary = load_dictionaries(run.saes.folder, [site_from_short(site)])[site_from_short(site)]
-    return {site_from_short(site): feature_direction(dictionary, int(feature))}
+    site, vector = direction_of_feature(run, name)
+    return {site: vector}

@@ -33,6 +33,16 @@ class Edit(NamedTuple):
     amount: float
 
 
+class Steering(NamedTuple):
+    """An edit, and the tokens that it acts on."""
+
+    edit: Edit
+    positions: str
+    """name of a position set (see `sfc.steering.positions`)"""
+    during_reply: bool
+    """whether tokens that are generated are edited too"""
+
+
 def residual_sites(model: Model) -> tuple[str, ...]:
     """Every site of the residual stream: projecting a direction out there removes it everywhere."""
     sites = [site_of("resid_pre", 0)]
