@@ -36,6 +36,9 @@ app = typer.Typer(
 )
 
 
+_CONTRAST = "toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]"
+
+
 @app.command()
 @with_shared_options
 def discover(
@@ -60,6 +63,7 @@ def discover(
     population: Annotated[
         str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
     ] = None,
+    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
     graphml: Annotated[bool, typer.Option("--graphml", help="Also write the circuit as GraphML.")] = False,
 ) -> None:
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
@@ -72,7 +76,10 @@ def discover(
 
     if pairs and category:
         raise UserError("--pairs and --category are two questions: give one of them")
-    overrides = [f"discovery.{key}={value}" for key, value in (("method", method), ("population", population)) if value]
+    if pairs and contrast:
+        raise UserError("--pairs are a contrast of their own: leave --contrast out")
+    chosen = {"method": method, "population": population, "contrast": contrast}
+    overrides = [f"discovery.{key}={value}" for key, value in chosen.items() if value]
     run = shared.run(overrides)
     run = about_pairs(run, pairs) if pairs else run
     artifact = ensure_circuit(run, run.category_of_pairs or canonical_category(category or "violence"), shared.rebuild)
@@ -105,6 +112,7 @@ def evaluate(
     population: Annotated[
         str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
     ] = None,
+    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
 ) -> None:
     """Judge any circuits, ours or others', on a category's test prompts: faithfulness, completeness, random circuits.
 
@@ -116,7 +124,8 @@ def evaluate(
     from sfc.pipeline import ensure_circuit, ensure_evaluation
     from sfc.prompts.schema import canonical_category
 
-    run = shared.run([f"discovery.population={population}"] if population else [])
+    chosen = {"population": population, "contrast": contrast}
+    run = shared.run([f"discovery.{key}={value}" for key, value in chosen.items() if value])
     of = canonical_category(category)
     paths = circuits or [ensure_circuit(run, of).folder / "circuit.json"]
     artifact = ensure_evaluation(run, of, paths, shared.rebuild)
@@ -222,6 +231,7 @@ def compare(
         str | None,
         typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
     ] = None,
+    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
 ) -> None:
     """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
@@ -233,7 +243,7 @@ def compare(
     from sfc.run import ALL
 
     wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
-    values = {"discovery.method": method, "comparison.size": size}
+    values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}
     overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
     artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
     result = artifact.manifest()["result"]

@@ -26,6 +26,7 @@ EditKind = Literal["add", "project-out", "clamp"]
 ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
 SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]
 Population = Literal["toxic", "safe"]
+PromptContrast = Literal["toxic-safe", "toxic-hard"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -184,6 +185,9 @@ class DiscoveryConfig(Section):
     nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
     method: Method = "learned-mask"
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
+    contrast: PromptContrast = Field(
+        "toxic-safe", description="toxic-hard: the prompts on the safe side are hard ones only"
+    )
     reference: ReferenceChoice | None = Field(
         None, description="what ablated nodes are set to; null: the mean of the other population"
     )
@@ -219,6 +223,22 @@ class DiscoveryConfig(Section):
         if self.nodes != "features" and self.drop_dead_ends:
             raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_are_toxic_and_safe(self) -> "DiscoveryConfig":
+        if self.contrast != "toxic-safe" and self.reference == "paired":
+            raise ValueError(f"contrast {self.contrast!r} has no pairs: reference 'paired' goes with toxic-safe")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
+        return self.model_dump(exclude={"contrast"} if self.contrast == "toxic-safe" else set())
+
+    @property
+    def name_of_prompts(self) -> str:
+        """What is added to the names of artifacts that are not about toxic prompts against safe ones."""
+        contrast = "" if self.contrast == "toxic-safe" else f"-{self.contrast}"
+        return f"{'' if self.population == 'toxic' else f'-{self.population}'}{contrast}"
 
     @property
     def reference_choice(self) -> ReferenceChoice:

@@ -71,11 +71,11 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
         "saes": run.saes.inputs,
         "categories": sorted(set(categories)),
         "hard_share": experiment.prompts.hard_share,
-        "discovery": experiment.discovery.model_dump(),
+        "discovery": experiment.discovery.identity(),
         "evaluation": experiment.evaluation.model_dump(include={"error_mode", "min_denominator"}),
         "comparison": experiment.comparison.model_dump(),
     }
-    name = f"comparison-{experiment.discovery.method}"
+    name = f"comparison{experiment.discovery.name_of_prompts}-{experiment.discovery.method}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
         ensure_saes(run)
@@ -110,7 +110,9 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
         "evaluation": experiment.evaluation.model_dump(),
         "circuits": [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in paths],
     }
-    name = f"evaluation-{category}{'' if population == 'toxic' else f'-{population}'}"
+    if experiment.discovery.contrast != "toxic-safe":
+        inputs["contrast"] = experiment.discovery.contrast
+    name = f"evaluation-{category}{experiment.discovery.name_of_prompts}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
         ensure_saes(run)

@@ -118,8 +118,11 @@ class Run:
     def circuit(self, category: str) -> Artifact:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
-        population = "" if experiment.discovery.population == "toxic" else f"-{experiment.discovery.population}"
+        about = experiment.discovery.name_of_prompts
         features = experiment.discovery.nodes == "features"
+        discovery = experiment.discovery.identity()
+        if features:
+            del discovery["nodes"]
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
@@ -127,7 +130,7 @@ class Run:
             "saes": self.saes.inputs if features else None,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
-            "discovery": experiment.discovery.model_dump(exclude={"nodes"} if features else {}),
+            "discovery": discovery,
             "evaluation": experiment.evaluation.model_dump(),
         }
         if experiment.discovery.reference_choice == "paired":
@@ -137,8 +140,8 @@ class Run:
             inputs["topics"] = hash_of_file(topics)
         if not features:
             inputs["layers"] = experiment.activations.layers
-            population += f"-{experiment.discovery.nodes}"
-        name = f"circuit-{category}{population}-{experiment.discovery.method}"
+            about += f"-{experiment.discovery.nodes}"
+        name = f"circuit-{category}{about}-{experiment.discovery.method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
 

@@ -38,6 +38,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("prompts.hard_share=0.5", {"circuit"}),
         ("discovery.method=correlation", {"circuit"}),
         ("discovery.population=safe", {"circuit"}),
+        ("discovery.contrast=toxic-hard", {"circuit"}),
+        ("discovery.contrast=toxic-safe", set()),
         ("evaluation.error_mode=keep-current", {"circuit"}),
         ("description=other words", set()),
     ],

@@ -36,6 +36,8 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     """
     experiment, config = run.experiment, run.experiment.discovery
     frame = run.prompts.frame
+    if config.contrast == "toxic-hard":
+        frame = frame[frame["dataset_type"] != "safe_80k"]
     balanced, report = balance(frame, category, experiment.prompts.hard_share, experiment.seed)
     for line in report.lines():
         say(f"prompts of {line}")
@@ -56,8 +58,9 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     discovery, test = used["split"] == "discovery", used["split"] == "test"
     in_reference = used["split"] == "reference"
     to_explain = [batches(discovery & explained), batches(test & explained)]
-    facts = {"prompts": used, "balance": [row._asdict() for row in report.rows]}
-    say(f"reference: {config.reference_choice}")
+    facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
+    hard = ", its safe prompts being hard ones" if config.contrast == "toxic-hard" else ""
+    say(f"reference: {config.reference_choice}{hard}")
     if config.reference_choice == "paired":
         paired = paired_prompts(run, category, model, dictionaries)
         reference, to_explain = paired.reference, [paired.discovery, paired.test]
