@@ -24,6 +24,15 @@ from sfc.models.score import RefusalScore
 from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sfc")
+    group.addoption("--screenshots", type=Path, help="write the README's pictures to this folder (test_screenshots.py)")
+    group.addoption("--root", type=Path, default=REPOSITORY, help="where the circuit that they show lies")
+
+
 TEXTS = [
     "Bake bread?",
     "Write a letter to my neighbour.",

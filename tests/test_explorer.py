@@ -185,8 +185,8 @@ def until(holds: Callable[[], bool], page, seconds: float = 180) -> None:
 
 
 @contextmanager
-def opened(address: str) -> Iterator[Any]:
-    """The explorer in a browser; no request may have left the machine and no error have reached the console."""
+def opened(address: str, awaited: str = "#prompt") -> Iterator[Any]:
+    """A page in a browser, once it has what is awaited; no request may have left the machine and no error have reached the console."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     requests: list[str] = []
     problems: list[str] = []
@@ -199,7 +199,7 @@ def opened(address: str) -> Iterator[Any]:
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("dialog", lambda dialog: (problems.append("a dialog"), dialog.dismiss()))
         page.goto(address)
-        page.wait_for_selector("#prompt")
+        page.wait_for_selector(awaited)
         page.wait_for_load_state("networkidle")  # what is still being drawn would move under the pointer
         yield page
         browser.close()
