@@ -15,7 +15,7 @@ from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import logits_at
-from sfc.models.score import RefusalScore, score_batch
+from sfc.models.score import Score, score_batch
 from sfc.models.tails import flush_right
 from sfc.prompts.render import Role, TokenizedPrompt
 
@@ -40,7 +40,7 @@ class Replies(NamedTuple):
 
 
 @torch.no_grad()
-def edited_scores(model: Model, score: RefusalScore, runs: PromptRuns, edit: Edit) -> Float[np.ndarray, " prompts"]:
+def edited_scores(model: Model, score: Score, runs: PromptRuns, edit: Edit) -> Float[np.ndarray, " prompts"]:
     """The refusal score of every prompt, from its first token on, in nats."""
     scores = np.full(runs.n_prompts, np.nan)
     for batch, _ in runs:
@@ -51,7 +51,7 @@ def edited_scores(model: Model, score: RefusalScore, runs: PromptRuns, edit: Edi
 @torch.no_grad()
 def edited_replies(
     model: Model,
-    score: RefusalScore,
+    score: Score,
     prompts: Sequence[TokenizedPrompt],
     layout: SlotLayout,
     edit: Edit,
@@ -63,7 +63,7 @@ def edited_replies(
         places = batch.prompts.tolist()
         tails = flush_right(batch)
         continued = continue_tails(model, tails, reply_tokens, edit.in_prompt(tails), edit.in_reply)
-        scores[places] = score(continued.first_logits).cpu().numpy()
+        scores[places] = score(continued.first_logits, tails).cpu().numpy()
         decoded = model.tokenizer.batch_decode(continued.ids, skip_special_tokens=True)
         for place, text in zip(places, decoded, strict=True):
             texts[place] = text

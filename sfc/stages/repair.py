@@ -256,11 +256,11 @@ def _export_weights(inputs: RepairInputs, subspaces: Subspaces, folder: Path) ->
 def _point(rates: pd.DataFrame, kind: str, size: int) -> dict[str, Any]:
     """The figures of one edit on test prompts, and the mean over random ones of its kind and size."""
     of_size = rates[(rates["kind"] == kind) & (rates["size"] == size)]
-    own = of_size[of_size["draw"] == -1].set_index("group")
+    own = {row["group"]: row for row in of_size[of_size["draw"] == -1].to_dict("records")}
     chance = of_size[of_size["draw"] >= 0].groupby("group")
-    figures: dict[str, Any] = {"size": size, "loss_rise": round(float(own["loss_rise"].iloc[0]), 4)}
+    figures: dict[str, Any] = {"size": size, "loss_rise": round(float(own["hard"]["loss_rise"]), 4)}
     for group in KINDS:
-        row = own.loc[group]
+        row = own[group]
         figures |= {f"n_{group}": int(row["n"]), group: round(float(row["rate"]), 4)}
         figures |= {f"{group}_{name}": round(float(row[name]), 4) for name in ("low", "high", "score")}
         if chance.ngroups:

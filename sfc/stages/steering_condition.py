@@ -77,7 +77,8 @@ def conditioned(
     tables, at_equal = [], {}
     for data, of_data in rows.items():
         texts = of_data["prompt"].unique().tolist()
-        table = conditional_table(of_data, of_data["prompt"].map(dict(zip(texts, holds(texts), strict=True))))
+        held = of_data["prompt"].map(dict(zip(texts, holds(texts), strict=True)))
+        table = conditional_table(of_data, held.to_numpy(dtype=bool))
         tables.append(table.assign(data=data))
         at_equal[data] = [
             {name: None if share is None else round(share, 4) for name, share in row.items()}

@@ -212,12 +212,12 @@ def _rates_table(rates: pd.DataFrame) -> str:
     ]
     rows = []
     for (kind, size, draw), part in rates.groupby(["kind", "size", "draw"], sort=False):  # pyright: ignore
-        by_group = part.set_index("group")
-        name = "as it is" if kind == "none" else kind if draw < 0 else f"random {kind} {draw}"
-        groups = ("hard", "toxic", "safe")
-        counts = [f"{by_group.loc[g, 'refusals']} of {by_group.loc[g, 'n']}" for g in groups]
-        scores = [number_text(float(by_group.loc[g, "score"]), signed=True) for g in groups]
-        rows.append([name, str(size), *counts, *scores, _percent(float(part["loss_rise"].iloc[0]), True)])
+        by_group = {row["group"]: row for row in part.to_dict("records")}
+        own = [by_group[group] for group in ("hard", "toxic", "safe")]
+        name = "as it is" if kind == "none" else str(kind) if draw == -1 else f"random {kind} {draw}"
+        counts = [f"{row['refusals']} of {row['n']}" for row in own]
+        scores = [number_text(row["score"], signed=True) for row in own]
+        rows.append([name, str(size), *counts, *scores, _percent(own[0]["loss_rise"], True)])
     return figures_table(titles, rows)
 
 
