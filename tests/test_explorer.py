@@ -186,7 +186,7 @@ def until(holds: Callable[[], bool], page, seconds: float = 180) -> None:
 
 @contextmanager
 def opened(address: str, awaited: str = "#prompt") -> Iterator[Any]:
-    """A page in a browser, once it has what is awaited; no request may have left the machine and no error have reached the console."""
+    """A page that has what is awaited; no request may have left the machine and no error have reached the console."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     requests: list[str] = []
     problems: list[str] = []
