@@ -17,7 +17,7 @@ import torch
 
 from sfc.activations.collect import collect
 from sfc.activations.plan import plan_batches
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.models.linear_layers import use_quick_products
 from sfc.models.loading import Model, load_model, load_weights
 from sfc.prompts.prepare import prepare_prompts

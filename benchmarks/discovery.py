@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
 from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.models.batches import Batch
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.score import score_batch, score_prompts

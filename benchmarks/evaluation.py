@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import load_experiment
 from sfc.evaluation.ablated import ablated_scores
 from sfc.evaluation.curve import top_circuits
+from sfc.experiments import load_experiment
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.score import score_batch, score_prompts
 from sfc.pipeline import ensure_saes, ensure_store

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model, load_model

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.artifacts import read_json
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.features.labels import with_own_labels
 from sfc.features.probe import Probe
 from sfc.models.loading import choose_device, load_model

@@ -14,8 +14,8 @@ import typer
 from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, finish, with_shared_options
 from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, report, steer
-from sfc.config import load_experiment, preset_names
 from sfc.errors import UserError
+from sfc.experiments import load_experiment, preset_names
 from sfc.progress import say
 from sfc.tables import (
     show_behaviour,

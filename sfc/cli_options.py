@@ -10,8 +10,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sfc.config import Experiment, load_experiment
+from sfc.config import Experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.progress import say
 from sfc.ranks import is_leader
 from sfc.run import Run

@@ -1,5 +1,8 @@
 """The one exception for mistakes a user can make and mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong, and the user can mend it.
@@ -11,3 +14,10 @@ class UserError(Exception):
 
 class CannotLoadModel(UserError):
     """A model's weights or tokenizer cannot be had, so that nothing can be done with it."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` where a known name is close, else the list of known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -13,8 +13,7 @@ import networkx as nx
 import pandas as pd
 
 from sfc.artifacts import replacing, write_csv, write_json
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 from sfc.sites import kind_of
 
 Labels = Mapping[str, str]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sfc.artifacts import Artifact, hash_of_file
-from sfc.config import ContrastKind, suggestion
-from sfc.errors import UserError
+from sfc.config import ContrastKind
+from sfc.errors import UserError, suggestion
 from sfc.models.identity import model_identity
 from sfc.patching.alignment import check_positions
 from sfc.patching.formats import Formats

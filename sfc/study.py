@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sfc.config import Experiment, load_experiment
+from sfc.config import Experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 
 
 class _Entry(BaseModel):

@@ -17,7 +17,8 @@ from sfc.ablation.references import mean_reference
 from sfc.activations.collect import collect
 from sfc.activations.store import Store
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import DiscoveryConfig, load_experiment
+from sfc.config import DiscoveryConfig
+from sfc.experiments import load_experiment
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.evaluation.behaviour import measure_behaviour
+from sfc.experiments import load_experiment
 from sfc.models.adapter import merge_adapter
 from sfc.models.adapter_training import (
     BASE_MODEL,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from sfc.ablation.ablate import Ablation
 from sfc.circuits.problem import Problem
-from sfc.config import load_experiment
 from sfc.errors import UserError
 from sfc.evaluation.behaviour import Behaviour, ablated_replies, measure_behaviour, refusal_rates
 from sfc.evaluation.intervals import wilson
+from sfc.experiments import load_experiment
 from sfc.models.batches import PAD_SLOT, Batch
 from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal

@@ -16,8 +16,9 @@ import torch
 
 from sfc.activations.collect import collect
 from sfc.activations.store import Store
-from sfc.config import ActivationsConfig, load_experiment
+from sfc.config import ActivationsConfig
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from test_cli import result_of, sfc
 
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
 

@@ -16,9 +16,10 @@ from test_cli import RESULT_KEYS, result_of, sfc
 
 from sfc.ablation.references import check_covered
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import PromptsConfig, load_experiment
+from sfc.config import PromptsConfig
 from sfc.errors import UserError
 from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.experiments import load_experiment
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits

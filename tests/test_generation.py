@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.models.generation import continue_tails, end_tokens, generate_ids, generate_replies
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model, load_model

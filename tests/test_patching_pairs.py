@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sfc.config import Experiment, load_experiment
+from sfc.config import Experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sfc.artifacts import MANIFEST
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.identity import model_identity
 from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
 from sfc.run import Run

@@ -15,7 +15,7 @@ from test_cli import sfc as sfc_process
 from test_patch_command import sfc
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sfc.config import load_experiment, preset_names
+from sfc.experiments import load_experiment, preset_names
 from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
 from sfc.prompts.render import Role

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfc.activations.store import Store
-from sfc.config import load_experiment
+from sfc.experiments import load_experiment
 from sfc.pipeline import ensure_saes
 from sfc.prompts.render import Role
 from sfc.run import Run

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.batches import PAD_SLOT, SlotLayout, make_batches
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.loading import Model

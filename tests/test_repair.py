@@ -12,8 +12,8 @@ from conftest import SITES, TEXTS
 from sfc.ablation.ablate import Ablation
 from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import intervening

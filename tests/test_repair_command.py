@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from test_steer_command import sfc
 
-from sfc.config import load_experiment
 from sfc.evaluation.intervals import wilson
+from sfc.experiments import load_experiment
 from sfc.models.batches import make_batches
 from sfc.models.loading import load_model
 from sfc.models.running import last_logits

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
 from sfc.saes.pretrained import fetch_pretrained

@@ -18,8 +18,8 @@ from sfc.activations.plan import plan_batches
 from sfc.activations.shard import CHUNK_BYTES
 from sfc.activations.store import Store
 from sfc.activations.stream import Source, live_source, shuffled_batches, stored_source
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.loading import Model
 from sfc.prompts.render import TokenizedPrompt
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from sfc.artifacts import locked
-from sfc.config import load_experiment
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.logs import loggers
 from sfc.saes.train import Progress, SiteStats

@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from sfc.artifacts import hash_of_file, replacing, write_csv, write_json
-from sfc.config import ModelConfig, load_experiment
+from sfc.config import ModelConfig
 from sfc.errors import UserError
+from sfc.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.generation import generate_ids

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 from sfc.prompts.anyfile import UNCATEGORISED
 from sfc.prompts.keyed import keyed_numbers
 from sfc.prompts.records import read_records

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 from sfc.prompts.table import read_table
 
 LABELS = ("toxic", "hard", "safe")

@@ -1,7 +1,6 @@
 """The vocabulary of the data: categories, columns, and which file holds which kind of prompt."""
 
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 
 CATEGORIES = (
     "deception",

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sfc.artifacts import write_text
-from sfc.config import suggestion
-from sfc.errors import UserError
+from sfc.errors import UserError, suggestion
 from sfc.saes.train import Progress
 
 LOG_FILE = "training.jsonl"

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from sfc.artifacts import Artifact, write_csv, write_json, write_text
-from sfc.config import suggestion
-from sfc.errors import CannotLoadModel, UserError
+from sfc.errors import CannotLoadModel, UserError, suggestion
 from sfc.patching.across_models import frequencies
 from sfc.pipeline import ensure_circuit
 from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching, ensure_probe
