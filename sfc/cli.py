@@ -36,7 +36,10 @@ app = typer.Typer(
 )
 
 
-_CONTRAST = "toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]"
+_CONTRAST = (
+    "toxic-safe; toxic-hard: against hard prompts only; or refused-complied: toxic prompts (--population safe: hard"
+    " ones) that are refused against those that are answered. [default: the preset's]"
+)
 
 
 @app.command()
@@ -44,7 +47,7 @@ _CONTRAST = "toxic-safe, or toxic-hard: against hard prompts only. [default: the
 def discover(
     shared: Shared,
     category: Annotated[
-        str | None, typer.Option(help="OR-Bench category, such as self-harm. [default: violence]")
+        str | None, typer.Option(help="OR-Bench category, such as self-harm, or all. [default: violence]")
     ] = None,
     pairs: Annotated[
         Path | None,
@@ -72,7 +75,7 @@ def discover(
     """
     from sfc.pipeline import ensure_circuit
     from sfc.prompts.schema import canonical_category
-    from sfc.run import about_pairs
+    from sfc.run import ALL, about_pairs
 
     if pairs and category:
         raise UserError("--pairs and --category are two questions: give one of them")
@@ -82,7 +85,8 @@ def discover(
     overrides = [f"discovery.{key}={value}" for key, value in chosen.items() if value]
     run = shared.run(overrides)
     run = about_pairs(run, pairs) if pairs else run
-    artifact = ensure_circuit(run, run.category_of_pairs or canonical_category(category or "violence"), shared.rebuild)
+    of = ALL if category == ALL else canonical_category(category or "violence")
+    artifact = ensure_circuit(run, run.category_of_pairs or of, shared.rebuild)
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
@@ -108,7 +112,9 @@ def evaluate(
             " [default: the category's own circuit]"
         ),
     ] = None,
-    category: Annotated[str, typer.Option(help="OR-Bench category whose test prompts judge them.")] = "violence",
+    category: Annotated[str, typer.Option(help="OR-Bench category, or all, whose test prompts judge them.")] = (
+        "violence"
+    ),
     population: Annotated[
         str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
     ] = None,
@@ -123,10 +129,11 @@ def evaluate(
     """
     from sfc.pipeline import ensure_circuit, ensure_evaluation
     from sfc.prompts.schema import canonical_category
+    from sfc.run import ALL
 
     chosen = {"population": population, "contrast": contrast}
     run = shared.run([f"discovery.{key}={value}" for key, value in chosen.items() if value])
-    of = canonical_category(category)
+    of = ALL if category == ALL else canonical_category(category)
     paths = circuits or [ensure_circuit(run, of).folder / "circuit.json"]
     artifact = ensure_evaluation(run, of, paths, shared.rebuild)
     result = artifact.manifest()["result"]

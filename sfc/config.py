@@ -18,8 +18,8 @@ EditKind = Literal["add", "project-out", "clamp"]
 ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
 SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]
 Population = Literal["toxic", "safe"]
-PromptContrast = Literal["toxic-safe", "toxic-hard"]
-ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "zero", "paired"]
+PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied"]
+ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "zero", "paired"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -178,7 +178,9 @@ class DiscoveryConfig(Section):
     method: Method = "learned-mask"
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
     contrast: PromptContrast = Field(
-        "toxic-safe", description="toxic-hard: the prompts on the safe side are hard ones only"
+        "toxic-safe",
+        description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
+        " (population safe: hard ones alone), those refused against those answered",
     )
     reference: ReferenceChoice | None = Field(
         None, description="what ablated nodes are set to; null: the mean of the other population"
@@ -222,6 +224,18 @@ class DiscoveryConfig(Section):
             raise ValueError(f"contrast {self.contrast!r} has no pairs: reference 'paired' goes with toxic-safe")
         return self
 
+    @model_validator(mode="after")
+    def _the_complied_are_a_reference_for_the_refused(self) -> "DiscoveryConfig":
+        by_behaviour = self.contrast == "refused-complied"
+        if self.reference is not None and by_behaviour != (self.reference == "complied-mean"):
+            raise ValueError(f"contrast {self.contrast!r} does not go with reference {self.reference!r}")
+        return self
+
+    @property
+    def explains_positives(self) -> bool:
+        """Whether the prompts explained are those of the discovery prompts whose label is true."""
+        return self.population == "toxic" or self.contrast == "refused-complied"
+
     def identity(self) -> dict[str, Any]:
         """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
         return self.model_dump(exclude={"contrast"} if self.contrast == "toxic-safe" else set())
@@ -235,6 +249,8 @@ class DiscoveryConfig(Section):
     @property
     def reference_choice(self) -> ReferenceChoice:
         """The reference by name."""
+        if self.contrast == "refused-complied":
+            return "complied-mean"
         return self.reference or ("safe-mean" if self.population == "toxic" else "toxic-mean")
 
 

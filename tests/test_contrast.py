@@ -2,14 +2,28 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_cli import result_of, sfc
 
+from sfc.ablation.references import mean_reference
+from sfc.circuits.circuit import load_circuit
+from sfc.circuits.effects import METHODS
 from sfc.errors import UserError
+from sfc.evaluation.ablated import full_scores
 from sfc.experiments import load_experiment
+from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.score import score_prompts
+from sfc.run import Run
+from sfc.stages.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
+BEHAVIOUR = (
+    "discover", "--preset", "tiny", "--method", "attribution", "--category", "all", "--contrast", "refused-complied",
+    "--population", "safe", "--json",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +50,83 @@ def test_a_circuit_against_hard_prompts_is_judged_against_them(root: Path) -> No
     (judged,) = result_of(sfc(*arguments, root=root))["circuits"]
     for figure in ("f_model", "f_empty", "f_circuit", "f_complement"):
         assert judged[figure] == pytest.approx(discovered[figure], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def judged_by_hand(root: Path) -> Path:
+    """The replies to hard prompts, judged; since the tiny model only babbles, verdicts are then written by hand."""
+    refused = sfc(*BEHAVIOUR, root=root)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "refused and answered are 0 and 100 in discovery, 0 and 30 in reference, 0 and 70 in test" in refused.stderr
+    (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
+    table = pd.read_csv(replies, keep_default_na=False)
+    assert set(table["label"]) == {"hard"} and len(table) == 200
+    table.assign(refused=table.index % 3 == 0).to_csv(replies, index=False)
+    return replies
+
+
+def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
+    refused = pd.read_csv(judged_by_hand).set_index("prompt")["refused"]
+    result = result_of(sfc(*BEHAVIOUR, root=root))
+    folder = Path(result["files"]["circuit"]).parent
+    prompts = pd.read_csv(folder / "prompts.csv")
+    assert set(prompts["dataset_type"]) == {"hard"} and prompts["category"].nunique() == 10
+    assert (prompts["refused"] == prompts["prompt"].map(refused)).all()
+    about = load_circuit(folder / "circuit.json").graph
+    assert (about["population"], about["reference"]) == ("refused hard", "complied-mean")
+    (judged,) = result_of(sfc("evaluate", *BEHAVIOUR[1:3], *BEHAVIOUR[5:], result["files"]["circuit"], root=root))[
+        "circuits"
+    ]
+    assert judged["f_empty"] == pytest.approx(result["f_empty"], abs=1e-3)
+    assert judged["f_model"] == pytest.approx(result["f_model"], abs=1e-3)
+
+
+@pytest.mark.usefixtures("judged_by_hand")
+def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None:
+    run = Run(load_experiment("tiny", ["discovery.contrast=refused-complied", "discovery.population=safe"]), root)
+    problem, test_runs, facts = prepare_problem(run, "all")
+    prompts, model = facts["prompts"], problem.model
+    refused = prompts["refused"]
+    assert problem.labels.tolist() == prompts.loc[prompts["split"] == "discovery", "refused"].tolist()
+    for runs, split in ((problem.runs, "discovery"), (test_runs, "test")):
+        texts = prompts.loc[(prompts["split"] == split) & refused, "prompt"].tolist()
+        tokenized = model.tokenize(texts)
+        alone = [make_batches([one], SlotLayout.of(tokenized), 1, model.device) for one in tokenized]
+        expected = [score_prompts(model, problem.score, batches)[0] for batches in alone]
+        np.testing.assert_allclose(full_scores(model, problem.score, runs), expected, atol=1e-4)
+    complied = model.tokenize(prompts.loc[(prompts["split"] == "reference") & ~refused, "prompt"].tolist())
+    layout = problem.ablation.reference.layout
+    batches = make_batches(complied, layout, 300, model.device)
+    expected = mean_reference(model, problem.ablation.dictionaries, batches, layout)
+    for site, values in expected.features.items():
+        torch.testing.assert_close(problem.ablation.reference.features[site], values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("judged_by_hand")
+@pytest.mark.parametrize("method", ["correlation", "magnitude"])
+def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> None:
+    run = Run(load_experiment("tiny", ["discovery.contrast=refused-complied", "discovery.population=safe"]), root)
+    problem, _, facts = prepare_problem(run, "all")
+    effects = METHODS[method](problem)
+    values = np.concatenate([np.pad(features, ((0, 0), (0, 1))) for features in problem.features.values()], axis=1)
+    ours = values[problem.labels]
+    node = int(effects.ranking[0])
+    if method == "magnitude":
+        assert effects.effect[node] == pytest.approx(0.7 * ours[:, node].mean() + 0.3 * ours[:, node].var(), rel=1e-4)
+    else:
+        assert effects.effect[node] == pytest.approx(np.corrcoef(values[:, node], problem.labels)[0, 1], abs=1e-4)
+    assert len(problem.labels) == (facts["prompts"]["split"] == "discovery").sum()
+
+
+def test_only_the_complied_are_a_reference_for_the_refused() -> None:
+    by_behaviour = load_experiment("tiny", ["discovery.contrast=refused-complied"]).discovery
+    assert by_behaviour.reference_choice == "complied-mean"
+    for overrides in (
+        ["discovery.contrast=refused-complied", "discovery.reference=safe-mean"],
+        ["discovery.reference=complied-mean"],
+    ):
+        with pytest.raises(UserError, match="does not go with reference"):
+            load_experiment("tiny", overrides)
 
 
 def test_the_usual_contrast_leaves_the_identity_of_circuits_alone() -> None:

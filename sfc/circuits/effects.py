@@ -135,7 +135,7 @@ def magnitude(problem: Problem) -> Effects:
 
     For prompts that all have the same label, where nothing can be correlated; as in the published pipeline.
     """
-    wanted = problem.labels == (problem.config.population == "toxic")
+    wanted = problem.labels == problem.config.explains_positives
     per_site = [0.7 * np.abs(f[wanted]).mean(0) + 0.3 * f[wanted].var(0) for f in problem.features.values()]
     effect = _with_error_nodes(per_site, 0.0)
     ranking = np.argsort(-effect, kind="stable")

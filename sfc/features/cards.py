@@ -75,7 +75,7 @@ def fires_on(mean_peak: Sequence[float] | np.ndarray, groups: Sequence[Mapping[s
     """
     sums, counts = {"toxic": 0.0, "safe": 0.0}, {"toxic": 0, "safe": 0}
     for peak, group in zip(mean_peak, groups, strict=True):
-        if group["category"] == category:
+        if category in ("all", group["category"]):
             side = "toxic" if group["population"] == "toxic" else "safe"
             sums[side] += float(peak) * group["n_prompts"]
             counts[side] += group["n_prompts"]

@@ -48,4 +48,9 @@ def _of_split(run: Run, split: str) -> pd.DataFrame:
     frame = run.prompts.frame
     if split != "all":
         frame = frame[frame["split"] == split]
-    return frame.assign(label=frame["dataset_type"].map(_LABELS)).reset_index(drop=True)
+    return labelled(frame).reset_index(drop=True)
+
+
+def labelled(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the prepared table with the `label` that replies are grouped by: toxic, hard or safe."""
+    return prompts.assign(label=prompts["dataset_type"].map(_LABELS))

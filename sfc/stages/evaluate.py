@@ -57,7 +57,7 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
         result = {
             "preset": run.experiment.name,
             "category": category,
-            "population": problem.config.population,
+            "population": facts["population"],
             "reference": problem.config.reference_choice,
             "error_mode": run.experiment.evaluation.error_mode,
             "n_prompts": test_runs.n_prompts,

@@ -12,6 +12,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.loading import choose_device, load_model
 from sfc.prompts.topics import listed_topics
 from sfc.run import Run
+from sfc.stages.behaviour_task import behaviour_task
 from sfc.stages.collect import PROMPTS_FILE
 from sfc.stages.pairs_task import pairs_task
 from sfc.stages.refusal_task import refusal_task
@@ -34,6 +35,8 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
         dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
     if run.pairs:
         task = pairs_task(run, run.pairs, model, dictionaries)
+    elif experiment.discovery.contrast == "refused-complied":
+        task = behaviour_task(run, category, model, dictionaries)
     else:
         task = refusal_task(run, category, model, dictionaries)
     nodes = Nodes.of_spaces(dictionaries)

@@ -11,7 +11,7 @@ from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.progress import say
 from sfc.prompts.balance import balance
-from sfc.run import Run
+from sfc.run import ALL, Run
 from sfc.saes.dictionary import Dictionary
 from sfc.stages.corpus import short_enough
 from sfc.stages.paired import paired_prompts
@@ -22,6 +22,7 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "safe-mean": [False],
     "toxic-mean": [True],
     "balanced-mean": [False, True],
+    "complied-mean": [],
     "zero": [],
     "paired": [],
 }
@@ -29,7 +30,7 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
 
 
 def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
-    """The prompts of one category, against the reference that the configuration names.
+    """The prompts of one category, or of `ALL`, against the reference that the configuration names.
 
     Raises:
         UserError: the category lacks prompts.
@@ -38,7 +39,7 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     frame = run.prompts.frame
     if config.contrast == "toxic-hard":
         frame = frame[frame["dataset_type"] != "safe_80k"]
-    balanced, report = balance(frame, category, experiment.prompts.hard_share, experiment.seed)
+    balanced, report = balance(frame, None if category == ALL else category, experiment.prompts.hard_share, experiment.seed)
     for line in report.lines():
         say(f"prompts of {line}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
