@@ -213,6 +213,7 @@ class DiscoveryConfig(Section):
         2048, ge=1, description="attribution: tokens times nodes that go through a layer's Jacobian at once"
     )
     drop_dead_ends: bool = Field(False, description="leave out nodes from which no edges lead to the last layer")
+    halves: bool = Field(False, description="also discover on two halves of the prompts: do they agree?")
     audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
     audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
 
@@ -225,6 +226,12 @@ class DiscoveryConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _halves_are_of_runs(self) -> "DiscoveryConfig":
+        if self.halves and self.method in ("correlation", "magnitude"):
+            raise ValueError(f"method {self.method!r} runs no prompts that could be halved: leave discovery.halves out")
+        return self
+
+    @model_validator(mode="after")
     def _pairs_are_toxic_and_safe(self) -> "DiscoveryConfig":
         if self.contrast != "toxic-safe" and self.reference == "paired":
             raise ValueError(f"contrast {self.contrast!r} has no pairs: reference 'paired' goes with toxic-safe")
@@ -232,7 +239,8 @@ class DiscoveryConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
-        return self.model_dump(exclude={"contrast"} if self.contrast == "toxic-safe" else set())
+        usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves}
+        return self.model_dump(exclude={name for name, is_usual in usual.items() if is_usual})
 
     @property
     def name_of_prompts(self) -> str:
