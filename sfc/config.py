@@ -207,6 +207,7 @@ class DiscoveryConfig(Section):
         2048, ge=1, description="attribution: tokens times nodes that go through a layer's Jacobian at once"
     )
     drop_dead_ends: bool = Field(False, description="leave out nodes from which no edges lead to the last layer")
+    halves: bool = Field(False, description="also discover on two halves of the prompts: do they agree?")
     audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
     audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
 
@@ -216,6 +217,12 @@ class DiscoveryConfig(Section):
             raise ValueError(f"method {self.method!r} needs nodes 'features', not {self.nodes!r}")
         if self.nodes != "features" and self.drop_dead_ends:
             raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
+        return self
+
+    @model_validator(mode="after")
+    def _halves_are_of_runs(self) -> "DiscoveryConfig":
+        if self.halves and self.method in ("correlation", "magnitude"):
+            raise ValueError(f"method {self.method!r} runs no prompts that could be halved: leave discovery.halves out")
         return self
 
     @model_validator(mode="after")
@@ -238,7 +245,8 @@ class DiscoveryConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
-        return self.model_dump(exclude={"contrast"} if self.contrast == "toxic-safe" else set())
+        usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves}
+        return self.model_dump(exclude={name for name, is_usual in usual.items() if is_usual})
 
     @property
     def name_of_prompts(self) -> str:

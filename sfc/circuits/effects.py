@@ -42,6 +42,8 @@ class Effects(NamedTuple):
     unit: str = NATS
     by_slot: Float[np.ndarray, "slots nodes"] | None = None
     """the effect's parts from each slot, where the method has them: where in the prompt the node matters"""
+    by_prompt: Float[np.ndarray, "prompts nodes"] | None = None
+    """the effects that `effect` is the mean of, where it is one over prompts"""
 
 
 def attribution(problem: Problem) -> Effects:
@@ -71,7 +73,10 @@ def exact(problem: Problem) -> Effects:
         per_prompt = exact_effects(problem, chosen.tolist(), progress=progress)
     effect, absolute = np.full((2, problem.ablation.nodes.n_nodes), np.nan)
     effect[chosen], absolute[chosen] = per_prompt.mean(1), np.abs(per_prompt).mean(1)
-    return Effects(effect, absolute, chosen[np.argsort(-np.abs(effect[chosen]), kind="stable")], {})
+    by_prompt = np.full((per_prompt.shape[1], len(effect)), np.nan, dtype=np.float32)
+    by_prompt[:, chosen] = per_prompt.T
+    ranking = chosen[np.argsort(-np.abs(effect[chosen]), kind="stable")]
+    return Effects(effect, absolute, ranking, {}, by_prompt=by_prompt)
 
 
 def learned_mask(problem: Problem) -> Effects:
@@ -89,16 +94,17 @@ def learned_mask(problem: Problem) -> Effects:
 def _mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, Prefix], BatchEffects]) -> Effects:
     """Means over the prompts of effects that come batch by batch."""
     nodes, n_prompts = problem.ablation.nodes, problem.runs.n_prompts
-    absolute = torch.zeros(nodes.n_nodes, dtype=torch.float64)
+    by_prompt = np.zeros((n_prompts, nodes.n_nodes), dtype=np.float32)
     by_slot = torch.zeros(problem.ablation.reference.layout.n_slots, nodes.n_nodes, dtype=torch.float64)
     for batch, prefix in problem.runs:
         effects = of_batch(problem, batch, prefix)
-        absolute += effects.by_prompt.double().abs().sum(0).cpu()
+        by_prompt[batch.prompts.cpu().numpy()] = effects.by_prompt.cpu().numpy()
         by_slot += effects.by_slot.double().cpu()
     by_slot = (by_slot / n_prompts).numpy()
     mean = by_slot.sum(0)
     ranking = _ranked(np.abs(mean), problem.ablation)
-    return Effects(mean, (absolute / n_prompts).numpy(), ranking, {}, by_slot=by_slot)
+    absolute = np.abs(by_prompt).mean(0, dtype=np.float64)
+    return Effects(mean, absolute, ranking, {}, by_slot=by_slot, by_prompt=by_prompt)
 
 
 def correlation(problem: Problem) -> Effects:

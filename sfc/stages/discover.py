@@ -25,6 +25,7 @@ from sfc.evaluation.areas import curve_areas
 from sfc.evaluation.baselines import p_value, single_site_faithfulness
 from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
 from sfc.evaluation.edge_faithfulness import edge_faithfulness
+from sfc.evaluation.stability import agreement_of_halves, with_intervals, with_stability
 from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
 from sfc.progress import progress_bar, say
@@ -86,14 +87,16 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             "experiment": run.experiment.model_dump(mode="json"),
             "sites": list(problem.ablation.nodes.sites),
         }
-        effects, about["roles"] = _with_roles(problem, effects)
+        stable, stability = _with_stability(run, problem, effects, members)
+        clock.lap("stability")
+        effects, about["roles"] = _with_roles(problem, stable)
         about["audit"] = _audited(problem, effects, run.experiment.seed)
         clock.lap("audit")
         graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
         _add_token_effects(graph, problem)
         cards = write_cards(run, graph, problem.ablation.dictionaries, problem.model.tokenizer, folder)
         clock.lap("features")
-        result = _result(run, category, graph, curve, effects, problem)
+        result = _result(run, category, graph, curve, effects, problem) | stability
         result |= _held_against(
             run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
         )
@@ -157,6 +160,17 @@ def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, 
     layout = problem.ablation.reference.layout
     attributes = {**effects.attributes, **effects_by_role(effects.by_slot, layout)}
     return effects._replace(attributes=attributes), role_names(problem.model, problem.runs.batches, layout)
+
+
+def _with_stability(
+    run: Run, problem: Problem, effects: Effects, members: Sequence[int]
+) -> tuple[Effects, dict[str, float | None]]:
+    """The effects with what a bootstrap over discovery prompts says of the members, and the circuit's own figures."""
+    seed, config = run.experiment.seed, problem.config
+    effects, figures = with_stability(with_intervals(effects, members, seed), members, config.method, seed)
+    halves = agreement_of_halves(problem, len(members), seed) if config.halves else None
+    figures |= {"halves_jaccard": halves and halves.jaccard, "halves_chance": halves and halves.chance}
+    return effects, {name: _figure(value) for name, value in figures.items()}
 
 
 def _audited(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:

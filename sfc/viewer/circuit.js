@@ -162,7 +162,11 @@
       ["mean |effect|", number(node.absolute_effect)],
       ["rank", node.rank === undefined ? "none" : String(node.rank + 1)],
     ];
-    for (const [key, title] of [["mask", "mask"], ["p_value", "p"], ["q_value", "q"]]) {
+    if (node.effect_low !== undefined) {
+      rows.splice(2, 0, ["95 % interval", `${number(node.effect_low)} to ${number(node.effect_high)}`]);
+    }
+    const titles = [["stability", "share of draws that keep it"], ["mask", "mask"], ["p_value", "p"], ["q_value", "q"]];
+    for (const [key, title] of titles) {
       if (node[key] !== undefined) rows.push([title, number(node[key])]);
     }
     const most = Object.entries(node.by_role).filter(([, value]) => value !== 0);

@@ -201,7 +201,12 @@ def _hover(name: str, graph: nx.DiGraph, cards: Mapping[str, Any]) -> str:
         f"effect {number_text(node['effect'], signed=True)} {hover_text(unit)}",
         f"<i>{words[sign_of(node['effect'])]}</i>",
     ]
-    figures = {"absolute_effect": "mean |effect|", "p_value": "p", "q_value": "q"}
+    if "effect_low" in node:
+        low, high = (number_text(node[key], signed=True) for key in ("effect_low", "effect_high"))
+        lines.append(f"95 % interval {low} to {high}")
+    figures = {
+        "absolute_effect": "mean |effect|", "stability": "share of draws that keep it", "p_value": "p", "q_value": "q",
+    }  # fmt: skip
     lines += [f"{label} {number_text(node[key])}" for key, label in figures.items() if key in node]
     for key in ("raises", "lowers"):
         if node.get(key):
