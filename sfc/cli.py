@@ -74,8 +74,8 @@ def discover(
     Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
     """
     from sfc.pipeline import ensure_circuit
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL, about_pairs
+    from sfc.prompts.schema import category_or_all
+    from sfc.run import about_pairs
 
     if pairs and category:
         raise UserError("--pairs and --category are two questions: give one of them")
@@ -85,8 +85,7 @@ def discover(
     overrides = [f"discovery.{key}={value}" for key, value in chosen.items() if value]
     run = shared.run(overrides)
     run = about_pairs(run, pairs) if pairs else run
-    of = ALL if category == ALL else canonical_category(category or "violence")
-    artifact = ensure_circuit(run, run.category_of_pairs or of, shared.rebuild)
+    artifact = ensure_circuit(run, run.category_of_pairs or category_or_all(category or "violence"), shared.rebuild)
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
@@ -128,12 +127,11 @@ def evaluate(
     Example: sfc evaluate mine.csv circuits/smollm2/circuit-privacy-*/circuit.json --category violence
     """
     from sfc.pipeline import ensure_circuit, ensure_evaluation
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
     chosen = {"population": population, "contrast": contrast}
     run = shared.run([f"discovery.{key}={value}" for key, value in chosen.items() if value])
-    of = ALL if category == ALL else canonical_category(category)
+    of = category_or_all(category)
     paths = circuits or [ensure_circuit(run, of).folder / "circuit.json"]
     artifact = ensure_evaluation(run, of, paths, shared.rebuild)
     result = artifact.manifest()["result"]
@@ -246,8 +244,7 @@ def compare(
     Example: sfc compare --categories violence,privacy,illegal
     """
     from sfc.pipeline import ensure_comparison
-    from sfc.prompts.schema import CATEGORIES, canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import ALL, CATEGORIES, canonical_category
 
     wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
     values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}

@@ -27,10 +27,9 @@ def attribute_logits(
     Example: sfc attribute-logits --category all
     """
     from sfc.pipeline_study import ensure_logit_attribution
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
-    wanted = ALL if category == ALL else canonical_category(category)
+    wanted = category_or_all(category)
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_heads(result)
@@ -47,10 +46,9 @@ def probe(
     Example: sfc probe --category all
     """
     from sfc.pipeline_study import ensure_probe
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
-    wanted = ALL if category == ALL else canonical_category(category)
+    wanted = category_or_all(category)
     artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_probe(result)
@@ -75,10 +73,9 @@ def formats(
     """
     from sfc.patching.formats import FORMATS, load_formats
     from sfc.pipeline_study import ensure_formats
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
-    wanted = ALL if category == ALL else canonical_category(category)
+    wanted = category_or_all(category)
     asked = load_formats(definitions or FORMATS)
     artifact = ensure_formats(shared.run(), asked, prompts, wanted, limit, shared.rebuild)
     result = artifact.manifest()["result"]
@@ -145,14 +142,10 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
     from sfc.stages.batch import check_stages, make_batch
 
-    wanted, chosen = (
-        ALL if category == ALL else canonical_category(category),
-        [stage.strip() for stage in stages.split(",")],
-    )
+    wanted, chosen = category_or_all(category), [stage.strip() for stage in stages.split(",")]
     check_stages(chosen)
     runs = shared.runs(models or (None if file else shared.preset), file)
     artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
@@ -215,15 +208,14 @@ def steer(
     Example: sfc steer --direction probe --alphas=-0.3,-0.15,0.15,0.3 --limit 10
     """
     from sfc.pipeline_study import ensure_steering
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
     values = {
         "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
         "everywhere": everywhere or None, "during_reply": during_reply or None, "layers": layers and numbers_of(layers),
         "alphas": alphas and [float_of(part) for part in alphas.split(",")],
         "xstest": xstest and str(xstest), "features": features or None, "when": when,
-        "category": category and (ALL if category == ALL else canonical_category(category)),
+        "category": category and category_or_all(category),
     }  # fmt: skip
     overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
@@ -244,12 +236,11 @@ def repair(
     Example: sfc repair --category violence --sizes 5,20 --limit 20
     """
     from sfc.pipeline_study import ensure_repair
-    from sfc.prompts.schema import canonical_category
-    from sfc.run import ALL
+    from sfc.prompts.schema import category_or_all
 
     values = {"sizes": sizes and numbers_of(sizes), "test_prompts": limit}
     overrides = [f"repair.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    wanted = ALL if category == ALL else canonical_category(category)
+    wanted = category_or_all(category)
     artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_repair(result)

@@ -17,7 +17,8 @@ from sfc.patching.formats import Formats
 from sfc.patching.pairs import WRAPPERS
 from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.prompts.prepare import prompts_fingerprint
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.steering.positions import check_positions as check_steered
 
 # Raised by hand when the meaning of an artifact changes.

@@ -21,8 +21,6 @@ from sfc.saes.source import saes_identity
 # Raised by hand when the meaning of an artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
 
-ALL = "all"  # every category
-
 _EMBEDDED_DATA = Path(__file__).parents[1] / "data"
 
 

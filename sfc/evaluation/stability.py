@@ -94,7 +94,7 @@ def with_stability(
     if effects.by_prompt is None or not by_effect:
         return effects, {"stability": None, "stability_jaccard": None}
     sets = resampled_node_sets(effects.by_prompt, effects.ranking, members, seed)
-    figures = {"stability": float(sets.share.mean()), "stability_jaccard": sets.jaccard}
+    figures: dict[str, float | None] = {"stability": float(sets.share.mean()), "stability_jaccard": sets.jaccard}
     return _with_attributes(effects, members, {"stability": sets.share}), figures
 
 

@@ -14,10 +14,16 @@ CATEGORIES = (
     "unethical",
     "violence",
 )
+ALL = "all"  # every category
 COLUMNS = ("prompt", "category", "refusal_label", "dataset_type", "original_source")
 FILES = {"safe_80k": "or-bench-80k.csv", "hard": "or-bench-hard-1k.csv", "toxic": "or-bench-toxic.csv"}
 TOPICS_FILE = "topics.csv"
 SPLITS = ("discovery", "reference", "test")
+
+
+def category_or_all(name: str) -> str:
+    """Like `canonical_category`, but `all` is welcome too and means every category."""
+    return ALL if name == ALL else canonical_category(name)
 
 
 def canonical_category(name: str) -> str:

@@ -12,7 +12,8 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.progress import say
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.stages.corpus import short_enough
 from sfc.stages.judged import judged
@@ -75,8 +76,8 @@ def _check_sides(prompts: pd.DataFrame, kind: str, category: str) -> None:
     used = {"discovery": min(sides["discovery"]), "reference": sides["reference"][1], "test": sides["test"][0]}
     if any(used[split] < fewest for split, fewest in FEWEST.items()):
         raise UserError(
-            f"contrast refused-complied: of the {kind} prompts of {category}, refused and answered are {told}; needed are"
-            f" {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} answered in reference and"
+            f"contrast refused-complied: of the {kind} prompts of {category}, refused and answered are {told}; needed"
+            f" are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} answered in reference and"
             f" {FEWEST['test']} refused in test: take --category all, or --population"
             f" {'safe (hard prompts)' if kind == 'toxic' else 'toxic'}"
         )

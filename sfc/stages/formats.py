@@ -20,7 +20,8 @@ from sfc.progress import progress_bar, say
 from sfc.prompts.anyfile import UNLABELLED, load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.stages.corpus import short_enough
 from sfc.viewer.formats import write_formats_page
 

@@ -17,7 +17,8 @@ from sfc.patching.logit_attribution import LogitAttribution, attribute_logits, b
 from sfc.patching.logit_difference import refusal_logit_difference
 from sfc.progress import progress_bar, say
 from sfc.prompts.balance import balance
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.stages.corpus import short_enough
 from sfc.viewer.logits import write_logits_page
 

@@ -13,7 +13,8 @@ from sfc.models.loading import choose_device, load_model
 from sfc.patching.probe import SHUFFLES, last_residuals, n_folds, probe_table
 from sfc.progress import progress_bar
 from sfc.prompts.balance import balance
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.stages.corpus import short_enough
 from sfc.viewer.probe import write_probe_page
 

@@ -11,7 +11,8 @@ from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.progress import say
 from sfc.prompts.balance import balance
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.stages.corpus import short_enough
 from sfc.stages.paired import paired_prompts
@@ -39,7 +40,8 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     frame = run.prompts.frame
     if config.contrast == "toxic-hard":
         frame = frame[frame["dataset_type"] != "safe_80k"]
-    balanced, report = balance(frame, None if category == ALL else category, experiment.prompts.hard_share, experiment.seed)
+    of = None if category == ALL else category
+    balanced, report = balance(frame, of, experiment.prompts.hard_share, experiment.seed)
     for line in report.lines():
         say(f"prompts of {line}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)

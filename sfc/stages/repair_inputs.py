@@ -19,7 +19,8 @@ from sfc.models.score import RefusalScore, score_prompts
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
 from sfc.prompts.render import TokenizedPrompt
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.stages.corpus import Corpus, short_enough
 from sfc.stages.problem import with_store_index
 from sfc.stages.train import load_dictionaries

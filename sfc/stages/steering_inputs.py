@@ -23,7 +23,8 @@ from sfc.prompts.anyfile import load_prompt_file
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
 from sfc.prompts.render import Role, TokenizedPrompt
-from sfc.run import ALL, Run
+from sfc.prompts.schema import ALL
+from sfc.run import Run
 from sfc.sites import in_order, short_site, site_from_short, site_of
 from sfc.stages.corpus import Corpus, short_enough
 from sfc.stages.directions import direction_of_feature

@@ -16,7 +16,9 @@ from sfc.viewer.signs import sign_of, signs
 from sfc.viewer.text import printable
 
 _FIGURES = ("faithfulness", "completeness_normalised", "random_faithfulness")
-_NODE_FIGURES = ("rank", "effect", "absolute_effect", "mask", "p_value", "q_value", "effect_low", "effect_high", "stability")
+_NODE_FIGURES = (
+    "rank", "effect", "absolute_effect", "mask", "p_value", "q_value", "effect_low", "effect_high", "stability",
+)  # fmt: skip
 
 
 def explorable_html(
