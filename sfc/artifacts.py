@@ -5,6 +5,7 @@ depends on, spelt out in `manifest.json`, which is written last: a folder withou
 Nothing here imports torch, so that asking whether an artifact is up to date takes no time.
 """
 
+import csv
 import fcntl
 import hashlib
 import json
@@ -13,15 +14,18 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfc.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANIFEST = "manifest.json"
 Json = Mapping[str, Any]
@@ -165,10 +169,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}); delete it, or run again with --rebuild") from None
 
 
-def write_csv(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` (for example `frame.to_csv`) fill a file that appears whole or not at all."""
+def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> None:
+    """Write a table whole or not at all, without its index.
+
+    Texts are in quotes: a carriage return in a model's reply would end a row.
+
+    Args:
+        digits: significant ones that floats keep; None: all.
+    """
+    if digits is not None:
+        floats = [str(name) for name, dtype in table.dtypes.items() if dtype.kind == "f"]
+        table = table.assign(**{name: table[name].map(lambda value: float(f"{value:.{digits}g}")) for name in floats})
     with replacing(path) as temporary:
-        write(temporary)
+        table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def hash_of_file(path: Path) -> str:

@@ -60,7 +60,7 @@ def _csv(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
     )
     paths = {"nodes": folder / "nodes.csv", "edges": folder / "edges.csv"}
     for name, frame in (("nodes", nodes), ("edges", edges)):
-        write_csv(paths[name], lambda path, frame=frame: frame.to_csv(path, index=False))
+        write_csv(paths[name], frame)
     return paths
 
 

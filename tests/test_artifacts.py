@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.artifacts import Artifact, fingerprint, locked, read_json, replacing, write_json, write_text
+from sfc.artifacts import Artifact, fingerprint, locked, read_json, replacing, write_csv, write_json, write_text
 from sfc.errors import UserError
 
 JSON = st.recursive(
@@ -90,3 +93,21 @@ def test_json_holds_no_nan_and_says_which_file_is_broken(tmp_path: Path) -> None
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match=r"b\.json is not JSON"):
         read_json(tmp_path / "b.json")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1, max_size=4))
+def test_tables_keep_any_text(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.csv"
+        write_csv(path, pd.DataFrame({"text": texts, "refused": True}))
+        read = pd.read_csv(path, keep_default_na=False, dtype={"text": str})
+    assert read["text"].tolist() == texts and read["refused"].tolist() == [True] * len(texts)
+
+
+def test_floats_keep_as_many_digits_as_asked(tmp_path: Path) -> None:
+    third = pd.Series([1 / 3], dtype="float32")
+    table = pd.DataFrame({"n": [123456], "small": [1.23456e-7], "x": third, "no": [np.nan]})
+    write_csv(tmp_path / "table.csv", table, digits=3)
+    assert (tmp_path / "table.csv").read_text() == '"n","small","x","no"\n123456,1.23e-07,0.333,""\n'
+    write_csv(tmp_path / "table.csv", table)
+    assert pd.read_csv(tmp_path / "table.csv")["small"][0] == 1.23456e-7

@@ -14,8 +14,10 @@ from test_cli import result_of, sfc
 from sfc.circuits.problem import Problem
 from sfc.evaluation.comparison import (
     Overlaps,
+    Verdict,
     chance_overlap,
     cluster,
+    in_words,
     jaccard,
     shared_core,
     verdict,
@@ -119,6 +121,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compared(root: Path) -> dict:
     return result_of(sfc(*COMPARE, root=root))
+
+
+def test_other_measures_are_told_beside_shared_nodes() -> None:
+    alike = Verdict(0.6, 0.5, None, None, 0.1, -0.1, 0.3, "Alike.")
+    assert in_words({"jaccard": alike}) == "Alike."
+    apart = alike._replace(within=0.7, difference_low=0.15, difference_high=0.25)
+    told = "Alike. The same by other measures: edges, Jaccard 0.70 and 0.50 (difference 0.15 to 0.25)."
+    assert in_words({"jaccard": alike, "edge_jaccard": apart}) == told
 
 
 def test_the_command_compares_all_pairs(compared: dict, root: Path) -> None:

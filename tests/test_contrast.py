@@ -9,6 +9,7 @@ import torch
 from test_cli import result_of, sfc
 
 from sfc.ablation.references import mean_reference
+from sfc.artifacts import write_csv
 from sfc.circuits.circuit import load_circuit
 from sfc.circuits.effects import METHODS
 from sfc.errors import UserError
@@ -61,7 +62,7 @@ def judged_by_hand(root: Path) -> Path:
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
     assert set(table["label"]) == {"hard"} and len(table) == 200
-    table.assign(refused=table.index % 3 == 0).to_csv(replies, index=False)
+    write_csv(replies, table.assign(refused=table.index % 3 == 0))
     return replies
 
 

@@ -16,6 +16,12 @@ from scipy.spatial.distance import squareform
 Weights = Mapping[str, float]
 """a circuit: its nodes, or edges, with the size of their effects"""
 
+MEASURES = {
+    "jaccard": "nodes, Jaccard",
+    "weighted": "nodes, weighted by their effects",
+    "edge_jaccard": "edges, Jaccard",
+    "edge_weighted": "edges, weighted by their effects",
+}
 DRAWS = 2000
 CHANCES = 2.0
 """halves of one category must overlap by this many times what random circuits do, or nothing can be said"""
@@ -83,6 +89,21 @@ def verdict(overlaps: Overlaps, seed: int) -> Verdict:
     shuffled = float(overlaps.shuffled.mean()) if len(overlaps.shuffled) else None
     figures = (within, between, shuffled, overlaps.chance, within - between, low, high)
     return Verdict(*figures, _words(*figures))
+
+
+def in_words(verdicts: Mapping[str, Verdict]) -> str:
+    """The answer by shared nodes, and beside it what the other measures say.
+
+    Args:
+        verdicts: by the measure's name in `MEASURES`, the first that of shared nodes.
+    """
+    (_, first), *others = verdicts.items()
+    beside = [
+        f"{MEASURES[name]} {other.within:.2f} and {other.between:.2f} (difference {other.difference_low:.2f} to"
+        f" {other.difference_high:.2f})"
+        for name, other in others
+    ]
+    return f"{first.words} The same by other measures: {'; '.join(beside)}." if beside else first.words
 
 
 def _difference(overlaps: Overlaps, drawn: np.ndarray) -> float:

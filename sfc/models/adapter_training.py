@@ -129,7 +129,7 @@ def train_refusal_adapter(
     checks, best = _train(network, training, checking, opening, seed, settings)
     _save(network, best, output)
     log = pd.DataFrame(checks)
-    write_csv(output / LOG_FILE, lambda path: log.to_csv(path, index=False, float_format="%.5g"))
+    write_csv(output / LOG_FILE, log, digits=5)
     chosen = min(checks, key=lambda check: check.decision_loss)
     write_json(
         output / SUMMARY_FILE,

@@ -29,7 +29,7 @@ def write_analysis(analysis: Analysis, folder: Path) -> dict[str, Path]:
     }
     paths = {name: folder / f"{name}.csv" for name in tables}
     for name, table in tables.items():
-        write_csv(paths[name], lambda path, table=table: table.to_csv(path, index=False))
+        write_csv(paths[name], table)
     paths["page"] = folder / "data.html"
     write_text(paths["page"], _page(analysis))
     return paths

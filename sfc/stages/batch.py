@@ -85,9 +85,7 @@ def make_batch(
         critical, measured = critical_table(by_name)
         frequency = frequencies(critical, measured)
         for name, table in {"models": models, "critical": critical, "frequency": frequency}.items():
-            write_csv(
-                folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
-            )
+            write_csv(folder / FILES[name], table, digits=6)
         result = {
             "category": category,
             "stages": list(stages),

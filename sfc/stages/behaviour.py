@@ -39,8 +39,8 @@ def make_behaviour(
 def write_behaviour(folder: Path, behaviour: Behaviour) -> None:
     """Write every reply, the rates of each group, and a chart of them."""
     replies, groups = behaviour.replies, behaviour.groups
-    write_csv(folder / FILES["replies"], lambda path: replies.to_csv(path, index=False, float_format="%.5g"))
-    write_csv(folder / FILES["groups"], lambda path: groups.to_csv(path, index=False, float_format="%.5g"))
+    write_csv(folder / FILES["replies"], replies, digits=5)
+    write_csv(folder / FILES["groups"], groups, digits=5)
     write_text(folder / FILES["chart"], rates_chart(behaviour).to_html(config=PLOTLY_CONFIG, include_plotlyjs=True))
 
 

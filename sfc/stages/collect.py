@@ -45,7 +45,7 @@ def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequ
         new = [site for site in sites if site not in before.get("sites", [])]
         check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
         n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
-        write_csv(folder / PROMPTS_FILE, lambda path: corpus.table.to_csv(path, index_label="store_index"))
+        write_csv(folder / PROMPTS_FILE, corpus.table.reset_index(names="store_index"))
         artifact.finish(
             n_prompts=len(corpus.sequences),
             n_tokens=corpus.n_tokens,

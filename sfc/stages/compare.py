@@ -19,6 +19,7 @@ from sfc.evaluation.comparison import (
     Weights,
     chance_overlap,
     cluster,
+    in_words,
     jaccard,
     shared_core,
     verdict,
@@ -72,22 +73,22 @@ def make_comparison(run: Run, artifact: Artifact, categories: Sequence[str], reb
         measures = {name: measure for name, measure in _MEASURES.items() if measure.part in found}
         tables = {name: _overlaps(found[part], categories, overlap) for name, (part, overlap) in measures.items()}
         tables["jaccard"] = tables["jaccard"]._replace(chance=_chance(found["nodes"], judged.nodes))
-        verdicts = {name: verdict(table, experiment.seed)._asdict() for name, table in tables.items()}
+        verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
         result = {
             "preset": experiment.name,
             "method": experiment.discovery.method,
             "size": experiment.comparison.size,
             "categories": list(categories),
             "order": _order(tables["jaccard"]),
-            "overlap": verdicts,
-            "verdict": verdicts["jaccard"]["words"],
+            "overlap": {name: measured._asdict() for name, measured in verdicts.items()},
+            "verdict": in_words(verdicts),
             "core_nodes": shared_core(list(circuits.values())),
             "files": FILES,
         }
         whole = {name: (found[part].whole, overlap) for name, (part, overlap) in measures.items()}
         overlap = _long_table(tables, whole, categories)
         for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
-            write_csv(folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False))
+            write_csv(folder / FILES[name], table)
         write_comparison_page(folder / FILES["page"], result, tables["jaccard"], judged.transfer, judged.core)
         write_json(folder / FILES["result"], result)
         artifact.finish(result=result)

@@ -104,8 +104,8 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
         clock.lap("ablating edges")
         save_circuit(graph, folder / _FILES["circuit"])
-        write_csv(folder / _FILES["curve"], lambda path: curve.to_csv(path, index=False))
-        write_csv(folder / _FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
+        write_csv(folder / _FILES["curve"], curve)
+        write_csv(folder / _FILES["prompts"], facts.pop("prompts"))
         write_page(folder / _FILES["page"], graph, curve, result, cards)
         clock.lap("drawing")
         result |= {"files": _FILES, "seconds": clock.laps}

@@ -68,8 +68,8 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
             measurable = figures["faithfulness"] is not None
             figures["p_value"] = _p_value(run, problem, test_runs, circuit) if measurable else None
         clock.lap("edges and random circuits")
-        write_csv(folder / FILES["curves"], lambda path: curves.to_csv(path, index=False))
-        write_csv(folder / FILES["prompts"], lambda path: facts.pop("prompts").to_csv(path, index=False))
+        write_csv(folder / FILES["curves"], curves)
+        write_csv(folder / FILES["prompts"], facts.pop("prompts"))
         write_evaluation_page(folder / FILES["page"], result)
         result |= {"files": FILES, "seconds": clock.laps}
         write_json(folder / FILES["result"], result)

@@ -56,9 +56,7 @@ def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path |
              for name in formats]
         )  # fmt: skip
         for name, table in {"scores": long, "formats": summary, "pairs": pairs}.items():
-            write_csv(
-                folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
-            )
+            write_csv(folder / FILES[name], table, digits=6)
         result = {
             "preset": experiment.name,
             "prompts": prompts.name if prompts else artifact.inputs["category"],

@@ -57,9 +57,7 @@ def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild:
             "prompts": prompts[["prompt", "category", "label", "logit_difference", "score"]],
         }
         for name, table in tables.items():
-            write_csv(
-                folder / FILES[name], lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g")
-            )
+            write_csv(folder / FILES[name], table, digits=6)
         result = {
             "preset": experiment.name,
             "category": category,

@@ -48,7 +48,7 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         selection = select_pairs(model, candidates, run.experiment)
         positions = expand(config.position_sets, selection.pairs)
         pairs = selection.table.assign(unaligned=_unaligned(selection, positions))
-        write_csv(folder / FILES["pairs"], lambda path: pairs.to_csv(path, index=False, float_format="%.6g"))
+        write_csv(folder / FILES["pairs"], pairs, digits=6)
         _check_some_left(selection, config, str(folder / FILES["pairs"]))
         clock.lap("pairs")
         runs = _runs(model, selection, positions, patches, run)
@@ -57,9 +57,9 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
             runs, config.draws, config.flips, run.experiment.evaluation.min_denominator, run.experiment.seed
         )
         result = {"n_layers": model.n_layers, **_result(run, selection, effects, runs)}
-        write_csv(folder / FILES["effects"], lambda path: effects.to_csv(path, index=False, float_format="%.6g"))
+        write_csv(folder / FILES["effects"], effects, digits=6)
         scores = _scores(runs)
-        write_csv(folder / FILES["scores"], lambda path: scores.to_csv(path, index=False, float_format="%.6g"))
+        write_csv(folder / FILES["scores"], scores, digits=6)
         write_patching_page(folder / FILES["page"], effects, result)
         clock.lap("ranking")
         result |= {"files": FILES, "seconds": clock.laps}

@@ -40,7 +40,7 @@ def make_probe(run: Run, artifact: Artifact, category: str, rebuild: bool = Fals
             residuals = last_residuals(model, make_batches(tokenized, layout, budget, model.device), progress)
         toxic = prompts["refusal_label"].to_numpy(dtype=bool)
         layers = probe_table(residuals, toxic, prompts["split"].tolist(), experiment.seed)
-        write_csv(folder / FILES["layers"], lambda path: layers.to_csv(path, index=False, float_format="%.6g"))
+        write_csv(folder / FILES["layers"], layers, digits=6)
         counts = prompts["split"].value_counts()
         result = {
             "preset": experiment.name,

@@ -50,7 +50,7 @@ def write_quality(run: Run, rows: TrainingRows, dictionaries: Mapping[str, Dicti
             progress(1)
     quality, density = pd.DataFrame(figures), pd.concat(rates, names=["site", "feature"]).reset_index()
     for file, frame in ((QUALITY_FILE, quality), (DENSITY_FILE, density)):
-        write_csv(folder / file, lambda path, frame=frame: frame.to_csv(path, index=False, float_format="%.6g"))
+        write_csv(folder / file, frame, digits=6)
     write_quality_page(folder / PAGE_FILE, run.experiment.name, quality, density, DENSE_RATE)
     return float(quality.loc[quality["role"] == ALL, "fvu"].mean())
 

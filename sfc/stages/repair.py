@@ -3,7 +3,6 @@
 Features and their number are chosen on discovery prompts, and what the edits do is measured on test prompts.
 """
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
         clock.lap("export")
         tables = {"features": features, "tried": tried, "rates": rates}
         for name, table in {**tables, "replies": replies}.items():
-            _write_table(folder / FILES[name], table.round(6))
+            write_csv(folder / FILES[name], table.round(6))
         result = {
             "preset": run.experiment.name,
             "category": category,
@@ -114,11 +113,6 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
         result |= {"files": files, "seconds": clock.laps}
         write_json(folder / FILES["result"], result)
         artifact.finish(result=result)
-
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    # Every text in quotes: a reply may hold a carriage return, which csv does not quote by itself.
-    write_csv(path, lambda file: table.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def _hook(run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Repair:

@@ -1,6 +1,5 @@
 """Stage: a refusal dial. A direction is learned and chosen on discovery prompts and steered along on test prompts."""
 
-import csv
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,19 +65,11 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
     condition = named_condition(run)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
-
-        def write(name: str, table: pd.DataFrame) -> None:
-            # Every text in quotes: a reply may hold a carriage return, which csv does not quote by itself.
-            written = table.round(6)
-            write_csv(
-                folder / FILES[name], lambda path: written.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
-            )
-
         learned = learn(run, model)
         folds = folds_of(run, model, learned)
         clock.lap("learning")
         candidates = _tried(learned, folds, config)
-        write("candidates", candidates)
+        write_csv(folder / FILES["candidates"], candidates.round(6))
         kept = ranked(candidates)
         swept = [learned.candidates[i] for i in best_per_layer(kept, config.swept_layers)]
         chosen = learned.candidates[int(kept.index[0])]
@@ -135,7 +126,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         result = _result(run, chosen, tables, folds, alphas, held_out)
         result["conditional"] = dials.facts if dials else None
         for name, table in tables.items():
-            write(name, table)
+            write_csv(folder / FILES[name], table.round(6))
         _save_vectors(folder / FILES["vectors"], chosen, vectors)
         write_steering_page(folder / FILES["page"], tables, result)
         clock.lap("drawing")

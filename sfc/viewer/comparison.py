@@ -11,7 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
-from sfc.evaluation.comparison import Overlaps, cluster
+from sfc.evaluation.comparison import MEASURES, Overlaps, cluster
 from sfc.viewer.document import figure_html, guide_html, header_html, write_document
 from sfc.viewer.style import INK, QUIET, axis, styled_figure
 from sfc.viewer.table import figures_table
@@ -31,12 +31,6 @@ _GUIDE = (
     "<b>Edges</b> are the strongest by attribution between a circuit's nodes, as many of each circuit. Two circuits "
     "can only share an edge whose two ends they share.",
 )
-_MEASURES = {
-    "jaccard": "nodes, Jaccard",
-    "weighted": "nodes, weighted by their effects",
-    "edge_jaccard": "edges, Jaccard",
-    "edge_weighted": "edges, weighted by their effects",
-}
 
 
 def write_comparison_page(
@@ -132,7 +126,7 @@ def _heat_map(x: list, y: list[str], table: np.ndarray, name: str, low: float, h
 def _overlap_table(result: Mapping[str, Any]) -> str:
     rows = [
         (
-            _MEASURES[name],
+            MEASURES[name],
             number_text(found["within"]),
             number_text(found["between"]),
             "" if found["shuffled"] is None else number_text(found["shuffled"]),
