@@ -18,6 +18,7 @@ from sfc.errors import UserError
 from sfc.experiments import load_experiment, preset_names
 from sfc.progress import say
 from sfc.tables import (
+    show_base,
     show_behaviour,
     show_checks,
     show_circuit,
@@ -37,8 +38,9 @@ app = typer.Typer(
 
 
 _CONTRAST = (
-    "toxic-safe; toxic-hard: against hard prompts only; or refused-complied: toxic prompts (--population safe: hard"
-    " ones) that are refused against those that are answered. [default: the preset's]"
+    "toxic-safe; toxic-hard: against hard prompts only; refused-complied: toxic prompts (--population safe: hard"
+    " ones) that are refused against those that are answered; or model-base: the model against the one it was trained"
+    " from, itself without its adapter or --set discovery.base=…. [default: the preset's]"
 )
 
 
@@ -97,6 +99,8 @@ def discover(
         files = export_circuit(graph, labels_of(artifact.folder), ["graphml"], artifact.folder)
         result["files"] |= {name: str(path) for name, path in files.items()}
     show_circuit(result)
+    if "base" in result:
+        show_base(result["base"])
     finish(result, shared.json)
 
 
@@ -236,7 +240,9 @@ def compare(
         str | None,
         typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
     ] = None,
-    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
+    contrast: Annotated[
+        str | None, typer.Option(help="toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]")
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
 ) -> None:
     """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.

@@ -5,28 +5,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from sfc.config_section import Section, Share
+from sfc.config_study import PatchingConfig, RepairConfig, SteeringConfig
 from sfc.sites import SiteKind, site_of
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
 NodeChoice = Literal["features", "heads", "mlps", "heads-and-mlps"]
-ComponentKind = Literal["resid", "attn", "mlp", "head"]
-EditKind = Literal["add", "project-out", "clamp"]
-ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
-SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]
 Population = Literal["toxic", "safe"]
-PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied"]
-ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "zero", "paired"]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of an experiment: immutable, and strict about names so that a misspelt key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-base"]
+ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired"]
+_OWN_REFERENCES: dict[PromptContrast, ReferenceChoice] = {"refused-complied": "complied-mean", "model-base": "base"}
 
 
 class ModelConfig(Section):
@@ -180,7 +172,11 @@ class DiscoveryConfig(Section):
     contrast: PromptContrast = Field(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
-        " (population safe: hard ones alone), those refused against those answered",
+        " (population safe: hard ones alone), those refused against those answered; model-base: the model against the"
+        " one it was trained from, on the same prompts",
+    )
+    base: str | None = Field(
+        None, description="contrast model-base: that model, a folder or a model id; null: itself without its adapter"
     )
     reference: ReferenceChoice | None = Field(
         None, description="what ablated nodes are set to; null: the mean of the other population"
@@ -232,10 +228,18 @@ class DiscoveryConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_complied_are_a_reference_for_the_refused(self) -> "DiscoveryConfig":
-        by_behaviour = self.contrast == "refused-complied"
-        if self.reference is not None and by_behaviour != (self.reference == "complied-mean"):
+    def _some_contrasts_have_references_of_their_own(self) -> "DiscoveryConfig":
+        own = _OWN_REFERENCES.get(self.contrast)
+        if self.reference is not None and self.reference != own and (own or self.reference in _OWN_REFERENCES.values()):
             raise ValueError(f"contrast {self.contrast!r} does not go with reference {self.reference!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_base_is_run(self) -> "DiscoveryConfig":
+        if self.contrast == "model-base" and self.method in ("correlation", "magnitude"):
+            raise ValueError(f"method {self.method!r} looks at one model alone: contrast 'model-base' needs another")
+        if self.contrast != "model-base" and self.base is not None:
+            raise ValueError(f"contrast {self.contrast!r} has no base model: leave discovery.base out")
         return self
 
     @property
@@ -245,7 +249,7 @@ class DiscoveryConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
-        usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves}
+        usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves, "base": self.base is None}
         return self.model_dump(exclude={name for name, is_usual in usual.items() if is_usual})
 
     @property
@@ -257,9 +261,8 @@ class DiscoveryConfig(Section):
     @property
     def reference_choice(self) -> ReferenceChoice:
         """The reference by name."""
-        if self.contrast == "refused-complied":
-            return "complied-mean"
-        return self.reference or ("safe-mean" if self.population == "toxic" else "toxic-mean")
+        usual = "safe-mean" if self.population == "toxic" else "toxic-mean"
+        return self.reference or _OWN_REFERENCES.get(self.contrast, usual)
 
 
 class EvaluationConfig(Section):
@@ -287,103 +290,6 @@ class ComparisonConfig(Section):
     reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
 
 
-class PatchingConfig(Section):
-    """What is patched, between which pairs of prompts."""
-
-    pairs: str = Field("toxic-safe", description="toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe")
-    wrappers: str | None = Field(None, description="wrapped: a CSV or .jsonl file with name, template and prefill")
-    category: str | None = Field(None, description="only pairs of this category")
-    limit: int = Field(24, ge=1, description="at most this many pairs are tried, chosen by hash")
-    require: Literal["behaviour", "score"] = Field(
-        "behaviour", description="behaviour: judged replies must differ; score: only the refusal score, for base models"
-    )
-    components: list[ComponentKind] = Field(["resid", "attn", "mlp", "head"], min_length=1)
-    positions: list[str] = Field([], description="position sets; empty: suffix, but last where pairs are wrapped")
-    layers: list[int] = Field([], description="empty: all")
-    directions: list[Literal["denoise", "noise"]] = Field(["denoise", "noise"], min_length=1)
-    cumulative: bool = Field(False, description="also patch all layers from the first to each at once")
-    reply_tokens: int = Field(40, ge=1, description="length of the replies that are judged")
-    draws: int = Field(2000, ge=100, description="draws of the bootstrap")
-    flips: int = Field(10_000, ge=100, description="sign flips of the permutation test")
-
-    @property
-    def position_sets(self) -> list[str]:
-        """The position sets to patch at. A prefilled reply has only its last token in common with a plain prompt."""
-        return self.positions or (["last"] if self.pairs == "wrapped" else ["suffix"])
-
-
-class SteeringConfig(Section):
-    """How directions are found and chosen, and how prompts are steered along them."""
-
-    category: str = Field("all", description="prompts of one category, or of all")
-    direction: str = Field(
-        "toxic-safe", description="what is steered along: a contrast, probe, circuit, or a feature resid_post.21/F12"
-    )
-    contrasts: list[ContrastKind] = Field(
-        ["toxic-safe", "refused-complied", "hard-score"], description="whose directions are held against each other"
-    )
-    kinds: list[SteeringKind] = Field(["resid_post"], min_length=1, description="sites of candidates")
-    layers: list[int] = Field([], description="layers of candidates; empty: ten, evenly spread")
-    prompts: int = Field(128, ge=4, description="discovery prompts per side that directions are learned from")
-    folds: int = Field(2, ge=2, description="parts of them: each candidate is learned on all but one, and tried on it")
-    tried_prompts: int = Field(24, ge=2, description="prompts per side, of all folds, that candidates are tried on")
-    tried_alpha: float = Field(0.2, gt=0, description="amount at which candidates must induce refusal")
-    min_induced: float = Field(0.0, description="a candidate must bring the mean score of safe prompts above this")
-    max_kl: float = Field(1.0, ge=0, description="nats by which turning down may change safe prompts' next token")
-    latest: Share = Field(0.8, description="candidates in layers after this share of the model are rejected")
-    edit: EditKind = "add"
-    everywhere: bool = Field(False, description="project-out: at every site of the residual stream")
-    units: Literal["norm", "raw"] = Field(
-        "norm", description="of alpha: the mean residual norm at the site, or the direction's own length"
-    )
-    alphas: list[float] = Field([], description="empty: nine from -0.32 to 0.32; raw: -4 to 4; project-out: 0 to 1")
-    positions: str = Field("suffix", description="tokens of the prompt that are steered: last, last-K, suffix, prompt")
-    during_reply: bool = Field(False, description="also steer every token that is generated")
-    when: str | None = Field(
-        None, description="steer only prompts in whose text this feature fires: resid_post.21/F12, or best; null: all"
-    )
-    when_above: float = Field(0.0, ge=0, description="the value above which it fires; best brings its own")
-    swept_layers: int = Field(5, ge=1, description="layers of the sweep: those of the best candidates")
-    test_prompts: int = Field(30, ge=1, description="test prompts per side")
-    reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
-    ordinary_prompts: int = Field(20, ge=1, description="safe prompts whose replies by the base model must stay likely")
-    ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
-    max_loss: float = Field(0.15, gt=0, description="share by which their cross-entropy may rise at the chosen alphas")
-    random_directions: int = Field(20, ge=2)
-    shuffled_directions: int = Field(5, ge=1, description="directions between sides to which prompts are dealt by lot")
-    ablated_writers: int = Field(10, ge=0, description="heads and MLPs that write most of it, which are ablated")
-    features: bool = Field(False, description="also the direction's cosine with every SAE feature")
-    xstest: str | None = Field(
-        None, description="also steer the prompts of this file: XSTest, or any CSV with prompt and label, and category"
-    )
-
-    @property
-    def dial(self) -> list[float]:
-        """The alphas, or those that the edit and its units suggest."""
-        if self.alphas:
-            return list(dict.fromkeys(self.alphas))
-        if self.edit == "project-out":
-            return [0.0, 0.5, 1.0]
-        return [round(0.08 * step, 2) if self.units == "norm" else float(step) for step in range(-4, 5)]
-
-
-class RepairConfig(Section):
-    """How the edit that lowers over-refusal is chosen and measured."""
-
-    sizes: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1, description="features ablated")
-    toxic_share: float = Field(
-        0.5, description="of its effect on hard prompts that a feature may have on toxic ones, and still qualify"
-    )
-    refused_above: float = Field(0.0, description="score above which a discovery prompt counts as refused")
-    most_lost: float = Field(0.05, ge=0, description="share of toxic discovery prompts whose refusal may be lost")
-    prompts: int = Field(100, ge=2, description="discovery prompts of each kind: half to score features, half to try")
-    test_prompts: int = Field(30, ge=1, description="test prompts of each kind: hard, toxic, safe")
-    random_draws: int = Field(3, ge=1, description="random edits of each size, matched by site and firing rate")
-    reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
-    ordinary_prompts: int = Field(20, ge=1, description="safe test prompts whose replies by the base model are read")
-    ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
-
-
 class Experiment(Section):
     """Everything that a run depends on. Equal experiments on equal data give equal artifacts."""
 
@@ -401,3 +307,15 @@ class Experiment(Section):
     patching: PatchingConfig = PatchingConfig()  # pyright: ignore[reportCallIssue]
     steering: SteeringConfig = SteeringConfig()  # pyright: ignore[reportCallIssue]
     repair: RepairConfig = RepairConfig()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _there_is_a_base(self) -> "Experiment":
+        if self.discovery.contrast == "model-base" and self.base_model == self.model:
+            raise ValueError("contrast 'model-base': the model has no adapter to leave out; give discovery.base")
+        return self
+
+    @property
+    def base_model(self) -> ModelConfig:
+        """The model that `model` was trained from, read in the same template."""
+        other = {"source": self.discovery.base, "revision": None} if self.discovery.base else {}
+        return self.model.model_copy(update={"adapter": None, **other})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sfc.artifacts import Artifact, hash_of_file
 from sfc.errors import UserError
+from sfc.models.identity import model_identity
 from sfc.progress import say
 from sfc.prompts.pairs import pairs_fingerprint
 from sfc.run import CIRCUIT_SCHEMA, Run
@@ -58,11 +59,13 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
     """Compare the circuits of several categories unless that is done; train first where needed.
 
     Raises:
-        UserError: fewer than two categories.
+        UserError: fewer than two categories, or a reference that prompts of two categories cannot share.
     """
     if len(set(categories)) < 2:
         raise UserError("compare needs at least two categories, for example --categories violence,privacy")
     experiment = run.experiment
+    if (reference := experiment.discovery.reference_choice) in ("paired", "base", "complied-mean"):
+        raise UserError(f"compare pools prompts of categories, whose reference {reference!r} is not the same")
     inputs = {
         "schema": COMPARISON_SCHEMA,
         "circuit": CIRCUIT_SCHEMA,
@@ -112,6 +115,8 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
     }
     if experiment.discovery.contrast != "toxic-safe":
         inputs["contrast"] = experiment.discovery.contrast
+    if experiment.discovery.contrast == "model-base":
+        inputs["base"] = model_identity(experiment.base_model)
     name = f"evaluation-{category}{experiment.discovery.name_of_prompts}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sfc.artifacts import Artifact, hash_of_file
-from sfc.config import ContrastKind
+from sfc.config_study import ContrastKind
 from sfc.errors import UserError, suggestion
 from sfc.models.identity import model_identity
 from sfc.patching.alignment import check_positions

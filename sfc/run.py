@@ -133,6 +133,8 @@ class Run:
         }
         if experiment.discovery.reference_choice == "paired":
             inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
+        if experiment.discovery.contrast == "model-base":
+            inputs["base"] = model_identity(experiment.base_model)
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
         if topics and experiment.discovery.method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)

@@ -37,6 +37,17 @@ def show_circuit(result: dict[str, Any]) -> None:
     show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ("figure", "value"), rows)
 
 
+def show_base(base: dict[str, Any]) -> None:
+    """What a circuit's nodes were in the base model, and what they do there."""
+    rows = [
+        ("F(base)", base["f_base"]),
+        ("F(base with the circuit)", base["f_base_with_circuit"]),
+        ("F(base with all nodes)", base["f_base_with_all"]),
+        *((f"nodes: {change}", count) for change, count in base["changes"].items()),
+    ]
+    show_table("The base model on the same prompts", ("figure", "value"), rows)
+
+
 def show_comparison(result: dict[str, Any]) -> None:
     """The overlaps of a comparison of categories, and what they say."""
     columns = ("within", "between", "shuffled", "difference", "difference_low", "difference_high")

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
-    "errors", "linear", "sites", "config", "experiments", "study", "artifacts", "ranks", "progress", "offline",
+    "errors", "linear", "sites",
+    "config_section", "config_study", "config", "experiments", "study", "artifacts", "ranks", "progress", "offline",
     "prompts", "models", "activations", "saes", "ablation", "circuits", "evaluation", "patching", "steering", "repair",
     "features", "exports", "viewer", "reports", "run", "pipeline", "pipeline_study", "tables", "stages", "doctor",
     "api", "explorer", "cli_options", "cli_explore", "cli_study", "cli",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
-from sfc.config import ComponentKind
+from sfc.config_study import ComponentKind
 from sfc.patching.components import Patch
 from sfc.patching.ranking import PatchRuns, agreement, effect_table, ratio_interval, sign_flip_test
 

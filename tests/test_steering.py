@@ -10,7 +10,7 @@ from conftest import TEXTS, random_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.config import SteeringConfig
+from sfc.config_study import SteeringConfig
 from sfc.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.generation import end_tokens

@@ -52,8 +52,21 @@ def paired_reference(
     Whoever is paired with prompt p finds its values through the slots that `Batch.with_tables` gives it. Where a prompt
     lacks a slot of the layout its values are not numbers: see `check_covered`.
     """
-    rows = [(batch, batch.with_tables(batch.prompts, layout).slots) for batch in batches]
-    return _means(model, dictionaries, rows, layout, layout.n_slots * sum(len(batch.prompts) for batch in batches))
+    return reference_in_tables(
+        model, dictionaries, [batch.with_tables(batch.prompts, layout) for batch in batches], layout
+    )
+
+
+def reference_in_tables(
+    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
+) -> Reference:
+    """The values on the prompts of the batches, in the tables that their slots name (see `Batch.with_tables`).
+
+    Of prompts that share a table, the mean.
+    """
+    rows = [(batch.without_tables(layout), batch.slots) for batch in batches]
+    n_tables = 1 + max(int(batch.tables(layout).max()) for batch in batches)
+    return _means(model, dictionaries, rows, layout, layout.n_slots * n_tables)
 
 
 def check_covered(reference: Reference, batches: Sequence[Batch]) -> None:

@@ -82,6 +82,10 @@ class Batch:
         shifted = self.slots + tables[:, None] * layout.n_slots
         return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, shifted))
 
+    def without_tables(self, layout: SlotLayout) -> "Batch":
+        """The same prompts with the slots of the layout, as they were before `with_tables`."""
+        return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, self.slots % layout.n_slots))
+
     def tables(self, layout: SlotLayout) -> Int[Tensor, " batch"]:
         """Which table each row's slots are of, as `with_tables` was told. The first token is never padding."""
         return self.slots[:, 0] // layout.n_slots

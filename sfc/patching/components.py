@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sfc.config import ComponentKind
+from sfc.config_study import ComponentKind
 from sfc.sites import StoredKind, site_of
 
 _WHERE: dict[ComponentKind, StoredKind] = {

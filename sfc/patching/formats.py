@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from sfc.config import Section
+from sfc.config_section import Section
 from sfc.errors import UserError
 
 FORMATS = Path(__file__).with_name("formats.yaml")

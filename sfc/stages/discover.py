@@ -30,6 +30,7 @@ from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
 from sfc.progress import progress_bar, say
 from sfc.run import Run
+from sfc.stages.base import BASE_FILE, base_changes
 from sfc.stages.cards import SHOWN_NODES, write_cards
 from sfc.stages.problem import prepare_problem
 from sfc.viewer.page import write_page
@@ -106,9 +107,14 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         save_circuit(graph, folder / _FILES["circuit"])
         write_csv(folder / _FILES["curve"], curve)
         write_csv(folder / _FILES["prompts"], facts.pop("prompts"))
+        files = _FILES
+        if config.contrast == "model-base":
+            changes, result["base"] = base_changes(run, problem, test_runs, members)
+            files = {**_FILES, "base": BASE_FILE}
+            write_csv(folder / BASE_FILE, changes, digits=5)
         write_page(folder / _FILES["page"], graph, curve, result, cards)
         clock.lap("drawing")
-        result |= {"files": _FILES, "seconds": clock.laps}
+        result |= {"files": files, "seconds": clock.laps}
         write_json(folder / _FILES["result"], result)
         artifact.finish(result=result, audit=graph.graph["audit"], **facts)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from sfc.artifacts import Artifact, write_csv, write_json
-from sfc.config import PatchingConfig
+from sfc.config_study import PatchingConfig
 from sfc.errors import UserError
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.patching.alignment import expand

@@ -14,6 +14,7 @@ from sfc.prompts.balance import balance
 from sfc.prompts.schema import ALL
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
+from sfc.stages.base import against_base
 from sfc.stages.corpus import short_enough
 from sfc.stages.paired import paired_prompts
 from sfc.stages.task import Task
@@ -24,6 +25,7 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "toxic-mean": [True],
     "balanced-mean": [False, True],
     "complied-mean": [],
+    "base": [],
     "zero": [],
     "paired": [],
 }
@@ -68,6 +70,8 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
         paired = paired_prompts(run, category, model, dictionaries)
         reference, to_explain = paired.reference, [paired.discovery, paired.test]
         facts["prompts"] = pd.concat([used[discovery], paired.prompts])
+    elif config.reference_choice == "base":
+        reference, to_explain = against_base(run, model, dictionaries, to_explain, layout)
     elif config.reference_choice == "zero":
         reference = zero_reference(dictionaries, layout)
     else:

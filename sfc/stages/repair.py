@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 
 from sfc.artifacts import Artifact, write_csv, write_json
-from sfc.config import RepairConfig
+from sfc.config_study import RepairConfig
 from sfc.errors import UserError
 from sfc.evaluation.intervals import wilson
 from sfc.evaluation.random_circuits import matching_strata, random_circuits

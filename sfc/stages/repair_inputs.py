@@ -14,7 +14,7 @@ from sfc.activations.store import Store
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import Model, load_model
+from sfc.models.loading import Model, without_adapter
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.prompts.balance import balance
 from sfc.prompts.keyed import keyed_ranks
@@ -100,10 +100,7 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
         config=experiment.discovery,
     )
-    base = model
-    if model.config.adapter is not None:
-        base = load_model(model.config.model_copy(update={"adapter": None}), model.device)
-    ordinary = with_replies(base, corpora["ordinary"].sequences, config.ordinary_tokens)
+    ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from safetensors.torch import save_file
 
 from sfc.artifacts import Artifact, replacing, write_csv, write_json
-from sfc.config import SteeringConfig
+from sfc.config_study import SteeringConfig
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import BEST
 from sfc.progress import progress_bar, say

@@ -11,12 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfc.circuits.circuit import load_circuit
-from sfc.config import ContrastKind, ModelConfig, SteeringConfig
+from sfc.config_study import ContrastKind, SteeringConfig
 from sfc.errors import UserError
 from sfc.models.batches import PACKED_TOKENS
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
-from sfc.models.loading import Model, load_model
+from sfc.models.loading import Model, without_adapter
 from sfc.pipeline_study import BEST, direction_source
 from sfc.progress import progress_bar, say
 from sfc.prompts.anyfile import load_prompt_file
@@ -198,18 +198,11 @@ def ordinary_benches(run: Run, model: Model) -> dict[str, Bench]:
         ).sequences
         for split in ("reference", "test")
     }
-    base = _without_adapter(model)
+    base = without_adapter(model)
     return {
         split: _bench(model, with_replies(base, chosen, config.ordinary_tokens), config)
         for split, chosen in prompts.items()
     }
-
-
-def _without_adapter(model: Model) -> Model:
-    if model.config.adapter is None:
-        return model
-    config: ModelConfig = model.config.model_copy(update={"adapter": None})
-    return load_model(config, model.device)
 
 
 def _bench(model: Model, prompts: list[TokenizedPrompt], config: SteeringConfig) -> Bench:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from sfc.config import ContrastKind
+from sfc.config_study import ContrastKind
 from sfc.errors import UserError
 from sfc.prompts.keyed import keyed_numbers
 

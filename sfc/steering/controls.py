@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.config import SteeringConfig
+from sfc.config_study import SteeringConfig
 from sfc.steering.bench import Bench, plain_scores, steered_scores
 from sfc.steering.directions import Vector, cosine, in_span, random_directions, span_share
 from sfc.steering.edits import Edit

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfc.config import EditKind
+from sfc.config_study import EditKind
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.sites import site_of

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.config import SteeringConfig
+from sfc.config_study import SteeringConfig
 from sfc.errors import UserError
 from sfc.models.loading import Model
 from sfc.sites import kind_of, layer_of

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.config import SteeringConfig
+from sfc.config_study import SteeringConfig
 from sfc.evaluation.intervals import wilson
 from sfc.models.judge import is_refusal
 from sfc.sites import layer_of
