@@ -179,7 +179,8 @@ def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> N
     """
     if digits is not None:
         floats = [str(name) for name, dtype in table.dtypes.items() if dtype.kind == "f"]
-        table = table.assign(**{name: table[name].map(lambda value: float(f"{value:.{digits}g}")) for name in floats})
+        rounded = {name: table[name].map(lambda x: float(f"{x:.{digits}g}"), na_action="ignore") for name in floats}
+        table = table.assign(**rounded)
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
 

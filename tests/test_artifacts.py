@@ -107,7 +107,8 @@ def test_tables_keep_any_text(texts: list[str]) -> None:
 def test_floats_keep_as_many_digits_as_asked(tmp_path: Path) -> None:
     third = pd.Series([1 / 3], dtype="float32")
     table = pd.DataFrame({"n": [123456], "small": [1.23456e-7], "x": third, "no": [np.nan]})
+    table["na"] = pd.array([pd.NA], "Float64")
     write_csv(tmp_path / "table.csv", table, digits=3)
-    assert (tmp_path / "table.csv").read_text() == '"n","small","x","no"\n123456,1.23e-07,0.333,""\n'
+    assert (tmp_path / "table.csv").read_text() == '"n","small","x","no","na"\n123456,1.23e-07,0.333,"",""\n'
     write_csv(tmp_path / "table.csv", table)
     assert pd.read_csv(tmp_path / "table.csv")["small"][0] == 1.23456e-7

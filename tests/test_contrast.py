@@ -23,8 +23,10 @@ from sfc.stages.problem import prepare_problem
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
 BEHAVIOUR = (
     "discover", "--preset", "tiny", "--method", "attribution", "--category", "all", "--contrast", "refused-complied",
-    "--population", "safe", "--json",
+    "--population", "safe", "--json", "--set", "prompts.limit=8",
 )  # fmt: skip
+
+REFUSED = ["discovery.contrast=refused-complied", "discovery.population=safe", "prompts.limit=8"]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +60,10 @@ def judged_by_hand(root: Path) -> Path:
     """The replies to hard prompts, judged; since the tiny model only babbles, verdicts are then written by hand."""
     refused = sfc(*BEHAVIOUR, root=root)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "refused and answered are 0 and 100 in discovery, 0 and 30 in reference, 0 and 70 in test" in refused.stderr
+    assert "refused and answered are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
-    assert set(table["label"]) == {"hard"} and len(table) == 200
+    assert set(table["label"]) == {"hard"} and len(table) == 80
     write_csv(replies, table.assign(refused=table.index % 3 == 0))
     return replies
 
@@ -84,7 +86,7 @@ def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: 
 
 @pytest.mark.usefixtures("judged_by_hand")
 def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None:
-    run = Run(load_experiment("tiny", ["discovery.contrast=refused-complied", "discovery.population=safe"]), root)
+    run = Run(load_experiment("tiny", REFUSED), root)
     problem, test_runs, facts = prepare_problem(run, "all")
     prompts, model = facts["prompts"], problem.model
     refused = prompts["refused"]
@@ -106,7 +108,7 @@ def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None
 @pytest.mark.usefixtures("judged_by_hand")
 @pytest.mark.parametrize("method", ["correlation", "magnitude"])
 def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> None:
-    run = Run(load_experiment("tiny", ["discovery.contrast=refused-complied", "discovery.population=safe"]), root)
+    run = Run(load_experiment("tiny", REFUSED), root)
     problem, _, facts = prepare_problem(run, "all")
     effects = METHODS[method](problem)
     values = np.concatenate([np.pad(features, ((0, 0), (0, 1))) for features in problem.features.values()], axis=1)
