@@ -46,6 +46,12 @@ LABELS = [True, True, False, True, False, False]
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a module's commands work in, one after the other."""
+    return tmp_path_factory.mktemp("root")
+
+
 @pytest.fixture(scope="session")
 def model() -> Model:
     return load_model(load_experiment("tiny").model)

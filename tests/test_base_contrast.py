@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_cli import result_of, sfc
+from commands import sfc
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sfc.errors import UserError
@@ -42,13 +42,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("contrast")
-
-
-@pytest.fixture(scope="module")
 def discovered(root: Path, base: Path) -> dict:
-    return result_of(sfc("discover", *COMMAND, "--method", "attribution", "--set", f"discovery.base={base}", root=root))
+    return sfc("discover", *COMMAND, "--method", "attribution", "--set", f"discovery.base={base}", root=root).result
 
 
 def test_with_all_nodes_swapped_one_model_is_the_other(discovered: dict, base: Path) -> None:
@@ -95,7 +90,7 @@ def test_the_table_says_where_features_fire_in_both_models(discovered: dict, roo
 
 def test_evaluate_judges_the_circuit_against_the_same_base(discovered: dict, root: Path, base: Path) -> None:
     ran = sfc("evaluate", *COMMAND, "--set", f"discovery.base={base}", discovered["files"]["circuit"], root=root)
-    (judged,) = result_of(ran)["circuits"]
+    (judged,) = ran.result["circuits"]
     for figure in ("f_model", "f_empty", "f_circuit", "f_complement"):
         assert judged[figure] == pytest.approx(discovered[figure], abs=1e-3)
 
@@ -119,7 +114,7 @@ def test_a_model_that_is_no_base_is_refused(root: Path, tmp_path: Path) -> None:
     for file in [*tiny_model_folder().glob("*token*"), tiny_model_folder() / "chat_template.jinja"]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     ran = sfc("discover", *COMMAND, "--method", "attribution", "--set", f"discovery.base={tmp_path}", root=root)
-    assert ran.returncode == 2 and "layers of width 16" in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.status == 2 and "layers of width 16" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_the_contrast_needs_a_base_and_a_method_that_runs_both() -> None:
@@ -136,4 +131,4 @@ def test_the_contrast_needs_a_base_and_a_method_that_runs_both() -> None:
 
 def test_categories_cannot_be_compared_against_the_base(root: Path) -> None:
     ran = sfc("compare", "--categories", "violence,privacy", *COMMAND, "--set", "discovery.base=x", root=root)
-    assert ran.returncode == 2 and "is not the same" in ran.stderr
+    assert ran.status == 2 and "is not the same" in ran.stderr

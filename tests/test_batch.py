@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_patch_command import sfc
+from commands import sfc
 
 from sfc.errors import UserError
 from sfc.patching.across_models import COLUMNS, frequencies, patched_components, relative_depth, written_components

@@ -10,6 +10,7 @@ from pathlib import Path
 import networkx as nx
 import pandas as pd
 import pytest
+from commands import assert_one_line, sfc, sfc_process
 
 REPOSITORY = Path(__file__).parents[1]
 MINI = REPOSITORY / "data" / "mini"
@@ -24,27 +25,9 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-def sfc(*arguments: object, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sfc.cli", *map(str, arguments), "--root", str(root)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "200", **environment}
-    )
-
-
-def result_of(finished: subprocess.CompletedProcess[str]) -> dict:
-    assert finished.returncode == 0, finished.stderr
-    assert len(finished.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
-    return json.loads(finished.stdout)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
-
-
 @pytest.fixture(scope="module")
 def discovered(root: Path) -> dict:
-    return result_of(sfc("discover", "--preset", "tiny", "--category", "violence", "--json", root=root))
+    return sfc_process("discover", "--preset", "tiny", "--category", "violence", "--json", root=root).result
 
 
 def test_discover_runs_all_stages_and_ends_with_the_promised_json(discovered: dict, root: Path) -> None:
@@ -93,7 +76,7 @@ def test_a_second_run_recomputes_nothing_and_imports_no_torch(discovered: dict, 
 
 
 def test_the_same_command_gives_the_same_circuit(discovered: dict, root: Path, tmp_path: Path) -> None:
-    again = result_of(sfc("discover", "--preset", "tiny", "--json", root=tmp_path))
+    again = sfc("discover", "--preset", "tiny", "--json", root=tmp_path).result
     first, second = ((base / r["files"]["circuit"]).read_bytes() for base, r in ((root, discovered), (tmp_path, again)))
     assert first == second
     assert {k: v for k, v in again.items() if k not in ("seconds", "files")} == {
@@ -103,7 +86,7 @@ def test_the_same_command_gives_the_same_circuit(discovered: dict, root: Path, t
 
 def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dict, root: Path) -> None:
     options = ("--set", "discovery.drop_dead_ends=true", "--set", "discovery.edges_per_node=1")
-    result = result_of(sfc("discover", "--preset", "tiny", "--json", *options, root=root))
+    result = sfc("discover", "--preset", "tiny", "--json", *options, root=root).result
     graph = nx.node_link_graph(json.loads((root / result["files"]["circuit"]).read_text()), edges="edges")
     assert graph.graph["edges"] == "attribution" and "nats" in graph.graph["edge_weight"]
     last = {node for node, layer in graph.nodes(data="layer") if layer == 1}
@@ -130,7 +113,7 @@ def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dic
 def test_other_methods_populations_and_error_modes_run_on_the_same_saes(
     discovered: dict, root: Path, options: tuple[str, ...]
 ) -> None:
-    result = result_of(sfc("discover", "--preset", "tiny", "--category", "privacy", *options, "--json", root=root))
+    result = sfc("discover", "--preset", "tiny", "--category", "privacy", *options, "--json", root=root).result
     assert result["category"] == "privacy" and result["n_nodes"] > 0
     assert len(list((root / "saes").glob("tiny-*"))) == 1
 
@@ -147,7 +130,7 @@ def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
     discovered: dict, root: Path, reference: str, method: str, labels: set[bool]
 ) -> None:
     options = ("--method", method, "--set", f"discovery.reference={reference}", "--set", "discovery.exact_nodes=25")
-    result = result_of(sfc("discover", "--preset", "tiny", *options, "--json", root=root))
+    result = sfc("discover", "--preset", "tiny", *options, "--json", root=root).result
     prompts = pd.read_csv(root / result["files"]["prompts"])
     in_reference = prompts[prompts["split"] == "reference"]
     assert set(in_reference["refusal_label"]) == labels
@@ -179,11 +162,12 @@ def test_scripts_are_doors_into_the_same_commands(discovered: dict, root: Path) 
             str(root),
             "--json",
         ]
-        assert result_of(subprocess.run(command, capture_output=True, text=True))["preset"] == "tiny"
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0 and json.loads(ran.stdout)["preset"] == "tiny", ran.stderr
 
 
 def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) -> None:
-    result = result_of(sfc("train", "--preset", "tiny", "--json", root=root))
+    result = sfc("train", "--preset", "tiny", "--json", root=root).result
     assert {path.name for path in map(Path, result["files"].values()) if path.is_file()} == {
         "quality.csv",
         "quality.html",
@@ -195,25 +179,25 @@ def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) ->
 
 
 def test_doctor_finds_nothing_wrong_and_then_what_is(discovered: dict, root: Path, tmp_path: Path) -> None:
-    checks = result_of(sfc("doctor", "--preset", "tiny", "--json", root=root))["checks"]
+    checks = sfc("doctor", "--preset", "tiny", "--json", root=root).result["checks"]
     assert {"model", "prompts", "store", "SAEs", "circuit"} <= {check["what"] for check in checks}
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     shard = next((copy / "activations").glob("tiny-*/shard-*.h5"))
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     broken = sfc("doctor", "--preset", "tiny", root=copy)
-    assert broken.returncode == 2 and "corrupt" in broken.stderr
+    assert broken.status == 2 and "corrupt" in broken.stderr
 
 
 def test_a_corrupt_store_or_sae_is_one_line_and_status_2(discovered: dict, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "activations", tmp_path / "activations")
     shard = next(tmp_path.glob("activations/tiny-*/shard-*.h5"))
     shard.write_bytes(b"not HDF5")
-    _one_line(sfc("train", "--preset", "tiny", root=tmp_path), "corrupt", str(shard))
+    assert_one_line(sfc("train", "--preset", "tiny", root=tmp_path), "corrupt", str(shard))
     shutil.copytree(root / "saes", tmp_path / "saes", dirs_exist_ok=True)
     weights = next(tmp_path.glob("saes/tiny-*/*/sae_weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
-    _one_line(sfc("discover", "--preset", "tiny", root=tmp_path), str(weights))
+    assert_one_line(sfc("discover", "--preset", "tiny", root=tmp_path), str(weights))
     assert not list(tmp_path.glob("circuits/tiny/*/result.json"))
 
 
@@ -235,7 +219,7 @@ BAD_OPTIONS = {
 def test_bad_options_end_with_one_line_and_status_2(case: str, discovered: dict, root: Path, tmp_path: Path) -> None:
     options, expected = BAD_OPTIONS[case]
     here = root if case == "no such token" else tmp_path
-    _one_line(sfc("discover", *options, root=here, HF_HUB_OFFLINE="1"), expected)
+    assert_one_line(sfc("discover", *options, root=here), expected)
     assert not list(tmp_path.rglob("manifest.json")), "nothing half-written is left behind"
 
 
@@ -250,7 +234,7 @@ def test_a_data_set_without_pairs_has_no_paired_reference(tmp_path: Path) -> Non
     shutil.copytree(MINI, folder)
     (folder / "pairs.csv").unlink()
     options = ("--preset", "tiny", "--data", folder, "--set", "discovery.reference=paired")
-    _one_line(sfc("discover", *options, root=tmp_path), "pairs.csv", "does not exist")
+    assert_one_line(sfc("discover", *options, root=tmp_path), "pairs.csv", "does not exist")
 
 
 BAD_FILES = {
@@ -267,14 +251,14 @@ def test_bad_files_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> 
     content, expected = BAD_FILES[case]
     folder = _with_file(tmp_path / "data", "or-bench-toxic.csv", content)
     finished = sfc("discover", "--preset", "tiny", "--data", folder, root=tmp_path)
-    _one_line(finished, expected, "or-bench-toxic.csv")
+    assert_one_line(finished, expected, "or-bench-toxic.csv")
     assert not (tmp_path / "activations").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_disk_is_one_line_and_status_2(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
-    _one_line(sfc("collect", "--preset", "tiny", root=tmp_path), "permission")
+    assert_one_line(sfc("collect", "--preset", "tiny", root=tmp_path), "permission")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or shutil.which("mount") is None, reason="needs mount")
@@ -284,22 +268,14 @@ def test_a_full_disk_is_one_line_and_status_2(tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("this user may not mount a small file system")
     try:
-        _one_line(sfc("collect", "--preset", "tiny", root=small))
+        assert_one_line(sfc("collect", "--preset", "tiny", root=small))
         assert not list(small.rglob("*.h5")), "nothing half-written is left behind"
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 def test_data_and_presets_say_what_is_there(tmp_path: Path) -> None:
-    described = result_of(sfc("data", "--json", root=tmp_path))
+    described = sfc("data", "--json", root=tmp_path).result
     assert described["counts"]["violence"]["toxic"] == 100
     assert all(Path(path).is_file() for path in described["files"].values())
-    assert {"smollm2", "llama2-7b-chat", "tiny"} <= set(result_of(sfc("presets", "--json", root=tmp_path))["presets"])
-
-
-def _one_line(finished: subprocess.CompletedProcess[str], *expected: str) -> None:
-    assert finished.returncode == 2, finished.stderr
-    last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "Traceback" not in finished.stderr
-    for text in expected:
-        assert text in last
+    assert {"smollm2", "llama2-7b-chat", "tiny"} <= set(sfc("presets", "--json", root=tmp_path).result["presets"])

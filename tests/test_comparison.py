@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import result_of, sfc
 
 from sfc.circuits.problem import Problem
 from sfc.evaluation.comparison import (
@@ -114,13 +114,8 @@ COMPARE = (
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compare")
-
-
-@pytest.fixture(scope="module")
 def compared(root: Path) -> dict:
-    return result_of(sfc(*COMPARE, root=root))
+    return sfc(*COMPARE, root=root).result
 
 
 def test_other_measures_are_told_beside_shared_nodes() -> None:
@@ -174,7 +169,7 @@ def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(co
     (folder / "rankings" / "privacy-half-0.json").unlink()
     (folder / "judged" / "hate.json").unlink()
     again = sfc(*COMPARE, root=root)
-    assert {**result_of(again), "files": 0} == {**compared, "files": 0}
+    assert {**again.result, "files": 0} == {**compared, "files": 0}
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
     assert {name for name, time in after.items() if before[name] != time} == {"privacy-half-0.json"}
     assert json.loads((folder / "rankings" / "privacy-half-0.json").read_text())
@@ -186,4 +181,4 @@ def test_what_cannot_be_compared_is_one_line(root: Path) -> None:
         (["--categories", "violence,privacy", "--method", "correlation"], "compare needs a method"),
     ):
         failed = sfc("compare", "--preset", "tiny", *arguments, root=root)
-        assert failed.returncode == 2 and message in failed.stderr.splitlines()[-1]
+        assert failed.status == 2 and message in failed.stderr.splitlines()[-1]

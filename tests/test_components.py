@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from architectures import random_model
+from commands import sfc
 from conftest import TEXTS
 from pydantic import ValidationError
-from test_cli import RESULT_KEYS, result_of, sfc
+from test_cli import RESULT_KEYS
 from torch import Tensor
 
 from sfc.ablation.ablate import Ablation
@@ -179,7 +180,7 @@ def test_what_components_cannot_have_is_refused(values: dict[str, object]) -> No
 
 def test_discover_on_heads_and_mlps_needs_no_saes(tmp_path: Path) -> None:
     options = ("--set", "discovery.nodes=heads-and-mlps", "--set", "discovery.audit_nodes=3")
-    result = result_of(sfc("discover", "--preset", "tiny", *options, "--json", root=tmp_path))
+    result = sfc("discover", "--preset", "tiny", *options, "--json", root=tmp_path).result
     assert set(result) == RESULT_KEYS and result["n_edges"] == 0 and result["error_share"] == 0
     assert not (tmp_path / "saes").exists()
     graph = nx.node_link_graph(json.loads(Path(result["files"]["circuit"]).read_text()), edges="edges")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_cli import result_of, sfc
+from commands import sfc
 
 from sfc.ablation.references import mean_reference
 from sfc.artifacts import write_csv
@@ -29,14 +29,9 @@ BEHAVIOUR = (
 REFUSED = ["discovery.contrast=refused-complied", "discovery.population=safe", "prompts.limit=8"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("contrast")
-
-
 @pytest.mark.parametrize(("population", "explained"), [("toxic", "toxic"), ("safe", "hard")])
 def test_against_hard_prompts_no_others_are_on_the_safe_side(root: Path, population: str, explained: str) -> None:
-    result = result_of(sfc(*DISCOVER, "--population", population, root=root))
+    result = sfc(*DISCOVER, "--population", population, root=root).result
     folder = Path(result["files"]["circuit"]).parent
     prompts = pd.read_csv(folder / "prompts.csv")
     assert set(prompts["dataset_type"]) == {"toxic", "hard"}
@@ -48,9 +43,9 @@ def test_against_hard_prompts_no_others_are_on_the_safe_side(root: Path, populat
 
 
 def test_a_circuit_against_hard_prompts_is_judged_against_them(root: Path) -> None:
-    discovered = result_of(sfc(*DISCOVER, root=root))
+    discovered = sfc(*DISCOVER, root=root).result
     arguments = ("evaluate", "--preset", "tiny", "--contrast", "toxic-hard", "--json", discovered["files"]["circuit"])
-    (judged,) = result_of(sfc(*arguments, root=root))["circuits"]
+    (judged,) = sfc(*arguments, root=root).result["circuits"]
     for figure in ("f_model", "f_empty", "f_circuit", "f_complement"):
         assert judged[figure] == pytest.approx(discovered[figure], abs=1e-3)
 
@@ -59,7 +54,7 @@ def test_a_circuit_against_hard_prompts_is_judged_against_them(root: Path) -> No
 def judged_by_hand(root: Path) -> Path:
     """The replies to hard prompts, judged; since the tiny model only babbles, verdicts are then written by hand."""
     refused = sfc(*BEHAVIOUR, root=root)
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert refused.status == 2 and "Traceback" not in refused.stderr
     assert "refused and answered are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
@@ -70,14 +65,14 @@ def judged_by_hand(root: Path) -> Path:
 
 def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
     refused = pd.read_csv(judged_by_hand).set_index("prompt")["refused"]
-    result = result_of(sfc(*BEHAVIOUR, root=root))
+    result = sfc(*BEHAVIOUR, root=root).result
     folder = Path(result["files"]["circuit"]).parent
     prompts = pd.read_csv(folder / "prompts.csv")
     assert set(prompts["dataset_type"]) == {"hard"} and prompts["category"].nunique() == 10
     assert (prompts["refused"] == prompts["prompt"].map(refused)).all()
     about = load_circuit(folder / "circuit.json").graph
     assert (about["population"], about["reference"]) == ("refused hard", "complied-mean")
-    (judged,) = result_of(sfc("evaluate", *BEHAVIOUR[1:3], *BEHAVIOUR[5:], result["files"]["circuit"], root=root))[
+    (judged,) = sfc("evaluate", *BEHAVIOUR[1:3], *BEHAVIOUR[5:], result["files"]["circuit"], root=root).result[
         "circuits"
     ]
     assert judged["f_empty"] == pytest.approx(result["f_empty"], abs=1e-3)

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import RESULT_KEYS, result_of, sfc
+from test_cli import RESULT_KEYS
 
 from sfc.ablation.references import check_covered
 from sfc.circuits.problem import Problem, PromptRuns
@@ -59,13 +60,8 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
-
-
-@pytest.fixture(scope="module")
 def discovered(root: Path, pairs_file: Path) -> dict:
-    return result_of(sfc("discover", "--preset", "tiny", "--pairs", pairs_file, "--json", root=root))
+    return sfc("discover", "--preset", "tiny", "--pairs", pairs_file, "--json", root=root).result
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +92,9 @@ def test_discover_explains_pairs_by_the_same_way_as_refusals(discovered: dict, r
 def test_what_is_left_out_is_said_and_a_second_run_does_nothing(root: Path, pairs_file: Path, discovered: dict) -> None:
     command = ("discover", "--preset", "tiny", "--pairs", pairs_file)
     again = sfc(*command, "--json", root=root)
-    assert result_of(again) == discovered and "up to date" in again.stderr
+    assert again.result == discovered and "up to date" in again.stderr
     rebuilt = sfc(*command, "--method", "correlation", "--population", "safe", "--json", root=root)
-    assert result_of(rebuilt)["n_nodes"] > 0
+    assert rebuilt.result["n_nodes"] > 0
     assert f"left out: 1 of {len(RECORDS)} pairs" in rebuilt.stderr and repr(UNLIKE[0]) in rebuilt.stderr
 
 
@@ -120,7 +116,7 @@ def test_bad_pairs_end_with_one_line_that_names_the_row(
     path = written(tmp_path / "pairs.jsonl", [*RECORDS, last])
     finished = sfc("discover", "--preset", "tiny", "--pairs", path, *options, root=root)
     message = finished.stderr.strip().splitlines()[-1]
-    assert finished.returncode == 2 and message.startswith("error: ") and "Traceback" not in finished.stderr
+    assert finished.status == 2 and message.startswith("error: ") and "Traceback" not in finished.stderr
     assert all(text in message for text in expected), message
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_patch_command import Finished, _one_line, sfc
+from commands import Finished, assert_one_line, sfc
 
 from sfc.ablation.nodes import Nodes
 from sfc.circuits.listed import ListedCircuit, read_listed
@@ -189,11 +189,6 @@ EVALUATE = ("evaluate", "--preset", "tiny", "--json", "--set", "evaluation.rando
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
-
-
-@pytest.fixture(scope="module")
 def discovered(root: Path) -> dict:
     return sfc("discover", "--preset", "tiny", "--method", "attribution", "--json", root=root).result
 
@@ -288,8 +283,8 @@ def test_all_edges_between_neighbours_are_as_faithful_as_the_nodes(circuit: dict
 
 
 def test_what_cannot_be_judged_ends_with_one_line(discovered: dict, root: Path) -> None:
-    _one_line(sfc(*EVALUATE, "nowhere.json", root=root), "no file nowhere.json")
-    _one_line(refused(root, "a.json", ["gpt2-small/6-res-jb/650"]), "gpt2-small/6-res-jb", "not in use")
-    _one_line(refused(root, "b.json", ["resid_post.1/F100000"]), "resid_post.1/F100000")
-    _one_line(refused(root, "c.json", TRACER), "some-transcoders")
+    assert_one_line(sfc(*EVALUATE, "nowhere.json", root=root), "no file nowhere.json")
+    assert_one_line(refused(root, "a.json", ["gpt2-small/6-res-jb/650"]), "gpt2-small/6-res-jb", "not in use")
+    assert_one_line(refused(root, "b.json", ["resid_post.1/F100000"]), "resid_post.1/F100000")
+    assert_one_line(refused(root, "c.json", TRACER), "some-transcoders")
     assert not [path for path in (root / "circuits").rglob("evaluation-*") if not (path / "manifest.json").is_file()]

@@ -1,6 +1,5 @@
 """Prompt formats: answers of one token, order effects that cancel, standardised scores, and rank tests by hand."""
 
-import subprocess
 from itertools import permutations, product
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import Finished, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
-from test_cli import result_of, sfc
 
 from sfc.errors import UserError
 from sfc.evaluation.repeated_measures import friedman, holm, pairwise_wilcoxon, rank_biserial
@@ -221,12 +220,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _formats(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+def _formats(*arguments: str, root: Path) -> Finished:
     return sfc("formats", "--preset", "tiny", *arguments, root=root)
 
 
 def test_the_command_ends_with_files_and_figures_that_agree(root: Path) -> None:
-    result = result_of(_formats("--definitions", "bytes.yaml", "--limit", "12", "--json", root=root))
+    result = _formats("--definitions", "bytes.yaml", "--limit", "12", "--json", root=root).result
     scores = pd.read_csv(root / result["files"]["scores"])
     assert (result["n_harmful"], result["n_harmless"]) == (12, 12)
     assert len(scores) == 3 * 24 and set(scores["label"]) == {"toxic", "safe"}
@@ -250,7 +249,7 @@ def test_the_command_ends_with_files_and_figures_that_agree(root: Path) -> None:
 
 
 def test_a_file_of_instructions_is_compared_with_harmless_ones_of_the_data(root: Path) -> None:
-    result = result_of(_formats("--definitions", "bytes.yaml", "--prompts", "harmful.csv", "--json", root=root))
+    result = _formats("--definitions", "bytes.yaml", "--prompts", "harmful.csv", "--json", root=root).result
     assert (result["prompts"], result["n_harmful"], result["n_harmless"]) == ("harmful.csv", 6, 6)
     scores = pd.read_csv(root / result["files"]["scores"])
     assert set(scores.loc[scores["label"] == "toxic", "prompt"]) == {f"Describe river number {i}." for i in range(6)}
@@ -258,5 +257,5 @@ def test_a_file_of_instructions_is_compared_with_harmless_ones_of_the_data(root:
 
 def test_answers_that_the_model_cannot_give_in_one_token_are_one_line(root: Path) -> None:
     finished = _formats("--limit", "2", root=root)
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.status == 2 and "Traceback" not in finished.stderr
     assert "' Yes' is not one token" in finished.stderr.strip().splitlines()[-1]

@@ -1,5 +1,6 @@
 """Direct logit attribution: the parts sum to the logit difference on every architecture, and heads get their roles."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from architectures import random_model
+from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_ind
-from test_cli import REPOSITORY, result_of, sfc
+from test_cli import REPOSITORY
 
 from sfc.config import ModelConfig
 from sfc.errors import UserError
@@ -244,7 +246,7 @@ def test_intervals_of_means_are_near_those_of_the_normal_distribution_and_cover(
 
 def test_the_command_ends_with_files_and_figures_that_agree(tmp_path: Path) -> None:
     arguments = ("attribute-logits", "--preset", "tiny", "--category", "all", "--json")
-    result = result_of(sfc(*arguments, root=tmp_path))
+    result = sfc(*arguments, root=tmp_path).result
     assert result["reconstruction_error"] < 1e-4
     assert result["n_heads"] == len(result["heads"]) == 8
     components = pd.read_csv(tmp_path / result["files"]["components"])
@@ -263,9 +265,9 @@ def test_the_command_ends_with_files_and_figures_that_agree(tmp_path: Path) -> N
     script = [sys.executable, str(REPOSITORY / "scripts" / "run_patching.py"), *arguments]
     again = subprocess.run([*script, "--root", str(tmp_path)], capture_output=True, text=True)
     assert "up to date" in again.stderr
-    assert result_of(again)["heads"] == result["heads"]
+    assert json.loads(again.stdout)["heads"] == result["heads"]
 
 
 def test_an_unknown_category_is_one_line(tmp_path: Path) -> None:
     wrong = sfc("attribute-logits", "--preset", "tiny", "--category", "violense", root=tmp_path)
-    assert wrong.returncode == 2 and "did you mean 'violence'" in wrong.stderr
+    assert wrong.status == 2 and "did you mean 'violence'" in wrong.stderr

@@ -1,18 +1,15 @@
 """`sfc patch` as a user types it, on the tiny preset, and its page."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import assert_one_line, sfc
 
-from sfc.cli import main
 from sfc.models.judge import is_refusal, refuses_somewhere
 from sfc.patching.components import Patch, single_patches
 from sfc.patching.ranking import PatchRuns, agreement, effect_table
@@ -24,44 +21,6 @@ KEYS = {
     "preset", "pairs", "require", "n_layers", "n_tried", "n_pairs", "lost", "n_pairs_at", "wrappers", "clean_score",
     "corrupted_score", "n_components", "n_critical", "critical", "agreement", "files", "seconds",
 }  # fmt: skip
-
-
-class Finished(NamedTuple):
-    """What a command left behind."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def result(self) -> dict:
-        assert self.status == 0, self.stderr
-        assert len(self.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
-        return json.loads(self.stdout)
-
-
-def sfc(*arguments: object, root: Path) -> Finished:
-    """Run a command in this process, where torch is loaded already."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue())
-
-
-def _one_line(finished: Finished, *expected: str) -> None:
-    last = finished.stderr.strip().splitlines()[-1]
-    assert finished.status == 2 and last.startswith("error: "), finished.stderr
-    for text in expected:
-        assert text in last
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +135,9 @@ def test_pairs_of_the_embedded_model_are_those_it_was_judged_to_treat_differentl
 
 def test_where_the_model_never_refuses_no_pair_is_used_and_the_way_out_is_named(tmp_path: Path) -> None:
     finished = sfc(*TINY, "--limit", "3", "--set", "patching.reply_tokens=4", root=tmp_path)
-    _one_line(finished, "no pair can be used: 3 pairs tried", "3: the clean prompt was not refused", "--require score")
+    assert_one_line(
+        finished, "no pair can be used: 3 pairs tried", "3: the clean prompt was not refused", "--require score"
+    )
     assert not list(tmp_path.rglob("manifest.json"))
     pairs = pd.read_csv(next(tmp_path.rglob("pairs.csv")))
     assert not pairs["used"].any() and pairs["clean_reply"].notna().all()
@@ -200,7 +161,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> None:
     options, expected = BAD_OPTIONS[case]
-    _one_line(sfc(*TINY, *options, root=tmp_path), expected)
+    assert_one_line(sfc(*TINY, *options, root=tmp_path), expected)
     assert not list(tmp_path.rglob("manifest.json"))
 
 

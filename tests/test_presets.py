@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from test_cli import sfc as sfc_process
-from test_patch_command import sfc
+from commands import sfc, sfc_process
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sfc.experiments import load_experiment, preset_names
@@ -142,7 +141,7 @@ def test_every_preset_is_known_here_or_needs_no_network() -> None:
 
 def test_weights_that_are_not_here_and_cannot_be_fetched_are_one_line(tmp_path: Path) -> None:
     finished = sfc_process("behaviour", "--preset", "gpt2", root=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.status == 2 and "Traceback" not in finished.stderr
     assert "cannot load model 'openai-community/gpt2'" in finished.stderr.strip().splitlines()[-1]
 
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from architectures import random_model
+from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
-from test_patch_command import sfc
 
 from sfc.config import ModelConfig
 from sfc.models.batches import Batch, SlotLayout, make_batches

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from commands import sfc
 from safetensors.torch import load_file
-from test_steer_command import sfc
 
 from sfc.evaluation.intervals import wilson
 from sfc.experiments import load_experiment
@@ -27,11 +27,6 @@ TINY = (
     "--set", "repair.refused_above=-99", "--set", "repair.ordinary_prompts=3", "--set", "repair.ordinary_tokens=4",
     "--set", "repair.reply_tokens=3", "--set", "repair.random_draws=2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 import pytest
+from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_formats import BYTES
-from test_patch_command import sfc
 
 from sfc.reports.blocks import Commands, Formula, Paragraph, Section, Table, cell
 from sfc.reports.kinds.kind import grid_cell

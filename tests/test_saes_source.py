@@ -39,11 +39,6 @@ def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
-
-
-@pytest.fixture(scope="module")
 def trained(root: Path) -> Run:
     """A run that trained its own dictionaries and found a circuit."""
     run = Run(load_experiment("tiny"), root)

@@ -1,19 +1,16 @@
 """`sfc steer` as a user types it, on the tiny preset, and its page."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import assert_one_line, sfc
 from safetensors.torch import load_file
 
-from sfc.cli import main
 from sfc.evaluation.intervals import wilson
 from sfc.steering.trade_off import best_defence, trade_off
 from sfc.viewer.steering import write_steering_page
@@ -32,44 +29,6 @@ POINT_KEYS = {
     "loss_rise", "later_loss_rise", "kl", "held_out_rate", "held_out_loss_rise", "random_mean", "random_highest",
     "shuffled_mean", "shuffled_highest",
 }  # fmt: skip
-
-
-class Finished(NamedTuple):
-    """What a command left behind."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def result(self) -> dict:
-        assert self.status == 0, self.stderr
-        assert len(self.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
-        return json.loads(self.stdout)
-
-
-def sfc(*arguments: object, root: Path) -> Finished:
-    """Run a command in this process, where torch is loaded already."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue())
-
-
-def _one_line(finished: Finished, *expected: str) -> None:
-    last = finished.stderr.strip().splitlines()[-1]
-    assert finished.status == 2 and last.startswith("error: "), finished.stderr
-    for text in expected:
-        assert text in last
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("root")
 
 
 @pytest.fixture(scope="module")
@@ -241,13 +200,13 @@ BAD_OPTIONS = {
 def test_bad_options_end_with_one_line_and_status_2(case: str, root: Path) -> None:
     options, expected = BAD_OPTIONS[case]
     before = set(root.rglob("steering*/manifest.json"))
-    _one_line(sfc(*TINY, *options, root=root), expected)
+    assert_one_line(sfc(*TINY, *options, root=root), expected)
     assert set(root.rglob("steering*/manifest.json")) == before
 
 
 def test_where_no_direction_passes_all_are_listed_with_the_reason(tmp_path: Path) -> None:
     few = ("--set", "steering.contrasts=[]", "--set", "steering.tried_prompts=2", "--set", "steering.min_induced=50")
-    _one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces no refusal")
+    assert_one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces no refusal")
     table = pd.read_csv(next(tmp_path.rglob("candidates.csv")))
     assert table["rejected"].notna().all() and not list(tmp_path.rglob("manifest.json"))
 
@@ -282,4 +241,4 @@ def test_a_contrast_that_cannot_be_made_is_left_out_of_the_comparison_and_said(r
     assert "left out of the comparison: the contrast refused-complied has 0 against" in finished.stderr
     directions = pd.read_csv(root / finished.result["files"]["directions"])
     assert directions["direction"].tolist() == ["toxic-safe"]
-    _one_line(sfc(*TINY, *few, *LENIENT, "--direction", "refused-complied", root=root), "has 0 against")
+    assert_one_line(sfc(*TINY, *few, *LENIENT, "--direction", "refused-complied", root=root), "has 0 against")

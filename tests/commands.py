@@ -1,0 +1,59 @@
+"""Commands as a user types them: in this process, where torch is loaded already, or in one of their own."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sfc.cli import main
+
+
+class Finished(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict:
+        assert self.status == 0, self.stderr
+        assert len(self.stdout.splitlines()) == 1, "with --json standard output holds the object and nothing else"
+        return json.loads(self.stdout)
+
+
+def sfc(*arguments: object, root: Path) -> Finished:
+    """Run a command in this process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
+        patch.setenv("COLUMNS", "200")
+        patch.chdir(root)
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
+    """Run a command in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "sfc.cli", *map(str, arguments), "--root", str(root)],
+        capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "200", **environment},
+    )  # fmt: skip
+    return Finished(ran.returncode, ran.stdout, ran.stderr)
+
+
+def assert_one_line(finished: Finished, *expected: str) -> None:
+    """It ended with status 2 and an error of one line, in which all of this stands."""
+    last = finished.stderr.strip().splitlines()[-1]
+    assert finished.status == 2 and last.startswith("error: ") and "Traceback" not in finished.stderr, finished.stderr
+    for text in expected:
+        assert text in last
