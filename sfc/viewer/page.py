@@ -74,11 +74,12 @@ def page_html(
 
 def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
     errors = sum(data["kind"] == "error" for _, data in graph.nodes(data=True))
-    population = graph.graph.get("population", "toxic")
+    population, reference = graph.graph.get("population", "toxic"), graph.graph.get("reference")
+    against = f" against {reference}" if reference else ""
     parts = f"{count_text(len(graph) - errors, 'SAE feature')} and {count_text(errors, 'error node')}"
     return (
         f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found "
-        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts, "
+        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts{against}, "
         f"preset {result['preset']}). "
         "All scores are from the test split, which discovery never saw."
     )
