@@ -13,7 +13,7 @@ import typer
 
 from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, finish, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, report, steer
+from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, replicate, report, steer
 from sfc.errors import UserError
 from sfc.experiments import load_experiment, preset_names
 from sfc.progress import say
@@ -333,7 +333,20 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-for command in (attribute_logits, probe, formats, patch, batch, steer, repair, report, draw, export, explore):
+for command in (
+    attribute_logits,
+    probe,
+    formats,
+    patch,
+    batch,
+    steer,
+    repair,
+    replicate,
+    report,
+    draw,
+    export,
+    explore,
+):
     app.command()(with_shared_options(command))
 
 

@@ -142,10 +142,14 @@ class SaeConfig(Section):
         1 << 15, ge=1, description="rows per site that are shuffled at once; two such buffers are in memory"
     )
     checkpoint_seconds: float = Field(60, gt=0, description="time between checkpoints, at most a twentieth of it spent")
+    seed: int | None = Field(
+        None, ge=0, description="of initialisation and of the order of the rows; null: the experiment's"
+    )
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on."""
-        return self.model_dump(exclude={"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"})
+        """What the trained weights depend on; no seed of their own is left out, so that older SAEs stay valid."""
+        without = {"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"}
+        return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:
         """The k of top-k for a dictionary of `d_sae` features."""
@@ -319,3 +323,8 @@ class Experiment(Section):
         """The model that `model` was trained from, read in the same template."""
         other = {"source": self.discovery.base, "revision": None} if self.discovery.base else {}
         return self.model.model_copy(update={"adapter": None, **other})
+
+    @property
+    def sae_seed(self) -> int:
+        """What SAEs are trained from; which rows are held out is up to `seed`."""
+        return self.seed if self.saes.seed is None else self.saes.seed

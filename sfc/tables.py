@@ -202,6 +202,28 @@ def show_repair(result: dict[str, Any]) -> None:
     show_table(title, ["edit", *(column.replace("_", " ") for column in columns)], rows)
 
 
+def show_replication(result: dict[str, Any]) -> None:
+    """Both circuits of a replication, and how far they agree."""
+    circuits = [result["original"], result["replication"]]
+    names = ("faithfulness", "completeness", "completeness_normalised")
+    rows = [
+        ("nodes", *(circuit["n_nodes"] for circuit in circuits)),
+        *((name.replace("_", " "), *(_with_interval(circuit, name) for circuit in circuits)) for name in names),
+        ("share with a partner", *(circuit["share_with_partner"] for circuit in circuits)),
+    ]
+    seeds = [f"SAE seed {circuit['sae_seed']}" for circuit in circuits]
+    show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ["figure", *seeds], rows)
+    rows = [
+        ("Jaccard, all nodes", result["jaccard"], result["chance"]),
+        ("Jaccard, nodes with a partner", result["matched_jaccard"], result["matched_chance"]),
+        ("rank correlation of shared effects", result["rank_correlation"], ""),
+        ("equal signs of shared effects", result["sign_agreement"], ""),
+    ]
+    share, same = _text(result["matched_share"]), result["same_from_cosine"]
+    title = f"{result['n_shared']} shared nodes; {share} of all features have a partner of cosine {same} or more"
+    show_table(title, ("agreement", "value", "by chance"), rows)
+
+
 def show_presets(experiments: Iterable[Experiment]) -> None:
     """The presets, a line each."""
     show_table(

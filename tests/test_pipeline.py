@@ -33,6 +33,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("corpus.source=replies", {"saes", "circuit"}),
         ("corpus.stored=never", set()),
         ("saes.k=9", {"saes", "circuit"}),
+        ("saes.seed=1", {"saes", "circuit"}),
         ("saes.layers_at_once=1", set()),
         ("saes.min_variance_explained=0.1", set()),
         ("prompts.hard_share=0.5", {"circuit"}),

@@ -9,7 +9,7 @@ from sfc.reports.found import Found
 from sfc.reports.kinds.circuit import CIRCUIT, SAES
 from sfc.reports.kinds.components import LOGITS, PATCHING
 from sfc.reports.kinds.kind import Kind
-from sfc.reports.kinds.measured import BEHAVIOUR, FORMATS, OTHER, PROBE
+from sfc.reports.kinds.measured import BEHAVIOUR, FORMATS, OTHER, PROBE, REPLICATION
 
 KINDS: Mapping[str, Kind] = {
     "behaviour": BEHAVIOUR,
@@ -19,6 +19,7 @@ KINDS: Mapping[str, Kind] = {
     "formats": FORMATS,
     "saes": SAES,
     "circuit": CIRCUIT,
+    "replication": REPLICATION,
 }
 """in the order of the report; other kinds of artifacts come after them"""
 _LIMITS = (

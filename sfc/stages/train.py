@@ -92,7 +92,7 @@ def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Lo
 def _train_group(
     run: Run, rows: TrainingRows, sites: list[str], checkpoint: Path, report: Callable[[Progress], None]
 ) -> list[TopKDictionary]:
-    config, seed, trained = run.experiment.saes, run.experiment.seed, rows.trained
+    config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
     source = rows.source(sites)
     n_sample = min(_SAMPLE_ROWS, int(trained.sum()))
     sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))

@@ -150,3 +150,19 @@ def _first_words(name: str) -> str:
 
 
 OTHER = Kind(title=lambda found: _first_words(found.name), summary=lambda found: [], blocks=_other_blocks)
+
+REPLICATION = OTHER._replace(
+    title=lambda found: (
+        f"Replication with SAEs from another seed: {found.result['category']}, {found.result['method']}"
+    ),
+    summary=lambda found: [
+        ("Jaccard, nodes of both circuits", cell(found.result["jaccard"])),
+        ("by chance", cell(found.result["chance"])),
+    ],
+    methods=(
+        Formula(
+            "The same feature (after Paulo and Belrose 2025)",
+            "mutual nearest neighbours by the cosine of decoder directions, of at least 0.7",
+        ),
+    ),
+)
