@@ -79,8 +79,8 @@ def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
     parts = f"{count_text(len(graph) - errors, 'SAE feature')} and {count_text(errors, 'error node')}"
     return (
         f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found "
-        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts{against}, "
-        f"preset {result['preset']}). "
+        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts"
+        f"{against}, preset {result['preset']}). "
         "All scores are from the test split, which discovery never saw."
     )
 
