@@ -282,6 +282,8 @@ class EvaluationConfig(Section):
     min_denominator: float = Field(
         0.5, gt=0, description="below this |F(M) - F(0)| ratios are not measurable and are null"
     )
+    replies: int = Field(20, ge=0, description="test prompts that are answered under the ablation, at a few sizes")
+    reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
 
 
 class ComparisonConfig(Section):

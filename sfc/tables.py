@@ -34,6 +34,9 @@ def show_circuit(result: dict[str, Any]) -> None:
     rows += [("random faithfulness", result["random_faithfulness"]), ("p-value", result["p_value"])]
     scores = {"f_model": "F(M)", "f_circuit": "F(C)", "f_complement": "F(M\\C)", "f_empty": "F(0)"}
     rows += [(label, result[name]) for name, label in scores.items()] + [("error share", result["error_share"])]
+    if result.get("refused_circuit") is not None:
+        kept, ablated = (_with_interval(result, f"refused_{part}") for part in ("circuit", "complement"))
+        rows += [("replies that refuse", result["refused_model"]), ("the circuit alone", kept), ("without it", ablated)]
     show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ("figure", "value"), rows)
 
 

@@ -21,7 +21,9 @@ RESULT_KEYS = {
     "completeness_normalised_low", "completeness_normalised_high", "random_low", "random_high", "p_value",
     "last_site_faithfulness", "single_site_faithfulness", "nodes_per_site", "cpr", "cpr_log", "cmd", "cmd_log",
     "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high",
-    "stability", "stability_jaccard", "halves_jaccard", "halves_chance",
+    "stability", "stability_jaccard", "halves_jaccard", "halves_chance", "n_replies", "refused_model", "refused_empty",
+    "refused_circuit", "refused_circuit_low", "refused_circuit_high", "refused_complement", "refused_complement_low",
+    "refused_complement_high",
 }  # fmt: skip
 
 

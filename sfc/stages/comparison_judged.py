@@ -16,11 +16,9 @@ from sfc.ablation.nodes import Nodes
 from sfc.artifacts import read_json, write_json
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.evaluation.ablated import ablated_scores, full_scores
-from sfc.evaluation.behaviour import ablated_replies
 from sfc.evaluation.comparison import Weights, shared_core
-from sfc.evaluation.intervals import wilson
 from sfc.evaluation.metrics import Scores, metrics_with_intervals
-from sfc.models.judge import is_refusal
+from sfc.evaluation.replies import ablated_refusals
 from sfc.progress import progress_bar
 from sfc.run import Run
 from sfc.stages.problem import prepare_problem
@@ -97,10 +95,7 @@ def _replied(problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circ
     config = run.experiment.comparison
     some = runs.sample(config.replies, run.experiment.seed)
     keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
-    replies = ablated_replies(problem.model, problem.ablation, some.batches, keep, config.reply_tokens)
-    refused = np.array([[is_refusal(reply) for reply in of_circuit] for of_circuit in replies])
-    shares = [{"n_replies": some.n_prompts, "refused": float(refused[0].mean())} for _ in ablated]
-    for row, refusals in zip(shares, refused[1:].sum(1).tolist(), strict=True):
-        low, high = wilson(refusals, some.n_prompts)
-        row |= {"refused_ablated": refusals / some.n_prompts, "refused_ablated_low": low, "refused_ablated_high": high}
-    return shares
+    model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    about = {"n_replies": some.n_prompts, "refused": model.rate}
+    names = ("refused_ablated", "refused_ablated_low", "refused_ablated_high")
+    return [about | dict(zip(names, rate, strict=True)) for rate in rates]

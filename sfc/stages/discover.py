@@ -25,6 +25,7 @@ from sfc.evaluation.areas import curve_areas
 from sfc.evaluation.baselines import p_value, single_site_faithfulness
 from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
 from sfc.evaluation.edge_faithfulness import edge_faithfulness
+from sfc.evaluation.replies import with_refusals
 from sfc.evaluation.stability import agreement_of_halves, with_intervals, with_stability
 from sfc.features.labels import CARDS_FILE
 from sfc.features.tokens import token_effects
@@ -72,6 +73,10 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
             members = kept
             clock.lap("evaluation without dead ends")
+        curve = with_refusals(
+            curve, problem, test_runs, ranking, len(members), run.experiment.evaluation, run.experiment.seed
+        )
+        clock.lap("replies")
         unit = problem.score.unit
         about = {
             "behaviour": problem.score.behaviour,

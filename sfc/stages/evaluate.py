@@ -16,6 +16,7 @@ from sfc.evaluation.baselines import p_value
 from sfc.evaluation.curve import curve_sizes, evaluation_curve, top_circuits
 from sfc.evaluation.edge_ablation import random_edges, why_not_ablatable
 from sfc.evaluation.edge_faithfulness import edge_faithfulness
+from sfc.evaluation.replies import with_refusals
 from sfc.progress import progress_bar, say
 from sfc.run import Run
 from sfc.sites import short_site
@@ -91,6 +92,7 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
     total = (1 + (3 + config.random_draws) * len(sizes)) * len(runs.batches)
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
+    curve = with_refusals(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
     curve.insert(0, "circuit", circuit.name)
     return curve
 

@@ -27,6 +27,15 @@ _TILES = (
 )
 
 
+_REFUSALS = {
+    "f_model": "refused_model",
+    "f_circuit": "refused_circuit",
+    "f_complement": "refused_complement",
+    "f_empty": "refused_empty",
+}
+"""the share of replies that refuse, beside the score of the same ablation"""
+
+
 def tiles_html(result: Mapping[str, Any]) -> str:
     """The tiles as a definition list; a figure that does not exist is "not measurable"."""
     return f'<dl class="tiles">{"".join(_tile_html(tile, result) for tile in _TILES)}</dl>'
@@ -42,12 +51,14 @@ def _tile_html(tile: _Tile, result: Mapping[str, Any]) -> str:
 
 
 def _note(tile: _Tile, result: Mapping[str, Any]) -> str:
-    """The remark, with the figure's 95 % interval or p-value where it has one."""
+    """The remark, with what else there is to say: the 95 % interval, a p-value, how many replies refuse."""
     low, high = result.get(f"{tile.key}_low"), result.get(f"{tile.key}_high")
     if low is not None and high is not None:
         return f"{number_text(low)} to {number_text(high)} · {tile.note}"
     if tile.key == "random_faithfulness" and result.get("p_value") is not None:
         return f"{tile.note} · p = {result['p_value']:.2g}"
+    if (refused := result.get(_REFUSALS.get(tile.key, ""))) is not None:
+        return f"{tile.note} · {100 * refused:.0f} % of replies refuse"
     return tile.note
 
 

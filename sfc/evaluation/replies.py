@@ -1,0 +1,78 @@
+"""Behaviour beside scores: do replies still refuse under the ablation?"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Int
+
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.config import EvaluationConfig
+from sfc.evaluation.behaviour import ablated_replies
+from sfc.evaluation.curve import top_circuits
+from sfc.evaluation.intervals import wilson
+from sfc.models.judge import is_refusal
+from sfc.models.score import RefusalScore
+
+REPLIED_SIZES = 4
+"""sizes of a curve at which replies are generated, beside the reported one"""
+COLUMNS = (
+    "n_replies", "refused_model", "refused_empty",
+    "refused_circuit", "refused_circuit_low", "refused_circuit_high",
+    "refused_complement", "refused_complement_low", "refused_complement_high",
+)  # fmt: skip
+
+
+class RefusalRate(NamedTuple):
+    """The share of replies that refuse, with its 95 % interval after Wilson."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def ablated_refusals(
+    problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], reply_tokens: int
+) -> list[RefusalRate]:
+    """For each circuit, how many of the prompts are refused with everything outside it ablated."""
+    replies = ablated_replies(problem.model, problem.ablation, runs.batches, keep, reply_tokens)
+    refusals = [sum(map(is_refusal, of_circuit)) for of_circuit in replies]
+    return [RefusalRate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in refusals]
+
+
+def with_refusals(
+    curve: pd.DataFrame,
+    problem: Problem,
+    runs: PromptRuns,
+    ranking: Int[np.ndarray, " ranked"],
+    reported: int,
+    config: EvaluationConfig,
+    seed: int,
+) -> pd.DataFrame:
+    """The curve with `COLUMNS`: refusal rates of replies to some of the prompts, at a few sizes and the reported one.
+
+    As the model is (`refused_model`), with everything ablated (`refused_empty`), all but the circuit
+    (`refused_circuit`) and the circuit (`refused_complement`). Missing at other sizes, where no replies are wanted, and
+    where the score is not that of refusing.
+    """
+    curve = curve.assign(**dict.fromkeys(COLUMNS, np.nan))
+    if config.replies == 0 or not isinstance(problem.score, RefusalScore):
+        return curve
+    rows = _replied_rows(curve["size"].tolist(), reported)
+    circuits = top_circuits(ranking, curve["size"].iloc[rows].tolist(), problem.ablation.nodes.n_nodes)
+    some = runs.sample(config.replies, seed)
+    keep = np.concatenate([np.ones_like(circuits[:1]), np.zeros_like(circuits[:1]), circuits, ~circuits])
+    model, empty, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    figures = [
+        (some.n_prompts, model.rate, empty.rate, *kept, *ablated)
+        for kept, ablated in zip(rates[: len(rows)], rates[len(rows) :], strict=True)
+    ]
+    curve.loc[curve.index[rows], list(COLUMNS)] = figures
+    return curve
+
+
+def _replied_rows(sizes: Sequence[int], reported: int) -> list[int]:
+    """The places of the reported size and of a few others, evenly spread over the curve."""
+    spread = np.linspace(0, len(sizes) - 1, min(REPLIED_SIZES, len(sizes))).round().astype(int)
+    return sorted({sizes.index(reported), *spread.tolist()})

@@ -1,0 +1,59 @@
+"""Behaviour beside scores: refusal rates under ablation, at a few sizes of the curve."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sfc.circuits.effects import METHODS
+from sfc.circuits.problem import Problem
+from sfc.config import EvaluationConfig
+from sfc.evaluation import replies
+from sfc.evaluation.behaviour import ablated_replies
+from sfc.evaluation.intervals import wilson
+from sfc.evaluation.replies import COLUMNS, with_refusals
+
+SIZES = [1, 2, 4, 8, 16, 32, 64]
+
+
+def config(**values: object) -> EvaluationConfig:
+    return EvaluationConfig(sizes=SIZES, replies=4, reply_tokens=5).model_copy(update=values)
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model never refuses: take replies of oddly many letters for refusals, so that rates differ."""
+    monkeypatch.setattr(replies, "is_refusal", lambda reply: len(reply) % 2 == 1)
+
+
+@pytest.mark.usefixtures("odd")
+def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
+    ranking = METHODS["attribution"](problem).ranking
+    n_nodes = problem.ablation.nodes.n_nodes
+    curve = pd.DataFrame({"size": [*SIZES, n_nodes]})
+    figures = with_refusals(curve, problem, problem.runs, ranking, 16, config(), seed=0)
+    answered = figures.dropna()
+    assert answered["size"].tolist() == [1, 4, 16, 32, n_nodes]
+    assert figures.loc[~figures.index.isin(answered.index), list(COLUMNS)].isna().all(axis=None)
+    some = problem.runs.sample(4, 0)
+    for row in answered.to_dict("records"):
+        kept = np.isin(np.arange(n_nodes), ranking[: int(row["size"])])
+        for part, mask in (("circuit", kept), ("complement", ~kept), ("model", kept | True), ("empty", kept & False)):
+            (said,) = ablated_replies(problem.model, problem.ablation, some.batches, mask[None], 5)
+            refusals = sum(len(reply) % 2 for reply in said)
+            assert row[f"refused_{part}"] == refusals / 4
+            if part in ("circuit", "complement"):
+                ends = row[f"refused_{part}_low"], row[f"refused_{part}_high"]
+                assert ends == pytest.approx(wilson(refusals, 4))
+    everything = answered.iloc[-1]
+    assert everything["refused_circuit"] == everything["refused_model"]
+    assert everything["refused_complement"] == everything["refused_empty"]
+
+
+def test_no_replies_are_generated_where_none_are_wanted(problem: Problem) -> None:
+    curve, ranking = pd.DataFrame({"size": SIZES}), np.arange(64)
+    figures = with_refusals(curve, problem, problem.runs, ranking, 4, config(replies=0), seed=0)
+    assert figures[list(COLUMNS)].isna().all(axis=None)
+    other_task = replace(problem, score=object())
+    assert with_refusals(curve, other_task, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)
