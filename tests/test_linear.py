@@ -1,7 +1,7 @@
 """The quick linear map against PyTorch's own, with gradients of gradients."""
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ def with_gradients(product, x: Tensor, weight: Tensor, bias: Tensor | None) -> l
     return [out, *first, *second]
 
 
+@example(rows=[41], d_in=1, d_out=41, biased=False, seed=0)
 @given(rows=st.lists(sizes, max_size=2), d_in=sizes, d_out=sizes, biased=st.booleans(), seed=st.integers(0, 99))
 def test_output_and_gradients_agree_with_pytorch(
     rows: list[int], d_in: int, d_out: int, biased: bool, seed: int
@@ -29,10 +30,12 @@ def test_output_and_gradients_agree_with_pytorch(
     weight = torch.randn(d_out, d_in, generator=generator, requires_grad=True)
     bias = torch.randn(d_out, generator=generator, requires_grad=True) if biased else None
     exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    ours, theirs = with_gradients(linear, x, weight, bias), with_gradients(F.linear, *exact)  # pyright: ignore
-    for quick, reference in zip(ours, theirs, strict=True):
+    ours, pytorchs = (with_gradients(product, x, weight, bias) for product in (linear, F.linear))
+    for quick, usual, reference in zip(ours, pytorchs, with_gradients(F.linear, *exact), strict=True):  # pyright: ignore
         assert quick.shape == reference.shape
-        assert (quick - reference).abs().max() <= 1e-5 * reference.abs().max()
+        # Gradients of gradients of cubes may cancel: PyTorch's own are then no nearer.
+        allowed = 1e-5 * reference.abs().max() + 3 * (usual - reference).abs().max()
+        assert (quick - reference).abs().max() <= allowed
 
 
 def test_other_types_strides_and_empty_inputs_are_pytorchs() -> None:
