@@ -32,7 +32,8 @@ from sfc.stages.problem import prepare_problem
 
 CIRCUITS = 12
 SMALLEST = 10
-TOLERANCE = 1e-3
+TOLERANCE, TYPICAL = 1e-2, 1e-4
+"""nats: by rounding, a feature on the border of the top k falls on one side here and on the other there"""
 """nats by which the two ways' scores may differ"""
 
 
@@ -93,9 +94,10 @@ def measure(problem: Problem, batches: Sequence[Batch], rounds: int, device: str
         rounds,
         device,
     )
-    difference = float(np.abs(found["sfc"] - found["hooks"]).max())
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"the two ways' scores differ by {difference:.2g} nats")
+    differences = np.abs(found["sfc"] - found["hooks"])
+    largest, typical = float(differences.max()), float(np.median(differences))
+    if not (largest <= TOLERANCE and typical <= TYPICAL):
+        raise RuntimeError(f"the two ways' scores differ by {largest:.2g} nats, and typically by {typical:.2g}")
     unit = seconds["full forward pass"]
     return {
         "units": harness.paired_ratio(seconds["sfc, kept only"], unit),
@@ -104,7 +106,8 @@ def measure(problem: Problem, batches: Sequence[Batch], rounds: int, device: str
         "ratio_hooks": harness.paired_ratio(seconds["hooks"], seconds["sfc"]),
         "seconds": {name: median(values) for name, values in seconds.items()},
         "seconds_by_round": seconds,
-        "largest_difference": difference,
+        "largest_difference": largest,
+        "median_difference": typical,
         "sizes": sizes,
         "prompts": sum(len(batch.prompts) for batch in batches),
         "tokens": sum(int(batch.lengths.sum()) for batch in batches),
