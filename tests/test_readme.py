@@ -27,7 +27,11 @@ def test_the_make_targets_that_it_names_exist() -> None:
 
 def test_its_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert (REPOSITORY / path).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (REPOSITORY / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [text.lower().replace(" ", "-") for text in headings], target
 
 
 def _offline(command: str) -> bool:
