@@ -24,7 +24,7 @@ from sfc.prompts.prepare import prepare_prompts
 from sfc.prompts.render import TokenizedPrompt
 
 MINI = Path(__file__).parents[1] / "data" / "mini"
-FULL = {"rounds": 5, "prompts": 800}
+FULL = {"rounds": 7, "prompts": 200}
 QUICK = {"rounds": 3, "prompts": 60}
 
 
