@@ -10,10 +10,10 @@ Activations and SAEs are those of the root folder, made first where they are mis
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import category
 import harness
 import numpy as np
 import torch
@@ -22,13 +22,9 @@ from jaxtyping import Float, Int
 from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
 from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.experiments import load_experiment
 from sfc.models.batches import Batch
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.score import score_batch, score_prompts
-from sfc.pipeline import ensure_saes, ensure_store
-from sfc.run import Run
-from sfc.stages.problem import prepare_problem
 
 EMBEDDING = "blocks.0.hook_resid_pre"
 NODES = 200
@@ -50,17 +46,9 @@ FULL, QUICK = Effort(3, 10_000, None), Effort(1, 12, 12)
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table and, with --json, the figures."""
-    parser = harness.parser(__doc__)
-    parser.add_argument("--preset", default="smollm2")
-    parser.add_argument("--category", default="violence")
-    parser.add_argument("--root", type=Path, default=Path(), help="where activations/ and saes/ lie")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
+    options = category.parser(__doc__).parse_args(arguments)
     effort = QUICK if options.quick else FULL
-    run = Run(load_experiment(options.preset), options.root, device=options.device)
-    ensure_saes(run)
-    ensure_store(run)
-    problem = prepare_problem(run, options.category)[0]
+    problem, _ = category.prepared(options)
     problem = replace(problem, runs=problem.runs.sample(effort.prompts, seed=0))
     figures = measure(problem, effort, options.device)
     harness.emit(report(figures), {**figures, "machine": harness.machine(options.device)}, options.json)

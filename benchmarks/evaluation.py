@@ -9,10 +9,10 @@ Activations and SAEs are those of the root folder, made first where they are mis
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import category
 import harness
 import numpy as np
 import torch
@@ -23,12 +23,8 @@ from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.evaluation.ablated import ablated_scores
 from sfc.evaluation.curve import top_circuits
-from sfc.experiments import load_experiment
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.score import score_batch, score_prompts
-from sfc.pipeline import ensure_saes, ensure_store
-from sfc.run import Run
-from sfc.stages.problem import prepare_problem
 
 CIRCUITS = 12
 SMALLEST = 10
@@ -49,17 +45,9 @@ FULL, QUICK = Effort(3, 10_000), Effort(1, 12)
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table and, with --json, the figures."""
-    parser = harness.parser(__doc__)
-    parser.add_argument("--preset", default="smollm2")
-    parser.add_argument("--category", default="violence")
-    parser.add_argument("--root", type=Path, default=Path(), help="where activations/ and saes/ lie")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
+    options = category.parser(__doc__).parse_args(arguments)
     effort = QUICK if options.quick else FULL
-    run = Run(load_experiment(options.preset), options.root, device=options.device)
-    ensure_saes(run)
-    ensure_store(run)
-    problem, test_runs, _ = prepare_problem(run, options.category)
+    problem, test_runs = category.prepared(options)
     figures = measure(problem, test_runs.sample(effort.prompts, seed=0).batches, effort.rounds, options.device)
     harness.emit(report(figures), {**figures, "machine": harness.machine(options.device)}, options.json)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sfc.cli_explore import draw, explore, export
-from sfc.cli_options import Shared, finish, with_shared_options
+from sfc.cli_options import Shared, finish, finish_artifact, with_shared_options
 from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, replicate, report, steer
 from sfc.errors import UserError
 from sfc.experiments import load_experiment, preset_names
@@ -140,8 +140,7 @@ def evaluate(
     artifact = ensure_evaluation(run, of, paths, shared.rebuild)
     result = artifact.manifest()["result"]
     show_evaluation(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 @app.command()
@@ -227,8 +226,7 @@ def behaviour(
     artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
     result = artifact.manifest()["result"]
     show_behaviour(result)
-    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 @app.command()
@@ -258,8 +256,7 @@ def compare(
     artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_comparison(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 @app.command()

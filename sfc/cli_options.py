@@ -3,13 +3,14 @@
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from sfc.artifacts import Artifact
 from sfc.config import Experiment
 from sfc.errors import UserError
 from sfc.experiments import load_experiment
@@ -102,6 +103,19 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
             print(path)
     if as_json:
         print(json.dumps(result, allow_nan=False))
+
+
+def finish_artifact(artifact: Artifact, as_json: bool) -> None:
+    """As `finish`, with an artifact's result and the paths of its files."""
+    manifest = artifact.manifest()
+    files = manifest["files"] if "files" in manifest else manifest["result"]["files"]
+    paths = {name: str(artifact.folder / file) for name, file in files.items()}
+    finish({**manifest["result"], "files": paths}, as_json)
+
+
+def overrides_of(section: str, values: Mapping[str, Any]) -> list[str]:
+    """Options as overrides of the settings in a section; those that are None are left out."""
+    return [f"{section}.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
 def float_of(text: str) -> float:

@@ -1,12 +1,11 @@
 """Commands that study heads, layers, formats and directions, one model or many, and the report of it all."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sfc.cli_options import Shared, finish, float_of, numbers_of
+from sfc.cli_options import Shared, finish_artifact, float_of, numbers_of, overrides_of
 from sfc.tables import (
     show_batch,
     show_formats,
@@ -34,8 +33,7 @@ def attribute_logits(
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_heads(result)
-    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def probe(
@@ -53,8 +51,7 @@ def probe(
     artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_probe(result)
-    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def formats(
@@ -81,8 +78,7 @@ def formats(
     artifact = ensure_formats(shared.run(), asked, prompts, wanted, limit, shared.rebuild)
     result = artifact.manifest()["result"]
     show_formats(result)
-    files = {name: str(artifact.folder / file) for name, file in artifact.manifest()["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def patch(
@@ -121,12 +117,11 @@ def patch(
         "directions": direction and (["denoise", "noise"] if direction == "both" else [direction]),
         "layers": layers and numbers_of(layers), "cumulative": cumulative or None,
     }  # fmt: skip
-    overrides = [f"patching.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    overrides = overrides_of("patching", values)
     artifact = ensure_patching(shared.run(overrides), shared.rebuild)
     result = artifact.manifest()["result"]
     show_patching(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def batch(
@@ -152,8 +147,7 @@ def batch(
     artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
     result = artifact.manifest()["result"]
     show_batch(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def report(shared: Shared) -> None:
@@ -163,10 +157,7 @@ def report(shared: Shared) -> None:
     """
     from sfc.pipeline_study import ensure_report
 
-    artifact = ensure_report(shared.run(), shared.rebuild)
-    manifest = artifact.manifest()
-    files = {name: str(artifact.folder / file) for name, file in manifest["files"].items()}
-    finish({**manifest["result"], "files": files}, shared.json)
+    finish_artifact(ensure_report(shared.run(), shared.rebuild), shared.json)
 
 
 def steer(
@@ -218,12 +209,11 @@ def steer(
         "xstest": xstest and str(xstest), "features": features or None, "when": when,
         "category": category and category_or_all(category),
     }  # fmt: skip
-    overrides = [f"steering.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    overrides = overrides_of("steering", values)
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
     result = artifact.manifest()["result"]
     show_steering(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def repair(
@@ -240,13 +230,12 @@ def repair(
     from sfc.prompts.schema import category_or_all
 
     values = {"sizes": sizes and numbers_of(sizes), "test_prompts": limit}
-    overrides = [f"repair.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    overrides = overrides_of("repair", values)
     wanted = category_or_all(category)
     artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_repair(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)
 
 
 def replicate(
@@ -267,5 +256,4 @@ def replicate(
     artifact = ensure_replication(run, wanted, sae_seed, shared.rebuild)
     result = artifact.manifest()["result"]
     show_replication(result)
-    files = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    finish({**result, "files": files}, shared.json)
+    finish_artifact(artifact, shared.json)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sfc.artifacts import Artifact, hash_of_file
 from sfc.errors import UserError
-from sfc.models.identity import model_identity
 from sfc.progress import say
 from sfc.prompts.pairs import pairs_fingerprint
 from sfc.run import CIRCUIT_SCHEMA, Run
@@ -115,8 +114,7 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
     }
     if experiment.discovery.contrast != "toxic-safe":
         inputs["contrast"] = experiment.discovery.contrast
-    if experiment.discovery.contrast == "model-base":
-        inputs["base"] = model_identity(experiment.base_model)
+    inputs |= run.base_inputs
     name = f"evaluation-{category}{experiment.discovery.name_of_prompts}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):

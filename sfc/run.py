@@ -6,6 +6,7 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sfc.artifacts import Artifact, hash_of_file
 from sfc.config import Experiment
@@ -113,6 +114,13 @@ class Run:
         }
         return Artifact.of(self.root / "saes", self.experiment.name, inputs)
 
+    @property
+    def base_inputs(self) -> dict[str, Any]:
+        """What a fingerprint says of the base model, where the contrast has one."""
+        experiment = self.experiment
+        is_wanted = experiment.discovery.contrast == "model-base"
+        return {"base": model_identity(experiment.base_model)} if is_wanted else {}
+
     def circuit(self, category: str) -> Artifact:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
@@ -133,8 +141,7 @@ class Run:
         }
         if experiment.discovery.reference_choice == "paired":
             inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
-        if experiment.discovery.contrast == "model-base":
-            inputs["base"] = model_identity(experiment.base_model)
+        inputs |= self.base_inputs
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
         if topics and experiment.discovery.method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)

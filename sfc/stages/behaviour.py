@@ -31,9 +31,14 @@ def make_behaviour(
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
         behaviour = measure_behaviour(model, frame)
-        write_behaviour(folder, behaviour)
-        groups = behaviour.groups.to_dict("records")
-        artifact.finish(result={"preset": run.experiment.name, "auroc": behaviour.auroc, "groups": groups}, files=FILES)
+        finish_behaviour(artifact, folder, behaviour, run.experiment.name)
+
+
+def finish_behaviour(artifact: Artifact, folder: Path, behaviour: Behaviour, preset: str) -> None:
+    """Write everything there is to say of a behaviour; then the artifact is complete."""
+    write_behaviour(folder, behaviour)
+    groups = behaviour.groups.to_dict("records")
+    artifact.finish(result={"preset": preset, "auroc": behaviour.auroc, "groups": groups}, files=FILES)
 
 
 def write_behaviour(folder: Path, behaviour: Behaviour) -> None:

@@ -9,7 +9,7 @@ from sfc.models.loading import Model
 from sfc.pipeline_study import BEHAVIOUR_SCHEMA
 from sfc.prompts.prepare import prompts_fingerprint
 from sfc.run import Run
-from sfc.stages.behaviour import FILES, labelled, write_behaviour
+from sfc.stages.behaviour import FILES, finish_behaviour, labelled
 
 
 def judged(run: Run, model: Model, prompts: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -28,11 +28,7 @@ def judged(run: Run, model: Model, prompts: pd.DataFrame, name: str) -> pd.DataF
     artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"behaviour-{name}", inputs)
     if not artifact.is_complete():
         with artifact.being_made() as folder:
-            behaviour = measure_behaviour(model, labelled(prompts))
-            write_behaviour(folder, behaviour)
-            groups = behaviour.groups.to_dict("records")
-            result = {"preset": run.experiment.name, "auroc": behaviour.auroc, "groups": groups}
-            artifact.finish(result=result, files=FILES)
+            finish_behaviour(artifact, folder, measure_behaviour(model, labelled(prompts)), run.experiment.name)
     replies = pd.read_csv(artifact.folder / FILES["replies"], keep_default_na=False)
     refused = dict(zip(replies["prompt"], replies["refused"], strict=True))
     return prompts.assign(refused=prompts["prompt"].map(refused).astype(bool))

@@ -1,0 +1,31 @@
+"""What the benchmarks on the prompts of one category share: their options, and the problem that these name."""
+
+import argparse
+from pathlib import Path
+
+import harness
+
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.experiments import load_experiment
+from sfc.pipeline import ensure_saes, ensure_store
+from sfc.run import Run
+from sfc.stages.problem import prepare_problem
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark, and those that name a problem."""
+    options = harness.parser(description)
+    options.add_argument("--preset", default="smollm2")
+    options.add_argument("--category", default="violence")
+    options.add_argument("--root", type=Path, default=Path(), help="where activations/ and saes/ lie")
+    options.add_argument("--device", default="cpu")
+    return options
+
+
+def prepared(options: argparse.Namespace) -> tuple[Problem, PromptRuns]:
+    """The problem, and the runs of its test prompts; activations and SAEs are made first where they are missing."""
+    run = Run(load_experiment(options.preset), options.root, device=options.device)
+    ensure_saes(run)
+    ensure_store(run)
+    problem, test_runs, _ = prepare_problem(run, options.category)
+    return problem, test_runs
