@@ -6,10 +6,10 @@ from pathlib import Path
 import harness
 
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.experiments import load_experiment
+from sfc.core.experiments import load_experiment
 from sfc.pipeline import ensure_saes, ensure_store
 from sfc.run import Run
-from sfc.stages.problem import prepare_problem
+from sfc.studies.discover.problem import prepare_problem
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

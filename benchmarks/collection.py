@@ -1,7 +1,8 @@
 """Collecting activations beside the bare forward pass of the same blocks, in one run.
 
 The bare pass is the Hugging Face model itself, cut after the last wanted block, without hooks and without keeping
-anything, over the same batches: once as it is, and once with its linear layers computed as ours are (`sfc.linear`).
+anything, over the same batches: once as it is, and once with its linear layers computed as ours are
+(`sfc.models.linear`).
 Collection is what `sfc collect` does: hooks, conversion, and a store on the disk that is fsynced after every batch.
 """
 
@@ -15,15 +16,15 @@ from typing import Any
 import harness
 import torch
 
-from sfc.activations.collect import collect
-from sfc.activations.plan import plan_batches
-from sfc.experiments import load_experiment
-from sfc.models.linear_layers import use_quick_products
+from sfc.core.experiments import load_experiment
+from sfc.data.prepare import prepare_prompts
+from sfc.data.render import TokenizedPrompt
+from sfc.models.linear import use_quick_products
 from sfc.models.loading import Model, load_model, load_weights
-from sfc.prompts.prepare import prepare_prompts
-from sfc.prompts.render import TokenizedPrompt
+from sfc.saes.collect import collect
+from sfc.saes.plan import plan_batches
 
-MINI = Path(__file__).parents[1] / "data" / "mini"
+MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
 FULL = {"rounds": 7, "prompts": 200}
 QUICK = {"rounds": 3, "prompts": 60}
 

@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.circuits.effects import METHODS
+from sfc.circuits.faithfulness import ablated_scores, top_circuits
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.evaluation.ablated import ablated_scores
-from sfc.evaluation.curve import top_circuits
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.score import score_batch, score_prompts
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sfc.progress import say
+from sfc.core.progress import say
 
 INSTALL = "pip install --no-deps -r requirements-benchmarks.lock"
 

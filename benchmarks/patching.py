@@ -15,21 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfc.experiments import load_experiment
+from sfc.core.experiments import load_experiment
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore, score_batch
-from sfc.patching.activation_patching import part_of
-from sfc.patching.alignment import align
-from sfc.patching.components import Patch, single_patches
-from sfc.patching.pairs import toxic_safe_pairs
-from sfc.patching.ranking import PatchRuns
-from sfc.patching.selection import TokenizedPair, tokenize_pairs, unaligned
-from sfc.patching.study import patch_pairs
-from sfc.prompts.render import TokenizedPrompt
+from sfc.studies.patch.alignment import align
+from sfc.studies.patch.components import Patch, single_patches
+from sfc.studies.patch.pairs import toxic_safe_pairs
+from sfc.studies.patch.patching import part_of, patch_pairs
+from sfc.studies.patch.ranking import PatchRuns
+from sfc.studies.patch.selection import TokenizedPair, tokenize_pairs, unaligned
 
-PAIRS = Path(__file__).parents[1] / "data" / "mini" / "pairs.csv"
+PAIRS = Path(__file__).parents[1] / "sfc" / "data" / "mini" / "pairs.csv"
 POSITIONS = "suffix"
 FULL = {"rounds": 2, "pairs": 20, "every": 1, "loop_heads": 10}
 QUICK = {"rounds": 1, "pairs": 6, "every": 3, "loop_heads": 4}

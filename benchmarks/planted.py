@@ -23,8 +23,8 @@ from planted_problems import Planted, exact_margin, plant
 
 from sfc.circuits.edges import EDGES
 from sfc.circuits.effects import METHODS
+from sfc.core.progress import say
 from sfc.models.score import auroc
-from sfc.progress import say
 
 SEEDS, QUICK_SEEDS = 20, 3
 BY_CORRELATION = ("correlation", "magnitude")

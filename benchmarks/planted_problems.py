@@ -10,18 +10,18 @@ from jaxtyping import Bool, Float
 from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OTHER, Circuit, Node, drawn_distractors, planted_graph
 from planted_models import BOS, UNKNOWN, Basis, write_model
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
-from sfc.activations.collect import collect
-from sfc.activations.store import Store
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import mean_reference
+from sfc.circuits.faithfulness import ablated_scores
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import ActivationsConfig, DiscoveryConfig, ModelConfig
-from sfc.evaluation.ablated import ablated_scores
+from sfc.core.config import ActivationsConfig, DiscoveryConfig, ModelConfig
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
-from sfc.saes.saelens_format import load_dictionary, save_dictionary
+from sfc.saes.collect import collect
+from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.saes.store import Store
 
 PROMPTS = 6
 """per label and split; a multiple of the number of combinations in which a circuit's sources fire"""

@@ -19,7 +19,7 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
-from sfc.config import SaeConfig
+from sfc.core.config import SaeConfig
 from sfc.saes.train import finish, schedule, start, train_step
 
 Rows = Float[Tensor, "rows d_in"]

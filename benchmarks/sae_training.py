@@ -16,9 +16,9 @@ import harness
 import torch
 from sae_trainers import Builder, Contender, Problem, Rows, installed_peers, ours, saelens, saelens_tuned
 
-from sfc.config import SaeConfig
-from sfc.linear import linear
-from sfc.progress import say
+from sfc.core.config import SaeConfig
+from sfc.core.progress import say
+from sfc.models.linear import linear
 
 CPU = {"d_in": 576, "expansion": 8, "k": [32], "batch": 1024}
 CUDA = {"d_in": 4096, "expansion": 8, "k": [64, "5%"], "batch": 4096}

@@ -9,19 +9,19 @@ import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
 
-from sfc.artifacts import read_json
-from sfc.experiments import load_experiment
+from sfc.core.artifacts import read_json
+from sfc.core.experiments import load_experiment
+from sfc.data.schema import canonical_category
 from sfc.features.labels import with_own_labels
-from sfc.features.probe import Probe
+from sfc.features.session import Probe
 from sfc.models.loading import choose_device, load_model
 from sfc.models.score import RefusalScore
-from sfc.prompts.schema import canonical_category
+from sfc.pages.curve import curve_figure
+from sfc.pages.graph import circuit_figure
 from sfc.run import Run
-from sfc.stages.directions import steer
-from sfc.stages.draw import ensure_cards
-from sfc.stages.train import load_dictionaries
-from sfc.viewer.curve import curve_figure
-from sfc.viewer.graph import circuit_figure
+from sfc.studies.discover.draw import ensure_cards
+from sfc.studies.steer.directions import steer
+from sfc.studies.train.train import load_dictionaries
 
 __all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve", "steer"]
 

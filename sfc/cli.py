@@ -14,9 +14,9 @@ import typer
 from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, finish, finish_artifact, with_shared_options
 from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, replicate, report, steer
-from sfc.errors import UserError
-from sfc.experiments import load_experiment, preset_names
-from sfc.progress import say
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment, preset_names
+from sfc.core.progress import say
 from sfc.tables import (
     show_base,
     show_behaviour,
@@ -75,8 +75,8 @@ def discover(
 
     Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline import ensure_circuit
-    from sfc.prompts.schema import category_or_all
     from sfc.run import about_pairs
 
     if pairs and category:
@@ -92,7 +92,7 @@ def discover(
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
         from sfc.circuits.circuit import load_circuit
-        from sfc.exports import export_circuit
+        from sfc.circuits.exports import export_circuit
         from sfc.features.labels import labels_of
 
         graph = load_circuit(artifact.folder / "circuit.json")
@@ -130,8 +130,8 @@ def evaluate(
 
     Example: sfc evaluate mine.csv circuits/smollm2/circuit-privacy-*/circuit.json --category violence
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline import ensure_circuit, ensure_evaluation
-    from sfc.prompts.schema import category_or_all
 
     chosen = {"population": population, "contrast": contrast}
     run = shared.run([f"discovery.{key}={value}" for key, value in chosen.items() if value])
@@ -159,13 +159,13 @@ def collect(
 
     Examples: sfc collect --set activations.layers=[20,21,22]; sfc collect --site hook_z.20 --site hook_z.21
     """
+    from sfc.core.sites import in_order, site_from_short
     from sfc.pipeline import ensure_store
-    from sfc.sites import in_order, site_from_short
 
     run = shared.run()
     sites = in_order([*run.experiment.activations.sites, *map(site_from_short, site or [])])
     if dry_run:
-        from sfc.stages.collect import what_it_takes
+        from sfc.studies.collect import what_it_takes
 
         takes = what_it_takes(run, sites)
         show_collection(takes)
@@ -247,8 +247,8 @@ def compare(
 
     Example: sfc compare --categories violence,privacy,illegal
     """
+    from sfc.data.schema import ALL, CATEGORIES, canonical_category
     from sfc.pipeline import ensure_comparison
-    from sfc.prompts.schema import ALL, CATEGORIES, canonical_category
 
     wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
     values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}
@@ -269,7 +269,7 @@ def adapter(
 
     Example: sfc adapter --seed 1 --output my-adapter, then --set model.adapter=my-adapter
     """
-    from sfc.models.adapter_training import train_refusal_adapter
+    from tools.refusal_adapter import train_refusal_adapter
 
     run = shared.run()
     folder = output or shared.root / "adapters" / "refusal"
@@ -284,7 +284,7 @@ def describe(shared: Shared) -> None:
 
     Example: sfc data --data or-bench
     """
-    from sfc.stages.data import describe_data
+    from sfc.studies.data import describe_data
 
     finish(describe_data(shared.run()), shared.json)
 
@@ -296,7 +296,7 @@ def download(shared: Shared) -> None:
 
     Example: sfc download && sfc discover --data or-bench
     """
-    from sfc.prompts.download import download as fetch
+    from sfc.data.download import download as fetch
 
     files = {item.path.name: str(item.path) for item in fetch(shared.root / "data")}
     finish({"files": files}, shared.json)
@@ -321,7 +321,7 @@ def doctor(shared: Shared) -> None:
 
     Example: sfc doctor --preset llama2-7b-chat --device cuda
     """
-    from sfc.doctor import examine
+    from sfc.studies.doctor import examine
 
     checks = examine(shared.run())
     show_checks(checks)

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, finish
-from sfc.errors import UserError
-from sfc.progress import say
+from sfc.core.errors import UserError
+from sfc.core.progress import say
 
 Category = Annotated[str, typer.Option(help="OR-Bench category, such as violence or self-harm.")]
 
@@ -17,8 +17,8 @@ def draw(shared: Shared, category: Category = "violence") -> None:
 
     Example: sfc draw --category privacy
     """
-    from sfc.prompts.schema import canonical_category
-    from sfc.stages.draw import draw_circuit
+    from sfc.data.schema import canonical_category
+    from sfc.studies.discover.draw import draw_circuit
 
     category = canonical_category(category)
     finish({"category": category, "files": draw_circuit(shared.run(), category)}, shared.json)
@@ -37,10 +37,10 @@ def export(
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
     from sfc.circuits.circuit import load_circuit
-    from sfc.exports import export_circuit
+    from sfc.circuits.exports import export_circuit
+    from sfc.data.schema import canonical_category
     from sfc.features.labels import labels_of
     from sfc.pipeline import ensure_circuit
-    from sfc.prompts.schema import canonical_category
 
     category = canonical_category(category)
     folder = ensure_circuit(shared.run(), category).folder

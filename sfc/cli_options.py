@@ -10,14 +10,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sfc.artifacts import Artifact
-from sfc.config import Experiment
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
-from sfc.progress import say
-from sfc.ranks import is_leader
+from sfc.core.artifacts import Artifact
+from sfc.core.config import Experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.core.progress import say
+from sfc.core.ranks import is_leader
 from sfc.run import Run
-from sfc.study import load_study
+from sfc.studies.batch.models import load_study
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def attribute_logits(
 
     Example: sfc attribute-logits --category all
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_logit_attribution
-    from sfc.prompts.schema import category_or_all
 
     wanted = category_or_all(category)
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
@@ -44,8 +44,8 @@ def probe(
 
     Example: sfc probe --category all
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_probe
-    from sfc.prompts.schema import category_or_all
 
     wanted = category_or_all(category)
     artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
@@ -69,9 +69,9 @@ def formats(
 
     Example: sfc formats --prompts harmful_behaviors.csv --limit 100
     """
-    from sfc.patching.formats import FORMATS, load_formats
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_formats
-    from sfc.prompts.schema import category_or_all
+    from sfc.studies.formats.formats import FORMATS, load_formats
 
     wanted = category_or_all(category)
     asked = load_formats(definitions or FORMATS)
@@ -138,8 +138,8 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.prompts.schema import category_or_all
-    from sfc.stages.batch import check_stages, make_batch
+    from sfc.data.schema import category_or_all
+    from sfc.studies.batch.batch import check_stages, make_batch
 
     wanted, chosen = category_or_all(category), [stage.strip() for stage in stages.split(",")]
     check_stages(chosen)
@@ -199,8 +199,8 @@ def steer(
 
     Example: sfc steer --direction probe --alphas=-0.3,-0.15,0.15,0.3 --limit 10
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_steering
-    from sfc.prompts.schema import category_or_all
 
     values = {
         "direction": direction, "edit": edit, "units": units, "positions": positions, "test_prompts": limit,
@@ -226,8 +226,8 @@ def repair(
 
     Example: sfc repair --category violence --sizes 5,20 --limit 20
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_repair
-    from sfc.prompts.schema import category_or_all
 
     values = {"sizes": sizes and numbers_of(sizes), "test_prompts": limit}
     overrides = overrides_of("repair", values)
@@ -248,8 +248,8 @@ def replicate(
 
     Example: sfc replicate --category violence --sae-seed 2
     """
+    from sfc.data.schema import category_or_all
     from sfc.pipeline_study import ensure_replication
-    from sfc.prompts.schema import category_or_all
 
     wanted = category_or_all(category)
     run = shared.run([f"discovery.method={method}"] if method else [])

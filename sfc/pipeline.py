@@ -6,12 +6,12 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfc.artifacts import Artifact, hash_of_file
-from sfc.errors import UserError
-from sfc.progress import say
-from sfc.prompts.pairs import pairs_fingerprint
+from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.core.errors import UserError
+from sfc.core.progress import say
+from sfc.core.sites import in_order
+from sfc.data.pairs import pairs_fingerprint
 from sfc.run import CIRCUIT_SCHEMA, Run
-from sfc.sites import in_order
 
 # Raised by hand when the meaning of an artifact changes.
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 2, 1
@@ -21,7 +21,7 @@ def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = Fals
     """Collect the activations at the experiment's sites and at `extra_sites`, as far as they are not there."""
     sites = in_order([*run.experiment.activations.sites, *extra_sites])
     if needs_making(run.store, rebuild, sites):
-        from sfc.stages.collect import make_store
+        from sfc.studies.collect import make_store
 
         make_store(run, sites, rebuild)
     return run.store
@@ -35,7 +35,7 @@ def ensure_saes(run: Run, rebuild: bool = False, loggers: Sequence[str] = ()) ->
     """
     run = run.learned_by or run
     if needs_making(run.saes, rebuild):
-        from sfc.stages.train import make_saes
+        from sfc.studies.train.train import make_saes
 
         make_saes(run, rebuild, loggers)
     return run.saes
@@ -48,7 +48,7 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
         if run.experiment.discovery.nodes == "features":
             ensure_saes(run)
         ensure_store(run)
-        from sfc.stages.discover import make_circuit
+        from sfc.studies.discover.discover import make_circuit
 
         make_circuit(run, category, rebuild)
     return artifact
@@ -82,7 +82,7 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
     if needs_making(artifact, rebuild):
         ensure_saes(run)
         ensure_store(run)
-        from sfc.stages.compare import make_comparison
+        from sfc.studies.compare.compare import make_comparison
 
         make_comparison(run, artifact, sorted(set(categories)), rebuild)
     return artifact
@@ -120,7 +120,7 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
     if needs_making(artifact, rebuild):
         ensure_saes(run)
         ensure_store(run)
-        from sfc.stages.evaluate import make_evaluation
+        from sfc.studies.evaluate import make_evaluation
 
         make_evaluation(run, artifact, category, paths, rebuild)
     return artifact

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from sfc.artifacts import Artifact, hash_of_file
-from sfc.config_study import ContrastKind
-from sfc.errors import UserError, suggestion
+from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.core.errors import UserError, suggestion
+from sfc.core.study_options import ContrastKind
+from sfc.data.prepare import prompts_fingerprint
+from sfc.data.schema import ALL
 from sfc.models.identity import model_identity
-from sfc.patching.alignment import check_positions
-from sfc.patching.formats import Formats
-from sfc.patching.pairs import WRAPPERS
+from sfc.models.positions import check_positions as check_steered
 from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
-from sfc.prompts.prepare import prompts_fingerprint
-from sfc.prompts.schema import ALL
 from sfc.run import Run
-from sfc.steering.positions import check_positions as check_steered
+from sfc.studies.formats.formats import Formats
+from sfc.studies.patch.alignment import check_positions
+from sfc.studies.patch.pairs import WRAPPERS
 
 # Raised by hand when the meaning of an artifact changes.
 BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
@@ -52,7 +52,7 @@ def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | No
     name = f"behaviour-{prompts.stem if prompts else split}"
     artifact = Artifact.of(run.root / "circuits" / run.experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.behaviour import make_behaviour
+        from sfc.studies.behaviour import make_behaviour
 
         make_behaviour(run, artifact, prompts, split, limit, rebuild)
     return artifact
@@ -69,7 +69,7 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
     }
     artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"logits-{category}", inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.logits import make_logit_attribution
+        from sfc.studies.logits.logits import make_logit_attribution
 
         make_logit_attribution(run, artifact, category, rebuild)
     return artifact
@@ -86,7 +86,7 @@ def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
     }
     artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.probe import make_probe
+        from sfc.studies.probe.probe import make_probe
 
         make_probe(run, artifact, category, rebuild)
     return artifact
@@ -115,7 +115,7 @@ def ensure_formats(
     name = f"formats-{prompts.stem if prompts else category}"
     artifact = Artifact.of(run.root / "circuits" / run.experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.formats import make_formats
+        from sfc.studies.formats.measure import make_formats
 
         make_formats(run, artifact, formats, prompts, rebuild)
     return artifact
@@ -147,7 +147,7 @@ def ensure_patching(run: Run, rebuild: bool = False) -> Artifact:
     name = "wrapped" if path is None else "toxic-safe" if config.pairs == "toxic-safe" else path.stem
     artifact = Artifact.of(run.root / "circuits" / experiment.name, f"patching-{name}", inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.patch import make_patching
+        from sfc.studies.patch.patch import make_patching
 
         make_patching(run, artifact, rebuild)
     return artifact
@@ -222,7 +222,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
             ensure_circuit(run, config.category)
         if from_dictionaries:
             ensure_saes(run)
-        from sfc.stages.steer import make_steering
+        from sfc.studies.steer.steer import make_steering
 
         make_steering(run, artifact, rebuild)
     return artifact
@@ -272,7 +272,7 @@ def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
     if needs_making(artifact, rebuild):
         ensure_saes(run)
         ensure_store(run)
-        from sfc.stages.repair import make_repair
+        from sfc.studies.repair.repair import make_repair
 
         make_repair(run, artifact, category, rebuild)
     return artifact
@@ -307,7 +307,7 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
         for each in (run, other):
             ensure_circuit(each, category)
             ensure_saes(each)  # a circuit that is there may have outlived its SAEs
-        from sfc.stages.replicate import make_replication
+        from sfc.studies.replicate.replicate import make_replication
 
         make_replication(run, other, artifact, category, rebuild)
     return artifact
@@ -319,7 +319,7 @@ def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
     Raises:
         UserError: there is none.
     """
-    from sfc.reports.found import find_artifacts, found_in, hashes
+    from sfc.studies.report.found import find_artifacts, found_in, hashes
 
     folder = run.root / "circuits" / run.experiment.name
     found, left_out = find_artifacts(folder, model_identity(run.experiment.model))
@@ -338,7 +338,7 @@ def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
     }
     artifact = Artifact.of(folder, "report", inputs)
     if needs_making(artifact, rebuild):
-        from sfc.stages.report import make_report
+        from sfc.studies.report.report import make_report
 
         make_report(run, artifact, found, left_out, rebuild)
     return artifact

@@ -8,21 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sfc.artifacts import Artifact, hash_of_file
-from sfc.config import Experiment
-from sfc.errors import UserError
+from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.core.config import Experiment
+from sfc.core.errors import UserError
+from sfc.data.corpus import corpus_identity
+from sfc.data.or_bench import CleaningReport
+from sfc.data.pairs import pairs_fingerprint
+from sfc.data.prepare import Prepared, prepare_prompts, prompts_fingerprint
+from sfc.data.schema import TOPICS_FILE
 from sfc.models.identity import model_identity
-from sfc.prompts.clean import CleaningReport
-from sfc.prompts.corpus import corpus_identity
-from sfc.prompts.pairs import pairs_fingerprint
-from sfc.prompts.prepare import Prepared, prepare_prompts, prompts_fingerprint
-from sfc.prompts.schema import TOPICS_FILE
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
 STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
 
-_EMBEDDED_DATA = Path(__file__).parents[1] / "data"
+_EMBEDDED_DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
     def prompts(self) -> Prepared:
         """The prompts with their splits."""
         if self.pairs:
-            from sfc.prompts.counterfactual import load_counterfactuals, prompts_of
+            from sfc.data.pairs import load_counterfactuals, prompts_of
 
             pairs = load_counterfactuals(self.pairs, self.experiment.prompts, self.experiment.seed)
             return Prepared(prompts_of(pairs, self.category_of_pairs), CleaningReport(()))

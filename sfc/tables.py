@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from sfc.config import ActivationsConfig, Experiment
-from sfc.progress import console
+from sfc.core.config import ActivationsConfig, Experiment
+from sfc.core.progress import console
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sfc.doctor import Check
+    from sfc.studies.doctor import Check
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

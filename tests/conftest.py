@@ -11,19 +11,19 @@ import pandas as pd
 import pytest
 import torch
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
-from sfc.activations.collect import collect
-from sfc.activations.store import Store
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import mean_reference
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import DiscoveryConfig
-from sfc.experiments import load_experiment
+from sfc.core.config import DiscoveryConfig
+from sfc.core.experiments import load_experiment
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import TokenizedPrompt
+from sfc.saes.collect import collect
 from sfc.saes.dictionary import Dictionary, TopKDictionary
+from sfc.saes.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import mean_reference
+from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import PromptRuns
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.core.errors import UserError
+from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import Role, TokenizedPrompt, tokenize_prompts
 
 MODES = ("node", "keep-current", "keep-clean", "ablate")
 

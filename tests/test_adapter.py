@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sfc.errors import UserError
-from sfc.evaluation.behaviour import measure_behaviour
-from sfc.experiments import load_experiment
-from sfc.models.adapter import merge_adapter
-from sfc.models.adapter_training import (
+from sfc.circuits.replies import measure_behaviour
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.prepare import prepare_prompts
+from sfc.models.identity import ADAPTERS, WEIGHTS
+from sfc.models.judge import is_refusal
+from sfc.models.loading import load_model, merge_adapter
+from sfc.models.tiny import tiny_model_folder
+from tools.refusal_adapter import (
     BASE_MODEL,
     REFUSALS,
     Example,
@@ -24,11 +28,6 @@ from sfc.models.adapter_training import (
     _save,
     _shuffled,
 )
-from sfc.models.identity import ADAPTERS, WEIGHTS
-from sfc.models.judge import is_refusal
-from sfc.models.loading import load_model
-from sfc.models.tiny import tiny_model_folder
-from sfc.prompts.prepare import prepare_prompts
 
 peft = pytest.importorskip("peft")
 SHIPPED = ADAPTERS / "refusal"
@@ -141,7 +140,7 @@ def test_the_shipped_adapter_is_small_and_says_nothing_of_the_machine_it_was_mad
 @pytest.mark.slow
 def test_the_shipped_adapter_refuses_toxic_prompts_and_answers_safe_ones() -> None:
     experiment = load_experiment("smollm2")
-    folder = Path(__file__).parents[1] / "data" / "mini"
+    folder = Path(__file__).parents[1] / "sfc" / "data" / "mini"
     frame = prepare_prompts(folder, experiment.prompts, experiment.seed).frame
     frame = frame[(frame["split"] == "test") & (frame["dataset_type"] != "hard")]
     frame = frame.assign(label=frame["dataset_type"].replace("safe_80k", "safe"))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.errors import UserError
-from sfc.patching.alignment import Unalignable, align, check_positions, expand
-from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.core.errors import UserError
+from sfc.data.render import Role, TokenizedPrompt
+from sfc.studies.patch.alignment import Unalignable, align, check_positions, expand
 
 
 def prompt(prefix: str, content: str, suffix: str, reply: str = "") -> TokenizedPrompt:

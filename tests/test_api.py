@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import sfc
 from sfc.api import Discovered
 from sfc.cli import app
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.pipeline_study import ensure_steering
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.artifacts import Artifact, fingerprint, locked, read_json, replacing, write_csv, write_json, write_text
-from sfc.errors import UserError
+from sfc.core.artifacts import Artifact, fingerprint, locked, read_json, replacing, write_csv, write_json, write_text
+from sfc.core.errors import UserError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

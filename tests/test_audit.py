@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sfc.circuits.audit import agreement, audit
+from sfc.circuits.approximation import agreement, audit
 from sfc.circuits.effects import Effects
 from sfc.circuits.exact import exact_effects
 from sfc.circuits.problem import Problem

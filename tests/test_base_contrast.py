@@ -9,8 +9,8 @@ import torch
 from commands import sfc
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import load_model
@@ -18,8 +18,8 @@ from sfc.models.running import run_to
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.models.tiny import tiny_model_folder
 from sfc.run import Run
-from sfc.stages.base import base_changes
-from sfc.stages.problem import prepare_problem
+from sfc.studies.discover.base import base_changes
+from sfc.studies.discover.problem import prepare_problem
 
 COMMAND = ("--preset", "tiny", "--contrast", "model-base", "--json")
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

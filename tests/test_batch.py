@@ -5,12 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from commands import sfc
-
-from sfc.errors import UserError
-from sfc.patching.across_models import COLUMNS, frequencies, patched_components, relative_depth, written_components
 from sfc.stages import batch
-from sfc.study import load_study
-from sfc.viewer.batch import frequency_figure, write_batch_page
+
+from sfc.core.errors import UserError
+from sfc.studies.batch.depth import COLUMNS, frequencies, patched_components, relative_depth, written_components
+from sfc.studies.batch.models import load_study
+from sfc.studies.batch.page import frequency_figure, write_batch_page
 
 
 def _effects(*rows: tuple[str, str, str, int, float, float]) -> pd.DataFrame:

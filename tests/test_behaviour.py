@@ -10,21 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.ablation.ablate import Ablation
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
-from sfc.evaluation.behaviour import Behaviour, ablated_replies, measure_behaviour, refusal_rates
-from sfc.evaluation.intervals import wilson
-from sfc.experiments import load_experiment
+from sfc.circuits.replies import Behaviour, ablated_replies, measure_behaviour, refusal_rates
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.read import load_prompt_file
 from sfc.models.batches import PAD_SLOT, Batch
 from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import auroc
-from sfc.prompts.anyfile import load_prompt_file
-from sfc.stages.behaviour import FILES, write_behaviour
-from sfc.viewer.behaviour import rates_chart
+from sfc.stats import wilson
+from sfc.studies.behaviour import FILES, rates_chart, write_behaviour
 
 XSTEST = (
     "id,prompt,type,label,focus,note\n"

@@ -11,23 +11,22 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference, paired_reference, zero_reference
-from sfc.circuits.attribution import BatchEffects, attributed_effects
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.attribution import BatchEffects, attributed_effects, integrated_effects
+from sfc.circuits.baselines import mean_reference, paired_reference, zero_reference
+from sfc.circuits.circuit import effects_by_role, role_names
 from sfc.circuits.effects import METHODS, NATS
 from sfc.circuits.exact import exact_effects
-from sfc.circuits.integrated_gradients import integrated_effects
+from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.roles import effects_by_role, role_names
-from sfc.config import ModelConfig
-from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.core.config import ModelConfig
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tiny import tiny_model_folder
-from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 
 KINDS = ["resid_post", "resid_mid", "attn_out", "mlp_out"]

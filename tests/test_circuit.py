@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sfc.ablation.nodes import Nodes
 from sfc.circuits.circuit import build_circuit, load_circuit, node_mask, save_circuit
 from sfc.circuits.edges import Edge
 from sfc.circuits.effects import Effects
-from sfc.errors import UserError
+from sfc.circuits.nodes import Nodes
+from sfc.core.errors import UserError
 
 NODES = Nodes.of({"blocks.3.hook_resid_post": 4, "blocks.4.hook_resid_post": 4})
 

@@ -13,7 +13,7 @@ import pytest
 from commands import assert_one_line, sfc, sfc_process
 
 REPOSITORY = Path(__file__).parents[1]
-MINI = REPOSITORY / "data" / "mini"
+MINI = REPOSITORY / "sfc" / "data" / "mini"
 RESULT_KEYS = {
     "preset", "category", "method", "n_nodes", "n_edges", "faithfulness", "completeness", "completeness_normalised",
     "f_model", "f_circuit", "f_complement", "f_empty", "random_faithfulness", "error_share", "files", "seconds",

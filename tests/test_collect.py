@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from sfc.activations.collect import collect
-from sfc.activations.store import Store
-from sfc.config import ActivationsConfig
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.config import ActivationsConfig
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.core.sites import site_of
+from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
-from sfc.prompts.render import Role, TokenizedPrompt
-from sfc.sites import site_of
+from sfc.saes.collect import collect
+from sfc.saes.store import Store
 
 SITES = [site_of("resid_post", 0), site_of("resid_post", 1)]
 KINDS = ("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post")

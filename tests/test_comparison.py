@@ -11,8 +11,7 @@ from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.problem import Problem
-from sfc.evaluation.comparison import (
+from sfc.circuits.overlap import (
     Overlaps,
     Verdict,
     chance_overlap,
@@ -23,7 +22,8 @@ from sfc.evaluation.comparison import (
     verdict,
     weighted_overlap,
 )
-from sfc.stages.comparison_judged import CORE, OWN, REST
+from sfc.circuits.problem import Problem
+from sfc.studies.compare.judged import CORE, OWN, REST
 
 weights = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10))
 

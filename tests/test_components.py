@@ -16,18 +16,16 @@ from pydantic import ValidationError
 from test_cli import RESULT_KEYS
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.components import component_spaces
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
-from sfc.circuits.attribution import attributed_effects
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.attribution import attributed_effects, integrated_effects
+from sfc.circuits.baselines import mean_reference
 from sfc.circuits.effects import METHODS
 from sfc.circuits.exact import exact_effects
-from sfc.circuits.integrated_gradients import integrated_effects
+from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.nodes import Nodes, component_spaces
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import DiscoveryConfig, ModelConfig
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.core.config import DiscoveryConfig, ModelConfig
+from sfc.core.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.loading import Model, load_model

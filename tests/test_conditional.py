@@ -6,16 +6,16 @@ import pytest
 import torch
 from conftest import SITES
 
-from sfc.errors import UserError
+from sfc.core.errors import UserError
+from sfc.data.render import Role, TokenizedPrompt
+from sfc.models.bench import make_bench, plain_scores, steered_scores
+from sfc.models.edits import Edit
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import Role, TokenizedPrompt
 from sfc.saes.dictionary import Dictionary
-from sfc.steering.bench import make_bench, plain_scores, steered_scores
-from sfc.steering.conditional import Condition, best_condition, conditional_table, largest_values, matched
-from sfc.steering.directions import random_directions
-from sfc.steering.edits import Edit
+from sfc.studies.steer.conditional import Condition, best_condition, conditional_table, largest_values, matched
+from sfc.studies.steer.directions import random_directions
 
 
 def _gated_by_hand(

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sfc.config import SaeConfig
-from sfc.errors import UserError
-from sfc.experiments import load_experiment, preset_names
+from sfc.core.config import SaeConfig
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment, preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

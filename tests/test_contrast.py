@@ -8,17 +8,17 @@ import pytest
 import torch
 from commands import sfc
 
-from sfc.ablation.references import mean_reference
-from sfc.artifacts import write_csv
+from sfc.circuits.baselines import mean_reference
 from sfc.circuits.circuit import load_circuit
 from sfc.circuits.effects import METHODS
-from sfc.errors import UserError
-from sfc.evaluation.ablated import full_scores
-from sfc.experiments import load_experiment
+from sfc.circuits.faithfulness import full_scores
+from sfc.core.artifacts import write_csv
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
-from sfc.stages.problem import prepare_problem
+from sfc.studies.discover.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
 BEHAVIOUR = (

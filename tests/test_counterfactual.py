@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import RESULT_KEYS
 
-from sfc.ablation.references import check_covered
+from sfc.circuits.baselines import check_covered
+from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import PromptsConfig
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
-from sfc.experiments import load_experiment
+from sfc.core.config import PromptsConfig
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.pairs import aligned, load_counterfactuals, prompts_of
+from sfc.data.render import Role
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
-from sfc.prompts.counterfactual import aligned, load_counterfactuals, prompts_of
-from sfc.prompts.render import Role
 from sfc.run import Run, about_pairs
-from sfc.stages.problem import prepare_problem
+from sfc.studies.discover.problem import prepare_problem
 
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
 WORDS = ["cat", "dog", "sun", "hat", "cup", "pen", "box", "map", "key", "jar"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-
-from sfc.errors import UserError
 from sfc.prompts import download as module
-from sfc.prompts.download import SOURCES, Source, download
+
+from sfc.core.errors import UserError
+from sfc.data.download import SOURCES, Source, download
 
 
 def content_of(source: Source, rows: int | None = None) -> bytes:

@@ -12,16 +12,16 @@ from conftest import random_dictionary
 from test_edges import at_sites, random_architecture
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
-from sfc.evaluation.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.core.errors import UserError
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
-from sfc.prompts.render import TokenizedPrompt
 
 MODES = ("node", "keep-current", "keep-clean", "ablate")
 TEXTS = ["Bake bread?", "How do I kill a process?", "hm"]

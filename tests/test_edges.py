@@ -15,28 +15,29 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.attribution import attributed_effects
-from sfc.circuits.edge_attribution import Pair, edge_effects
+from sfc.circuits.baselines import mean_reference
 from sfc.circuits.edges import (
     EDGES,
     Edge,
+    Pair,
     Weights,
     attribution_edges,
     attribution_weights,
+    edge_effects,
     strongest_edges,
     without_dead_ends,
 )
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import ModelConfig
+from sfc.core.config import ModelConfig
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import TokenizedPrompt
 
 
 def at_sites(problem: Problem, model: Model, prompts: list[TokenizedPrompt], sites: tuple[str, ...]) -> Problem:

@@ -10,25 +10,25 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, pearsonr
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.attribution import attributed_effects
-from sfc.circuits.correlation import benjamini_hochberg, pearson
+from sfc.circuits.baselines import mean_reference
 from sfc.circuits.edges import correlation_edges
 from sfc.circuits.effects import METHODS
+from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.learned_mask import price
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.permutation import permutation_test
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import DiscoveryConfig
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.core.config import DiscoveryConfig
+from sfc.core.errors import UserError
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
 from sfc.models.score import score_batch
-from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import TopKDictionary
+from sfc.stats import benjamini_hochberg, pearson
 
 
 def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:

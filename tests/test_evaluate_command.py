@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 from commands import Finished, assert_one_line, sfc
 
-from sfc.ablation.nodes import Nodes
-from sfc.circuits.listed import ListedCircuit, read_listed
-from sfc.circuits.naming import DictionaryNames, numbered
-from sfc.errors import UserError
-from sfc.stages.evaluate import circuit_names
+from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
+from sfc.circuits.nodes import Nodes
+from sfc.core.errors import UserError
+from sfc.studies.evaluate import circuit_names
 
 NODES = Nodes.of({"blocks.6.hook_resid_pre": 800, "blocks.7.hook_resid_pre": 50})
 RANKED = {

@@ -8,17 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.ablation.nodes import Nodes
+from sfc.circuits.controls import area, curve_areas, p_value, single_site_faithfulness
+from sfc.circuits.faithfulness import (
+    PACKED_TOKENS,
+    Scores,
+    ablated_scores,
+    choose_size,
+    circuit_metrics,
+    curve_sizes,
+    evaluation_curve,
+    faithfulness_of_sizes,
+    full_scores,
+    matching_strata,
+    metrics_with_intervals,
+    random_circuits,
+    top_circuits,
+)
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import EvaluationConfig
-from sfc.evaluation.ablated import PACKED_TOKENS, ablated_scores, full_scores
-from sfc.evaluation.areas import area, curve_areas
-from sfc.evaluation.baselines import p_value, single_site_faithfulness
-from sfc.evaluation.curve import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
-from sfc.evaluation.metrics import Scores, circuit_metrics, metrics_with_intervals
-from sfc.evaluation.random_circuits import matching_strata, random_circuits
+from sfc.core.config import EvaluationConfig
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.prompts.render import TokenizedPrompt
 
 NODES = Nodes.of({"blocks.0.hook_resid_post": 20, "blocks.1.hook_resid_post": 30})
 

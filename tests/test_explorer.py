@@ -14,10 +14,10 @@ import pytest
 
 import sfc
 from sfc.api import Discovered
-from sfc.errors import UserError
-from sfc.explorer.comparisons import Compared, circuit_like, command_for, comparisons, overlaps_of
+from sfc.core.errors import UserError
+from sfc.explorer.categories import Compared, circuit_like, command_for, comparisons, overlaps_of
 from sfc.explorer.shelf import shared_core, shelf
-from sfc.features.probe import Firing
+from sfc.features.session import Firing
 from sfc.pipeline import ensure_comparison
 from sfc.run import Run
 

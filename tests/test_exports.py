@@ -8,8 +8,8 @@ import networkx as nx
 import pandas as pd
 import pytest
 
-from sfc.errors import UserError
-from sfc.exports import FORMATS, circuit_tracer_graph, export_circuit
+from sfc.circuits.exports import FORMATS, circuit_tracer_graph, export_circuit
+from sfc.core.errors import UserError
 
 LABELS = {"resid_post.3/F7": "a <label> \x00\ud800 & “more”"}
 

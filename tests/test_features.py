@@ -11,16 +11,14 @@ import pytest
 import torch
 from conftest import SITES, TEXTS
 
-from sfc.activations.store import Store
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, activity, prompt_blocks
-from sfc.features.cards import feature_cards, fires_on
+from sfc.features.cards import feature_cards, fires_on, nearest_neighbours, neuronpedia_page
 from sfc.features.labels import LABELS_FILE, Peak, automatic_label, own_labels, with_own_labels
-from sfc.features.neighbours import nearest_neighbours
-from sfc.features.neuronpedia import neuronpedia_page
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
+from sfc.saes.store import Store
 
 GROUPS = np.array([0, 1, 0, 2, 1, 0])
 FEATURES = [3, 40, 7, 0, 21]

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from sfc.errors import UserError
-from sfc.evaluation.repeated_measures import friedman, holm, pairwise_wilcoxon, rank_biserial
+from sfc.core.errors import UserError
+from sfc.data.read import load_prompt_file
+from sfc.data.render import Role
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
-from sfc.patching.format_scores import answer_tokens, standardised, version_scores
-from sfc.patching.formats import Version, load_formats
-from sfc.prompts.anyfile import load_prompt_file
-from sfc.prompts.render import Role
+from sfc.stats import friedman, holm, pairwise_wilcoxon, rank_biserial
+from sfc.studies.formats.formats import Version, load_formats
+from sfc.studies.formats.measure import answer_tokens, standardised, version_scores
 
 # Every byte is a token of the tiny model: one-letter answers after a space that belongs to the reply.
 BYTES = """

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sfc.models.adapter_training import REFUSALS
 from sfc.models.judge import is_refusal, refuses_somewhere
+from tools.refusal_adapter import REFUSALS
 
 TRUE_REFUSALS = [
     *REFUSALS,

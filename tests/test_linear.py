@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfc.linear import linear
+from sfc.models.linear import linear
 
 sizes = st.integers(1, 70)
 

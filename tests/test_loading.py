@@ -10,8 +10,8 @@ import torch
 from architectures import ARCHITECTURES, random_model
 from safetensors.torch import load_file, save_file
 
-from sfc.config import ModelConfig
-from sfc.errors import UserError
+from sfc.core.config import ModelConfig
+from sfc.core.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import choose_device, load_model
 from sfc.models.running import last_logits, prefix_after

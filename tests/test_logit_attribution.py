@@ -17,16 +17,22 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_ind
 from test_cli import REPOSITORY
 
-from sfc.config import ModelConfig
-from sfc.errors import UserError
-from sfc.evaluation.intervals import bootstrap_means
+from sfc.core.config import ModelConfig
+from sfc.core.errors import UserError
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
-from sfc.patching.head_roles import component_table, group_table, strongest_heads
-from sfc.patching.logit_attribution import Component, LogitAttribution, attribute_logits, by_layer
-from sfc.patching.logit_difference import LogitDifference, refusal_logit_difference
+from sfc.stats import bootstrap_means
+from sfc.studies.logits.attribution import (
+    Component,
+    LogitAttribution,
+    LogitDifference,
+    attribute_logits,
+    by_layer,
+    refusal_logit_difference,
+)
+from sfc.studies.logits.roles import component_table, group_table, strongest_heads
 
 TEXTS = ["Hello there", "What?", "Name three rivers of Europe."]
 DIFFERENCE = LogitDifference(torch.tensor([40, 41]), torch.tensor([70, 80, 90]))

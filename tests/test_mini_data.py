@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from sfc.config import PromptsConfig
-from sfc.prompts.balance import balance
-from sfc.prompts.prepare import prepare_prompts
-from sfc.prompts.schema import CATEGORIES, FILES
-from sfc.prompts.similarity import near_duplicates
-from sfc.prompts.text import comparison_key, normalise
+from sfc.core.config import PromptsConfig
+from sfc.data.balance import balance
+from sfc.data.prepare import prepare_prompts
+from sfc.data.schema import CATEGORIES, FILES, comparison_key, normalise
+from sfc.data.similarity import near_duplicates
 
-MINI = Path(__file__).parent.parent / "data" / "mini"
+MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
 PER_CATEGORY = {"toxic": 100, "safe_80k": 60, "hard": 40}
 PER_BLOCK = {"toxic": 5, "safe_80k": 3, "hard": 2}
 

@@ -11,9 +11,9 @@ import pytest
 from commands import assert_one_line, sfc
 
 from sfc.models.judge import is_refusal, refuses_somewhere
-from sfc.patching.components import Patch, single_patches
-from sfc.patching.ranking import PatchRuns, agreement, effect_table
-from sfc.viewer.patching import heads_figure, positions_figure, write_patching_page
+from sfc.studies.patch.components import Patch, single_patches
+from sfc.studies.patch.page import heads_figure, positions_figure, write_patching_page
+from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table
 
 TINY = ("patch", "--preset", "tiny")
 BY_SCORE = (*TINY, "--require", "score", "--limit", "12")

@@ -11,20 +11,18 @@ import torch
 from architectures import random_model
 from safetensors.torch import load_file, save_file
 
-from sfc.config import ModelConfig
+from sfc.core.config import ModelConfig
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tiny import tiny_model_folder
-from sfc.patching.activation_patching import make_transplant, patched_scores
-from sfc.patching.alignment import Unalignable, align
-from sfc.patching.components import Patch, cumulative_patches, single_patches
-from sfc.patching.first_order import first_order_changes
-from sfc.patching.selection import TokenizedPair
-from sfc.patching.study import patch_pairs
-from sfc.prompts.render import TokenizedPrompt
+from sfc.studies.patch.alignment import Unalignable, align
+from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
+from sfc.studies.patch.patching import first_order_changes, make_transplant, patch_pairs, patched_scores
+from sfc.studies.patch.selection import TokenizedPair
 
 KINDS = ("resid", "attn", "mlp", "head")
 TEXTS = [("Rob it", "Bob it"), ("Hurt my cat!", "Help my cat, please"), ("Steal", "Share")]

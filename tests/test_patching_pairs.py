@@ -6,17 +6,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sfc.config import Experiment
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.config import Experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.render import Role
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
-from sfc.patching.pairs import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
-from sfc.patching.selection import REQUIREMENTS, Conduct, select_pairs, tokenize_pairs
-from sfc.prompts.render import Role
+from sfc.studies.patch.pairs import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
+from sfc.studies.patch.selection import REQUIREMENTS, Conduct, select_pairs, tokenize_pairs
 
-MINI = Path(__file__).parents[1] / "data" / "mini" / "pairs.csv"
+MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini" / "pairs.csv"
 
 
 def _written(folder: Path, name: str, text: str) -> Path:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.correlation import pearson
 from sfc.circuits.permutation import permutation_test, permuted_labels, strata
-from sfc.errors import UserError
-from sfc.prompts.load import load_prompts
-from sfc.prompts.topics import listed_topics, topic_pairs
+from sfc.core.errors import UserError
+from sfc.data.or_bench import load_prompts
+from sfc.data.topics import listed_topics, topic_pairs
+from sfc.stats import pearson
 
-MINI = Path(__file__).parents[1] / "data" / "mini"
+MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
 Q, DRAWS = 0.1, 200
 BOUND = Q + 2 * np.sqrt(Q * (1 - Q) / DRAWS)
 

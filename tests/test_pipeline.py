@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sfc.artifacts import MANIFEST
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.artifacts import MANIFEST
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
 from sfc.models.identity import model_identity
 from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
 from sfc.run import Run

@@ -14,10 +14,10 @@ import transformers
 from commands import sfc, sfc_process
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sfc.experiments import load_experiment, preset_names
+from sfc.core.experiments import load_experiment, preset_names
+from sfc.data.render import Role
 from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import Role
 
 
 class Family(NamedTuple):

@@ -5,19 +5,19 @@ import pytest
 import torch
 from conftest import SITES, TEXTS
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import zero_reference
-from sfc.errors import UserError
-from sfc.features.probe import Probe
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import zero_reference
+from sfc.circuits.nodes import Nodes
+from sfc.core.errors import UserError
+from sfc.features.session import Probe
 from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.bench import make_bench, steered_replies
+from sfc.models.edits import Edit, Steering
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, score_batch
 from sfc.saes.dictionary import Dictionary
-from sfc.steering.bench import make_bench, steered_replies
-from sfc.steering.edits import Edit, Steering
 
 PROMPT = TEXTS[1]
 

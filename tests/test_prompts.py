@@ -13,18 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfc.config import PromptsConfig
-from sfc.errors import UserError
-from sfc.prompts.analyse import ALL, analyse
-from sfc.prompts.analysis_page import write_analysis
-from sfc.prompts.balance import balance
-from sfc.prompts.clean import clean
-from sfc.prompts.load import load_prompts
-from sfc.prompts.prepare import prepare_prompts, prompts_fingerprint
-from sfc.prompts.schema import CATEGORIES, COLUMNS, FILES, SPLITS, canonical_category
-from sfc.prompts.split import add_splits
-from sfc.prompts.table import read_table
-from sfc.prompts.text import comparison_key, normalise
+from sfc.core.config import PromptsConfig
+from sfc.core.errors import UserError
+from sfc.data.balance import balance
+from sfc.data.or_bench import clean, load_prompts
+from sfc.data.prepare import add_splits, prepare_prompts, prompts_fingerprint
+from sfc.data.read import read_table
+from sfc.data.schema import CATEGORIES, COLUMNS, FILES, SPLITS, canonical_category, comparison_key, normalise
+from sfc.studies.data import ALL, analyse, write_analysis
 
 Rows = list[tuple[str, str]]
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
@@ -392,9 +388,9 @@ def test_page_stands_alone_and_escapes_prompts(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-from sfc.config import PromptsConfig
-from sfc.prompts.prepare import prepare_prompts
-from sfc.prompts.balance import balance
+from sfc.core.config import PromptsConfig
+from sfc.data.prepare import prepare_prompts
+from sfc.data.balance import balance
 start = time.perf_counter()
 frame, report = prepare_prompts(Path(sys.argv[1]), PromptsConfig(), 0)
 chosen, _ = balance(frame, None, 0.25, 0)

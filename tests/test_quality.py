@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sfc.activations.store import Store
-from sfc.experiments import load_experiment
+from sfc.core.experiments import load_experiment
+from sfc.data.render import Role
 from sfc.pipeline import ensure_saes
-from sfc.prompts.render import Role
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
-from sfc.stages.train import load_dictionaries
-from sfc.stages.training_rows import training_rows
+from sfc.saes.store import Store
+from sfc.studies.train.rows import training_rows
+from sfc.studies.train.train import load_dictionaries
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX

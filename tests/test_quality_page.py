@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sfc.viewer.density import density_figure
-from sfc.viewer.quality import write_quality_page
-from sfc.viewer.quality_figures import reconstruction_figure, splicing_figure
+from sfc.studies.train.page import density_figure, reconstruction_figure, splicing_figure, write_quality_page
 
 SITES = ["blocks.19.hook_resid_post", "blocks.20.hook_resid_post"]
 ROLES = ["all", "content", "suffix"]

@@ -12,10 +12,10 @@ from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.config import ModelConfig
+from sfc.core.config import ModelConfig
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, load_model
-from sfc.patching.probe import (
+from sfc.studies.probe.measure import (
     cross_validated_probe,
     difference_of_means,
     last_residuals,

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.render import Role, template_around, tokenize_prompts
 from sfc.models.batches import PAD_SLOT, SlotLayout, make_batches
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.loading import Model
-from sfc.prompts.render import Role, template_around, tokenize_prompts
 
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=30)
 

@@ -9,22 +9,33 @@ import torch
 from architectures import random_model
 from conftest import SITES, TEXTS
 
-from sfc.ablation.ablate import Ablation
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import Role, TokenizedPrompt
-from sfc.repair.choose import best_size, mean_effects, qualified
-from sfc.repair.hook import Repair, load_repair, save_repair
-from sfc.repair.measure import NO_EDIT, Edit, edited_replies, edited_scores, reply_losses
-from sfc.repair.weights import project_weights, projecting, writers_before, written_subspaces
+from sfc.studies.repair.choose import best_size, mean_effects, qualified
+from sfc.studies.repair.edits import (
+    NO_EDIT,
+    Edit,
+    Repair,
+    edited_replies,
+    edited_scores,
+    load_repair,
+    project_weights,
+    projecting,
+    reply_losses,
+    save_repair,
+    writers_before,
+    written_subspaces,
+)
 
 CHOSEN = torch.tensor([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error at each of two sites
 

@@ -9,16 +9,15 @@ import pytest
 from commands import sfc
 from safetensors.torch import load_file
 
-from sfc.evaluation.intervals import wilson
-from sfc.experiments import load_experiment
+from sfc.core.experiments import load_experiment
 from sfc.models.batches import make_batches
 from sfc.models.loading import load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.repair.hook import load_repair
-from sfc.repair.weights import project_weights
 from sfc.run import Run
-from sfc.stages.train import load_dictionaries
+from sfc.stats import wilson
+from sfc.studies.repair.edits import load_repair, project_weights
+from sfc.studies.train.train import load_dictionaries
 
 SIZES = (2, 5)
 # A random model refuses nothing, so that nothing may be asked of its scores.

@@ -12,28 +12,30 @@ from commands import Finished, assert_one_line, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sfc.evaluation import matching
 from test_viewer import HOSTILE
 
-from sfc.artifacts import read_json
-from sfc.evaluation import matching
-from sfc.evaluation.comparison import chance_overlap
-from sfc.evaluation.matching import SAME, Matching, match_features
-from sfc.evaluation.replication import (
+from sfc.circuits.overlap import chance_overlap
+from sfc.core.artifacts import read_json
+from sfc.core.experiments import load_experiment
+from sfc.pipeline_study import ensure_replication
+from sfc.run import Run
+from sfc.saes.dictionary import TopKDictionary
+from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.studies.replicate.matching import (
     ORIGINAL,
     REPLICATION,
+    SAME,
+    Matching,
     chance_agreement,
     circuit_agreement,
+    match_features,
     matched_nodes,
     share_with_partner,
     site_counts,
 )
-from sfc.experiments import load_experiment
-from sfc.pipeline_study import ensure_replication
-from sfc.run import Run
-from sfc.saes.dictionary import TopKDictionary
-from sfc.saes.saelens_format import load_dictionary, save_dictionary
-from sfc.stages.training_rows import training_rows
-from sfc.viewer.replication import cosines_figure, effects_figure, write_replication_page
+from sfc.studies.replicate.page import cosines_figure, effects_figure, write_replication_page
+from sfc.studies.train.rows import training_rows
 
 SITE, SECOND_SITE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SMALL = (

@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sfc.evaluation import replies
 
 from sfc.circuits.effects import METHODS
 from sfc.circuits.problem import Problem
-from sfc.config import EvaluationConfig
-from sfc.evaluation import replies
-from sfc.evaluation.behaviour import ablated_replies
-from sfc.evaluation.intervals import wilson
-from sfc.evaluation.replies import COLUMNS, with_refusals
+from sfc.circuits.replies import COLUMNS, ablated_replies, with_refusals
+from sfc.core.config import EvaluationConfig
+from sfc.stats import wilson
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 

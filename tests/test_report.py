@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_formats import BYTES
 
-from sfc.reports.blocks import Commands, Formula, Paragraph, Section, Table, cell
-from sfc.reports.kinds.kind import grid_cell
-from sfc.reports.markdown import markdown_report, markdown_text
-from sfc.viewer.text import printable
+from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell
+from sfc.pages.markdown import markdown_report, markdown_text
+from sfc.pages.text import printable
+from sfc.studies.report.kinds import grid_cell
 
 TINY = ("--preset", "tiny", "--set", "prompts.limit=14")
 NUMBER = r"−?\d[\d,]*(?:\.\d+)?(?:e[−+]\d+)?"

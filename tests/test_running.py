@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.errors import UserError
+from sfc.core.errors import UserError
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits, losses_and_last_logits, prefix_after, run_to
 from sfc.models.score import RefusalScore, auroc, score_batch, score_prompts
-from sfc.prompts.render import TokenizedPrompt
 
 
 def _hf_logits(model: Model, prompt: TokenizedPrompt) -> torch.Tensor:

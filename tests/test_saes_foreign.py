@@ -12,19 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.ablation.references import mean_reference
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.attribution import attributed_effects
+from sfc.circuits.baselines import mean_reference
+from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
-from sfc.evaluation.ablated import ablated_scores, full_scores
+from sfc.core.errors import UserError
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
-from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.jumprelu import JumpReLUDictionary
-from sfc.saes.normalised import NormalisedDictionary
-from sfc.saes.saelens_format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary
+from sfc.saes.dictionary import Dictionary, JumpReLUDictionary, NormalisedDictionary, TopKDictionary
+from sfc.saes.format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary
 
 D_IN, D_SAE, SITE = 16, 64, "blocks.3.hook_resid_post"
 NORMALISATIONS = (

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.saes.dictionary import WEIGHTS, TopKDictionary
-from sfc.saes.saelens_format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, save_dictionary
+from sfc.saes.format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, save_dictionary
 
 
 def make_dictionary(apply_b_dec_to_input: bool = True) -> TopKDictionary:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
 from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
-from sfc.saes.pretrained import fetch_pretrained
-from sfc.saes.saelens_config import CONFIG_FILE, WEIGHTS_FILE
-from sfc.stages.foreign import check_fit
-from sfc.stages.quality import QUALITY_FILE
-from sfc.stages.train import load_dictionaries
-from sfc.stages.training_rows import Measured
+from sfc.saes.format import fetch_pretrained
+from sfc.saes.source import CONFIG_FILE, WEIGHTS_FILE
+from sfc.studies.train.foreign import check_fit
+from sfc.studies.train.quality import QUALITY_FILE
+from sfc.studies.train.rows import Measured
+from sfc.studies.train.train import load_dictionaries
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32

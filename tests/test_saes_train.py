@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfc.config import SaeConfig
-from sfc.errors import UserError
+from sfc.core.config import SaeConfig
+from sfc.core.errors import UserError
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.quality import reconstruction_quality
 from sfc.saes.train import Progress, finish, geometric_median, sae_loss, schedule, start, train_saes, train_step

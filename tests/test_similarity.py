@@ -6,9 +6,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sfc.prompts import similarity
-from sfc.prompts.similarity import Pair, grams, near_duplicates
+
+from sfc.data.similarity import Pair, grams, near_duplicates
 
 
 def oracle(texts: list[str], threshold: float) -> list[Pair]:

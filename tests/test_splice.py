@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfc.features.tokens import token_effects
+from sfc.data.render import TokenizedPrompt
+from sfc.features.cards import token_effects
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore
-from sfc.prompts.render import TokenizedPrompt
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.splice import MIN_DAMAGE, SplicingQuality, run_clean, splicing_quality
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sfc.evaluation import stability
 
 from sfc.circuits.effects import METHODS, Effects
+from sfc.circuits.overlap import chance_overlap, jaccard
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
-from sfc.evaluation import stability
-from sfc.evaluation.comparison import chance_overlap, jaccard
-from sfc.evaluation.intervals import bootstrap_means, resampled_counts
-from sfc.evaluation.stability import agreement_of_halves, resampled_node_sets, with_intervals, with_stability
+from sfc.circuits.stability import agreement_of_halves, resampled_node_sets, with_intervals, with_stability
+from sfc.core.errors import UserError
+from sfc.stats import bootstrap_means, resampled_counts
 
 
 def _ranked(by_prompt: np.ndarray) -> np.ndarray:

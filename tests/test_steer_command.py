@@ -11,9 +11,9 @@ import pytest
 from commands import assert_one_line, sfc
 from safetensors.torch import load_file
 
-from sfc.evaluation.intervals import wilson
-from sfc.steering.trade_off import best_defence, trade_off
-from sfc.viewer.steering import write_steering_page
+from sfc.stats import wilson
+from sfc.studies.steer.page import write_steering_page
+from sfc.studies.steer.sweep import best_defence, trade_off
 
 # A random model refuses nothing, so that nothing may be asked of its directions.
 LENIENT = (

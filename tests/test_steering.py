@@ -10,15 +10,11 @@ from conftest import TEXTS, random_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.config_study import SteeringConfig
-from sfc.errors import UserError
+from sfc.core.errors import UserError
+from sfc.core.study_options import SteeringConfig
+from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.generation import end_tokens
-from sfc.models.interventions import intervening, recorder
-from sfc.models.loading import Model
-from sfc.models.score import RefusalScore, score_batch
-from sfc.prompts.render import Role, TokenizedPrompt
-from sfc.steering.bench import (
+from sfc.models.bench import (
     Bench,
     effect_on_replies,
     last_token_kl,
@@ -28,22 +24,24 @@ from sfc.steering.bench import (
     steered_replies,
     steered_scores,
 )
-from sfc.steering.contrasts import make_contrast
-from sfc.steering.controls import RANDOM, SHUFFLED, band
-from sfc.steering.directions import (
+from sfc.models.edits import Edit, editing, residual_sites
+from sfc.models.generation import end_tokens
+from sfc.models.interventions import intervening, recorder
+from sfc.models.loading import Model
+from sfc.models.positions import steered_tokens
+from sfc.models.score import RefusalScore, score_batch
+from sfc.studies.steer.directions import (
     circuit_directions,
     difference_of_means,
     feature_direction,
     in_span,
+    make_contrast,
     probe_direction,
     random_directions,
     span_share,
 )
-from sfc.steering.edits import Edit, editing, residual_sites
-from sfc.steering.positions import steered_tokens
-from sfc.steering.recording import record
-from sfc.steering.select import best_per_layer, ranked
-from sfc.steering.sweep import FORCE, SUPPRESS, Setting, best_alphas, rates, sweep
+from sfc.studies.steer.select import best_per_layer, ranked, record
+from sfc.studies.steer.sweep import FORCE, RANDOM, SHUFFLED, SUPPRESS, Setting, band, best_alphas, rates, sweep
 
 REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")

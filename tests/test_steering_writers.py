@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import LABELS, random_dictionary
 
+from sfc.data.render import TokenizedPrompt
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tails import make_tails
-from sfc.prompts.render import TokenizedPrompt
-from sfc.steering.directions import cosine, random_directions
-from sfc.steering.writers import feature_cosines, parts_before, writers_table
+from sfc.studies.steer.directions import cosine, random_directions
+from sfc.studies.steer.writers import feature_cosines, parts_before, writers_table
 
 TOXIC = np.array(LABELS)
 

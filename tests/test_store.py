@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sfc.activations.plan import PlannedBatch, TokenTable
-from sfc.activations.shard import CHUNK_BYTES, shard_in_the_making
-from sfc.activations.store import Store
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.models.batches import Batch
+from sfc.saes.plan import PlannedBatch, TokenTable
+from sfc.saes.shard import CHUNK_BYTES, shard_in_the_making
+from sfc.saes.store import Store
 
 SITE = "blocks.0.hook_resid_post"
 NOTHING: Any = Batch(*[torch.zeros(0)] * 4)

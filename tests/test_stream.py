@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_store import SITE, make_shard
 
-from sfc.activations.collect import collect
-from sfc.activations.plan import plan_batches
-from sfc.activations.shard import CHUNK_BYTES
-from sfc.activations.store import Store
-from sfc.activations.stream import Source, live_source, shuffled_batches, stored_source
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.data.render import TokenizedPrompt
 from sfc.models.loading import Model
-from sfc.prompts.render import TokenizedPrompt
+from sfc.saes.collect import collect
+from sfc.saes.plan import plan_batches
+from sfc.saes.shard import CHUNK_BYTES
+from sfc.saes.store import Store
+from sfc.saes.stream import Source, live_source, shuffled_batches, stored_source
 
 M_MMAP_THRESHOLD = -3
 

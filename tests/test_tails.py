@@ -6,13 +6,13 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, random_model
 
-from sfc.config import ModelConfig
+from sfc.core.config import ModelConfig
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import every_prefix, last_logits, prefix_after
 from sfc.models.tails import flush_right, make_tails
-from sfc.prompts.render import TokenizedPrompt
 
 
 def _whole(model: Model, prompts: list[TokenizedPrompt]) -> Batch:

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from sfc.artifacts import locked
-from sfc.errors import UserError
-from sfc.experiments import load_experiment
+from sfc.core.artifacts import locked
+from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.logs import loggers
 from sfc.saes.train import Progress, SiteStats

@@ -19,12 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from sfc.viewer.curve import curve_figure
-from sfc.viewer.explorable import shown_sizes
-from sfc.viewer.graph import circuit_figure
-from sfc.viewer.layers import layers_figure
-from sfc.viewer.page import write_page
-from sfc.viewer.placement import PLOT_WIDTH
+from sfc.pages.circuit import write_page
+from sfc.pages.curve import curve_figure
+from sfc.pages.explorable import shown_sizes
+from sfc.pages.graph import circuit_figure, layers_figure
+from sfc.pages.placement import PLOT_WIDTH
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -1,1 +1,1 @@
-"""Circuits: scoring nodes and edges, and the graph they make."""
+"""Circuits: nodes, ablation, discovery methods, edges, faithfulness, checks, exchange formats."""

@@ -3,6 +3,12 @@
 With g = ds/dx at a site, the effect of feature i is `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error
 `sum_t g_t . (e_t - e_ref_t)` (Marks et al. 2024, without splicing anything in). Over a site they sum to
 `sum_t g_t . (x_t - x_ref_t)`, whatever g is: integrated gradients are the same sums with another g.
+
+Integrated gradients (Sundararajan et al. 2017), one site at a time, from the reference to the clean activation.
+
+On the straight path `x(a) = x_hat(f_ref + a (f - f_ref)) + e_ref + a (e - e_ref) = x_ref + a (x - x_ref)` at one site,
+with everything after it plain, the effect of feature i is `sum_t (mean_a g_t(a) . d_i)(f_ti - f_ref_ti)`: attribution,
+but with the mean of the gradients along the path. Over a site the effects sum to F(M) - F(that site ablated).
 """
 
 from collections.abc import Sequence
@@ -12,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfc.ablation.ablate import Ablation
-from sfc.circuits.gradients import score_gradients
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.gradients import SiteRun, score_gradients, site_runs
 from sfc.circuits.problem import Problem
-from sfc.linear import linear
-from sfc.models.batches import Batch
+from sfc.models.batches import PACKED_TOKENS, Batch
+from sfc.models.linear import linear
 from sfc.models.running import Prefix
 from sfc.saes.kernels import row_dots
 
@@ -70,3 +76,30 @@ def first_order_effects(
 def join_sites(per_site: Sequence[BatchEffects]) -> BatchEffects:
     """The effects of all nodes from those of each site, in the order of the sites."""
     return BatchEffects(*(torch.cat(parts, dim=1) for parts in zip(*per_site, strict=True)))
+
+
+def integrated_effects(problem: Problem, batch: Batch, prefix: Prefix, steps: int) -> BatchEffects:
+    """The integrated gradients of every node on every prompt of one batch, in nats.
+
+    Args:
+        steps: gradients per path, at the midpoints of as many equal parts: the error falls with their square.
+    """
+    ablation = problem.ablation
+    runs = site_runs(problem, ablation.nodes.sites, batch, prefix)
+    return join_sites([first_order_effects(ablation, r.site, r.x, _mean_gradient(r, steps), batch) for r in runs])
+
+
+def _mean_gradient(run: SiteRun, steps: int) -> Float[Tensor, "batch pos d_in"]:
+    """The mean gradient of the score along the path; several points of it go through in one batch."""
+    x, batch = run.x.float(), run.batch
+    x_ref = run.problem.ablation.reference_activation(run.site)[batch.slots]
+    away = (x - x_ref) * batch.touchable[..., None]
+    left = 1 - (torch.arange(steps, device=x.device) + 0.5) / steps
+    total = torch.zeros_like(x)
+    for part in left.split(batch.copies_in(PACKED_TOKENS)):
+        points = (x - part[:, None, None, None] * away).requires_grad_()
+        with torch.enable_grad():
+            run.scores(points).sum().backward()
+        assert points.grad is not None
+        total += points.grad.sum(0)
+    return total / steps

@@ -1,20 +1,210 @@
-"""Edges between nodes of neighbouring sites, and which of them a circuit has.
+"""What passes along an edge, to first order (Marks et al. 2024, without splicing anything in).
+
+The weight of an edge u -> d between neighbouring sites is `sum_{s,t} (ds/df_d,t) (df_d,t/df_u,s) (f_u,s - f_ref_u,s)`,
+d a feature or the error of the next site. With x and x' the activations at the two sites and g' = ds/dx' in the plain
+model, it is `covector(d) . J displacement(u)`, summed over the tokens of a prompt, of three things:
+
+    displacement   what ablating u takes away from x:  (f_u - f_ref_u) d_u, or e - e_ref for the error
+    J = dx'/dx     the Jacobian of the blocks between the sites, all positions at once
+    covector       how the score moves with x' by way of d:  (g' . d_d) df_d/dx', which is 0 where d is off, or for the
+                   error what is left of g'
+
+Over all d the covectors sum to g', so that the edges out of u sum to the effect of u wherever x reaches the score
+through x' alone, as it does in the residual stream (but not from one block's output to the next one's).
+
+J is never written out. It is applied from the side with fewer nodes, as vector-Jacobian products from the targets or
+Jacobian-vector products from the sources, many nodes at once, through the blocks between the sites and no others.
+
+Edges between nodes of neighbouring sites, and which of them a circuit has.
 
 A kind of edge is a function from a `Problem` and a circuit's nodes to edges, registered by name in `EDGES`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from sfc.ablation.nodes import Nodes
-from sfc.circuits.correlation import pearson
-from sfc.circuits.edge_attribution import Pair, edge_effects
+from sfc.circuits.gradients import SiteGradient, score_gradients
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
+from sfc.models.batches import Batch
+from sfc.models.interventions import recorder
+from sfc.models.loading import Model
+from sfc.models.running import Prefix, layer_before, prefix_after, run_to
+from sfc.saes.kernels import row_dots
+from sfc.stats import pearson
+
+
+class Pair(NamedTuple):
+    """Two neighbouring sites, and the nodes between which edges are wanted.
+
+    Nodes are numbered within their site, in ascending order; the error's number is that of the features, d_sae.
+    """
+
+    upstream: str
+    downstream: str
+    sources: Int[Tensor, " sources"]
+    targets: Int[Tensor, " targets"]
+
+
+@torch.no_grad()
+def edge_effects(
+    problem: Problem, batch: Batch, prefix: Prefix, pairs: Sequence[Pair], packed_tokens: int
+) -> list[Float[Tensor, "batch sources targets"]]:
+    """For each pair of sites, the weight of every edge on every prompt of one batch, in nats of the score.
+
+    Args:
+        pairs: in the order of their sites.
+        packed_tokens: tokens, padding included, that go through a Jacobian at once: as many nodes as fit, but at least
+            one. It bounds the memory beyond that of one run of the batch.
+    """
+    gradients = score_gradients(problem, batch, prefix)
+    n_prompts, device = len(batch.lengths), batch.ids.device
+    effects = [torch.zeros(n_prompts, len(pair.sources), len(pair.targets), device=device) for pair in pairs]
+    for pair, effect in zip(pairs, effects, strict=True):
+        sources = _displacements(problem, batch, pair, gradients[pair.upstream])
+        targets = _covectors(problem, batch, pair, gradients[pair.downstream])
+        if sources.moving and targets.moving:
+            prefix = prefix_after(problem.model, batch, layer_before(pair.upstream), prefix)
+            x, x_next = _run_between(problem.model, batch, prefix, pair, gradients[pair.upstream].x)
+            weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
+            effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
+    return effects
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The nodes of one side of a pair: features, then the error.
+
+    `spread` is linear: from a weight per prompt and node to the sum of the nodes' vectors at each token.
+    """
+
+    spread: Callable[[Float[Tensor, "batch nodes"]], Float[Tensor, "tokens d_in"]]
+    like: Float[Tensor, "batch nodes"]
+    moving: list[int]
+    """the wanted nodes whose vectors are not all zero"""
+
+    def vectors(self, node: int) -> Float[Tensor, "tokens d_in"]:
+        """The node's vector at each token."""
+        return self.spread(F.one_hot(torch.tensor(node), self.like.shape[1]).to(self.like).expand_as(self.like))
+
+    def products(self) -> Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "batch nodes"]]:
+        """The transpose of `spread`: inner products with each node's vectors, summed over the tokens of a prompt."""
+        with torch.enable_grad():
+            weights = torch.zeros_like(self.like).requires_grad_()
+            spread = self.spread(weights)
+        return lambda vectors: torch.autograd.grad(spread, weights, vectors, retain_graph=True)[0]
+
+
+def _weights(
+    x: Float[Tensor, "tokens d_in"], x_next: Float[Tensor, "tokens d_in"], sources: _Side, targets: _Side, at_once: int
+) -> Float[Tensor, "batch sources targets"]:
+    """`covector(d) . J displacement(u)` of all sources and targets, x_next having been computed from x."""
+    if by_targets := len(targets.moving) <= len(sources.moving):
+        near, far, output, start = targets, sources, x_next, x
+    else:
+        # The product v J is linear in v, whatever v is: differentiating it once more applies J itself.
+        start = torch.zeros_like(x_next).requires_grad_()
+        (output,) = torch.autograd.grad(x_next, x, start, create_graph=True)
+        near, far = sources, targets
+    weights = torch.zeros(near.like.shape[1], *far.like.shape, device=x.device)
+    products = far.products()
+    for first in range(0, len(near.moving), at_once):
+        nodes = near.moving[first : first + at_once]
+        vectors = torch.stack([near.vectors(node) for node in nodes]).to(x.dtype)
+        (passed,) = torch.autograd.grad(output, start, vectors, retain_graph=True, is_grads_batched=True)
+        for node, vector in zip(nodes, passed, strict=True):
+            weights[node] = products(vector.float())
+    return weights.permute(1, 2, 0) if by_targets else weights.permute(1, 0, 2)
+
+
+def _run_between(
+    model: Model, batch: Batch, prefix: Prefix, pair: Pair, clean: Float[Tensor, "batch pos d_in"]
+) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"]]:
+    """The activations at both sites, at the touchable tokens, the second computed from the first with its graph."""
+    where = batch.touchable.nonzero(as_tuple=True)
+    x = clean[where].requires_grad_()
+    seen: dict[str, Tensor] = {}
+    interventions = {
+        pair.upstream: lambda activation: activation.index_put(where, x),
+        pair.downstream: recorder(seen, pair.downstream),
+    }
+    with torch.enable_grad():
+        run_to(model, batch, interventions, pair.downstream, prefix)
+        return x, seen[pair.downstream][where]
+
+
+def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
+    """What ablating each source takes away from the activation."""
+    dictionary, reference = problem.ablation.dictionaries[pair.upstream], problem.ablation.reference
+    features, column = _columns(pair.sources, dictionary.d_sae)
+    prompt, slots = _prompt_of_token(batch), batch.slots[batch.touchable]
+    x = at.x[batch.touchable].float()
+    values, indices = dictionary.encode_sparse(x)
+    f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
+    moved = f - reference.features[pair.upstream][:, features][slots]
+    error = x - dictionary.decode_sparse(values, indices) - reference.errors[pair.upstream][slots]
+    directions = dictionary.W_dec[features]
+
+    def spread(weights: Tensor) -> Tensor:
+        of_token = weights[prompt]
+        return (moved * of_token[:, :-1]) @ directions + error * of_token[:, -1:]
+
+    return _side(batch, spread, (moved != 0).any(0), len(pair.sources))
+
+
+def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
+    """How the score moves with the activation by way of each target."""
+    dictionary = problem.ablation.dictionaries[pair.downstream]
+    features, column = _columns(pair.targets, dictionary.d_sae)
+    prompt = _prompt_of_token(batch)
+    x, g = at.x[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
+    with torch.enable_grad():
+        values, indices = dictionary.encode_sparse(x)
+    is_active = values > 0
+    # ds/df of each active feature, while the others and the error stay.
+    slopes = row_dots(g, indices, dictionary.W_dec) * is_active
+
+    def spread(weights: Tensor) -> Tensor:
+        # The error's covector is g' less that of every feature, so that one backward pass of the encoder does for all.
+        of_error = weights[prompt, -1:]
+        of_entry = F.pad(weights[:, :-1], (0, 1))[prompt[:, None], column[indices]]
+        (through_features,) = torch.autograd.grad(
+            values, x, slopes * (of_entry - of_error), retain_graph=True, create_graph=torch.is_grad_enabled()
+        )
+        return through_features + g * of_error
+
+    fires = torch.zeros(len(features) + 1, dtype=torch.bool, device=x.device)
+    fires[column[indices[is_active]]] = True
+    return _side(batch, spread, fires[:-1], len(pair.targets))
+
+
+def _side(
+    batch: Batch, spread: Callable[[Tensor], Tensor], features_move: Bool[Tensor, " features"], n_nodes: int
+) -> _Side:
+    moving = [*features_move.tolist(), True][:n_nodes]
+    like = torch.zeros(len(batch.lengths), len(features_move) + 1, device=features_move.device)
+    return _Side(spread, like, [node for node, moves in enumerate(moving) if moves])
+
+
+def _columns(numbers: Int[Tensor, " nodes"], d_sae: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " d_sae"]]:
+    """The features among the nodes, and the place of each of the d_sae features in them; past the end: not in them."""
+    features = numbers[numbers < d_sae]
+    column = torch.full((d_sae,), len(features), device=numbers.device)
+    column[features] = torch.arange(len(features), device=numbers.device)
+    return features, column
+
+
+def _prompt_of_token(batch: Batch) -> Int[Tensor, " tokens"]:
+    """For each touchable token, the row of its prompt."""
+    return batch.touchable.nonzero(as_tuple=True)[0]
 
 
 class Edge(NamedTuple):
@@ -38,7 +228,7 @@ class Weights(NamedTuple):
 
 
 def attribution_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
-    """Edges by what passes along them to first order (see `sfc.circuits.edge_attribution`), errors included.
+    """Edges by what passes along them to first order (see `sfc.circuits.edges`), errors included.
 
     Kept are edges whose |weight| is at least `edge_share` of the circuit's largest, and into each node the strongest
     `edges_per_node`.

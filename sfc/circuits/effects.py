@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from sfc.ablation.ablate import Ablation
-from sfc.ablation.nodes import Nodes
-from sfc.circuits.attribution import BatchEffects, attributed_effects
-from sfc.circuits.correlation import pearson
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.attribution import BatchEffects, attributed_effects, integrated_effects
 from sfc.circuits.exact import exact_effects
-from sfc.circuits.integrated_gradients import integrated_effects
 from sfc.circuits.learned_mask import learn_mask
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.permutation import permutation_test
 from sfc.circuits.problem import Problem
-from sfc.errors import UserError
+from sfc.core.errors import UserError
+from sfc.core.progress import progress_bar
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
-from sfc.progress import progress_bar
+from sfc.stats import pearson
 
 NATS = "nats"
 """the unit of causal effects: of whatever the problem's score is"""
@@ -52,7 +51,7 @@ def attribution(problem: Problem) -> Effects:
 
 
 def integrated_gradients(problem: Problem) -> Effects:
-    """Gradients averaged along each site's path from its reference (see `sfc.circuits.integrated_gradients`)."""
+    """Gradients averaged along each site's path from its reference (see `sfc.circuits.attribution`)."""
     with progress_bar("integrated gradients", len(problem.runs.batches), "batches") as progress:
 
         def of_batch(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:

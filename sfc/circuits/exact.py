@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfc.circuits.gradients import SiteRun, site_runs
 from sfc.circuits.problem import Problem
-from sfc.circuits.site_runs import SiteRun, site_runs
 from sfc.models.batches import PACKED_TOKENS
 
 

@@ -1,5 +1,10 @@
-"""The gradient of the score with respect to the activations at every site, in the plain model."""
+"""The gradient of the score with respect to the activations at every site, in the plain model.
 
+Runs that differ at one site only: the blocks before it are not run again, and nothing else is touched.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,8 +13,8 @@ from torch import Tensor
 
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention
-from sfc.models.running import Prefix
+from sfc.models.interventions import Intervention, recorder
+from sfc.models.running import Prefix, layer_before, prefix_after, run_to
 from sfc.models.score import score_batch
 
 
@@ -42,3 +47,33 @@ def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
         return seen[site]
 
     return record
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One batch, stopped at one site."""
+
+    problem: Problem
+    site: str
+    batch: Batch
+    prefix: Prefix
+    """the latest one from which a run still passes the site"""
+    x: Float[Tensor, "batch pos d_in"]
+    """the clean activation at the site"""
+
+    def scores(self, x: Float[Tensor, "copies batch pos d_in"]) -> Float[Tensor, "copies batch"]:
+        """The score of every prompt with the activation at the site replaced, once by each copy. Differentiable."""
+        replaced = x.flatten(0, 1).to(self.x.dtype)
+        packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
+        scores = score_batch(self.problem.model, self.problem.score, packed, {self.site: lambda _: replaced}, prefix)
+        return scores.view(x.shape[:2])
+
+
+def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, prefix: Prefix) -> Iterator[SiteRun]:
+    """A batch at each of these sites, which come in the order of the run; no block is run twice to get there."""
+    for site in sites:
+        prefix = prefix_after(problem.model, batch, layer_before(site), prefix)
+        seen: dict[str, Tensor] = {}
+        with torch.no_grad():
+            run_to(problem.model, batch, {site: recorder(seen, site)}, site, prefix)
+        yield SiteRun(problem, site, batch, prefix, seen[site])

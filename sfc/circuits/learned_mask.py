@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.config import DiscoveryConfig
+from sfc.core.config import DiscoveryConfig
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.models.score import score_batch

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sfc.circuits.correlation import benjamini_hochberg, standardised
+from sfc.stats import benjamini_hochberg, standardised
 
 STRATA = 10
 """groups of features with similar firing rates, of equal size; fewer where there are few features"""

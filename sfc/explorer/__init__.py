@@ -1,1 +1,1 @@
-"""The explorer: finished circuits side by side, and prompts put to their models, in a browser on this machine."""
+"""Finished circuits and their models in a browser on this machine."""

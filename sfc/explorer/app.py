@@ -6,13 +6,11 @@ from typing import Any
 from dash import Dash, Input, Output, html, no_update
 from flask import Response, abort, request
 
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.explorer.bench import Bench
 from sfc.explorer.categories import categories_section, compare_categories
-from sfc.explorer.choosers import CHOICE, SIDES, chooser, chosen_circuit, offer_circuits
-from sfc.explorer.pages import circuit_page
 from sfc.explorer.prompts import answer_prompts, prompts_section
-from sfc.explorer.shelf import shared_core, shelf
+from sfc.explorer.shelf import CHOICE, SIDES, chooser, chosen_circuit, circuit_page, offer_circuits, shared_core, shelf
 
 _HOSTS = ("127.0.0.1", "localhost")
 

@@ -13,14 +13,14 @@ import plotly.graph_objects as go
 
 from sfc.api import open_model, steer
 from sfc.circuits.circuit import load_circuit
-from sfc.config import Experiment
+from sfc.core.config import Experiment
 from sfc.features.labels import labels_of
-from sfc.features.probe import Firing, Probe
+from sfc.features.session import Firing, Probe
+from sfc.models.edits import Steering
+from sfc.pages.style import axis, styled_figure
+from sfc.pages.text import hover_text, printable
 from sfc.run import Run
-from sfc.stages.directions import finished_directions
-from sfc.steering.edits import Steering
-from sfc.viewer.style import axis, styled_figure
-from sfc.viewer.text import hover_text, printable
+from sfc.studies.steer.directions import finished_directions
 
 _SHOWN_FEATURES = 30
 _LONGEST_LABEL = 44

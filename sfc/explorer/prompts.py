@@ -6,7 +6,7 @@ from typing import Any
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
 from sfc.explorer.bench import Bench, Changes, firing_figure
-from sfc.explorer.choosers import CHOICE, chosen_circuit
+from sfc.explorer.shelf import CHOICE, chosen_circuit
 
 
 def prompts_section() -> html.Section:

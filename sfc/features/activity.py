@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sfc.activations.store import Store
 from sfc.saes.dictionary import Dictionary
+from sfc.saes.store import Store
 
 BEFORE, AFTER = 15, 8
 """tokens of a context before and after its strongest one"""

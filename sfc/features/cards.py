@@ -1,4 +1,10 @@
-"""What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
+"""Features whose decoder directions are alike.
+
+Where Neuronpedia shows a feature, for the dictionaries that they host.
+
+Which tokens a feature raises and lowers, read off its decoder direction through the unembedding.
+
+What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
 
 {"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
  "features": {"resid_post.21/F463": {
@@ -13,20 +19,91 @@
      "neuronpedia"}}}             the feature's page, where the dictionary is one they host
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from sfc.activations.store import Store
+from sfc.core.sites import short_site
+from sfc.data.render import Role
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, Activity, activity
 from sfc.features.labels import Peak, automatic_label
-from sfc.features.neighbours import Neighbour, nearest_neighbours
-from sfc.prompts.render import Role
+from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
-from sfc.sites import short_site
+from sfc.saes.store import Store
+
+
+class Neighbour(NamedTuple):
+    """Another feature of the same dictionary, and the cosine of the two decoder directions."""
+
+    feature: int
+    cosine: float
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    decoder: Float[Tensor, "d_sae d_in"], features: Sequence[int], count: int = 5
+) -> list[list[Neighbour]]:
+    """For each of these features the `count` others of largest cosine, nearest first."""
+    directions = torch.nn.functional.normalize(decoder.float(), dim=1)
+    cosines = directions[list(features)] @ directions.T
+    cosines[torch.arange(len(features)), torch.tensor(features, dtype=torch.long)] = -torch.inf
+    nearest = cosines.topk(min(count, len(decoder) - 1), dim=1)
+    return [
+        [Neighbour(*pair) for pair in zip(indices, values, strict=True)]
+        for indices, values in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+    ]
+
+
+ADDRESS = "https://www.neuronpedia.org/"
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def neuronpedia_page(config: Mapping[str, Any], feature: int) -> str | None:
+    """The address of a feature's page; None where the dictionary's files name no place at Neuronpedia.
+
+    Args:
+        config: the dictionary's configuration, as `read_config` gives it. SAELens writes `neuronpedia_id` into it,
+            such as `gpt2-small/8-res-jb`.
+    """
+    name = config["metadata"].get("neuronpedia_id") or config.get("neuronpedia_id")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or feature >= config["d_sae"]:
+        return None
+    return f"{ADDRESS}{name}/{feature}"
+
+
+class TokenEffects(NamedTuple):
+    """The tokens whose logits a direction raises and lowers most, strongest first."""
+
+    raises: list[str]
+    lowers: list[str]
+
+
+@torch.no_grad()
+def token_effects(model: Model, directions: Float[Tensor, "n d_model"], count: int = 6) -> list[TokenEffects]:
+    """The logit lens on directions of the residual stream, with the final norm's weights and without its scale."""
+    norm_weight = getattr(model.bridge.ln_final, "weight", None)
+    if norm_weight is not None:
+        directions = directions * norm_weight.to(directions)
+    # The mean token is subtracted: what raises every logit alike raises none.
+    unembedding = model.hf.get_output_embeddings().weight.float()
+    logits = directions.float() @ (unembedding - unembedding.mean(0)).T
+    top, bottom = logits.topk(count).indices, (-logits).topk(count).indices
+    return [
+        TokenEffects(_texts(model, raised), _texts(model, lowered)) for raised, lowered in zip(top, bottom, strict=True)
+    ]
+
+
+def _texts(model: Model, ids: Tensor) -> list[str]:
+    tokens: Sequence[int] = ids.tolist()
+    return [model.tokenizer.decode([token]) for token in tokens]
+
 
 POPULATIONS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
 """a data set's kinds of prompts as the cards name them; hard prompts are safe ones that look toxic"""

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfc.artifacts import read_json
-from sfc.errors import UserError
+from sfc.core.artifacts import read_json
+from sfc.core.errors import UserError
 
 CARDS_FILE, LABELS_FILE = "features.json", "labels.json"
 _MOST_TOKENS, _MOST_RAISED = 3, 2

@@ -1,1 +1,1 @@
-"""Models: loading through TransformerLens, the refusal score, runs from the start or from a cached residual stream."""
+"""Models: loading, batches, interventions, runs from a cached residual stream, generation."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sfc.prompts.render import Role, TokenizedPrompt
+from sfc.data.render import Role, TokenizedPrompt
 
 PAD_SLOT = -1
 PACKED_TOKENS = 2048

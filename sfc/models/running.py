@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.core.sites import layer_of
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, intervening, recorder
 from sfc.models.loading import Model
-from sfc.sites import layer_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from sfc.errors import UserError
+from sfc.core.errors import UserError
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
 from sfc.models.loading import Model
-from sfc.prompts.render import TokenizedPrompt
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sfc.artifacts import locked
+from sfc.core.artifacts import locked
 from sfc.models.embedded import cache_folder
 
 VERSION = 1  # raised when the model made here changes

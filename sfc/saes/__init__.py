@@ -1,1 +1,1 @@
-"""Sparse autoencoders: what they are, how they are trained, stored and judged."""
+"""Sparse autoencoders: kernels, training, formats, quality, and the stores of activations they learn from."""

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfc.artifacts import replacing
-from sfc.errors import UserError
+from sfc.core.artifacts import replacing
+from sfc.core.errors import UserError
 
 
 class Parameters(NamedTuple):

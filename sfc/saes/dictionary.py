@@ -2,15 +2,20 @@
 
 A dictionary always works in the model's own units: any scaling that training used is folded into its weights, so that
 `x_hat = f @ W_dec + b_dec` is comparable with the activation x itself and the error is simply `x - x_hat`.
+
+Dictionaries in which a feature is active above a threshold of its own: JumpReLU, standard and gated SAEs.
+
+Dictionaries that see each activation normalised by statistics of its own.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sfc.saes.kernels import Sparse, sparse_encode, weighted_row_sums
+from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -117,3 +122,123 @@ class TopKDictionary(LinearDecoder):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
+
+
+class JumpReLUDictionary(LinearDecoder):
+    """A JumpReLU SAE (Rajamanoharan et al. 2024): a pre-activation above its threshold is the value, others are 0.
+
+    With `pre = (x - b_dec) @ W_enc + b_enc`, `encode(x)` is pre where `pre > threshold` and 0 elsewhere; without
+    `apply_b_dec_to_input`, b_dec is not subtracted. A standard SAE is one whose thresholds are 0, and a gated SAE is
+    one as well (see `gated_weights`). The weights are frozen: gradients flow to x and to feature values only.
+    """
+
+    W_enc: nn.Parameter  # [d_in, d_sae], in memory a row per feature: single features are read
+    b_enc: nn.Parameter  # [d_sae]
+    threshold: nn.Parameter  # [d_sae], not negative
+
+    def __init__(self, weights: Mapping[str, Tensor], *, site: str, apply_b_dec_to_input: bool = True) -> None:
+        """`weights` holds W_enc, b_enc, threshold, W_dec and b_dec; a threshold below 0 acts as 0."""
+        super().__init__({name: weights[name] for name in (*WEIGHTS, "threshold")}, site)
+        self.W_enc.data = self.W_enc.t().contiguous().t()
+        self.threshold.data = self.threshold.clamp(min=0)
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Feature values, dense."""
+        pre = self._encoder_input(x) @ self.W_enc + self.b_enc
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
+        """Values and indices of the active features, padded to the fullest row; differentiable with respect to x.
+
+        What is kept for the backward pass is of the size of the result, not `[rows, d_sae]`.
+        """
+        with torch.no_grad():
+            f = self.encode(x)
+            entries = max([1, *(f > 0).sum(dim=1).tolist()])
+            values, indices = f.topk(entries, dim=1, sorted=False)
+        if torch.is_grad_enabled() and x.requires_grad:
+            pre = row_dots(self._encoder_input(x), indices, self.W_enc.t()) + self.b_enc[indices]
+            values = torch.where(values > 0, pre, 0.0)
+        return Sparse(values, indices)
+
+    def _encoder_input(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.apply_b_dec_to_input else x
+
+
+def standard_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The JumpReLU weights of a standard SAE, `relu(x @ W_enc + b_enc)`."""
+    return {**weights, "threshold": torch.zeros_like(weights["b_enc"])}
+
+
+def gated_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The JumpReLU weights of a gated SAE, which shares its encoder between gate and magnitude.
+
+    With `pre = x @ W_enc`, its features are `relu(exp(r_mag) pre + b_mag)` where `pre + b_gate > 0`. Scaled by
+    exp(r_mag) and moved by b_mag, the gate is `magnitude > b_mag - exp(r_mag) b_gate` (Rajamanoharan et al. 2024,
+    Improving Dictionary Learning with Gated Sparse Autoencoders).
+    """
+    gain = weights["r_mag"].exp()
+    return {
+        "W_enc": weights["W_enc"] * gain,
+        "b_enc": weights["b_mag"],
+        "threshold": weights["b_mag"] - gain * weights["b_gate"],
+        "W_dec": weights["W_dec"],
+        "b_dec": weights["b_dec"],
+    }
+
+
+RowNormalisation = Literal["constant_norm_rescale", "layer_norm"]
+_LAYER_NORM_EPSILON = 1e-5
+
+
+class NormalisedDictionary(LinearDecoder):
+    """A dictionary behind one of SAELens' input normalisations that depend on the row.
+
+    `constant_norm_rescale` gives every row the norm sqrt(d_in); `layer_norm` subtracts its mean and divides by its
+    standard deviation. SAELens undoes this after decoding the normalised features f': `x_hat = scale (f' @ W_dec +
+    b_dec) + mean`, with the row's own scale and mean. In the model's units a feature's value is `f = scale f'`, and
+
+        x_hat = sum_i f_i d_i + scale * b_dec + max(mean, 0) * 1 - max(-mean, 0) * 1
+
+    The last terms vary from row to row, so they are features too, numbered after the dictionary's own: one of value
+    `scale` and direction b_dec, and for `layer_norm` two of direction 1 and -1 (no feature value is negative). With
+    them x_hat is exactly SAELens', decoding is linear with b_dec = 0, and ablation and attribution hold as they are:
+    setting every feature to its reference sets the row's scale and mean as well. Only the values of the dictionary's
+    own features differ from SAELens', by the factor `scale`.
+    """
+
+    def __init__(self, inner: TopKDictionary | JumpReLUDictionary, normalisation: RowNormalisation) -> None:
+        """`inner` encodes normalised rows; its decoder weights move into this one's."""
+        ones = torch.ones_like(inner.b_dec)[None]
+        of_the_row = [inner.b_dec[None], ones, -ones] if normalisation == "layer_norm" else [inner.b_dec[None]]
+        weights = {"W_dec": torch.cat([inner.W_dec, *of_the_row]), "b_dec": torch.zeros_like(inner.b_dec)}
+        super().__init__(weights, inner.site)
+        inner.W_dec.data = self.W_dec.data[: inner.d_sae]  # the same memory: decoders are large
+        self.inner = inner
+        self.normalisation = normalisation
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Feature values, dense: the inner dictionary's times the row's scale, then those of the row itself."""
+        normalised, scale, of_the_row = self._normalise(x)
+        return torch.cat([self.inner.encode(normalised) * scale, of_the_row], dim=-1)
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
+        """As `encode`, with the entries of the inner dictionary and behind them those of the row itself."""
+        normalised, scale, of_the_row = self._normalise(x)
+        values, indices = self.inner.encode_sparse(normalised)
+        numbers = torch.arange(self.inner.d_sae, self.d_sae, device=x.device).expand(len(x), -1)
+        return Sparse(torch.cat([values * scale, of_the_row], dim=1), torch.cat([indices, numbers], dim=1))
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised rows, their scales [*rows, 1], and the values of the features that stand for the row."""
+        if self.normalisation == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            return x / scale.clamp(min=torch.finfo(x.dtype).tiny), scale, scale
+        mean = x.mean(dim=-1, keepdim=True)
+        scale = x.std(dim=-1, keepdim=True)
+        return (
+            (x - mean) / (scale + _LAYER_NORM_EPSILON),
+            scale,
+            torch.cat([scale, mean.relu(), (-mean).relu()], dim=-1),
+        )

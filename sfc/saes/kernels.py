@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.linear import linear
+from sfc.models.linear import linear
 
 _GROUP = 8
 

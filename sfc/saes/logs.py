@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfc.artifacts import write_text
-from sfc.errors import UserError, suggestion
+from sfc.core.artifacts import write_text
+from sfc.core.errors import UserError, suggestion
 from sfc.saes.train import Progress
 
 LOG_FILE = "training.jsonl"

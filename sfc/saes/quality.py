@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from sfc.prompts.render import Role
+from sfc.data.render import Role
 from sfc.saes.dictionary import Dictionary
 
 ALL = "all"

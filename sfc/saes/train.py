@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.config import SaeConfig
-from sfc.errors import UserError
+from sfc.core.config import SaeConfig
+from sfc.core.errors import UserError
 from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.kernels import Sparse, sparse_encode, sparse_encode_with_dead, weighted_row_sums

@@ -1,0 +1,123 @@
+"""Keep these nodes, ablate the rest: the intervention that every circuit is proved by.
+
+Sites run in their order, and each dictionary encodes the *current* x. With m the mask of a circuit (1 keeps):
+`x <- x_hat(m f + (1 - m) f_ref) + m_error (x - x_hat(f)) + (1 - m_error) error_ref`. Padding and the attention sink
+are never touched. Since decoding is linear, the part that does not depend on x is a small table (a row per circuit and
+slot), and the rest is one sparse decoding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sfc.circuits.baselines import Reference
+from sfc.circuits.nodes import Nodes
+from sfc.core.config import ErrorMode
+from sfc.models.batches import Batch
+from sfc.models.interventions import Intervention, recorder
+from sfc.models.linear import linear
+from sfc.models.loading import Model
+from sfc.models.running import Prefix, run_to
+from sfc.saes.dictionary import Dictionary
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What ablating means: which dictionaries and references, and what becomes of the errors.
+
+    `error_mode`: `node` keeps or ablates an error like any node; `keep-current` keeps every error at its current value
+    (errors are preserved, as in the published pipeline); `keep-clean` sets every error to what it is in the model as
+    it is; `ablate` sets every error to its reference.
+    """
+
+    nodes: Nodes
+    dictionaries: Mapping[str, Dictionary]
+    reference: Reference
+    error_mode: ErrorMode
+    clean_errors: Mapping[str, Float[Tensor, "batch pos d_in"]] | None = None
+    """errors of one batch in the model as it is, for `keep-clean`: `for_batch` gives them"""
+
+    @torch.no_grad()
+    def for_batch(self, model: Model, batch: Batch, prefix: Prefix | None) -> "Ablation":
+        """What this ablation is for one batch: itself, or with `keep-clean` one that has the batch's clean errors."""
+        if self.error_mode != "keep-clean":
+            return self
+        seen: dict[str, Tensor] = {}
+        run_to(model, batch, {site: recorder(seen, site) for site in self.nodes.sites}, self.nodes.sites[-1], prefix)
+        return replace(self, clean_errors={site: self._error(site, x.float()) for site, x in seen.items()})
+
+    def interventions(
+        self, keep: Float[Tensor, "circuits nodes"], circuit: Int[Tensor, " batch"], batch: Batch
+    ) -> dict[str, Intervention]:
+        """Interventions under which row b of the batch runs with the circuit `keep[circuit[b]]`.
+
+        Args:
+            keep: masks between 0 and 1; differentiable.
+            batch: with `keep-clean` the one that `for_batch` was given, or that one repeated.
+
+        Raises:
+            ValueError: the error mode is `keep-clean`, and the clean errors are not known.
+        """
+        if self.error_mode == "keep-clean" and self.clean_errors is None:
+            raise ValueError("keep-clean needs the errors of the batch: use for_batch")
+        masks = self.nodes.split(self._with_error_mode(keep))
+        return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
+
+    def reference_activation(self, site: str) -> Float[Tensor, "slots d_in"]:
+        """The activation that ablating all of a site's nodes leaves there."""
+        return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
+
+    def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+        dictionary, rows = self.dictionaries[site], x.flatten(0, 1)
+        return (rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))).view_as(x)
+
+    def _with_error_mode(self, keep: Tensor) -> Tensor:
+        if self.error_mode == "node":
+            return keep
+        is_error = torch.from_numpy(self.nodes.is_error).to(keep.device)
+        return torch.where(is_error, 1.0 if self.error_mode == "keep-current" else 0.0, keep)
+
+    def _at_site(self, site: str, mask: Tensor, circuit: Tensor, batch: Batch) -> Intervention:
+        dictionary = self.dictionaries[site]
+        keep_feature, keep_error = mask.split([dictionary.d_sae, dictionary.n_parts], dim=1)
+        touchable = batch.touchable
+        circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
+        error_weight = keep_error[circuit_of_token]
+        constant = self._ablated_part(site, mask, circuit_of_token, batch.slots[touchable])
+        if self.clean_errors is not None:
+            clean = self.clean_errors[site]
+            clean = clean.repeat(len(touchable) // len(clean), 1, 1)[touchable]
+            constant = constant + clean - self.reference.errors[site][batch.slots[touchable]]
+
+        def ablate(activation: Tensor) -> Tensor:
+            x = activation[touchable].float()
+            values, indices = dictionary.encode_sparse(x)
+            # m f + m_error (x - x_hat(f)) needs one decoding: of (m - m_error) f.
+            weights = keep_feature[circuit_of_token[:, None], indices] - error_weight[:, :1]
+            kept_part = dictionary.decode_sparse(values * weights, indices) - dictionary.b_dec
+            replaced = constant + kept_part + by_coordinate(error_weight, dictionary) * x
+            return activation.masked_scatter(touchable[..., None], replaced.to(activation.dtype))
+
+        return ablate
+
+    def _ablated_part(
+        self, site: str, mask: Tensor, circuit_of_token: Int[Tensor, " tokens"], slots: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens d_in"]:
+        """What ablated nodes add up to at each token: the same for all tokens of one circuit and slot."""
+        dictionary, features_ref = self.dictionaries[site], self.reference.features[site]
+        row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
+        circuit, slot = row // len(features_ref), row % len(features_ref)
+        ablated = 1 - mask[circuit]
+        of_features = linear(features_ref[slot] * ablated[:, : dictionary.d_sae], dictionary.W_dec.t())
+        left_ref = self.reference.errors[site][slot] + dictionary.b_dec
+        of_error = by_coordinate(ablated[:, dictionary.d_sae :], dictionary) * left_ref
+        return (of_features + of_error)[row_of_token]
+
+
+def by_coordinate(of_parts: Float[Tensor, "rows parts"], dictionary: Dictionary) -> Float[Tensor, "rows coordinates"]:
+    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
+    n_parts = dictionary.n_parts
+    return of_parts if n_parts == 1 else of_parts.repeat_interleave(dictionary.d_in // n_parts, dim=1)

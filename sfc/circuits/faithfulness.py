@@ -1,0 +1,266 @@
+r"""Faithfulness and completeness of a circuit, from the scores of four models.
+
+F(M) is the full model, F(C) has everything outside the circuit mean-ablated, F(M\C) the circuit, F(0) everything.
+
+Scores of many circuits on the same prompts, in packed batches that share their cached prefixes.
+
+Random circuits to hold a circuit against: as many features at each site, and as often active.
+
+The curve of a ranking: how good its best n nodes are as a circuit, for many n.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.nodes import Nodes
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.config import EvaluationConfig
+from sfc.models.batches import PACKED_TOKENS
+from sfc.models.loading import Model
+from sfc.models.score import Score, score_batch
+from sfc.stats import resampled_means
+
+_TAILS = (0.025, 0.975)
+
+
+class Metrics(NamedTuple):
+    """Ratios without a unit; None where the denominator cannot be told from zero."""
+
+    faithfulness: float | None
+    """`(F(C) - F(0)) / (F(M) - F(0))`: 1 where the circuit alone does what the model does (Marks et al. 2024)"""
+    completeness: float | None
+    """`F(M\\C) / F(M)`, as the published pipeline defines it; depends on where the score's zero lies"""
+    completeness_normalised: float | None
+    """`(F(M\\C) - F(0)) / (F(M) - F(0))`: 0 where nothing is left without the circuit (Marks et al. 2024)"""
+
+
+class Scores(NamedTuple):
+    """The score of every prompt under the four models, in nats; or means of them, all of one shape."""
+
+    model: Float[np.ndarray, " prompts"]
+    empty: Float[np.ndarray, " prompts"]
+    circuit: Float[np.ndarray, " prompts"]
+    complement: Float[np.ndarray, " prompts"]
+
+
+def circuit_metrics(
+    f_model: float, f_empty: float, f_circuit: float, f_complement: float, min_denominator: float
+) -> Metrics:
+    """The three ratios; a denominator smaller in size than `min_denominator` makes None, never a huge number."""
+    means = Scores(*(np.array(f) for f in (f_model, f_empty, f_circuit, f_complement)))
+    return Metrics(
+        *(
+            float(numerator / denominator) if abs(denominator) >= min_denominator else None
+            for numerator, denominator in _fractions(means)
+        )
+    )
+
+
+def metrics_with_intervals(scores: Scores, min_denominator: float, seed: int) -> dict[str, float | None]:
+    """The ratios of the mean scores, each with the ends of its 95 % interval as `…_low` and `…_high`.
+
+    Prompts are drawn again with replacement, the same ones for numerator and denominator, so that both move together.
+    A ratio and its interval are None where the denominator is smaller than `min_denominator`, or its own interval
+    includes zero.
+    """
+    f_model, f_empty, f_circuit, f_complement = (float(values.mean()) for values in scores)
+    plain = circuit_metrics(f_model, f_empty, f_circuit, f_complement, min_denominator)
+    resampled = _fractions(Scores(*resampled_means(np.stack(scores, axis=1), seed).T))
+    figures: dict[str, float | None] = {}
+    for (name, value), (numerator, denominator) in zip(plain._asdict().items(), resampled, strict=True):
+        low, high = np.quantile(denominator, _TAILS)
+        measurable = value is not None and (low > 0 or high < 0)
+        ends = np.quantile(numerator / denominator, _TAILS).tolist() if measurable else [None, None]
+        figures |= {name: value if measurable else None, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    return figures
+
+
+def _fractions(f: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Numerator and denominator of each ratio, in the order of `Metrics`."""
+    span = f.model - f.empty
+    return [(f.circuit - f.empty, span), (f.complement, f.model), (f.complement - f.empty, span)]
+
+
+@torch.no_grad()
+def ablated_scores(
+    model: Model,
+    score: Score,
+    ablation: Ablation,
+    runs: PromptRuns,
+    keep: Bool[np.ndarray, "circuits nodes"],
+    progress: Callable[[int], None] = lambda _steps: None,
+) -> Float[np.ndarray, "circuits prompts"]:
+    """The score of every prompt with everything outside each circuit ablated.
+
+    Several circuits go through in one batch, `PACKED_TOKENS` tokens at a time.
+
+    Args:
+        keep: the nodes of each circuit.
+        progress: called with the number of circuit-and-batch pairs done since the last call.
+    """
+    scores = np.full((len(keep), runs.n_prompts), np.nan)
+    for batch, prefix in runs:
+        at_once = batch.copies_in(PACKED_TOKENS)
+        of_batch = ablation.for_batch(model, batch, prefix)
+        for first in range(0, len(keep), at_once):
+            masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
+            packed = batch.repeat(len(masks))
+            circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(batch.lengths))
+            interventions = of_batch.interventions(masks, circuit, packed)
+            result = score_batch(model, score, packed, interventions, prefix.repeat(len(masks)))
+            columns = batch.prompts.cpu().numpy()
+            scores[first : first + len(masks), columns] = result.view(len(masks), -1).cpu().numpy()
+            progress(len(masks))
+    return scores
+
+
+@torch.no_grad()
+def full_scores(model: Model, score: Score, runs: PromptRuns) -> Float[np.ndarray, " prompts"]:
+    """The score of every prompt in the model as it is."""
+    scores = np.full(runs.n_prompts, np.nan)
+    for batch, prefix in runs:
+        scores[batch.prompts.cpu().numpy()] = score_batch(model, score, batch, prefix=prefix).cpu().numpy()
+    return scores
+
+
+FIRING_RATES = (0.0, 0.01, 0.05, 0.2, 0.5)
+"""lower ends, but for the first, of the strata within which features are exchanged"""
+
+
+def random_circuits(
+    circuits: Bool[np.ndarray, "circuits nodes"], strata: Int[np.ndarray, " nodes"], draws: int, seed: int
+) -> Bool[np.ndarray, "draws circuits nodes"]:
+    """For each circuit, random ones with as many nodes of every stratum; nodes of stratum -1 stay as they are."""
+    random = np.random.default_rng(seed)
+    result = np.zeros((draws, *circuits.shape), dtype=bool)
+    result[..., strata < 0] = circuits[:, strata < 0]
+    for stratum in range(strata.max() + 1):
+        members = np.flatnonzero(strata == stratum)
+        for draw, row in np.ndindex(result.shape[:2]):
+            count = int(circuits[row, members].sum())
+            result[draw, row, random.choice(members, count, replace=False)] = True
+    return result
+
+
+def matching_strata(nodes: Nodes, firing_rates: Float[np.ndarray, " nodes"] | None = None) -> Int[np.ndarray, " nodes"]:
+    """A stratum per site and, where rates are given, per range of firing rates; -1 for error nodes.
+
+    Args:
+        firing_rates: share of prompts in which a feature is active; error nodes have any value.
+    """
+    rates = np.zeros(nodes.n_nodes) if firing_rates is None else firing_rates
+    within = np.searchsorted(FIRING_RATES, rates, side="left")
+    strata = nodes.site_numbers * (len(FIRING_RATES) + 1) + within
+    return np.where(nodes.is_error, -1, strata)
+
+
+Progress = Callable[[int], None]
+
+
+def curve_sizes(wanted: Sequence[int], n_ranked: int) -> list[int]:
+    """The wanted sizes that the ranking can fill, and the whole ranking."""
+    return sorted({size for size in wanted if size < n_ranked} | {n_ranked})
+
+
+def top_circuits(
+    ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int], n_nodes: int
+) -> Bool[np.ndarray, "s nodes"]:
+    """For each size, the circuit of the best nodes."""
+    keep = np.zeros((len(sizes), n_nodes), dtype=bool)
+    for row, size in enumerate(sizes):
+        keep[row, ranking[:size]] = True
+    return keep
+
+
+def choose_size(curve: pd.DataFrame, target: float) -> int:
+    """The smallest size whose `discovery_faithfulness` reaches the target, else the most faithful one.
+
+    Where faithfulness is not measurable at any size, the smallest size.
+    """
+    by_size = dict(zip(curve["size"], curve["discovery_faithfulness"].astype(float), strict=True))
+    measured = {size: value for size, value in by_size.items() if not np.isnan(value)}
+    reached = [size for size, value in measured.items() if value >= target]
+    if reached:
+        return int(min(reached))
+    return int(max(measured, key=lambda size: measured[size]) if measured else min(by_size))
+
+
+def faithfulness_of_sizes(
+    problem: Problem,
+    runs: PromptRuns,
+    ranking: Int[np.ndarray, " ranked"],
+    sizes: Sequence[int],
+    min_denominator: float,
+    progress: Progress,
+) -> list[float | None]:
+    """Faithfulness of the best nodes, for each size: a curve without the rest. None where it cannot be measured."""
+    circuits = top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes)
+    empty = np.zeros_like(circuits[:1])
+    f_model = full_scores(problem.model, problem.score, runs).mean()
+    f_empty, *f_circuits = _scores(problem, runs, np.concatenate([empty, circuits]), progress).mean(1)
+    return [circuit_metrics(f_model, f_empty, f, f_empty, min_denominator).faithfulness for f in f_circuits]
+
+
+def evaluation_curve(
+    problem: Problem,
+    runs: PromptRuns,
+    ranking: Int[np.ndarray, " ranked"],
+    sizes: Sequence[int],
+    config: EvaluationConfig,
+    seed: int,
+    progress: Progress,
+) -> pd.DataFrame:
+    """One row per size: the four mean scores, the three ratios with 95 % intervals, and other circuits of that size.
+
+    Columns: `size, faithfulness, completeness, completeness_normalised, f_model, f_circuit, f_complement, f_empty`, for
+    each ratio its `…_low` and `…_high` (bootstrap over prompts), `random_faithfulness` (mean over the draws),
+    `random_low, random_high` (their range), and `last_site_faithfulness`, of the best nodes of the last site alone
+    (missing where it has not so many). Scores in nats, ratios without unit. A ratio whose denominator is small, or has
+    zero within its interval, is missing.
+    """
+    nodes = problem.ablation.nodes
+    circuits = top_circuits(ranking, sizes, nodes.n_nodes)
+    empty = np.zeros_like(circuits[:1])
+    random = random_circuits(circuits, matching_strata(nodes, problem.firing_rates), config.random_draws, seed)
+    at_last_site = ranking[nodes.site_numbers[ranking] == len(nodes.sites) - 1]
+    last_site = top_circuits(at_last_site, sizes, nodes.n_nodes)
+    packed = np.concatenate([empty, circuits, ~circuits, last_site, *random])
+    scores = _scores(problem, runs, packed, progress)
+    full = full_scores(problem.model, problem.score, runs)
+    of_empty, of_circuits, of_complements, of_last_site, of_random = np.split(
+        scores, np.cumsum([1, len(sizes), len(sizes), len(sizes)])
+    )
+    f_model, f_empty = full.mean(), of_empty.mean()
+    rows = []
+    for i, size in enumerate(sizes):
+        by_prompt = Scores(full, of_empty[0], of_circuits[i], of_complements[i])
+        metrics = metrics_with_intervals(by_prompt, config.min_denominator, seed)
+        measurable = metrics["faithfulness"] is not None
+        span = f_model - f_empty if measurable else np.nan
+        others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / span
+        last, *draws = others.tolist()
+        rows.append(
+            {
+                "size": size,
+                **metrics,
+                "f_model": f_model,
+                "f_circuit": of_circuits[i].mean(),
+                "f_complement": of_complements[i].mean(),
+                "f_empty": f_empty,
+                "random_faithfulness": np.mean(draws) if measurable else None,
+                "random_low": min(draws) if measurable else None,
+                "random_high": max(draws) if measurable else None,
+                "last_site_faithfulness": last if measurable and size <= len(at_last_site) else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _scores(problem: Problem, runs: PromptRuns, keep: np.ndarray, progress: Progress) -> np.ndarray:
+    return ablated_scores(problem.model, problem.score, problem.ablation, runs, keep, progress)

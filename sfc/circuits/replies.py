@@ -1,0 +1,162 @@
+"""What a model does with prompts: refusal scores, greedy replies, judged refusals, and their rates per group.
+
+Behaviour beside scores: do replies still refuse under the ablation?
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Int
+
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.faithfulness import top_circuits
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.config import EvaluationConfig
+from sfc.core.progress import progress_bar
+from sfc.data.read import LABELS, UNLABELLED
+from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
+from sfc.models.generation import continue_tails, generate_replies
+from sfc.models.judge import is_refusal
+from sfc.models.loading import Model
+from sfc.models.score import RefusalScore, auroc, score_prompts
+from sfc.models.tails import flush_right
+from sfc.stats import wilson
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model did with a set of prompts."""
+
+    replies: pd.DataFrame
+    """one row per prompt: `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
+    groups: pd.DataFrame
+    """one row per category and label: `category`, `label`, `n`, `refusals`, `rate`, `low`, `high` (Wilson, 95 %)"""
+    auroc: float | None
+    """of the score against the judged refusals; None where all or none were refused"""
+
+
+def measure_behaviour(
+    model: Model, prompts: pd.DataFrame, reply_tokens: int = 24, batch_tokens: int = 2048
+) -> Behaviour:
+    """Score, answer and judge each prompt of a frame with columns `prompt`, `category` and `label`.
+
+    A refusal shows in its first words: `reply_tokens` need not let the reply end.
+    """
+    tokenized = model.tokenize(list(prompts["prompt"]))
+    batches = make_batches(tokenized, SlotLayout.of(tokenized), batch_tokens, model.device)
+    scores = score_prompts(model, RefusalScore.of(model), batches)
+    with progress_bar("replies", len(tokenized), "prompts") as progress:
+        texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
+    refused = [is_refusal(text) for text in texts]
+    replies = prompts[["prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
+    return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
+
+
+@torch.no_grad()
+def ablated_replies(
+    model: Model,
+    ablation: Ablation,
+    batches: Sequence[Batch],
+    keep: Bool[np.ndarray, "circuits nodes"],
+    reply_tokens: int,
+) -> list[list[str]]:
+    """For each circuit the greedy replies to all prompts, in the order of their numbers, with everything outside it
+    ablated.
+
+    The prompt's tokens are ablated, as they are for scores; those of the reply are not, since no prompt says what a
+    reply's reference would be. Several circuits go through in one batch, `PACKED_TOKENS` tokens at a time.
+    """
+    replies = [[""] * sum(len(batch.prompts) for batch in batches) for _ in keep]
+    for batch in batches:
+        prompts, numbers = flush_right(batch), batch.prompts.tolist()
+        at_once, of_batch = prompts.copies_in(PACKED_TOKENS), ablation.for_batch(model, prompts, None)
+        for first in range(0, len(keep), at_once):
+            masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
+            packed = prompts.repeat(len(masks))
+            circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(numbers))
+            in_prompt = of_batch.interventions(masks, circuit, packed)
+            continued = continue_tails(model, packed, reply_tokens, in_prompt).ids
+            for row, ids in enumerate(continued):
+                text = model.tokenizer.decode(ids, skip_special_tokens=True)
+                replies[first + row // len(numbers)][numbers[row % len(numbers)]] = text
+    return replies
+
+
+def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:
+    """Refusals per category and label, sorted by category and then from toxic to safe, with Wilson intervals."""
+    rows = []
+    for (category, label), group in replies.groupby(["category", "label"]):
+        n, refusals = len(group), int(group["refused"].sum())
+        rows.append((category, label, n, refusals, refusals / n, *wilson(refusals, n)))
+    groups = pd.DataFrame(rows, columns=["category", "label", "n", "refusals", "rate", "low", "high"])
+    order = [*LABELS, UNLABELLED]
+    return groups.sort_values(
+        ["category", "label"], key=lambda column: column.map(order.index) if column.name == "label" else column
+    ).reset_index(drop=True)
+
+
+REPLIED_SIZES = 4
+"""sizes of a curve at which replies are generated, beside the reported one"""
+COLUMNS = (
+    "n_replies", "refused_model", "refused_empty",
+    "refused_circuit", "refused_circuit_low", "refused_circuit_high",
+    "refused_complement", "refused_complement_low", "refused_complement_high",
+)  # fmt: skip
+
+
+class RefusalRate(NamedTuple):
+    """The share of replies that refuse, with its 95 % interval after Wilson."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def ablated_refusals(
+    problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], reply_tokens: int
+) -> list[RefusalRate]:
+    """For each circuit, how many of the prompts are refused with everything outside it ablated."""
+    replies = ablated_replies(problem.model, problem.ablation, runs.batches, keep, reply_tokens)
+    refusals = [sum(map(is_refusal, of_circuit)) for of_circuit in replies]
+    return [RefusalRate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in refusals]
+
+
+def with_refusals(
+    curve: pd.DataFrame,
+    problem: Problem,
+    runs: PromptRuns,
+    ranking: Int[np.ndarray, " ranked"],
+    reported: int,
+    config: EvaluationConfig,
+    seed: int,
+) -> pd.DataFrame:
+    """The curve with `COLUMNS`: refusal rates of replies to some of the prompts, at a few sizes and the reported one.
+
+    As the model is (`refused_model`), with everything ablated (`refused_empty`), all but the circuit
+    (`refused_circuit`) and the circuit (`refused_complement`). Missing at other sizes, where no replies are wanted, and
+    where the score is not that of refusing.
+    """
+    curve = curve.assign(**dict.fromkeys(COLUMNS, np.nan))
+    if config.replies == 0 or not isinstance(problem.score, RefusalScore):
+        return curve
+    rows = _replied_rows(curve["size"].tolist(), reported)
+    circuits = top_circuits(ranking, curve["size"].iloc[rows].tolist(), problem.ablation.nodes.n_nodes)
+    some = runs.sample(config.replies, seed)
+    keep = np.concatenate([np.ones_like(circuits[:1]), np.zeros_like(circuits[:1]), circuits, ~circuits])
+    model, empty, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    figures = [
+        (some.n_prompts, model.rate, empty.rate, *kept, *ablated)
+        for kept, ablated in zip(rates[: len(rows)], rates[len(rows) :], strict=True)
+    ]
+    curve.loc[curve.index[rows], list(COLUMNS)] = figures
+    return curve
+
+
+def _replied_rows(sizes: Sequence[int], reported: int) -> list[int]:
+    """The places of the reported size and of a few others, evenly spread over the curve."""
+    spread = np.linspace(0, len(sizes) - 1, min(REPLIED_SIZES, len(sizes))).round().astype(int)
+    return sorted({sizes.index(reported), *spread.tolist()})

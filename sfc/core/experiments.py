@@ -1,0 +1,77 @@
+"""Experiments as users write them: a preset by its name, or a YAML file, and overrides from the command line.
+
+All of it is validated before anything runs, so that a misspelt key costs a second and not an hour.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sfc.core.config import Experiment
+from sfc.core.errors import UserError, suggestion
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets inside the package, sorted."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Read a preset by name, or any YAML file by path, and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the preset does not exist, is not YAML, or a key or value is not valid.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise UserError(f"no preset {preset!r}: {suggestion(preset, preset_names())} (or give a .yaml file)")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold the sections of an experiment, for example 'model:' and 'activations:'")
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path.name}: {_first_problem(error)}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write section.key=value, for example --set saes.k=64")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {text!r} is not a YAML value") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "experiment"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {suggestion(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"[:400]
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Experiment
+    for part in location:
+        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

@@ -1,0 +1,156 @@
+"""Sections of an experiment, and how their fields become options of commands.
+
+A field that is made by `option` can be set on the command line as well as in a preset or by `--set section.field=…`:
+its flag, its help, its default and its type are those of the field, so that nothing is said twice.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from sfc.core.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of an experiment: immutable, and strict about names so that a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Options(Section):
+    """A section of an experiment that is registered by whatever it configures: a study, a behavior, a method."""
+
+    section: ClassVar[str]
+    """the section's name in presets and in `--set section.field=…`"""
+
+
+def option(default: Any = ..., *, flag: str | None = None, positional: bool = False, **field: Any) -> Any:
+    """A field that commands offer as an option.
+
+    Args:
+        flag: the option's name where it is not the field's own with dashes, such as `--component`.
+        positional: the command takes the values without a flag.
+        field: what pydantic's `Field` takes: `description` is the option's help, and constraints are checked.
+    """
+    return Field(default, json_schema_extra={"flag": flag, "positional": positional}, **field)
+
+
+class Flag(NamedTuple):
+    """An option of a command, made from a field."""
+
+    field: str
+    name: str
+    kind: type
+    """what the command line gives: bool, int, float, str or Path"""
+    is_list: bool
+    positional: bool
+    help: str
+    info: FieldInfo
+
+    def parse(self, value: Any) -> Any:
+        """The field's value, as JSON has it, that the command line means by `value`.
+
+        Raises:
+            UserError: a list of numbers holds something else.
+        """
+        if self.positional:
+            return [str(path) for path in value]
+        if not self.is_list:
+            return str(value) if isinstance(value, Path) else value
+        item = _item_type(self.info.annotation)
+        if item is int:
+            return numbers_of(value)
+        if item is float:
+            return [_number(part) for part in value.split(",")]
+        return [part.strip() for part in value.split(",")]
+
+
+def flags_of(section: type[Options]) -> list[Flag]:
+    """The options that a section offers to commands, in the order of its fields."""
+    return [
+        _flag(name, info)
+        for name, info in section.model_fields.items()
+        if isinstance(info.json_schema_extra, dict) and "flag" in info.json_schema_extra
+    ]
+
+
+def overrides_of(section: type[Options], values: Mapping[str, Any]) -> list[str]:
+    """Options as overrides `section.field=value`; those that were not given (None, or False) are left out."""
+    flags = {flag.field: flag for flag in flags_of(section)}
+    given = {name: value for name, value in values.items() if value not in (None, False, [])}
+    return [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
+
+
+def numbers_of(text: str) -> list[int]:
+    """The numbers that `10-12,25` means.
+
+    Raises:
+        UserError: it is not a list of numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise UserError(f"{text!r} is not a list of numbers: write for example 10-12,25")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{text!r} is not a number: write for example -0.3,0,0.3")
+    return number
+
+
+def _flag(name: str, info: FieldInfo) -> Flag:
+    extra = info.json_schema_extra
+    assert isinstance(extra, dict)
+    kind = _plain(info.annotation)
+    is_list = get_origin(kind) is list
+    scalar = str if is_list or kind not in (bool, int, float, Path) else kind
+    flag = extra["flag"] or f"--{name.replace('_', '-')}"
+    return Flag(name, str(flag), scalar, is_list, bool(extra["positional"]), _help(info, is_list), info)
+
+
+def _help(info: FieldInfo, is_list: bool) -> str:
+    """The description, the choices where there are few, and the default."""
+    text = (info.description or "").strip()
+    text = f"{text[:1].upper()}{text[1:]}"
+    choices = _choices(info.annotation)
+    if choices and choices[0] not in text:
+        text = f"{text}{': ' if text else ''}{', '.join(choices)}"
+    default = info.get_default(call_default_factory=True)
+    if default in (None, False, [], "") or default is ...:
+        return f"{text.rstrip('.')}." if text else ""
+    shown = ",".join(map(str, default)) if is_list and isinstance(default, list) else default
+    return f"{text.rstrip('.')}. [default: {shown}]"
+
+
+def _choices(annotation: Any) -> list[str]:
+    kind = _item_type(annotation) if get_origin(_plain(annotation)) is list else _plain(annotation)
+    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _item_type(annotation: Any) -> Any:
+    return _plain(get_args(_plain(annotation))[0])
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without `| None` and without `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(next(kind for kind in get_args(annotation) if kind is not NoneType))
+    return annotation

@@ -1,0 +1,105 @@
+"""Registries: studies, behaviors, methods, node spaces and dictionary formats, found by name.
+
+What comes with the package registers itself in the same way as what others write: a module that is imported calls
+`register`. Built-in modules are named here; an installed package names its own in the entry point group `sfc.plugins`,
+and a file that is not installed is named in the environment variable `SFC_PLUGINS` (paths of .py files, separated by
+the system's path separator). Nothing here imports torch, and a module that registers something should not either.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from sfc.core.errors import UserError, suggestion
+
+BUILT_IN = ("sfc.behaviors", "sfc.circuits.methods", "sfc.circuits.nodes", "sfc.saes.source", "sfc.studies")
+ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
+
+
+class Named(Protocol):
+    """Whatever a registry holds."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Named)
+
+
+class Registry(Generic[Item]):
+    """Things of one kind by name, in the order in which they were registered."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, Item] = {}
+
+    def register(self, item: Item) -> Item:
+        """Add an item.
+
+        Raises:
+            UserError: another item has its name.
+        """
+        if self._items.get(item.name, item) is not item:
+            raise UserError(f"two things are registered as {self.kind} {item.name!r}: rename one of them")
+        self._items[item.name] = item
+        return item
+
+    def __getitem__(self, name: str) -> Item:
+        """The item of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        load_plugins()
+        if name not in self._items:
+            raise UserError(f"no {self.kind} {name!r}: {suggestion(name, self._items)}")
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[Item]:
+        load_plugins()
+        return iter(list(self._items.values()))
+
+    def __contains__(self, name: str) -> bool:
+        load_plugins()
+        return name in self._items
+
+    def names(self) -> list[str]:
+        """All names, in the order in which they were registered."""
+        return [item.name for item in self]
+
+
+@cache
+def load_plugins() -> None:
+    """Import whatever registers something, once.
+
+    Raises:
+        UserError: a plugin cannot be imported.
+    """
+    for module in BUILT_IN:
+        importlib.import_module(module)
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        try:
+            entry_point.load()
+        except Exception as error:
+            raise UserError(f"the plugin {entry_point.value!r} cannot be loaded: {error}") from error
+    for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        _import_file(Path(path))
+
+
+def _import_file(path: Path) -> None:
+    name = f"sfc_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{VARIABLE} names {path}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"the plugin {path} cannot be loaded: {type(error).__name__}: {error}") from error

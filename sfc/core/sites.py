@@ -1,0 +1,60 @@
+"""Names of sites: TransformerLens hook points, such as `blocks.21.hook_resid_post`."""
+
+import re
+from typing import Literal, cast, get_args
+
+from sfc.core.errors import UserError
+
+SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+"""Where a dictionary can read and write: activations of d_model dimensions."""
+StoredKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+"""What a store can hold, in the order in which a block passes them; `hook_z` is the heads' outputs side by side."""
+
+_SITE = re.compile(r"blocks\.(\d+)\.(?:hook_(\w+)|attn\.(hook_z))")
+_ORDER = get_args(StoredKind)
+
+
+def site_of(kind: StoredKind, layer: int) -> str:
+    """The hook point of a kind at a layer."""
+    return f"blocks.{layer}.attn.hook_z" if kind == "hook_z" else f"blocks.{layer}.hook_{kind}"
+
+
+def kind_of(site: str) -> str:
+    """The kind of a site, such as `resid_post`."""
+    return _parse(site)[1]
+
+
+def layer_of(site: str) -> int:
+    """The layer of a site."""
+    return _parse(site)[0]
+
+
+def short_site(site: str) -> str:
+    """`blocks.21.hook_resid_post` as it stands in node names: `resid_post.21`."""
+    layer, kind = _parse(site)
+    return f"{kind}.{layer}"
+
+
+def site_from_short(name: str) -> str:
+    """The site that `short_site` gives this name.
+
+    Raises:
+        UserError: there is no such site.
+    """
+    kind, _, layer = name.rpartition(".")
+    if kind not in _ORDER or not layer.isdecimal():
+        raise UserError(f"{name!r} is not a site: write for example 'resid_post.21' ({', '.join(_ORDER)})")
+    return site_of(cast(StoredKind, kind), int(layer))
+
+
+def in_order(sites: list[str]) -> list[str]:
+    """The sites in the order in which a model passes them, each once."""
+    return sorted(set(sites), key=lambda site: (layer_of(site), _ORDER.index(kind_of(site))))
+
+
+def _parse(site: str) -> tuple[int, str]:
+    match = _SITE.fullmatch(site)
+    kind = match and (match[2] or match[3])
+    if match is None or kind not in _ORDER:
+        raise UserError(f"{site!r} is not a site: expected for example 'blocks.21.hook_resid_post'")
+    return int(match[1]), str(kind)

@@ -1,0 +1,1 @@
+"""Prompts: read, clean, balance, split, render."""

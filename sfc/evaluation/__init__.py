@@ -1,1 +1,0 @@
-"""Proof: what a circuit does when everything else is ablated, and when it alone is."""

@@ -1,0 +1,1 @@
+"""Pages: blocks of text, tables and figures, and their renderers."""

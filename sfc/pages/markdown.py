@@ -1,0 +1,58 @@
+"""A report as Markdown. Text is escaped, so that prompts and tokens stay text, whatever they hold."""
+
+import re
+from collections.abc import Sequence
+
+from sfc.pages.blocks import Block, Commands, Figure, Formula, Paragraph, Section, Table
+from sfc.pages.text import printable
+
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKUP = re.compile(r"([\\`*_\[\]|~$])")
+_NOTHING = "&#8203;"  # a space of no width
+_LINE_STARTS = re.compile(r"^([-+=#]|\d+(?=[.)]))")
+_ADDRESS = re.compile(r"://|(?<=www)\.|@")
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it stands: no markup, no HTML, and no links made of bare addresses."""
+    for character, entity in _ENTITIES.items():
+        text = text.replace(character, entity)
+    text = _MARKUP.sub(r"\\\1", printable(text))
+    return _ADDRESS.sub(lambda found: "".join(f"&#{ord(character)};" for character in found[0]), text)
+
+
+def markdown_report(title: str, sections: Sequence[Section]) -> str:
+    """The whole report."""
+    parts = [f"# {markdown_text(title)}"]
+    for section in sections:
+        parts.append(f"## {markdown_text(section.title)}")
+        parts += filter(None, map(_block, section.blocks))
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Paragraph(text):
+            # A number, a dash or the like at its beginning would make a list or a heading of it.
+            return _LINE_STARTS.sub(lambda found: f"{_NOTHING}{found[0]}", markdown_text(text))
+        case Formula(name, text):
+            return f"{markdown_text(name)}:\n\n{_code([text])}"
+        case Commands(lines):
+            return _code(lines)
+        case Figure(_, table):
+            return _table(table) if table else ""
+        case Table():
+            return _table(block)
+
+
+def _code(lines: Sequence[str]) -> str:
+    """Indented, not fenced: no line of it can end the block."""
+    return "\n".join(f"    {printable(line)}" for line in lines)
+
+
+def _table(table: Table) -> str:
+    head = f"| {' | '.join(map(markdown_text, table.columns))} |"
+    rule = f"| --- |{' ---: |' * (len(table.columns) - 1)}"
+    rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in table.rows]
+    title = [f"**{markdown_text(table.title)}**", ""] if table.title else []
+    return "\n".join([*title, head, rule, *rows])

@@ -1,0 +1,120 @@
+"""How every plotly figure behaves in a page: offline, without the buttons that would send it somewhere.
+
+What all figures of the page have in common: type, white ground, thin lines.
+
+What the sign of an effect means, and the colour that stands for it.
+"""
+
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+PLOTLY_CONFIG = {
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "responsive": True,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+}
+
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
+INK, QUIET, LINE, BAND = "#1f2933", "#5b6672", "#d9dee4", "#f6f7f9"
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+ROLE_COLOURS = (INK, BLUE, VERMILION, GREEN, PINK, AMBER)
+"""of the roles in their order: all, content, suffix, …"""
+
+
+def axis(title: str, **settings: Any) -> dict[str, Any]:
+    """An axis with thin lines and a quiet title."""
+    return {
+        "title": {"text": title, "font": {"color": QUIET, "size": 13}, "standoff": 8},
+        "gridcolor": LINE,
+        "linecolor": LINE,
+        "zeroline": False,
+        "ticks": "",
+        "tickfont": {"color": QUIET, "size": 12},
+        **settings,
+    }
+
+
+def styled_figure(title: str, height: int) -> go.Figure:
+    """An empty figure with a title at the upper left, room for a legend under it."""
+    return go.Figure(
+        layout={
+            "template": None,
+            "height": height,
+            "autosize": True,
+            "title": {
+                "text": title,
+                "font": {"size": 14, "color": INK},
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": 10},
+            },
+            "font": {"family": FONT, "size": 13, "color": INK},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "hovermode": "closest",
+            "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"family": FONT, "size": 12, "color": INK}},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "bottom",
+                "font": {"size": 12},
+                "itemsizing": "constant",
+            },
+            "margin": {"l": 56, "r": 16, "t": 72, "b": 52},
+        }
+    )
+
+
+def remark(figure: go.Figure, text: str) -> None:
+    """Write a sentence across the middle of a figure that has nothing, or not all, to show."""
+    figure.add_annotation(
+        text=text,
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        font={"size": 14, "color": QUIET},
+        bgcolor="rgba(255,255,255,0.85)",
+    )
+
+
+class Sign(NamedTuple):
+    """One of the three signs an effect can have."""
+
+    number: int
+    """1, -1 or 0"""
+    words: str
+    colour: str
+
+
+# Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
+_COLOURS = {1: "#d55e00", -1: "#0072b2", 0: "#7a828c"}
+_CAUSAL = {1: "raises the refusal score", -1: "lowers the refusal score", 0: "no effect"}
+_WORDS = {
+    "correlation": {1: "fires more on toxic prompts", -1: "fires more on safe prompts", 0: "no correlation"},
+    "magnitude": {1: "fires", -1: "negative", 0: "silent"},
+}
+
+
+def signs(method: str) -> tuple[Sign, Sign, Sign]:
+    """Positive, negative and zero, in the words of a method: most effects are causal, a correlation is not."""
+    words = _WORDS.get(method, _CAUSAL)
+    positive, negative, zero = (Sign(number, words[number], _COLOURS[number]) for number in (1, -1, 0))
+    return positive, negative, zero
+
+
+def sign_of(value: float) -> int:
+    """1, -1 or 0."""
+    return (value > 0) - (value < 0)

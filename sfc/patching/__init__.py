@@ -1,1 +1,0 @@
-"""What components carry a refusal: activation patching, direct logit attribution, prompt formats."""

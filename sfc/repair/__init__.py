@@ -1,1 +1,0 @@
-"""Repair: an edit that lowers the refusal of harmless prompts and leaves that of harmful ones."""

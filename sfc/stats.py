@@ -1,0 +1,178 @@
+"""Confidence intervals of rates and of means.
+
+Tests for several measurements of the same subjects, by ranks: no distribution is assumed.
+
+Friedman's test asks whether any of the conditions differs, Wilcoxon's signed-rank test with Holm's correction which do;
+each with the effect size that belongs to it.
+
+Pearson correlations of many features at once, and false discovery.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy.stats import friedmanchisquare, norm, rankdata, wilcoxon
+
+
+class Interval(NamedTuple):
+    """The ends of an interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval (Wilson 1927) of a binomial rate; [0, 1] where nothing was observed.
+
+    Unlike the textbook interval it stays within [0, 1] and says something at rates of 0 and 1.
+
+    Raises:
+        ValueError: `successes` is not between 0 and n, or the confidence not between 0 and 1.
+    """
+    if not 0 <= successes <= n or not 0 < confidence < 1:
+        raise ValueError(f"no interval for {successes} of {n} at confidence {confidence}")
+    if n == 0:
+        return Interval(0.0, 1.0)
+    z = float(norm.ppf((1 + confidence) / 2))
+    rate, weight = successes / n, z * z / n
+    centre = (rate + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / n + weight / (4 * n))
+    # The ends at rates 0 and 1 are 0 and 1; rounding must not say otherwise, nor leave the rate outside.
+    return Interval(min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate))
+
+
+class MeanIntervals(NamedTuple):
+    """Means of several quantities with the ends of their intervals."""
+
+    mean: Float[np.ndarray, " quantities"]
+    low: Float[np.ndarray, " quantities"]
+    high: Float[np.ndarray, " quantities"]
+
+
+def bootstrap_means(
+    values: Float[np.ndarray, "n quantities"], seed: int, confidence: float = 0.95, draws: int = 2000
+) -> MeanIntervals:
+    """Means of the columns, with percentile intervals over rows drawn again with replacement (Efron 1979).
+
+    All columns share the draws, so that what holds between them in every row holds between their means in every draw.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled_means(values, seed, draws), [tail, 1 - tail], axis=0)
+    return MeanIntervals(values.mean(0), low, high)
+
+
+def resampled_means(
+    values: Float[np.ndarray, "n quantities"], seed: int, draws: int = 2000
+) -> Float[np.ndarray, "draws quantities"]:
+    """The means of the columns over as many rows, drawn with replacement, again and again.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if len(values) == 0:
+        raise ValueError("no rows to draw from")
+    return resampled_counts(len(values), draws, np.random.default_rng(seed)) @ values / len(values)
+
+
+def resampled_counts(n: int, draws: int, random: np.random.Generator) -> Int[np.ndarray, "draws n"]:
+    """How often each of n rows comes up where n rows are drawn with replacement, again and again."""
+    return random.multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+class Friedman(NamedTuple):
+    """Friedman's test (1937) and Kendall's coefficient of concordance."""
+
+    chi2: float
+    degrees: int
+    p_value: float
+    kendall_w: float
+    """chi2 / (n (k - 1)): 1 where all subjects order the conditions alike, 0 where their ranks cancel out"""
+
+
+def friedman(values: Float[np.ndarray, "subjects conditions"]) -> Friedman:
+    """Whether the conditions differ, corrected for ties. Where every subject ties all of them, they do not.
+
+    Raises:
+        ValueError: there are fewer than three conditions or two subjects.
+    """
+    subjects, conditions = values.shape
+    if conditions < 3 or subjects < 2:
+        raise ValueError(f"Friedman's test needs 3 conditions and 2 subjects, not {conditions} and {subjects}")
+    if (values == values[:, :1]).all():
+        return Friedman(0.0, conditions - 1, 1.0, 0.0)
+    chi2, p_value = friedmanchisquare(*values.T)
+    return Friedman(float(chi2), conditions - 1, float(p_value), float(chi2 / (subjects * (conditions - 1))))
+
+
+def pairwise_wilcoxon(values: Float[np.ndarray, "subjects conditions"], names: Sequence[str]) -> pd.DataFrame:
+    """Wilcoxon's signed-rank test, two-sided, of every pair of conditions; differences of zero are left out.
+
+    Columns: `first`, `second`, `n` (subjects whose values differ), `mean_difference` and `median_difference`
+    (first - second), `p_value`, `p_holm`, and `rank_biserial` (Kerby 2014): the share of the rank sum where the first
+    is larger minus the share where the second is, from -1 to 1.
+    """
+    rows = []
+    for i, j in combinations(range(len(names)), 2):
+        differences = values[:, i] - values[:, j]
+        p_value = float(wilcoxon(differences).pvalue) if differences.any() else 1.0  # pyright: ignore
+        rows.append(
+            {
+                "first": names[i],
+                "second": names[j],
+                "n": int((differences != 0).sum()),
+                "mean_difference": float(differences.mean()),
+                "median_difference": float(np.median(differences)),
+                "p_value": p_value,
+                "rank_biserial": rank_biserial(differences),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table.insert(table.columns.get_loc("p_value") + 1, "p_holm", holm(table["p_value"].to_numpy()))  # pyright: ignore
+    return table
+
+
+def rank_biserial(differences: Float[np.ndarray, " n"]) -> float:
+    """Matched-pairs rank-biserial correlation; 0 where nothing differs."""
+    differences = differences[differences != 0]
+    ranks = rankdata(np.abs(differences))
+    return float((ranks * np.sign(differences)).sum() / ranks.sum()) if len(ranks) else 0.0
+
+
+def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Adjusted p-values that control the chance of any false discovery (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
+    return adjusted
+
+
+def pearson(a: Float[np.ndarray, "n a"], b: Float[np.ndarray, "n b"]) -> Float[np.ndarray, "a b"]:
+    """Pearson's r of each column of `a` with each of `b`; 0 where a column is constant."""
+    return np.clip(standardised(a).T @ standardised(b), -1, 1)
+
+
+def standardised(columns: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "n columns"]:
+    """Columns with mean 0 and length 1, whose inner products are correlations; 0 where a column is constant."""
+    centred = columns.astype(np.float64) - columns.mean(0, dtype=np.float64)
+    norm = np.linalg.norm(centred, axis=0)
+    # A column that is constant but for rounding has no correlation with anything.
+    constant = norm <= 1e-12 * np.sqrt(len(columns)) * np.abs(columns).max(0, initial=0)
+    return np.where(constant, 0, centred / np.where(constant, 1, norm))
+
+
+def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Adjusted p-values (q-values) that control the false discovery rate (Benjamini and Hochberg 1995)."""
+    n = len(p_values)
+    order = np.argsort(p_values, kind="stable")
+    scaled = p_values[order] * n / np.arange(1, n + 1)
+    q_values = np.empty(n)
+    q_values[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1)
+    return q_values

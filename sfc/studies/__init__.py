@@ -1,0 +1,1 @@
+"""Studies: each measures something and says what its page shows."""

@@ -1,0 +1,184 @@
+"""What is run through the model to fill a store: the circuits' prompts, or another corpus for the SAEs.
+
+Stage: fill a store with activations.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sfc.core.artifacts import Artifact, write_csv
+from sfc.core.config import CorpusConfig, ModelConfig
+from sfc.core.errors import UserError
+from sfc.core.progress import progress_bar, say
+from sfc.data.corpus import pieces, read_texts
+from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.models.generation import generate_ids
+from sfc.models.loading import Model, choose_device, load_model, load_outline
+from sfc.run import Run
+from sfc.saes.collect import collect
+
+_REPLY_BATCH_TOKENS = 4096
+
+
+class Corpus(NamedTuple):
+    """Token sequences, and a table that says what they are: `prompt` (the text), `split`, and what else is known."""
+
+    table: pd.DataFrame
+    sequences: list[TokenizedPrompt]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+
+Tokenize = Callable[[list[str]], list[TokenizedPrompt]]
+
+
+def circuit_prompts(run: Run, tokenize: Tokenize) -> Corpus:
+    """The discovery and reference prompts. Test prompts are left out, so that nothing learned can have seen them.
+
+    Raises:
+        UserError: no prompt is short enough.
+    """
+    frame = run.prompts.frame
+    return short_enough(tokenize, frame[frame["split"] != "test"], run.experiment.prompts.max_tokens)
+
+
+def sae_corpus(run: Run, model: Model) -> Corpus:
+    """What `corpus.source` names.
+
+    Raises:
+        UserError: the source cannot be read, or holds nothing.
+    """
+    config = run.experiment.corpus
+    if config.source == "prompts":
+        return circuit_prompts(run, model.tokenize)
+    if config.source == "replies":
+        return _with_replies(circuit_prompts(run, model.tokenize), model, config.reply_tokens)
+    return _texts(config, model.tokenizer)
+
+
+def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Corpus:
+    """The prompts of at most `max_tokens` tokens; how many are left out is said.
+
+    Raises:
+        UserError: none is short enough.
+    """
+    tokenized = tokenize(frame["prompt"].tolist())
+    fits = np.array([len(prompt.ids) <= max_tokens for prompt in tokenized])
+    if not fits.any():
+        raise UserError(f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…")
+    if not fits.all():
+        say(f"left out: {(~fits).sum():,} prompts of more than {max_tokens} tokens")
+    return Corpus(frame[fits].reset_index(drop=True), [tokenized[i] for i in np.flatnonzero(fits)])
+
+
+def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
+    """How prompts are rendered and tokenized for a model of which only the tokenizer is loaded."""
+    return lambda texts: tokenize_prompts(tokenizer, texts, config.template, config.system_prompt)
+
+
+def _with_replies(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
+    with progress_bar("the model's replies", len(corpus.sequences), "prompts") as progress:
+        replies = generate_ids(model, corpus.sequences, reply_tokens, _REPLY_BATCH_TOKENS, progress=progress)
+    sequences = [
+        TokenizedPrompt(
+            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
+            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
+        )
+        for prompt, reply in zip(corpus.sequences, replies, strict=True)
+    ]
+    return Corpus(corpus.table, sequences)
+
+
+def _texts(config: CorpusConfig, tokenizer: Any) -> Corpus:
+    sequences = pieces(tokenizer, read_texts(config.source), config.context, config.max_tokens)
+    texts = [tokenizer.decode(sequence.ids) for sequence in sequences]
+    return Corpus(pd.DataFrame({"prompt": texts, "split": "corpus"}), sequences)
+
+
+PROMPTS_FILE = "prompts.csv"
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_TABLE_BYTES = 16
+"""four 32-bit columns say what a row is"""
+
+
+def make_store(run: Run, sites: Sequence[str], rebuild: bool = False) -> None:
+    """Collect the circuits' prompts at these sites; sites that the store has stay in it.
+
+    Raises:
+        UserError: the model or the data cannot be read, a site does not exist, or the disk is too small.
+    """
+    model = load_model(run.experiment.model, choose_device(run.device))
+    model.check_sites(sites)
+    fill(run, run.store, model, circuit_prompts(run, model.tokenize), sites, rebuild)
+
+
+def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequence[str], rebuild: bool) -> None:
+    """Collect a corpus into a store, and write its table and the manifest.
+
+    Raises:
+        UserError: as `make_store`.
+    """
+    began = time.perf_counter()
+    config = run.experiment.activations
+    say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {artifact.folder}")
+    with artifact.being_made(rebuild) as folder, progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
+        before = artifact.manifest() if artifact.is_complete() else {}
+        new = [site for site in sites if site not in before.get("sites", [])]
+        check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
+        n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
+        write_csv(folder / PROMPTS_FILE, corpus.table.reset_index(names="store_index"))
+        artifact.finish(
+            n_prompts=len(corpus.sequences),
+            n_tokens=corpus.n_tokens,
+            n_rows=n_rows,
+            sites=[*before.get("sites", []), *new],
+            seconds=round(time.perf_counter() - began, 2),
+        )
+
+
+def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:
+    """Prompts, rows, bytes and free disk of a collection that is not run; only the tokenizer is loaded.
+
+    Raises:
+        UserError: the tokenizer or the data cannot be read.
+    """
+    outline = load_outline(run.experiment.model)
+    corpus = circuit_prompts(run, tokenizing(outline.tokenizer, run.experiment.model))
+    widths = {site: outline.width(site) for site in sites}
+    dtype = run.experiment.activations.dtype
+    per_site = {site: n_bytes(corpus.sequences, width, dtype) for site, width in widths.items()}
+    return {
+        "n_prompts": len(corpus.sequences),
+        "n_tokens": corpus.n_tokens,
+        "n_rows": n_rows(corpus.sequences),
+        "n_sites": len(sites),
+        "bytes": sum(per_site.values()) + _TABLE_BYTES * n_rows(corpus.sequences),
+        "bytes_free": shutil.disk_usage(run.root).free,
+    }
+
+
+def n_rows(sequences: Sequence[TokenizedPrompt]) -> int:
+    """Rows that a store of these sequences has: no template prefix, and no first token."""
+    return sum(int((sequence.roles[1:] != Role.PREFIX).sum()) for sequence in sequences)
+
+
+def n_bytes(sequences: Sequence[TokenizedPrompt], width: int, dtype: str) -> int:
+    """Bytes of one site's activations, without compression."""
+    return n_rows(sequences) * width * _BYTES[dtype]
+
+
+def check_room(run: Run, needed: int) -> None:
+    """Raise a `UserError` if the disk has no room for so many bytes."""
+    free = shutil.disk_usage(run.root).free
+    if needed > free:
+        raise UserError(
+            f"the activations take {needed / 1e9:,.1f} GB, {run.root.resolve()} has {free / 1e9:,.1f} GB free: choose"
+            " another --root, fewer layers or prompts (--set activations.layers=[…], prompts.limit=…)"
+        )

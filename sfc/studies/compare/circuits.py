@@ -1,0 +1,109 @@
+"""The circuits of a comparison: one of each category, two of its halves, two of each shuffled pool of two categories.
+
+Finding them is what takes time. Each is written when it is found, so that a run that was interrupted goes on with the
+next.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sfc.circuits.edges import Edge, attribution_weights
+from sfc.circuits.effects import METHODS
+from sfc.circuits.nodes import Nodes
+from sfc.circuits.overlap import Weights
+from sfc.circuits.problem import Problem
+from sfc.core.artifacts import read_json, write_json
+from sfc.core.config import Experiment
+from sfc.core.progress import say
+from sfc.run import Run
+from sfc.studies.discover.problem import prepare_problem
+
+
+class Found(NamedTuple):
+    """The circuits of a comparison: of each its nodes, or its edges, with the sizes of their effects."""
+
+    whole: dict[str, Weights]
+    halves: dict[str, list[Weights]]
+    shuffled: list[list[Weights]]
+
+
+def find_circuits(run: Run, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
+    """All circuits' `nodes` and, where they are wanted, `edges`: those in the folder are read, the others found."""
+    seed = run.experiment.seed
+    pairs = list(itertools.combinations(categories, 2))
+    pools = [
+        pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[: run.experiment.comparison.shuffles]
+    ]
+    names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
+    names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
+    missing = {name for name in names if not (folder / f"{name}.json").exists()}
+    for number, (name, problem) in enumerate(_problems(run, categories, pools, missing), start=1):
+        say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
+        write_json(folder / f"{name}.json", _circuit(problem, run.experiment))
+    circuits: dict[str, dict[str, Weights]] = {name: read_json(folder / f"{name}.json") for name in names}
+    return {
+        part: Found(
+            {category: circuits[category][part] for category in categories},
+            {category: [circuits[f"{category}-half-{half}"][part] for half in (0, 1)] for category in categories},
+            [[circuits[f"{a}-{b}-half-{half}"][part] for half in (0, 1)] for a, b in pools],
+        )
+        for part in circuits[categories[0]]
+    }
+
+
+def _problems(
+    run: Run, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
+    seed = run.experiment.seed
+    for category in categories:
+        names = [category, f"{category}-half-0", f"{category}-half-1"]
+        if missing.isdisjoint(names):
+            continue
+        problem, _, _ = prepare_problem(run, category)
+        parts = [problem.runs, *problem.runs.halves(seed)]
+        yield from (
+            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
+        )
+    for a, b in pools:
+        names = [f"{a}-{b}-half-{half}" for half in (0, 1)]
+        if missing.isdisjoint(names):
+            continue
+        problem, other = (prepare_problem(run, category)[0] for category in (a, b))
+        # Half of each category's prompts, so that a shuffled half has as many as any other.
+        size = (problem.runs.n_prompts + other.runs.n_prompts) // 4
+        pool = problem.runs.joined(other.runs).sample(2 * size, seed)
+        parts = pool.halves(seed)
+        yield from (
+            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
+        )
+
+
+def _circuit(problem: Problem, experiment: Experiment) -> dict[str, Weights]:
+    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
+    effects, nodes = METHODS[problem.config.method](problem), problem.ablation.nodes
+    members = effects.ranking[: experiment.comparison.size].tolist()
+    circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
+    if experiment.comparison.edges and problem.config.nodes == "features":
+        strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))
+        circuit["edges"] = {
+            _edge_name(nodes, edge): abs(edge.weight) for edge in strongest[: experiment.comparison.edges]
+        }
+    return circuit
+
+
+def _edges(problem: Problem, members: Sequence[int]) -> Iterator[Edge]:
+    """Every edge between the members that is not zero."""
+    for sources, targets, weight, absolute in attribution_weights(problem, members):
+        for row, column in zip(*np.nonzero(weight), strict=True):
+            ends = int(sources[row]), int(targets[column])
+            yield Edge(*ends, float(weight[row, column]), float(absolute[row, column]))
+
+
+def _edge_name(nodes: Nodes, edge: Edge) -> str:
+    return f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}"

@@ -1,0 +1,100 @@
+"""What the circuits of a comparison do on test prompts: scores and, where nodes are ablated, replies.
+
+Each category's figures are written when they are known, so that a run that was interrupted goes on with the next.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
+from sfc.circuits.nodes import Nodes
+from sfc.circuits.overlap import Weights, shared_core
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.replies import ablated_refusals
+from sfc.core.artifacts import read_json, write_json
+from sfc.core.progress import progress_bar
+from sfc.run import Run
+from sfc.studies.discover.problem import prepare_problem
+
+CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
+
+
+class Judged(NamedTuple):
+    """The figures of all circuits on all categories' test prompts."""
+
+    transfer: pd.DataFrame
+    """one row per circuit and category of prompts: faithfulness and completeness, with their intervals"""
+    core: pd.DataFrame
+    """the same for the shared core, the category's own circuit, and what is left of that one without the core; beside
+    it the share of replies that refuse, as the model is (`refused`) and with these nodes ablated (`refused_ablated`)"""
+    nodes: Nodes
+
+
+def judge_circuits(run: Run, folder: Path, circuits: Mapping[str, Weights]) -> Judged:
+    """Score the circuits of all categories on each category's test prompts; what the folder has is read."""
+    core = shared_core(list(circuits.values()))
+    judged = []
+    with progress_bar("test prompts", len(circuits), "categories") as progress:
+        for category, own in circuits.items():
+            path = folder / f"{category}.json"
+            if not path.exists():
+                parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
+                write_json(path, _judged(run, category, circuits, parts))
+            judged.append(read_json(path))
+            progress(1)
+    nodes = Nodes(**{name: tuple(values) for name, values in judged[0]["nodes"].items()})
+    transfer, parts = (pd.DataFrame([row for one in judged for row in one[name]]) for name in ("transfer", "core"))
+    return Judged(transfer, parts, nodes)
+
+
+def _judged(
+    run: Run, category: str, circuits: Mapping[str, Weights], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """What is written for one category: rows of `transfer` and `core`, and the nodes."""
+    problem, runs, _ = prepare_problem(run, category)
+    names, listed = [*circuits, *parts], [*map(list, circuits.values()), *parts.values()]
+    keep = masks(problem.ablation.nodes, listed)
+    rows = [
+        {"circuit": name, "prompts": category, "nodes": len(circuit), **figures}
+        for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, run), strict=True)
+    ]
+    transfer, core = rows[: len(circuits)], rows[len(circuits) :]
+    if run.experiment.comparison.replies:
+        replies = _replied(problem, runs, keep[len(circuits) :], run)
+        core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
+    return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
+
+
+def masks(nodes: Nodes, circuits: Sequence[Sequence[str]]) -> Bool[np.ndarray, "circuits nodes"]:
+    """The circuits, given by their nodes' names, as rows over all nodes."""
+    keep = np.zeros((len(circuits), nodes.n_nodes), dtype=bool)
+    for row, circuit in enumerate(circuits):
+        keep[row, [nodes.number(name) for name in circuit]] = True
+    return keep
+
+
+def _scored(problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
+    packed = np.concatenate([np.zeros_like(keep[:1]), keep, ~keep])
+    empty, *scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed)
+    full, smallest = full_scores(problem.model, problem.score, runs), run.experiment.evaluation.min_denominator
+    return [
+        metrics_with_intervals(Scores(full, empty, kept, ablated), smallest, run.experiment.seed)
+        for kept, ablated in zip(scores[: len(keep)], scores[len(keep) :], strict=True)
+    ]
+
+
+def _replied(problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
+    """Refusals among the replies to some of the prompts, as the model is and with each circuit ablated."""
+    config = run.experiment.comparison
+    some = runs.sample(config.replies, run.experiment.seed)
+    keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
+    model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    about = {"n_replies": some.n_prompts, "refused": model.rate}
+    names = ("refused_ablated", "refused_ablated_low", "refused_ablated_high")
+    return [about | dict(zip(names, rate, strict=True)) for rate in rates]

@@ -1,0 +1,138 @@
+"""The model against the one that it was trained from, on the same prompts: what training changed, node by node.
+
+Both are read by the same dictionaries, those of the trained model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from sfc.circuits.baselines import Reference, reference_in_tables
+from sfc.circuits.effects import attribution
+from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.errors import UserError
+from sfc.core.progress import say
+from sfc.models.batches import Batch, SlotLayout
+from sfc.models.loading import Model, load_model
+from sfc.run import Run
+from sfc.saes.dictionary import Dictionary
+
+BASE_FILE = "base.csv"
+TIMES = 5.0
+"""a feature that fires on so many times more prompts in one of the models appears or vanishes"""
+
+
+def against_base(
+    run: Run,
+    model: Model,
+    dictionaries: Mapping[str, Dictionary],
+    parts: Sequence[list[Batch]],
+    layout: SlotLayout,
+) -> tuple[Reference, list[list[Batch]]]:
+    """What the base model has at every node on each of these prompts, as their reference, and batches that point to it.
+
+    Raises:
+        UserError: the base model is of other sizes, or reads the tokens differently.
+    """
+    base = load_base(run, model)
+    with_tables, n_before = [], 0
+    for part in parts:
+        with_tables.append([batch.with_tables(batch.prompts + n_before, layout) for batch in part])
+        n_before += sum(len(batch.prompts) for batch in part)
+    say(f"reference: the same prompts in the base model, {base.config.source}")
+    return reference_in_tables(base, dictionaries, list(chain(*with_tables)), layout), with_tables
+
+
+def load_base(run: Run, model: Model) -> Model:
+    """The model that `model` was trained from.
+
+    Raises:
+        UserError: it is of other sizes, or reads the tokens differently.
+    """
+    base = load_model(run.experiment.base_model, model.device)
+    if (base.n_layers, base.d_model) != (model.n_layers, model.d_model):
+        raise UserError(
+            f"discovery.base: {base.config.source} has {base.n_layers} layers of width {base.d_model}, the model"
+            f" {model.n_layers} of {model.d_model}: it was not trained from it"
+        )
+    if base.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise UserError(f"discovery.base: {base.config.source} has another vocabulary than the model")
+    return base
+
+
+def base_changes(
+    run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What the circuit's nodes were before training, and what they do when they are put into the base model.
+
+    Args:
+        problem: of the contrast `model-base`.
+
+    Returns:
+        a table with a row per node: `effect`, on the model, of taking the base's value (first order; positive: the
+        score falls), `effect_in_base`, on the base, of taking the model's (positive: the score rises), the shares of
+        discovery prompts on which it `fires` and `fired` in the base, and `change`; and figures on test prompts:
+        `f_base`, and the base's score with the circuit's and with all nodes' values of the model.
+    """
+    nodes, dictionaries = problem.ablation.nodes, problem.ablation.dictionaries
+    layout, before = problem.ablation.reference.layout, problem.ablation.reference
+    batches = [*problem.runs.batches, *test_runs.batches]
+    now = reference_in_tables(problem.model, dictionaries, batches, layout)
+    base = load_base(run, problem.model)
+    first = nodes.sites[0]
+    swapped = replace(
+        problem,
+        model=base,
+        ablation=replace(problem.ablation, reference=now),
+        runs=PromptRuns.of(base, problem.runs.batches, first),
+    )
+    tables = torch.cat([batch.tables(layout) for batch in problem.runs.batches])
+    fires, fired = (_shares(problem, reference, tables)[list(members)] for reference in (now, before))
+    table = pd.DataFrame(
+        {
+            "node": [nodes.name(node) for node in members],
+            "effect": attribution(problem).effect[list(members)],
+            # Ablated nodes of the base take the model's values, so what is lost by it is minus what is gained.
+            "effect_in_base": -attribution(swapped).effect[list(members)],
+            "fires": fires,
+            "fired": fired,
+            "change": [_change(*shares) for shares in zip(fires, fired, strict=True)],
+        }
+    )
+    in_base = PromptRuns.of(base, test_runs.batches, first)
+    keep = np.zeros((2, nodes.n_nodes), dtype=bool)
+    keep[0] = ~np.isin(np.arange(nodes.n_nodes), members)
+    with_circuit, with_all = ablated_scores(base, problem.score, swapped.ablation, in_base, keep).mean(1)
+    figures = {
+        "f_base": float(full_scores(base, problem.score, in_base).mean()),
+        "f_base_with_circuit": float(with_circuit),
+        "f_base_with_all": float(with_all),
+        "changes": table["change"].value_counts().to_dict(),
+    }
+    return table, figures
+
+
+def _shares(problem: Problem, reference: Reference, tables: torch.Tensor) -> Float[np.ndarray, " nodes"]:
+    """For each feature, the share of the prompts with these tables on which it fires; NaN for other nodes."""
+    layout, parts, shares = reference.layout, problem.ablation.nodes.parts, []
+    # The attention sink, which is never ablated: the first token, where the template has a prefix.
+    first = 1 if layout.n_prefix else 0
+    for values, n_parts in zip(reference.features.values(), parts, strict=True):
+        slots = values.view(-1, layout.n_slots, values.shape[1])[tables, first:]
+        shares += [(slots > 0).any(1).double().mean(0).cpu().numpy(), np.full(n_parts, np.nan)]
+    return np.concatenate(shares)
+
+
+def _change(fires: float, fired: float) -> str:
+    if np.isnan(fires):
+        return "not a feature"
+    if fires > TIMES * fired:
+        return "appears"
+    return "vanishes" if fired > TIMES * fires else "stays"

@@ -1,0 +1,297 @@
+"""Stage part: what the features of a circuit mean, computed once and kept in the circuit's folder.
+
+Stage: one category's circuit, from node effects to the page that shows it.
+
+Three splits, three jobs: nodes are scored and the size is chosen on discovery prompts, reference values come from
+reference prompts, and every reported figure from test prompts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from sfc.circuits.approximation import audit
+from sfc.circuits.circuit import build_circuit, effects_by_role, role_names, save_circuit
+from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
+from sfc.circuits.edge_ablation import edge_faithfulness
+from sfc.circuits.edges import EDGES, Edge, without_dead_ends
+from sfc.circuits.effects import METHODS, NATS, Effects
+from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.replies import with_refusals
+from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
+from sfc.core.artifacts import package_versions, write_csv, write_json
+from sfc.core.errors import UserError
+from sfc.core.progress import progress_bar, say
+from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
+from sfc.features.labels import CARDS_FILE
+from sfc.pages.circuit import write_page
+from sfc.pages.graph import strongest_nodes
+from sfc.run import Run
+from sfc.saes.dictionary import Dictionary
+from sfc.saes.source import read_config
+from sfc.saes.store import Store
+from sfc.studies.collect import PROMPTS_FILE
+from sfc.studies.discover.base import BASE_FILE, base_changes
+from sfc.studies.discover.problem import prepare_problem
+
+SHOWN_NODES = 300
+"""nodes that are drawn, and so have cards: those of largest |effect|"""
+
+
+def write_cards(
+    run: Run, graph: nx.DiGraph, dictionaries: Mapping[str, Dictionary], tokenizer: Any, folder: Path
+) -> dict[str, Any]:
+    """Make the cards (see `sfc.features.cards`) of the circuit's strongest features, and write `features.json`."""
+    store = Store(run.store.folder)
+    prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
+    names = strongest_nodes(graph, SHOWN_NODES)
+    say(f"reading what {len(names)} nodes fire on")
+    cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
+    configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
+    for name, card in cards["features"].items():
+        page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+        card |= {"neuronpedia": page} if page else {}
+    write_json(folder / CARDS_FILE, cards)
+    return cards
+
+
+_EDGE_WEIGHTS = {
+    "attribution": "{unit} that pass along the edge",
+    "correlation": "Pearson's r of feature values over discovery prompts",
+}
+
+
+def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
+    """Discover, evaluate, draw, and write it all.
+
+    Raises:
+        UserError: the category lacks prompts, or an artifact it needs is corrupt.
+    """
+    clock, config = Clock(), run.experiment.discovery
+    artifact = run.circuit(category)
+    with artifact.being_made(rebuild) as folder:
+        problem, test_runs, facts = prepare_problem(run, category)
+        clock.lap("prepare")
+        say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {problem.config.method}")
+        effects = METHODS[problem.config.method](problem)
+        if len(effects.ranking) == 0:
+            raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
+        clock.lap("effects")
+        ranking = effects.ranking
+        sizes = curve_sizes(run.experiment.evaluation.sizes, len(ranking))
+        curve = _curve(run, problem, ranking, sizes, test_runs)
+        members = ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
+        clock.lap("evaluation")
+        edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
+        clock.lap("edges")
+        if config.drop_dead_ends:
+            kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
+            say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
+            # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
+            ranking = np.concatenate([kept, ranking[~np.isin(ranking, kept)]])
+            curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
+            members = kept
+            clock.lap("evaluation without dead ends")
+        curve = with_refusals(
+            curve, problem, test_runs, ranking, len(members), run.experiment.evaluation, run.experiment.seed
+        )
+        clock.lap("replies")
+        unit = problem.score.unit
+        about = {
+            "behaviour": problem.score.behaviour,
+            "data": str(run.pairs or run.data),
+            "category": category,
+            "method": problem.config.method,
+            "population": facts["population"],
+            "reference": problem.config.reference_choice,
+            "effect_unit": unit if effects.unit == NATS else effects.unit,
+            "edges": config.edges,
+            "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=unit),
+            "fingerprint": artifact.fingerprint,
+            "versions": package_versions(),
+            "experiment": run.experiment.model_dump(mode="json"),
+            "sites": list(problem.ablation.nodes.sites),
+        }
+        stable, stability = _with_stability(run, problem, effects, members)
+        clock.lap("stability")
+        effects, about["roles"] = _with_roles(problem, stable)
+        about["audit"] = _audited(problem, effects, run.experiment.seed)
+        clock.lap("audit")
+        graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
+        _add_token_effects(graph, problem)
+        cards = write_cards(run, graph, problem.ablation.dictionaries, problem.model.tokenizer, folder)
+        clock.lap("features")
+        result = _result(run, category, graph, curve, effects, problem) | stability
+        result |= _held_against(
+            run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
+        )
+        clock.lap("baselines")
+        result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
+        clock.lap("ablating edges")
+        save_circuit(graph, folder / _FILES["circuit"])
+        write_csv(folder / _FILES["curve"], curve)
+        write_csv(folder / _FILES["prompts"], facts.pop("prompts"))
+        files = _FILES
+        if config.contrast == "model-base":
+            changes, result["base"] = base_changes(run, problem, test_runs, members)
+            files = {**_FILES, "base": BASE_FILE}
+            write_csv(folder / BASE_FILE, changes, digits=5)
+        write_page(folder / _FILES["page"], graph, curve, result, cards)
+        clock.lap("drawing")
+        result |= {"files": files, "seconds": clock.laps}
+        write_json(folder / _FILES["result"], result)
+        artifact.finish(result=result, audit=graph.graph["audit"], **facts)
+
+
+_FILES = {
+    "page": "circuit.html",
+    "circuit": "circuit.json",
+    "features": CARDS_FILE,
+    "curve": "curve.csv",
+    "prompts": "prompts.csv",
+    "result": "result.json",
+}
+
+
+class Clock:
+    """Seconds per step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the step `name`."""
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _curve(
+    run: Run, problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int], test_runs: PromptRuns
+) -> pd.DataFrame:
+    """The curve on the test split, with the discovery split's faithfulness beside it."""
+    config = run.experiment.evaluation
+    on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
+    total = on_discovery * len(problem.runs.batches) + on_test * len(test_runs.batches)
+    with progress_bar("evaluating", total, "runs") as progress:
+        discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
+        curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
+    curve.insert(1, "discovery_faithfulness", discovery)
+    if curve["faithfulness"].isna().all():
+        say("warning: F(M) - F(0) is too small to divide by; faithfulness is not measurable here and is null")
+    return curve
+
+
+def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, str]]:
+    """The effects with their parts from each role as attributes, and what these attributes stand for."""
+    if effects.by_slot is None:
+        return effects, {}
+    layout = problem.ablation.reference.layout
+    attributes = {**effects.attributes, **effects_by_role(effects.by_slot, layout)}
+    return effects._replace(attributes=attributes), role_names(problem.model, problem.runs.batches, layout)
+
+
+def _with_stability(
+    run: Run, problem: Problem, effects: Effects, members: Sequence[int]
+) -> tuple[Effects, dict[str, float | None]]:
+    """The effects with what a bootstrap over discovery prompts says of the members, and the circuit's own figures."""
+    seed, config = run.experiment.seed, problem.config
+    effects, figures = with_stability(with_intervals(effects, members, seed), members, config.method, seed)
+    halves = agreement_of_halves(problem, len(members), seed) if config.halves else None
+    figures |= {"halves_jaccard": halves and halves.jaccard, "halves_chance": halves and halves.chance}
+    return effects, {name: _figure(value) for name, value in figures.items()}
+
+
+def _audited(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
+    """The audit, and a line about it."""
+    report = audit(problem, effects, seed)
+    top, others = (report[group]["rank_correlation"] for group in ("top", "random"))
+    say(f"audit against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
+    return report
+
+
+def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
+    """Give the strongest features of the graph the tokens they raise and lower."""
+    strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:SHOWN_NODES]
+    for site, dictionary in problem.ablation.dictionaries.items():
+        names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
+        if names:
+            features = [int(name.rpartition("/F")[2]) for name in names]
+            for name, tokens in zip(names, token_effects(problem.model, dictionary.W_dec[features]), strict=True):
+                graph.nodes[name].update(tokens._asdict())
+
+
+def _result(
+    run: Run, category: str, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem
+) -> dict[str, Any]:
+    """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
+    row = curve[curve["size"] == len(graph)].iloc[0]
+    names = [name for name in curve.columns if name != "size"]
+    figures = {name: _figure(row[name]) for name in names}
+    total = float(np.nansum(np.abs(effects.effect)))
+    errors = float(np.nansum(np.abs(effects.effect[problem.ablation.nodes.is_error])))
+    return {
+        "preset": run.experiment.name,
+        "category": category,
+        "method": problem.config.method,
+        "n_nodes": graph.number_of_nodes(),
+        "n_edges": graph.number_of_edges(),
+        **figures,
+        "error_share": round(errors / total, 4) if effects.unit == NATS and total > 0 else None,
+    }
+
+
+def _held_against(
+    run: Run,
+    problem: Problem,
+    test_runs: PromptRuns,
+    effects: Effects,
+    members: Int[np.ndarray, " members"],
+    sizes: Sequence[int],
+    measurable: bool,
+) -> dict[str, Any]:
+    """Baselines of the reported circuit, its sites, and the areas of the curves of the method's effects.
+
+    Where faithfulness is not measurable (`measurable` is False), neither is what is made of it.
+    """
+    config, nodes = run.experiment.evaluation, problem.ablation.nodes
+    circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
+    sizes = sorted({*sizes, nodes.n_nodes})
+    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * len(test_runs.batches)
+    with progress_bar("baselines", total, "runs") as progress:
+        at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
+        smallest = config.min_denominator
+        alone = single_site_faithfulness(problem, test_runs, effects.ranking, len(members), smallest, progress)
+        areas = curve_areas(problem, test_runs, effects.effect, sizes, smallest, progress)
+    return {
+        "p_value": at_random,
+        "single_site_faithfulness": {site: _figure(value if measurable else None) for site, value in alone.items()},
+        "nodes_per_site": dict(zip(alone, np.bincount(nodes.site_numbers, circuit).astype(int).tolist(), strict=True)),
+        **{name: _figure(value if measurable else None) for name, value in areas.items()},
+    }
+
+
+def _faithfulness_of_edges(
+    run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int], edges: Sequence[Edge]
+) -> dict[str, float | None]:
+    """Of the edges that are drawn, on the test split."""
+    config, ends = run.experiment.evaluation, [(edge.source, edge.target) for edge in edges]
+    with progress_bar(
+        "ablating edges", len(problem.ablation.nodes.sites) * len(test_runs.batches), "sites"
+    ) as progress:
+        figures = edge_faithfulness(
+            problem, test_runs, members, ends, config.min_denominator, run.experiment.seed, progress
+        )
+    return {name: _figure(value) for name, value in figures.items()}
+
+
+def _figure(value: Any) -> float | None:
+    return None if pd.isna(value) else round(float(value), 4)

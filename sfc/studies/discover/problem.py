@@ -1,0 +1,269 @@
+"""A task: what a circuit is to explain. Refusing the prompts of a category is one, a file of pairs sets another.
+
+Paired references: the prompts of `pairs.csv`, each held against its own partner and not against a mean.
+
+The task that a category of the data set sets: what makes the model refuse its prompts?
+
+The task that behaviour sets: among prompts of one label, what makes the model refuse those that it refuses?
+
+The question that circuits are found and judged by: model, dictionaries, prompts and references of one task.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool
+
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
+from sfc.circuits.nodes import Nodes, component_spaces
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.config import ReferenceChoice
+from sfc.core.errors import UserError
+from sfc.core.progress import say
+from sfc.data.balance import balance
+from sfc.data.pairs import load_pairs
+from sfc.data.schema import ALL
+from sfc.data.topics import listed_topics
+from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.score import RefusalScore, auroc, score_prompts
+from sfc.run import Run
+from sfc.saes.dictionary import Dictionary
+from sfc.saes.store import Store
+from sfc.studies.behaviour import judged
+from sfc.studies.collect import PROMPTS_FILE, short_enough
+from sfc.studies.discover.base import against_base
+from sfc.studies.discover.pairs import pairs_task
+from sfc.studies.discover.task import Task
+from sfc.studies.train.train import load_dictionaries
+
+
+class Paired(NamedTuple):
+    """The prompts that a circuit explains, with their partners as the reference."""
+
+    reference: Reference
+    discovery: list[Batch]
+    test: list[Batch]
+    prompts: pd.DataFrame
+    """columns `prompt`, `category`, `refusal_label`, `dataset_type`, `split`; partners are of the split `reference`"""
+
+
+def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Paired:
+    """The category's pairs: those of the population are explained, the others give the reference.
+
+    Raises:
+        UserError: there are too few pairs, or none short enough.
+    """
+    experiment, population = run.experiment, run.experiment.discovery.population
+    pairs = load_pairs(run.data_folder, category, experiment.prompts, experiment.seed)
+    partner = "safe" if population == "toxic" else "toxic"
+    explained, partners = model.tokenize(pairs[population].tolist()), model.tokenize(pairs[partner].tolist())
+    fits = [
+        max(len(a.ids), len(b.ids)) <= experiment.prompts.max_tokens for a, b in zip(explained, partners, strict=True)
+    ]
+    numbers = np.flatnonzero(fits)
+    of_split = {split: numbers[pairs["split"].to_numpy()[numbers] == split] for split in ("discovery", "test")}
+    if not all(len(chosen) for chosen in of_split.values()):
+        raise UserError("no pair of some split is short enough: raise --set prompts.max_tokens=…")
+    layout = SlotLayout.of([*explained, *partners])
+    tokens = experiment.activations.batch_tokens
+
+    def batches(chosen: np.ndarray) -> list[Batch]:
+        plain = make_batches([explained[i] for i in chosen], layout, tokens, model.device)
+        tables = torch.from_numpy(chosen).to(model.device)
+        return [batch.with_tables(tables[batch.prompts], layout) for batch in plain]
+
+    reference = paired_reference(model, dictionaries, make_batches(partners, layout, tokens, model.device), layout)
+    discovery, test = (batches(of_split[split]) for split in ("discovery", "test"))
+    check_covered(reference, [*discovery, *test])
+    kept = pairs[fits]
+    frames = [
+        pd.DataFrame({"prompt": kept[population], "refusal_label": population == "toxic", "split": kept["split"]}),
+        pd.DataFrame({"prompt": kept[partner], "refusal_label": partner == "toxic", "split": "reference"}),
+    ]
+    prompts = pd.concat(frames).assign(category=category, dataset_type="pair")
+    return Paired(reference, discovery, test, prompts)
+
+
+LOW_AUROC = 0.8
+_REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
+    "safe-mean": [False],
+    "toxic-mean": [True],
+    "balanced-mean": [False, True],
+    "complied-mean": [],
+    "base": [],
+    "zero": [],
+    "paired": [],
+}
+"""which prompts of the reference split are averaged, by their expected label"""
+
+
+def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
+    """The prompts of one category, or of `ALL`, against the reference that the configuration names.
+
+    Raises:
+        UserError: the category lacks prompts.
+    """
+    experiment, config = run.experiment, run.experiment.discovery
+    frame = run.prompts.frame
+    if config.contrast == "toxic-hard":
+        frame = frame[frame["dataset_type"] != "safe_80k"]
+    of = None if category == ALL else category
+    balanced, report = balance(frame, of, experiment.prompts.hard_share, experiment.seed)
+    for line in report.lines():
+        say(f"prompts of {line}")
+    everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
+    population = config.population == "toxic"
+    labels = _REFERENCE_LABELS[config.reference_choice]
+    in_reference = (everyone["split"] == "reference") & everyone["refusal_label"].isin(labels)
+
+    used = pd.concat([balanced[balanced["split"] != "reference"], everyone[in_reference]])
+    used, tokenized = short_enough(model.tokenize, used, experiment.prompts.max_tokens)
+    layout = SlotLayout.of(tokenized)
+
+    def batches(wanted: pd.Series) -> list[Batch]:
+        chosen = [prompt for prompt, want in zip(tokenized, wanted, strict=True) if want]
+        return make_batches(chosen, layout, experiment.activations.batch_tokens, model.device)
+
+    explained = used["refusal_label"] == population
+    discovery, test = used["split"] == "discovery", used["split"] == "test"
+    in_reference = used["split"] == "reference"
+    to_explain = [batches(discovery & explained), batches(test & explained)]
+    facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
+    hard = ", its safe prompts being hard ones" if config.contrast == "toxic-hard" else ""
+    say(f"reference: {config.reference_choice}{hard}")
+    if config.reference_choice == "paired":
+        paired = paired_prompts(run, category, model, dictionaries)
+        reference, to_explain = paired.reference, [paired.discovery, paired.test]
+        facts["prompts"] = pd.concat([used[discovery], paired.prompts])
+    elif config.reference_choice == "base":
+        reference, to_explain = against_base(run, model, dictionaries, to_explain, layout)
+    elif config.reference_choice == "zero":
+        reference = zero_reference(dictionaries, layout)
+    else:
+        reference = mean_reference(model, dictionaries, batches(in_reference), layout)
+    score = RefusalScore.of(model)
+    facts["score_auroc"] = _score_separation(model, score, batches(discovery), used[discovery])
+    return Task(score, reference, to_explain[0], to_explain[1], used[discovery], config.population, facts)
+
+
+def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], prompts: pd.DataFrame) -> float | None:
+    """AUROC of the score between toxic and safe discovery prompts; low values are warned of."""
+    separation = auroc(score_prompts(model, score, batches), prompts["refusal_label"].to_numpy(dtype=bool))
+    if separation is not None and separation < LOW_AUROC:
+        say(
+            f"warning: the refusal score tells toxic from safe prompts with AUROC {separation:.2f} only (below"
+            f" {LOW_AUROC}); this model may hardly refuse, or model.refusal_tokens may not be how it opens a refusal"
+        )
+    return None if separation is None else round(separation, 4)
+
+
+FEWEST = {"discovery": 8, "reference": 4, "test": 4}
+"""prompts that each split must have of the sides that it is used for"""
+
+
+def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
+    """The refused prompts of one category, or of `ALL`, against the mean of those of the same label that are answered.
+
+    The label is `toxic`, or `hard` where the population is safe. Sides are judged replies, never labels.
+
+    Raises:
+        UserError: a side has too few prompts in some split.
+    """
+    experiment = run.experiment
+    kind = "toxic" if experiment.discovery.population == "toxic" else "hard"
+    frame = run.prompts.frame
+    frame = frame[(frame["dataset_type"] == kind) & (frame["category"].eq(category) | (category == ALL))]
+    if frame.empty:
+        raise UserError(f"there are no {kind} prompts of category {category!r} in the data")
+    corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
+    prompts = judged(run, model, corpus.table, f"{kind}-{category}")
+    _check_sides(prompts, kind, category)
+    layout = SlotLayout.of(corpus.sequences)
+
+    def batches(wanted: Bool[np.ndarray, " prompts"]) -> list[Batch]:
+        chosen = [corpus.sequences[i] for i in np.flatnonzero(wanted)]
+        return make_batches(chosen, layout, experiment.activations.batch_tokens, model.device)
+
+    refused = prompts["refused"].to_numpy(dtype=bool)
+    discovery, reference, test = (prompts["split"].eq(split).to_numpy() for split in ("discovery", "reference", "test"))
+    score, labelled = RefusalScore.of(model), prompts[discovery]
+    separation = auroc(score_prompts(model, score, batches(discovery)), refused[discovery])
+    return Task(
+        score=score,
+        reference=mean_reference(model, dictionaries, batches(reference & ~refused), layout),
+        discovery=batches(discovery & refused),
+        test=batches(test & refused),
+        # The two sides of this task are the judged ones.
+        labelled=labelled.assign(refusal_label=labelled["refused"]),
+        population=f"refused {kind}",
+        facts={
+            "prompts": prompts,
+            "contrast": "refused-complied",
+            "score_auroc": None if separation is None else round(separation, 4),
+        },
+    )
+
+
+def _check_sides(prompts: pd.DataFrame, kind: str, category: str) -> None:
+    """Say how many prompts of each split were refused and answered; too few of either are an error."""
+    refused = {split: prompts.loc[prompts["split"] == split, "refused"] for split in FEWEST}
+    sides = {split: (int(of_split.sum()), int((~of_split).sum())) for split, of_split in refused.items()}
+    told = ", ".join(f"{yes} and {no} in {split}" for split, (yes, no) in sides.items())
+    say(f"{kind} prompts of {category}, refused and answered: {told}")
+    # Refused ones of the reference split and answered ones of the test split are not used.
+    used = {"discovery": min(sides["discovery"]), "reference": sides["reference"][1], "test": sides["test"][0]}
+    if any(used[split] < fewest for split, fewest in FEWEST.items()):
+        raise UserError(
+            f"contrast refused-complied: of the {kind} prompts of {category}, refused and answered are {told}; needed"
+            f" are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} answered in reference and"
+            f" {FEWEST['test']} refused in test: take --category all, or --population"
+            f" {'safe (hard prompts)' if kind == 'toxic' else 'toxic'}"
+        )
+
+
+def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
+    """Everything discovery and evaluation need: the problem on discovery prompts, the runs of the test prompts, and the
+    facts for the manifest: `prompts` (a frame), `population`, `score_auroc`, and what else the task has to say.
+
+    Raises:
+        UserError: the task lacks prompts, or an artifact it needs is corrupt.
+    """
+    experiment = run.experiment
+    model = load_model(experiment.model, choose_device(run.device))
+    kind, error_mode = experiment.discovery.nodes, experiment.evaluation.error_mode
+    if kind == "features":
+        dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
+    else:
+        dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
+    if run.pairs:
+        task = pairs_task(run, run.pairs, model, dictionaries)
+    elif experiment.discovery.contrast == "refused-complied":
+        task = behaviour_task(run, category, model, dictionaries)
+    else:
+        task = refusal_task(run, category, model, dictionaries)
+    nodes = Nodes.of_spaces(dictionaries)
+    first = nodes.sites[0]
+    problem = Problem(
+        model=model,
+        score=task.score,
+        ablation=Ablation(nodes, dictionaries, task.reference, error_mode),
+        runs=PromptRuns.of(model, task.discovery, first),
+        store=Store(run.store.folder),
+        prompts=with_store_index(run, task.labelled),
+        config=experiment.discovery,
+    )
+    return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
+
+
+def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
+    """The prompts with their numbers in the store and, where the data set lists them, their topics."""
+    stored = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
+    index = dict(zip(stored["prompt"], stored["store_index"], strict=True))
+    topics = None if run.pairs else listed_topics(run.data_folder, prompts["original_source"].tolist())
+    listed = {} if topics is None else {"topic": topics}
+    return prompts.assign(store_index=prompts["prompt"].map(index), **listed).reset_index(drop=True)

@@ -1,0 +1,63 @@
+"""Prompt formats: the same instruction as a question, a blank to fill and a choice to make. Nothing here imports torch.
+
+The formats themselves are in `formats.yaml`; any file with the same keys can take its place.
+"""
+
+from pathlib import Path
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from sfc.core.errors import UserError
+from sfc.core.options import Section
+
+FORMATS = Path(__file__).with_name("formats.yaml")
+_SLOT = "{instruction}"
+
+
+class Version(Section):
+    """One wording of a format."""
+
+    prompt: str = Field(description="the user's message, with {instruction} in it once")
+    reply: str = Field("", description="the start of the model's reply, after which it answers")
+    refuse: str = Field(min_length=1, description="the answer that refuses, one token after `reply`")
+    comply: str = Field(min_length=1, description="the answer that complies")
+
+    @model_validator(mode="after")
+    def _can_be_asked_and_answered(self) -> "Version":
+        if self.prompt.count(_SLOT) != 1:
+            raise ValueError(f"the prompt must hold {_SLOT} once")
+        if self.refuse == self.comply:
+            raise ValueError("the two answers are the same")
+        return self
+
+    def ask(self, instruction: str) -> str:
+        """The user's message."""
+        return self.prompt.replace(_SLOT, instruction)
+
+
+Formats = dict[str, list[Version]]
+"""Versions of each format by its name; an instruction's score is the mean over the versions."""
+
+
+def load_formats(path: Path = FORMATS) -> Formats:
+    """Read formats from a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML or not of the form of `formats.yaml`, or holds fewer than three
+            formats, which the Friedman test needs.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        formats = TypeAdapter(Formats).validate_python(values)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: --definitions takes a YAML file like {FORMATS}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise UserError(f"{path}: {where}: {problem['msg'].removeprefix('Value error, ')}; see {FORMATS}") from None
+    if len(formats) < 3 or not all(formats.values()):
+        raise UserError(f"{path} must hold three formats or more, each with a version, to be compared; see {FORMATS}")
+    return formats

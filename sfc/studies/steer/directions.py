@@ -1,0 +1,256 @@
+"""Two sides of prompts, equally many on each, whose difference of means is a direction.
+
+toxic-safe        what the data set expects: toxic prompts against safe and hard ones
+refused-complied  what the model did: judged refusals against compliances
+hard-score        among hard prompts alone: the upper half by refusal score against the lower half
+
+Directions in the residual stream, in float64, from what stands on two sides of a contrast or from a dictionary.
+
+Directions to steer along: of features, and those that finished `sfc steer` runs have chosen.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch import Tensor
+
+from sfc.core.artifacts import MANIFEST, read_json
+from sfc.core.errors import UserError
+from sfc.core.sites import site_from_short
+from sfc.core.study_options import ContrastKind
+from sfc.data.schema import keyed_numbers
+from sfc.models.edits import Edit, Steering
+from sfc.models.identity import model_identity
+from sfc.run import Run
+from sfc.saes.dictionary import Dictionary
+from sfc.saes.store import Store
+from sfc.studies.train.train import load_dictionaries
+
+_FEWEST = 4
+
+
+class Contrast(NamedTuple):
+    """Rows of a recording, and on which side each stands."""
+
+    rows: Int[np.ndarray, " chosen"]
+    positive: Bool[np.ndarray, " chosen"]
+
+    def among(self, wanted: Bool[np.ndarray, " prompts"]) -> "Contrast":
+        """The contrast without the rows that are not wanted."""
+        kept = wanted[self.rows]
+        return Contrast(self.rows[kept], self.positive[kept])
+
+    def shuffled(self, seed: int) -> "Contrast":
+        """The same rows, dealt to the two sides by lot."""
+        return Contrast(self.rows, np.random.default_rng(seed).permutation(self.positive))
+
+
+def make_contrast(
+    kind: ContrastKind,
+    prompts: pd.DataFrame,
+    scores: Float[np.ndarray, " prompts"],
+    refused: Bool[np.ndarray, " prompts"] | None,
+    seed: int,
+) -> Contrast:
+    """Choose the rows of each side; of the longer side, some by hash.
+
+    Args:
+        prompts: `prompt`, `dataset_type` and `refusal_label`, a row per prompt.
+        refused: judged replies; only `refused-complied` asks for them.
+
+    Raises:
+        UserError: a side has fewer than four prompts.
+    """
+    toxic = prompts["refusal_label"].to_numpy(dtype=bool)
+    if kind == "toxic-safe":
+        sides = toxic, ~toxic
+    elif kind == "refused-complied":
+        if refused is None:
+            raise ValueError("refused-complied needs judged replies")
+        sides = refused, ~refused
+    else:
+        hard = (prompts["dataset_type"] == "hard").to_numpy()
+        middle = np.median(scores[hard]) if hard.any() else 0.0
+        sides = hard & (scores > middle), hard & (scores < middle)
+    size = min(int(side.sum()) for side in sides)
+    if size < _FEWEST:
+        raise UserError(
+            f"the contrast {kind} has {int(sides[0].sum())} against {int(sides[1].sum())} discovery prompts, and needs"
+            f" {_FEWEST} on each side: raise --set steering.prompts=…, or choose other --contrasts"
+        )
+    numbers = keyed_numbers(prompts["prompt"], f"contrast {kind} {seed}")
+    chosen = [np.flatnonzero(side)[np.argsort(numbers[side], kind="stable")[:size]] for side in sides]
+    return Contrast(np.concatenate(chosen), np.repeat([True, False], size))
+
+
+Vector = Float[Tensor, " d_model"]
+
+
+def difference_of_means(rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"]) -> Vector:
+    """Mean of the positive rows minus mean of the others (Arditi et al. 2024).
+
+    Raises:
+        ValueError: one side is empty.
+    """
+    if positive.all() or not positive.any():
+        raise ValueError("a contrast needs prompts on both sides")
+    chosen = torch.from_numpy(np.asarray(positive, dtype=bool))
+    return rows[chosen].double().mean(0) - rows[~chosen].double().mean(0)
+
+
+def probe_direction(
+    rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"], ridge: float = 1.0
+) -> Vector:
+    """The direction along which a logistic regression's log-odds grow, scaled as the difference of means along it.
+
+    The columns are standardised for the fit, so that the penalty, `ridge / 2 |w|^2` on a sum of losses, weighs all
+    alike. The length is the difference of the sides' mean components, which makes raw amounts comparable.
+
+    Raises:
+        ValueError: one side is empty.
+    """
+    difference = difference_of_means(rows, positive)
+    values, signs = rows.double().numpy(), np.where(positive, 1.0, -1.0)
+    spread = values.std(0) + 1e-12
+    standard = (values - values.mean(0)) / spread
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, bias = parameters[:-1], parameters[-1]
+        margins = signs * (standard @ weights + bias)
+        pull = -signs * expit(-margins)
+        gradient = np.append(standard.T @ pull + ridge * weights, pull.sum())
+        return float(np.logaddexp(0, -margins).sum() + ridge / 2 * weights @ weights), gradient
+
+    fitted = minimize(loss, np.zeros(values.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    weights = torch.from_numpy(fitted.x[:-1] / spread)
+    unit = weights / weights.norm()
+    return unit * (difference @ unit)
+
+
+def feature_direction(dictionary: Dictionary, feature: int) -> Vector:
+    """What one unit of a feature writes: its row of the decoder.
+
+    Raises:
+        UserError: the dictionary has no such feature.
+    """
+    if not 0 <= feature < dictionary.d_sae:
+        raise UserError(f"no feature F{feature} at {dictionary.site}: it has F0 to F{dictionary.d_sae - 1}")
+    return dictionary.W_dec[feature].detach().double().cpu()
+
+
+def circuit_directions(circuit: nx.DiGraph, dictionaries: Mapping[str, Dictionary]) -> dict[str, Vector]:
+    """For each site, all features of a circuit together: the sum of their decoder rows, weighted by their effects.
+
+    A feature of positive effect, which raises the score, counts with its direction, one of negative effect against it.
+    Error nodes have no direction.
+
+    Raises:
+        UserError: a feature is none of these dictionaries', or the circuit has no features.
+    """
+    sums: dict[str, Vector] = {}
+    for name, node in circuit.nodes(data=True):
+        if node["kind"] != "feature":
+            continue
+        if node["site"] not in dictionaries:
+            raise UserError(f"the circuit's node {name} is at {node['site']}, where there is no dictionary")
+        row = feature_direction(dictionaries[node["site"]], int(name.rpartition("/F")[2]))
+        sums[node["site"]] = sums.get(node["site"], torch.zeros_like(row)) + node["effect"] * row
+    if not sums:
+        raise UserError("the circuit has no features, so it has no direction")
+    return sums
+
+
+def in_span(vector: Vector, others: Sequence[Vector]) -> Vector:
+    """The part of a direction that lies in the span of others, by orthogonal projection."""
+    if not others:
+        return torch.zeros_like(vector)
+    columns = torch.stack([other / other.norm() for other in others], dim=1)
+    left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+    basis = left[:, singular > 1e-9 * singular[0]]  # of directions that say the same, one counts
+    return basis @ (basis.T @ vector)
+
+
+def span_share(vector: Vector, others: Sequence[Vector]) -> float:
+    """How much of a direction's squared length lies in the span of others, between 0 and 1."""
+    return float(in_span(vector, others).square().sum() / vector.square().sum())
+
+
+def cosine(first: Vector, second: Vector) -> float:
+    """Cosine of the angle between two directions."""
+    return float(first @ second / (first.norm() * second.norm()))
+
+
+def random_directions(n: int, d_model: int, seed: int) -> list[Vector]:
+    """Directions drawn evenly from the unit sphere."""
+    drawn = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d_model)))
+    return list(drawn / drawn.norm(dim=1, keepdim=True))
+
+
+_BLOCK_ROWS = 8192
+
+
+def steer(run: Run, direction: str, alpha: float) -> Steering:
+    """Adding a direction to the residual stream, for `Probe.score_of` and `Probe.reply`.
+
+    Args:
+        direction: a feature, `resid_post.21/F463`, whose decoder direction is added at the tokens of
+            `steering.positions`; or the folder of a finished `sfc steer`, `steering-toxic-safe-add-dc34b362`, whose
+            chosen direction is added where it was learned and swept.
+        alpha: how much, in units of the mean norm of the residual stream at the site: over the store's tokens for a
+            feature, and as `sfc steer` measured it for a direction of its own. Negative steers away.
+
+    Raises:
+        UserError: there is no such direction, or of a feature no store to measure the norm on.
+    """
+    if direction in finished_directions(run):
+        folder = run.root / "circuits" / run.experiment.name / direction
+        result, vectors = read_json(folder / "result.json"), load_file(folder / "vectors.safetensors")
+        edit = Edit("add", (site_from_short(result["site"]),), vectors["chosen"], alpha * result["norm"])
+        return Steering(edit, result["positions"], result["during_reply"])
+    if "/F" not in direction:
+        known = ", ".join(finished_directions(run)) or "none"
+        raise UserError(
+            f"no direction {direction!r}: name a feature, or a finished `sfc steer` of this model ({known})"
+        )
+    site, vector = direction_of_feature(run, direction)
+    config = run.experiment.steering
+    amount = alpha * _mean_norm(run.store.folder, site)
+    return Steering(Edit("add", (site,), vector, amount), config.positions, config.during_reply)
+
+
+def finished_directions(run: Run) -> list[str]:
+    """The folders of finished `sfc steer` runs of the experiment's model, by name."""
+    model = json.loads(json.dumps(model_identity(run.experiment.model)))
+    manifests = sorted((run.root / "circuits" / run.experiment.name).glob(f"steering-*/{MANIFEST}"))
+    return [path.parent.name for path in manifests if read_json(path)["inputs"]["model"] == model]
+
+
+def direction_of_feature(run: Run, name: str) -> tuple[str, Vector]:
+    """The site of a feature such as `resid_post.21/F463`, and its decoder direction.
+
+    Raises:
+        UserError: there is no such feature.
+    """
+    short, _, feature = name.partition("/F")
+    sites = run.experiment.activations.sites
+    if not feature.isdecimal() or site_from_short(short) not in sites:
+        raise UserError(f"no dictionary at {short}: there are SAEs at {', '.join(sites)}")
+    site = site_from_short(short)
+    return site, feature_direction(load_dictionaries(run.saes.folder, [site])[site], int(feature))
+
+
+def _mean_norm(folder: Path, site: str) -> float:
+    """Over all tokens of a store."""
+    store = Store(folder)
+    total = sum(float(store.read(site, *block).norm(dim=1).sum()) for block in store.blocks(_BLOCK_ROWS))
+    return total / store.n_tokens

@@ -1,0 +1,314 @@
+"""The dial: every prompt under every setting, its score, its reply and the judgement of it.
+
+What a dial's effect is worth: the same edit along directions that should do nothing, at the same amount.
+
+Does the dial generalise, and what does it cost? Refusal of unsafe against refusal of safe prompts, alpha by alpha.
+
+Made for XSTest (Röttger et al. 2024), whose safe prompts look like unsafe ones: a dial that only makes the model refuse
+more raises both rates, and moves along the curve that over-refusal makes. A defence raises one and not the other.
+
+What steering costs on text that has nothing to do with refusing: replies that the base model gives to safe prompts.
+
+The replies are given, not generated: their cross-entropy, and how far the distribution of each token moves. What is
+steered is what the dial steers when it is used, so that the opening token, which a forced refusal replaces, counts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sfc.core.sites import layer_of
+from sfc.core.study_options import SteeringConfig
+from sfc.data.render import Role, TokenizedPrompt
+from sfc.models.batches import PACKED_TOKENS
+from sfc.models.bench import (
+    Bench,
+    Progress,
+    SteeredReplies,
+    effect_on_replies,
+    plain_replies,
+    plain_scores,
+    steered_replies,
+    steered_scores,
+)
+from sfc.models.edits import Edit, residual_sites
+from sfc.models.generation import generate_ids
+from sfc.models.judge import is_refusal
+from sfc.models.loading import Model
+from sfc.stats import wilson
+from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
+from sfc.studies.steer.select import Candidate, Fold
+
+FORCE, SUPPRESS, NONE = "force", "suppress", ""
+INTENDED_LABEL = {FORCE: "safe", SUPPRESS: "toxic"}
+"""on which prompts a turn of the dial is judged"""
+Intent = Literal["force", "suppress", ""]
+
+
+class Setting(NamedTuple):
+    """A direction at a site, and how far the dial is turned."""
+
+    name: str
+    site: str
+    token: int | None
+    alpha: float
+    edit: Edit
+
+    @property
+    def intent(self) -> Intent:
+        """What turning the dial so is for."""
+        if self.edit.kind == "project-out":
+            return SUPPRESS if self.alpha > 0 else NONE
+        if self.edit.kind == "clamp":
+            return FORCE if self.alpha > 0 else SUPPRESS
+        return FORCE if self.alpha > 0 else SUPPRESS if self.alpha < 0 else NONE
+
+
+def setting(
+    bench: Bench,
+    candidate: Candidate,
+    alpha: float,
+    config: SteeringConfig,
+    vector: Vector | None = None,
+    name: str = "chosen",
+) -> Setting:
+    """The dial at an alpha; another `vector` takes the place of the candidate's at an equal amount."""
+    everywhere = config.edit == "project-out" and config.everywhere
+    sites = residual_sites(bench.model) if everywhere else (candidate.site,)
+    edit = Edit(config.edit, sites, candidate.vector if vector is None else vector, candidate.amount(alpha, config))
+    return Setting(name, candidate.site, candidate.token, alpha, edit)
+
+
+def sweep(
+    bench: Bench, prompts: pd.DataFrame, settings: Sequence[Setting], reply_tokens: int, progress: Progress
+) -> pd.DataFrame:
+    """One row per setting and prompt.
+
+    Columns: `direction`, `site`, `layer`, `token`, `alpha`, `intent`, the columns of `prompts`, `unsteered_score`,
+    `score`, `unsteered_refused`, `refused`, `changed` (a change in the intended direction, against the unsteered reply;
+    False where there is none), `eligible` (a prompt on which one was possible) and `reply`.
+
+    Args:
+        prompts: what is on the bench, in its order.
+    """
+    plain = plain_replies(bench, reply_tokens)
+    steered = steered_replies(bench, [each.edit for each in settings], reply_tokens, progress)
+    before = _judged(plain)[0]
+    tables = []
+    for each, scores, refused, replies in zip(settings, steered.scores, _judged(steered), steered.texts, strict=True):
+        eligible = ~before if each.intent == FORCE else before if each.intent == SUPPRESS else np.zeros_like(before)
+        tables.append(
+            prompts.assign(
+                direction=each.name,
+                site=each.site,
+                layer=layer_of(each.site),
+                token=each.token,
+                alpha=each.alpha,
+                intent=each.intent,
+                unsteered_score=plain.scores[0],
+                score=scores,
+                unsteered_refused=before,
+                refused=refused,
+                eligible=eligible,
+                changed=eligible & (refused != before),
+                reply=replies,
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _judged(replies: SteeredReplies) -> np.ndarray:
+    return np.array([[is_refusal(text) for text in texts] for texts in replies.texts], dtype=bool)
+
+
+def rates(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Refusals and changes per group of a sweep's rows, with Wilson intervals of 95 %.
+
+    Columns: those of `by`, `n`, `refusals`, `rate`, `low`, `high`, `score` and `score_change` (means, in nats),
+    `eligible`, `changed`, `changed_rate` (None where no prompt could change), `changed_low`, `changed_high`.
+    """
+    groups = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        n, refusals = len(group), int(group["refused"].sum())
+        eligible, changed = int(group["eligible"].sum()), int(group["changed"].sum())
+        groups.append(
+            dict(zip(by, key, strict=True))  # pyright: ignore[reportArgumentType]
+            | {"n": n, "refusals": refusals, "rate": refusals / n}
+            | wilson(refusals, n)._asdict()
+            | {"score": group["score"].mean(), "score_change": (group["score"] - group["unsteered_score"]).mean()}
+            | {"eligible": eligible, "changed": changed, "changed_rate": changed / eligible if eligible else None}
+            | {f"changed_{end}": value for end, value in wilson(changed, eligible)._asdict().items()}
+        )
+    return pd.DataFrame(groups)
+
+
+def best_alphas(changes: pd.DataFrame, max_loss: float) -> Mapping[str, float]:
+    """For each intent, the alpha that changes most replies among those that leave ordinary text alone.
+
+    Args:
+        changes: `intent`, `alpha`, `changed_rate`, and `loss_rise`, the share by which the cross-entropy of ordinary
+            text rises; where it rises by more than `max_loss` at every alpha, that of the smallest rise is taken.
+    """
+    chosen = {}
+    for intent, group in changes[changes["intent"] != NONE].groupby("intent"):
+        within = group[group["loss_rise"] <= max_loss]
+        order = ["changed_rate", "loss_rise"] if len(within) else ["loss_rise"]
+        best = (within if len(within) else group).sort_values(
+            order, ascending=[name != "changed_rate" for name in order]
+        )
+        chosen[str(intent)] = float(best["alpha"].iloc[0])
+    return chosen
+
+
+SHUFFLED, RANDOM = "shuffled labels", "random"
+
+
+def control_settings(
+    bench: Bench,
+    candidate: Candidate,
+    shuffled: Sequence[Vector],
+    alphas: Sequence[float],
+    config: SteeringConfig,
+    seed: int,
+) -> list[Setting]:
+    """At each alpha, directions beside the candidate's, of equal norm: shuffled labels', and random ones."""
+    others = {f"{SHUFFLED} {number}": vector for number, vector in enumerate(shuffled)}
+    drawn = random_directions(config.random_directions, len(candidate.vector), seed)
+    others |= {f"{RANDOM} {number}": vector for number, vector in enumerate(drawn)}
+    return [
+        setting(bench, candidate, alpha, config, vector, name) for alpha in alphas for name, vector in others.items()
+    ]
+
+
+class Band(NamedTuple):
+    """Where the directions of a control end up."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def band(table: pd.DataFrame, control: str, column: str) -> Band:
+    """Mean and extremes over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
+
+    Args:
+        table: with a column `direction`, the control's name and a number.
+    """
+    values = table.loc[table["direction"].str.startswith(control), column].astype(float)
+    return Band(float(values.mean()), float(values.min()), float(values.max()))
+
+
+def subspace_table(
+    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], alpha: float
+) -> pd.DataFrame:
+    """How much of each direction, and of its effect, lies in the span of the others.
+
+    Columns: `direction`, `cosine` with the candidate's, `length` in units of the residual norm, `span_share` (of its
+    squared length), `effect` (mean change of the safe prompts' score, in nats, with the whole added at `alpha`),
+    `effect_in_span` and `effect_outside` (with its part in the span, and with the rest, each at its share of the
+    amount). The two parts' effects need not sum to the whole's: the model is not linear.
+    """
+    rows = []
+    plain = np.concatenate([plain_scores(fold.safe) for fold in folds])
+    for name, vector in directions.items():
+        others = [other for key, other in directions.items() if key != name]
+        inside = in_span(vector, others)
+        parts = [vector, inside, vector - inside]
+        lengths = [float(part.norm() / vector.norm()) for part in parts]
+        edits = [
+            # A part of no length has no direction, and an amount of zero along any other.
+            Edit("add", (candidate.site,), part if length else vector, alpha * candidate.norm * length)
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+        scores = np.concatenate([steered_scores(fold.safe, edits) for fold in folds], axis=1)
+        effects = (scores - plain).mean(1)
+        rows.append(
+            {
+                "direction": name,
+                "cosine": cosine(vector, candidate.vector),
+                "length": float(vector.norm()) / candidate.norm,
+                "span_share": span_share(vector, others),
+                **dict(zip(("effect", "effect_in_span", "effect_outside"), effects.tolist(), strict=True)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+UNSAFE, SAFE = "unsafe", "safe"
+_SIDES = {UNSAFE: "toxic", SAFE: "safe"}
+
+
+def trade_off(rows: pd.DataFrame) -> pd.DataFrame:
+    """Refusals of both sides per direction and alpha, with Wilson intervals of 95 %.
+
+    Columns: `direction`, `alpha`, and for `unsafe` and `safe` each `n_…`, `…` (the rate), `…_low`, `…_high` and
+    `…_unsteered` (the rate of the same prompts as they are).
+
+    Args:
+        rows: of a sweep over prompts with a `label`, `toxic` or `safe`, both of which are there.
+    """
+    points = []
+    for (direction, alpha), group in rows.groupby(["direction", "alpha"], sort=False):  # pyright: ignore
+        point: dict[str, object] = {"direction": direction, "alpha": alpha}
+        for side, label in _SIDES.items():
+            of_side = group[group["label"] == label]
+            n, refusals = len(of_side), int(of_side["refused"].sum())
+            low, high = wilson(refusals, n)
+            point |= {f"n_{side}": n, side: refusals / n, f"{side}_low": low, f"{side}_high": high}
+            point[f"{side}_unsteered"] = float(of_side["unsteered_refused"].mean())
+        points.append(point)
+    return pd.DataFrame(points)
+
+
+def best_defence(curve: pd.DataFrame) -> float | None:
+    """The alpha at which most unsafe prompts are refused, of those that raise this rate and not that of safe ones.
+
+    Of several, the one that refuses fewest safe prompts; None where there is none.
+
+    Args:
+        curve: as `trade_off` makes it, of one direction.
+    """
+    better = curve[(curve[UNSAFE] > curve[f"{UNSAFE}_unsteered"]) & (curve[SAFE] <= curve[f"{SAFE}_unsteered"])]
+    if better.empty:
+        return None
+    return float(better.sort_values([UNSAFE, SAFE], ascending=[False, True])["alpha"].iloc[0])
+
+
+def with_replies(base: Model, prompts: Sequence[TokenizedPrompt], reply_tokens: int) -> list[TokenizedPrompt]:
+    """The prompts with a model's greedy replies after them."""
+    replies = generate_ids(base, prompts, reply_tokens, PACKED_TOKENS)
+    return [
+        TokenizedPrompt(
+            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
+            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
+        )
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+
+
+def ordinary_effect(bench: Bench, settings: Sequence[Setting], progress: Progress) -> pd.DataFrame:
+    """One row per setting.
+
+    Columns: `direction`, `site`, `alpha`; `loss`, the mean cross-entropy of reply tokens in nats, and `plain_loss` of
+    the model as it is; `loss_rise`, the share by which it rises; `later_loss_rise`, the same without the opening
+    tokens; `kl`, the mean divergence per token.
+
+    Args:
+        bench: prompts with replies, as `with_replies` makes them.
+    """
+    effect = effect_on_replies(bench, [each.edit for each in settings], progress)
+    losses, later = effect.losses.mean(1), effect.losses[:, ~effect.is_first].mean(1)
+    return pd.DataFrame(
+        {
+            "direction": [each.name for each in settings],
+            "site": [each.site for each in settings],
+            "alpha": [each.alpha for each in settings],
+            "loss": losses[1:],
+            "plain_loss": losses[0],
+            "loss_rise": losses[1:] / losses[0] - 1,
+            "later_loss_rise": later[1:] / later[0] - 1,
+            "kl": effect.divergence[1:].mean(1),
+        }
+    )

@@ -1,0 +1,379 @@
+"""How often the features of a run's dictionaries fire: a histogram for each site and role.
+
+The figures of a run's dictionaries by site: reconstruction for each role, and what splicing them in costs.
+
+The page of a run's dictionaries: what they reconstruct, how often their features fire, what splicing them costs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sfc.pages.document import figure_html, guide_html, header_html, write_document
+from sfc.pages.graph import Columns, columns_of_sites
+from sfc.pages.style import BLUE, INK, PINK, QUIET, ROLE_COLOURS, VERMILION, axis, styled_figure
+from sfc.pages.text import NOT_MEASURABLE, count_text, hover_text, number_text, printable
+
+_HEIGHT = 470
+_BINS_PER_DECADE = 5
+
+
+def density_figure(density: pd.DataFrame, dense_rate: float) -> go.Figure:
+    """Histograms of log10 firing rates, a colour for each role, with a slider over the sites.
+
+    Features that never fire have no logarithm; the title counts them.
+
+    Args:
+        density: `density.csv` as `write_quality_page` takes it.
+        dense_rate: where the line stands beyond which features are dense.
+    """
+    roles = [column for column in density.columns if column not in ("site", "feature")]
+    edges = _edges(density[roles].to_numpy())
+    figure, titles, highest = styled_figure("", _HEIGHT), [], 1
+    by_site = dict(iter(density.groupby("site", sort=False)))
+    for site, rates in by_site.items():
+        never = ", ".join(f"{int((rates[role] == 0).sum()):,} ({role})" for role in roles)
+        titles.append(f"{hover_text(str(site))}: how often its {len(rates):,} features fire. Never: {never}")
+        for role, colour in zip(roles, ROLE_COLOURS, strict=False):
+            alive = rates.loc[rates[role] > 0, role]
+            counts, _ = np.histogram(np.log10(alive), edges)
+            highest = max(highest, int(counts.max()))
+            figure.add_trace(_bars(edges, counts, role, colour, visible=len(titles) == 1))
+    columns = columns_of_sites([str(site) for site in by_site])
+    steps = []
+    for number, label in enumerate(columns.labels):
+        visible = [place // len(roles) == number for place in range(len(roles) * len(titles))]
+        changes = [{"visible": visible}, {"title.text": titles[number]}]
+        steps.append({"label": label, "method": "update", "args": changes})
+    _set_axes(figure, edges, highest)
+    figure.add_vline(np.log10(dense_rate), line={"color": INK, "width": 1, "dash": "dot"})
+    figure.add_annotation(
+        text="dense ▸",
+        x=np.log10(dense_rate),
+        y=1,
+        yref="paper",
+        xanchor="left",
+        yanchor="top",
+        showarrow=False,
+        font={"size": 12, "color": QUIET},
+    )
+    figure.update_layout(
+        title={"text": titles[0]},
+        sliders=[
+            {
+                "steps": steps,
+                "currentvalue": {"prefix": f"{columns.title}: ", "font": {"size": 13, "color": INK}},
+                "font": {"size": 12, "color": QUIET},
+                "pad": {"t": 54, "b": 4},
+            }
+        ],
+    )
+    return figure
+
+
+def _edges(rates: np.ndarray) -> np.ndarray:
+    """Edges of equal bins in log10, from below the smallest rate that occurs up to 1."""
+    lowest = np.log10(rates[rates > 0].min(initial=0.1))
+    # Whole numbers first: a rate that is a power of ten shall not fall to one side by rounding. Rates have six digits.
+    return np.arange(np.floor(lowest * _BINS_PER_DECADE - 1e-5), 1) / _BINS_PER_DECADE + 1e-6
+
+
+def _bars(edges: np.ndarray, counts: np.ndarray, role: str, colour: str, visible: bool) -> go.Bar:
+    shares = [f"{100 * 10**edge:.3g} %" for edge in edges]
+    return go.Bar(
+        x=((edges[1:] + edges[:-1]) / 2).tolist(),
+        y=counts.tolist(),
+        marker={"color": colour},
+        name=role,
+        visible=visible,
+        customdata=[f"{low} to {high}" for low, high in pairwise(shares)],
+        hovertemplate=f"{role}: <b>%{{y:,}}</b> features<br>active in %{{customdata}} of the rows<extra></extra>",
+    )
+
+
+def _set_axes(figure: go.Figure, edges: np.ndarray, highest: int) -> None:
+    """The same axes for all sites, so that they can be compared."""
+    powers = range(int(np.ceil(edges[0])), 1)
+    figure.update_layout(
+        barmode="group",
+        bargap=0.1,
+        xaxis=axis(
+            "share of rows in which a feature is active",
+            tickvals=list(powers),
+            ticktext=[f"{100 * 10.0**power:g} %" for power in powers],
+            range=[float(edges[0]), float(edges[-1])],
+        ),
+        yaxis=axis("features", range=[0, 1.05 * highest], tickformat=",d"),
+    )
+
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+_ALL = "all"
+_MOST_LABELS = 12
+
+
+class _Panel(NamedTuple):
+    column: str
+    title: str
+    unit: str
+    digits: str
+
+
+class _Line(NamedTuple):
+    column: str
+    name: str
+    colour: str
+    symbol: str
+    dash: str
+
+
+_FIGURES = (
+    _Panel("fvu", "Variance unexplained", "share of variance", ".3f"),
+    _Panel("cosine", "Cosine of x and its reconstruction", "cosine", ".3f"),
+    _Panel("l0", "Active features (L0)", "features per row", ",.1f"),
+    _Panel("dead_share", "Dead features", "share of features", ".1%"),
+    _Panel("dense_share", "Dense features", "share of features", ".2%"),
+)
+_RUNS = (
+    _Line("{}", "as it is", INK, "circle", "dash"),
+    _Line("{}_spliced", "SAE spliced in", BLUE, "circle", "solid"),
+    _Line("{}_mean_ablated", "mean-ablated", VERMILION, "square", "solid"),
+    _Line("{}_zero_ablated", "zero-ablated", PINK, "diamond", "solid"),
+)
+_RECOVERED = (
+    _Line("{}_recovered", "recovered of mean-ablation", VERMILION, "square", "dot"),
+    _Line("{}_recovered_zero", "recovered of zero-ablation", PINK, "diamond", "dot"),
+)
+
+
+def reconstruction_figure(quality: pd.DataFrame) -> go.Figure:
+    """Small multiples: one figure per panel, sites from left to right, a line for each role.
+
+    Args:
+        quality: `quality.csv` as `write_quality_page` takes it.
+    """
+    figure = styled_figure("Reconstruction of held-out rows, by site and role of the token", 560)
+    make_subplots(
+        rows=2, cols=3, figure=figure, subplot_titles=_headings([panel.title for panel in _FIGURES]),
+        horizontal_spacing=0.07, vertical_spacing=0.2,
+    )  # fmt: skip
+    columns = columns_of_sites(_sites(quality))
+    for number, panel in enumerate(_FIGURES):
+        row, column = divmod(number, 3)
+        for rank, role in enumerate(quality["role"].unique()):
+            values = _by_site(quality[quality["role"] == role], panel.column, columns)
+            line = _Line(
+                panel.column, role, ROLE_COLOURS[rank % len(_SYMBOLS)], _SYMBOLS[rank % len(_SYMBOLS)], "solid"
+            )
+            hover = f"{role}: <b>%{{y:{panel.digits}}}</b> {panel.unit}"
+            figure.add_trace(_line(line, values, columns, hover, number == 0), row + 1, column + 1)
+        # Cosines lie close together, far from 0.
+        ticks = {"rangemode": "normal" if panel.column == "cosine" else "tozero"}
+        if panel.digits.endswith("%"):
+            ticks["tickformat"] = ".0%"
+        figure.update_yaxes(axis(panel.unit, **ticks), row=row + 1, col=column + 1)
+        figure.update_xaxes(_site_axis(columns), row=row + 1, col=column + 1)
+    # The sixth place is the legend's.
+    figure.update_layout(legend={"orientation": "v", "x": 0.72, "y": 0.34, "yanchor": "top", "title": "rows"})
+    return figure
+
+
+def splicing_figure(quality: pd.DataFrame) -> go.Figure:
+    """Cross-entropy and refusal score of the model with each site replaced, above the shares that are recovered."""
+    quality = quality[quality["role"] == _ALL]
+    columns = columns_of_sites(_sites(quality))
+    figure = styled_figure("The model with one site replaced, on held-out prompts", 640)
+    headings = (
+        "Cross-entropy of the next token", "Refusal score after the prompt",
+        "Loss recovered by the SAE", "Refusal score recovered by the SAE",
+    )  # fmt: skip
+    make_subplots(
+        rows=2,
+        cols=2,
+        figure=figure,
+        subplot_titles=_headings(headings),
+        horizontal_spacing=0.08,
+        vertical_spacing=0.18,
+    )
+    for column, (level, recovered) in enumerate((("cross_entropy", "loss"), ("score", "score")), start=1):
+        for row, lines, prefix, unit in ((1, _RUNS, level, "nats"), (2, _RECOVERED, recovered, "share recovered")):
+            for line in lines:
+                values = _by_site(quality, line.column.format(prefix), columns)
+                hover = f"{line.name}: <b>%{{y:.3f}}</b>{' nats' if row == 1 else ''}"
+                figure.add_trace(_line(line, values, columns, hover, column == 1), row, column)
+            figure.update_yaxes(axis(unit), row=row, col=column)
+            figure.update_xaxes(_site_axis(columns), row=row, col=column)
+        figure.add_hline(1, line={"color": QUIET, "width": 1}, row=2, col=column)  # pyright: ignore[reportArgumentType]
+    figure.update_layout(margin={"t": 118}, legend={"y": 1.06})
+    return figure
+
+
+def _headings(titles: Sequence[str]) -> list[str]:
+    return [f"<span style='font-size:13px'><b>{title}</b></span>" for title in titles]
+
+
+def _sites(quality: pd.DataFrame) -> list[str]:
+    return list(quality["site"].unique())
+
+
+def _by_site(quality: pd.DataFrame, column: str, columns: Columns) -> list[float | None]:
+    """A value for each site; None, a gap in the line, where there is none or it is not measurable."""
+    values = dict(zip(quality["site"], quality[column], strict=True))
+    return [float(values[site]) if np.isfinite(values.get(site, np.nan)) else None for site in columns.sites]
+
+
+def _line(line: _Line, values: list[float | None], columns: Columns, hover: str, in_legend: bool) -> go.Scatter:
+    return go.Scatter(
+        x=list(range(len(values))),
+        y=values,
+        mode="lines+markers",
+        line={"color": line.colour, "width": 2, "dash": line.dash},
+        marker={"color": line.colour, "size": 7, "symbol": line.symbol},
+        name=line.name,
+        legendgroup=line.name,
+        showlegend=in_legend,
+        customdata=[hover_text(site) for site in columns.sites],
+        hovertemplate=f"{hover}<br>%{{customdata}}<extra></extra>",
+    )
+
+
+def _site_axis(columns: Columns) -> dict:
+    places = list(range(len(columns.sites)))
+    step = -(-len(places) // _MOST_LABELS) or 1
+    return axis(columns.title, tickvals=places[::step], ticktext=columns.labels[::step], tickangle=0, showgrid=False)
+
+
+def write_quality_page(
+    path: Path, preset: str, quality: pd.DataFrame, density: pd.DataFrame, dense_rate: float
+) -> None:
+    """Write the page, whole or not at all; equal input makes equal bytes.
+
+    Args:
+        quality: a row per `site` and `role`, the role `all` first: `rows`, `fvu`, `cosine`, `l0`, `dead_share`,
+            `dense_share`, and in the rows of `all` the figures of `sfc.saes.splice.SplicingQuality`. NaN is not
+            measurable.
+        density: a row per `site` and `feature`, a column per role: the share of rows in which the feature is active.
+        dense_rate: above this share a feature counts as dense.
+    """
+    title = f"SAE quality · {preset}"
+    of_all = quality[quality["role"] == "all"]
+    body = f"""{header_html(title, _sentence(quality, density))}
+<section class="card graph">{figure_html("reconstruction", reconstruction_figure(quality))}</section>
+<section class="card graph">{figure_html("density", density_figure(density, dense_rate))}</section>
+<section class="card graph">{figure_html("splicing", splicing_figure(quality))}</section>
+<section class="card"><h2>How to read this page</h2>{guide_html(_guide(dense_rate))}</section>
+<section class="card scroll"><h2>Spliced into the model</h2>{_table(of_all, ["site"], _SPLICING)}</section>
+<section class="card scroll"><h2>Reconstruction</h2>{_table(quality, ["site", "role"], _RECONSTRUCTION)}</section>"""
+    write_document(path, title, body)
+
+
+def _sentence(quality: pd.DataFrame, density: pd.DataFrame) -> str:
+    first = quality[quality["site"] == quality["site"].iloc[0]]
+    of_roles = ", ".join(f"{rows:,} {role}" for role, rows in zip(first["role"], first["rows"], strict=True))
+    sizes = density.groupby("site", sort=False).size()
+    features = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
+    return (
+        f"{count_text(len(sizes), 'sparse autoencoder')} of {features} features, measured on activations kept "
+        f"from training. Rows at a site: {of_roles}."
+    )
+
+
+def _guide(dense_rate: float) -> tuple[str, ...]:
+    return (
+        "<b>Variance unexplained</b> = squared error over squared distance from the mean of the same rows: of all of "
+        "them, or of those of one role around that role's own mean. 0 is perfect, 1 no better than the mean. The "
+        "figure of all rows counts the variance between the roles as well, and is no average of the roles'.",
+        "<b>Roles.</b> Content is the user's text; the suffix is the template after it, a handful of tokens that are "
+        "the same in every prompt, at whose end the model decides; a reply is what the model wrote after that. The "
+        "fewer kinds of rows, the fewer features fire.",
+        "<b>L0</b> is the mean number of active features in a row. <b>Dead</b> features are active in none of these "
+        f"rows, <b>dense</b> ones in more than {100 * dense_rate:g} % of them. The histograms count features by the "
+        "share of rows in which they are active; move the slider to change the site.",
+        "<b>Splicing.</b> The reconstruction replaces the activation of every token at one site, except padding and "
+        "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
+        "recovered = 1 − mean |s spliced − s| / mean |s ablated − s|, over prompts; |change| is mean |s spliced − s|. "
+        "1 is perfect, 0 no better than the ablation, which sets the activation to its mean or to zero. Where that "
+        "does hardly any harm there is nothing to recover: not measurable, a gap in the line.",
+    )
+
+
+class _Column(NamedTuple):
+    name: str
+    title: str
+    text: Callable[[float], str] = number_text
+
+
+class _Group(NamedTuple):
+    title: str
+    columns: Sequence[_Column]
+
+
+def _count(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def _percent(value: float) -> str:
+    return NOT_MEASURABLE if math.isnan(value) else f"{100 * value:.2f} %"
+
+
+_RECONSTRUCTION = (
+    _Group("", [_Column("rows", "rows", _count)]),
+    _Group(
+        "x and its reconstruction",
+        [_Column("fvu", "variance unexplained"), _Column("cosine", "cosine"), _Column("l0", "L0")],
+    ),
+    _Group("features", [_Column("dead_share", "dead", _percent), _Column("dense_share", "dense", _percent)]),
+)
+_SPLICING = (
+    _Group(
+        "cross-entropy (nats)",
+        [
+            _Column("cross_entropy", "as it is"),
+            _Column("cross_entropy_spliced", "spliced"),
+            _Column("cross_entropy_mean_ablated", "mean"),
+            _Column("cross_entropy_zero_ablated", "zero"),
+        ],
+    ),
+    _Group("recovered of", [_Column("loss_recovered", "mean"), _Column("loss_recovered_zero", "zero")]),
+    _Group(
+        "refusal score (nats)",
+        [
+            _Column("score", "as it is"),
+            _Column("score_spliced", "spliced"),
+            _Column("score_mean_ablated", "mean"),
+            _Column("score_zero_ablated", "zero"),
+            _Column("score_change_spliced", "|change|"),
+        ],
+    ),
+    _Group("recovered of", [_Column("score_recovered", "mean"), _Column("score_recovered_zero", "zero")]),
+)
+
+
+def _table(quality: pd.DataFrame, keys: Sequence[str], groups: Sequence[_Group]) -> str:
+    """A row for each row of the frame; `keys` are the columns of text that say what it is about."""
+    columns = [column for group in groups for column in group.columns]
+    above = "".join(
+        f'<th scope="colgroup" colspan="{len(group.columns)}" class="number">{escape(group.title)}</th>'
+        for group in groups
+    )
+    heads = [f'<th scope="col">{key}</th>' for key in keys]
+    heads += [f'<th scope="col" class="number">{escape(column.title)}</th>' for column in columns]
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{escape(printable(row[key]))}</td>" for key in keys)
+        + "".join(f'<td class="number">{column.text(row[column.name])}</td>' for column in columns)
+        + "</tr>"
+        for row in quality.to_dict("records")
+    )
+    return (
+        f'<table><thead><tr><th colspan="{len(keys)}"></th>{above}</tr><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
