@@ -1,4 +1,4 @@
-"""Loading, cleaning, splitting, balancing and analysing prompts."""
+"""The table of prompts: loaded, cleaned, with ids, split and balanced."""
 
 import csv
 import json
@@ -18,9 +18,18 @@ from sfc.core.errors import UserError
 from sfc.data.balance import balance
 from sfc.data.or_bench import clean, load_prompts
 from sfc.data.prepare import add_splits, prepare_prompts, prompts_fingerprint
-from sfc.data.read import read_table
-from sfc.data.schema import CATEGORIES, COLUMNS, FILES, SPLITS, canonical_category, comparison_key, normalise
-from sfc.studies.data import ALL, analyse, write_analysis
+from sfc.data.schema import (
+    CATEGORIES,
+    COLUMNS,
+    FILES,
+    SPLITS,
+    canonical_category,
+    comparison_key,
+    keyed_numbers,
+    normalise,
+    prompt_ids,
+    with_ids,
+)
 
 Rows = list[tuple[str, str]]
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
@@ -41,7 +50,7 @@ def make_frame(toxic: int, safe: int, hard: int, category: str = "violence") -> 
         for kind, count in (("toxic", toxic), ("safe_80k", safe), ("hard", hard))
         for number in range(count)
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return with_ids(pd.DataFrame(rows, columns=list(COLUMNS[1:])))
 
 
 @pytest.fixture
@@ -92,6 +101,25 @@ def test_comparison_ignores_case_and_compatibility_forms() -> None:
     assert comparison_key("how to") != comparison_key("how two")
 
 
+def test_an_id_is_short_stable_and_never_read_as_a_number() -> None:
+    """By hand: `printf 'how to' | sha256sum` begins with these twelve digits."""
+    assert prompt_ids(["How TO", "ｈｏｗ  ｔｏ"]) == ["p11e316cbc95e"] * 2
+    assert len(set(prompt_ids(f"prompt {number}" for number in range(10_000)))) == 10_000
+
+
+def test_a_table_with_ids_has_them_first_and_once() -> None:
+    frame = pd.DataFrame({"category": ["hate"], "prompt": ["Hurt"]})
+    assert list(with_ids(frame).columns) == ["id", "category", "prompt"]
+    assert with_ids(with_ids(frame)).equals(with_ids(frame))
+
+
+def test_keyed_numbers_differ_by_key_and_stick_to_the_prompt() -> None:
+    texts = ["How to", "how two"]
+    first, second = keyed_numbers(texts, "a"), keyed_numbers(texts, "b")
+    assert len({*first.tolist(), *second.tolist()}) == 4
+    assert keyed_numbers(["how  TWO", "HOW to"], "a").tolist() == first[::-1].tolist()
+
+
 odd_text = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \t\u00a0\u200b\x07\u0301\u1100\u1161ab")),
     max_size=20,
@@ -105,6 +133,7 @@ def test_cleaning_a_text_twice_changes_nothing(text: str) -> None:
     assert unicodedata.is_normalized("NFC", once)
     assert once == " ".join(once.split())
     assert comparison_key(once) == comparison_key(text)
+    assert prompt_ids([once]) == prompt_ids([text])
 
 
 # --- loading
@@ -128,7 +157,7 @@ def test_hard_rows_are_recognised_inside_the_80k_file(folder: Path) -> None:
     assert "or-bench-80k.csv: 1 of 2 rows kept (1 also in the hard file)" in report.lines()
 
 
-def test_extra_columns_quotes_bom_and_line_breaks(folder: Path) -> None:
+def test_texts_are_cleaned_and_rows_counted_as_a_spreadsheet_counts(folder: Path) -> None:
     text = '\ufeffid,category,prompt\r\n1,hate,"a, ""quoted""\r\nprompt"\r\n\r\n3,hate,next\r\n'
     (folder / FILES["toxic"]).write_text(text, encoding="utf-8", newline="")
     frame, _ = load_prompts(folder)
@@ -138,43 +167,29 @@ def test_extra_columns_quotes_bom_and_line_breaks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("text", "message"),
     [
-        (b"", r"or-bench-toxic\.csv is empty"),
-        (b"prompt,category\n", r"has a header but no rows"),
-        (b"promt,category\na,hate\n", r"no column 'prompt'; columns found: 'promt', 'category' \(is it 'promt'\?\)"),
-        (b"prompt;category\na;hate\n", r"no column 'prompt'; columns found: 'prompt;category'"),
-        (b"prompt,prompt,category\na,b,hate\n", r"the column 'prompt' more than once"),
-        (b"prompt,category\na,hate\nb,violense\n", r"or-bench-toxic\.csv row 3: .*did you mean 'violence'"),
-        (b"prompt,category\na,\n", r"row 2: unknown category ''; known: deception"),
-        (b"prompt,category\na,hate\nb,c,hate\n", r"row 3 has 3 fields where the header has 2"),
-        (b"prompt,category\na,hate\ncaf\xe9,hate\n", r"not UTF-8 \(line 3: byte 0xe9\)"),
-        (b'prompt,category\n"a,hate\n', r"not a CSV file \(line \d+: "),
-        (b"\x00\x01\x02", r"not a CSV file"),
-        (b"prompt,category\n \n,\n", r"fields|no prompts"),
-        (b"prompt,category\n ,nothing\n,\n", r"holds no prompts: all its 2 rows are blank"),
+        ("promt,category\na,hate\n", r"or-bench-toxic\.csv has no column 'prompt'"),
+        ("prompt,category\na,hate\nb,violense\n", r"or-bench-toxic\.csv row 3: .*did you mean 'violence'"),
+        ("prompt,category\na,\n", r"or-bench-toxic\.csv row 2: unknown category ''; known: deception"),
+        ("prompt,category\n ,nothing\n,\n", r"or-bench-toxic\.csv holds no prompts: all its 2 rows are blank"),
     ],
 )
-def test_bad_files_are_named_in_one_line(folder: Path, data: bytes, message: str) -> None:
-    (folder / FILES["toxic"]).write_bytes(data)
+def test_a_bad_file_is_named_in_one_line(folder: Path, text: str, message: str) -> None:
+    (folder / FILES["toxic"]).write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         load_prompts(folder)
     assert "\n" not in str(caught.value)
-    assert "or-bench-toxic.csv" in str(caught.value)
 
 
-def test_missing_files_and_folders(folder: Path) -> None:
+def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / FILES["hard"]).unlink()
     with pytest.raises(UserError, match=r"lacks or-bench-hard-1k\.csv: `sfc download`"):
         load_prompts(folder)
-    with pytest.raises(UserError, match="does not exist"):
-        read_table(folder / "none.csv", ("prompt",))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_table(folder, ("prompt",))
 
 
 def test_importing_needs_no_torch() -> None:
-    code = "import sys, sfc.prompts.prepare, sfc.prompts.balance, sfc.prompts.download; print(*sys.modules)"
+    code = "import sys, sfc.data.prepare, sfc.data.balance, sfc.data.download; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "plotly", "huggingface_hub"} & set(loaded)
 
@@ -222,6 +237,7 @@ def test_cleaning_is_idempotent_and_indifferent_to_order(
     assert report.kept == len(frame)
     assert all(counts.read == sum(counts[2:]) for counts in report.files)
     assert frame["prompt"].map(comparison_key).is_unique
+    assert frame["id"].is_unique and frame["id"].tolist() == prompt_ids(frame["prompt"])
     again, second = clean({kind: frame[frame["dataset_type"] == kind][["prompt", "category", "original_source"]]
                            for kind in FILES})  # fmt: skip
     assert second.duplicates == 0
@@ -346,40 +362,6 @@ def test_fingerprint_follows_content_only() -> None:
     assert prompts_fingerprint(frame) != prompts_fingerprint(frame.assign(category="hate"))
     assert prompts_fingerprint(frame) != prompts_fingerprint(frame[1:])
     assert prompts_fingerprint(frame) != prompts_fingerprint(frame.assign(prompt=frame["prompt"] + "?"))
-
-
-# --- analysis
-
-
-def test_analysis_counts_lengths_and_pairs() -> None:
-    frame, report = clean(
-        tables(
-            toxic=[("one two three", "hate"), ("one", "hate"), ("only toxic here", "violence")],
-            safe=[("Please write a letter to my aunt", "hate"), ("Please write a letter to my uncle", "hate")],
-        )
-    )
-    analysis = analyse(frame, report)
-    counts = analysis.counts.set_index("category")
-    assert counts.loc["hate", ["toxic", "safe_80k", "hard", "total"]].tolist() == [2, 2, 0, 4]
-    assert counts.loc[ALL, "total"] == 5
-    assert counts.loc["hate", "safe_per_toxic"] == 1
-    lengths = analysis.lengths.set_index(["category", "kind", "unit"])
-    toxic_words = lengths.loc[("hate", "toxic", "words"), ["mean", "median", "min", "max"]]
-    assert toxic_words.tolist() == [2, 2, 1, 3]
-    assert lengths.loc[("hate", "toxic", "characters"), "max"] == len("one two three")
-    assert analysis.near_duplicates["second_prompt"].tolist() == ["Please write a letter to my uncle"]
-
-
-def test_page_stands_alone_and_escapes_prompts(tmp_path: Path) -> None:
-    nasty = "Please write <script>alert('a letter')</script> to my"
-    frame, report = clean(tables(toxic=[("b", "hate")], safe=[(f"{nasty} aunt", "hate"), (f"{nasty} uncle", "hate")]))
-    paths = write_analysis(analyse(frame, report), tmp_path)
-    page = paths["page"].read_text(encoding="utf-8")
-    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-    assert "<script src=" not in page and "Plotly.newPlot" in page
-    assert "Length in words" in page
-    assert pd.read_csv(paths["near_duplicates"])["first_prompt"].tolist() == [f"{nasty} aunt"]
-    assert set(pd.read_csv(paths["counts"])["category"]) == {"hate", ALL}
 
 
 # --- the real size

@@ -127,5 +127,5 @@ def judged(run: Run, model: Model, prompts: pd.DataFrame, name: str) -> pd.DataF
         with artifact.being_made() as folder:
             finish_behaviour(artifact, folder, measure_behaviour(model, labelled(prompts)), run.experiment.name)
     replies = pd.read_csv(artifact.folder / FILES["replies"], keep_default_na=False)
-    refused = dict(zip(replies["prompt"], replies["refused"], strict=True))
-    return prompts.assign(refused=prompts["prompt"].map(refused).astype(bool))
+    refused = replies.set_index("id", verify_integrity=True)["refused"]
+    return prompts.assign(refused=refused.loc[prompts["id"]].to_numpy(dtype=bool))

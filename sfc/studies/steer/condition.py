@@ -69,9 +69,9 @@ def conditioned(
 
     tables, at_equal = [], {}
     for data, of_data in rows.items():
-        texts = of_data["prompt"].unique().tolist()
-        held = of_data["prompt"].map(dict(zip(texts, holds(texts), strict=True)))
-        table = conditional_table(of_data, held.to_numpy(dtype=bool))
+        prompts = of_data.drop_duplicates("id")
+        held = pd.Series(holds(prompts["prompt"].tolist()), index=prompts["id"])
+        table = conditional_table(of_data, held.loc[of_data["id"]].to_numpy())
         tables.append(table.assign(data=data))
         at_equal[data] = [
             {name: None if share is None else round(share, 4) for name, share in row.items()}
