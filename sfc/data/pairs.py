@@ -87,14 +87,14 @@ def load_counterfactuals(path: Path, config: PromptsConfig, seed: int) -> pd.Dat
 
 def _check_ids(path: Path, pairs: pd.DataFrame) -> None:
     """Raise a `UserError` where two texts have one id: their activations could not be told apart."""
-    texts = [*dict.fromkeys([*pairs["clean_prefix"], *pairs["patch_prefix"]])]
     first: dict[str, str] = {}
-    for text, name in zip(texts, prompt_ids(texts), strict=True):
-        if first.setdefault(name, text) != text:
-            raise UserError(
-                f"{path}: {first[name]!r} and {text!r} count as one prompt, since they differ only in case, spaces or"
-                " forms of the same characters: keep one of them"
-            )
+    for side in ("clean_prefix", "patch_prefix"):
+        for pair, (text, name) in enumerate(zip(pairs[side], prompt_ids(pairs[side]), strict=True), start=1):
+            if first.setdefault(name, text) != text:
+                raise UserError(
+                    f"{path}: pair {pair}: {text!r} counts as the same prompt as {first[name]!r}, since they differ"
+                    " only in case, spaces or forms of the same characters: use one of them"
+                )
 
 
 def prompts_of(pairs: pd.DataFrame, category: str) -> pd.DataFrame:

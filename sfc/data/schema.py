@@ -95,6 +95,18 @@ def with_ids(prompts: pd.DataFrame) -> pd.DataFrame:
     return prompts.assign(id=prompt_ids(prompts["prompt"]))[["id", *others]]
 
 
+def looked_up(ids: Iterable[str], prompts: pd.DataFrame, column: str) -> np.ndarray:
+    """For each id the value of a column in the row of `prompts` that has the id.
+
+    Raises:
+        ValueError: two rows have the same id.
+        KeyError: no row has one of the ids.
+    """
+    if not prompts["id"].is_unique:
+        raise ValueError(f"{column!r} cannot be looked up: two rows have the same id")
+    return prompts.set_index("id").loc[list(ids), column].to_numpy()
+
+
 def keyed_numbers(texts: Iterable[str], key: str) -> UInt64[np.ndarray, " texts"]:
     """One uniform 64-bit number per text: the same text gets the same number wherever it is in a file.
 

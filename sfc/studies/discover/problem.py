@@ -21,7 +21,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
 from sfc.data.pairs import load_pairs
-from sfc.data.schema import ALL, with_ids
+from sfc.data.schema import ALL, looked_up, with_ids
 from sfc.data.topics import listed_topics
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, choose_device, load_model
@@ -257,7 +257,8 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
 
 def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompts with their numbers in the store and, where the data set lists them, their topics."""
-    index_of = read_prompts(run.store.folder).reset_index().set_index("id", verify_integrity=True)["store_index"]
+    stored = read_prompts(run.store.folder).reset_index()
+    store_index = looked_up(prompts["id"], stored, "store_index")
     topics = None if run.pairs else listed_topics(run.data_folder, prompts["original_source"].tolist())
     listed = {} if topics is None else {"topic": topics}
-    return prompts.assign(store_index=index_of.loc[prompts["id"]].to_numpy(), **listed).reset_index(drop=True)
+    return prompts.assign(store_index=store_index, **listed).reset_index(drop=True)
