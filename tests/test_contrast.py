@@ -9,7 +9,7 @@ import torch
 from commands import sfc
 
 from sfc.circuits.baselines import mean_reference
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.circuits.effects import METHODS
 from sfc.circuits.faithfulness import full_scores
 from sfc.core.artifacts import write_csv

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sfc.core.config import Experiment, ModelConfig
-from sfc.core.options import Options, Share
+from sfc.core.options import Options, Share, option
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
@@ -23,9 +23,12 @@ class DiscoveryOptions(Options):
     section = "discovery"
 
     nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
-    method: Method = "learned-mask"
-    population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
-    contrast: PromptContrast = Field(
+    category: str | None = option(
+        None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
+    )
+    method: Method = option("learned-mask", description="how nodes are scored")
+    population: Population = option("toxic", description="prompts to explain; the others give the reference")
+    contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
         " (population safe: hard ones alone), those refused against those answered; model-base: the model against the"
@@ -111,7 +114,7 @@ class DiscoveryOptions(Options):
     def identity(self) -> dict[str, Any]:
         """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
         usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves, "base": self.base is None}
-        return self.model_dump(exclude={name for name, is_usual in usual.items() if is_usual})
+        return self.model_dump(exclude={"category", *(name for name, is_usual in usual.items() if is_usual)})
 
     @property
     def name_of_prompts(self) -> str:

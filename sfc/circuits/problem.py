@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import Reference
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.data.topics import topic_pairs
@@ -158,3 +159,19 @@ class Problem:
         parts = self.ablation.nodes.parts
         shares = [(values > 0).mean(0) for values in self.features.values()]
         return np.concatenate([np.append(s, np.ones(n)) for s, n in zip(shares, parts, strict=True)])
+
+
+class Task(NamedTuple):
+    """Everything that discovery and evaluation must be told beside the model and its dictionaries."""
+
+    score: Score
+    reference: Reference
+    discovery: list[Batch]
+    """the prompts that the circuit explains"""
+    test: list[Batch]
+    labelled: pd.DataFrame
+    """all discovery prompts, those explained and others: columns `prompt`, `refusal_label`"""
+    population: str
+    """what the prompts explained are called"""
+    facts: dict[str, Any]
+    """for the manifest: `prompts` (a frame), `score_auroc`, and what else there is to say"""

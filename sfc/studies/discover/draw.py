@@ -6,7 +6,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.models.loading import load_outline
