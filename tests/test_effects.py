@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import false_discovery_control, pearsonr
+from scipy.stats import pearsonr
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
@@ -28,7 +26,7 @@ from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
 from sfc.models.score import score_batch
 from sfc.saes.dictionary import TopKDictionary
-from sfc.stats import benjamini_hochberg, pearson
+from sfc.stats import pearson
 
 
 def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -249,11 +247,6 @@ def test_correlation_edges_join_neighbouring_layers_by_pearsons_r(problem: Probl
         best = sorted(r, key=lambda u: -abs(r[u]))[: problem.config.edges_per_node]
         expected |= {(u, d + nodes.sizes[0]): r[u] for u in best if abs(r[u]) >= problem.config.edge_threshold}
     assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, _ in edges} == expected and expected
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_is_scipys(p_values: list[float]) -> None:
-    np.testing.assert_allclose(benjamini_hochberg(np.array(p_values)), false_discovery_control(p_values), atol=1e-12)
 
 
 def test_constant_and_perfect_features() -> None:

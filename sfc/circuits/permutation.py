@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import false_discovery_control
 
-from sfc.stats import benjamini_hochberg, standardised
+from sfc.stats import standardised
 
 STRATA = 10
 """groups of features with similar firing rates, of equal size; fewer where there are few features"""
@@ -59,7 +60,7 @@ def permutation_test(
         # Values that are equal but for rounding count as equally large.
         smaller = np.searchsorted(null, r[:, 0] * (1 - 1e-6) - 1e-12)
         p_value[stratum] = (1 + len(null) - smaller) / (1 + len(null))
-    q_value[tested] = benjamini_hochberg(p_value[tested])
+    q_value[tested] = false_discovery_control(p_value[tested])
     return PermutationTest(p_value, q_value, tested)
 
 
