@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
@@ -118,15 +119,15 @@ class Run:
     def base_inputs(self) -> dict[str, Any]:
         """What a fingerprint says of the base model, where the contrast has one."""
         experiment = self.experiment
-        is_wanted = experiment.discovery.contrast == "model-base"
-        return {"base": model_identity(experiment.base_model)} if is_wanted else {}
+        is_wanted = DiscoveryOptions.of(experiment).contrast == "model-base"
+        return {"base": model_identity(base_model(experiment))} if is_wanted else {}
 
     def circuit(self, category: str) -> Artifact:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
-        about = experiment.discovery.name_of_prompts
-        features = experiment.discovery.nodes == "features"
-        discovery = experiment.discovery.identity()
+        about = DiscoveryOptions.of(experiment).name_of_prompts
+        features = DiscoveryOptions.of(experiment).nodes == "features"
+        discovery = DiscoveryOptions.of(experiment).identity()
         if features:
             del discovery["nodes"]
         inputs = {
@@ -137,18 +138,18 @@ class Run:
             "category": category,
             "hard_share": experiment.prompts.hard_share,
             "discovery": discovery,
-            "evaluation": experiment.evaluation.model_dump(),
+            "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
-        if experiment.discovery.reference_choice == "paired":
+        if DiscoveryOptions.of(experiment).reference_choice == "paired":
             inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
         inputs |= self.base_inputs
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
-        if topics and experiment.discovery.method == "correlation" and topics.is_file():
+        if topics and DiscoveryOptions.of(experiment).method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
         if not features:
             inputs["layers"] = experiment.activations.layers
-            about += f"-{experiment.discovery.nodes}"
-        name = f"circuit-{category}{about}-{experiment.discovery.method}"
+            about += f"-{DiscoveryOptions.of(experiment).nodes}"
+        name = f"circuit-{category}{about}-{DiscoveryOptions.of(experiment).method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
 
@@ -162,7 +163,7 @@ def about_pairs(run: Run, path: Path) -> Run:
     """
     if not path.is_file():
         raise UserError(f"no file {path}: --pairs takes JSON lines with clean_prefix, patch_prefix, clean_answer, …")
-    discovery = run.experiment.discovery
+    discovery = DiscoveryOptions.of(run.experiment)
     if discovery.reference not in (None, "paired"):
         raise UserError(
             f"--pairs: each prompt's reference is its partner, so that {discovery.reference!r} cannot be had"

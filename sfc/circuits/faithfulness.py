@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import EvaluationConfig
 from sfc.models.batches import PACKED_TOKENS
 from sfc.models.loading import Model
 from sfc.models.score import Score, score_batch
@@ -212,7 +212,7 @@ def evaluation_curve(
     runs: PromptRuns,
     ranking: Int[np.ndarray, " ranked"],
     sizes: Sequence[int],
-    config: EvaluationConfig,
+    config: EvaluationOptions,
     seed: int,
     progress: Progress,
 ) -> pd.DataFrame:

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Int
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.faithfulness import top_circuits
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import EvaluationConfig
 from sfc.core.progress import progress_bar
 from sfc.data.read import LABELS, UNLABELLED
 from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
@@ -131,7 +131,7 @@ def with_refusals(
     runs: PromptRuns,
     ranking: Int[np.ndarray, " ranked"],
     reported: int,
-    config: EvaluationConfig,
+    config: EvaluationOptions,
     seed: int,
 ) -> pd.DataFrame:
     """The curve with `COLUMNS`: refusal rates of replies to some of the prompts, at a few sizes and the reported one.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -30,6 +30,27 @@ class Options(Section):
 
     section: ClassVar[str]
     """the section's name in presets and in `--set section.field=…`"""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "section" in cls.__dict__:
+            SECTIONS[cls.section] = cls
+
+    @classmethod
+    def of(cls, experiment: BaseModel) -> Self:
+        """The section of an experiment."""
+        return getattr(experiment, cls.section)
+
+    def check(self, experiment: Any) -> None:
+        """Check what the section needs of the other sections of its experiment.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+
+
+SECTIONS: dict[str, type[Options]] = {}
+"""the registered sections by their names"""
 
 
 def option(default: Any = ..., *, flag: str | None = None, positional: bool = False, **field: Any) -> Any:

@@ -18,7 +18,10 @@ from typing import Generic, Protocol, TypeVar
 
 from sfc.core.errors import UserError, suggestion
 
-BUILT_IN = ("sfc.behaviors", "sfc.circuits.methods", "sfc.circuits.nodes", "sfc.saes.source", "sfc.studies")
+BUILT_IN = (
+    "sfc.circuits.options", "sfc.studies.compare.options", "sfc.studies.patch.options", "sfc.studies.steer.options",
+    "sfc.studies.repair.options",
+)  # fmt: skip
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 
 

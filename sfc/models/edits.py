@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.core.sites import site_of
-from sfc.core.study_options import EditKind
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
+from sfc.models.positions import EditKind
 
 
 class Edit(NamedTuple):

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfc.circuits.baselines import check_covered, paired_reference
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.pairs import aligned, load_counterfactuals
@@ -34,7 +35,7 @@ def pairs_task(run: Run, path: Path, model: Model, dictionaries: Mapping[str, Di
     Raises:
         UserError: the file is malformed, an answer is not one token, or no pair of some split can be used.
     """
-    experiment, clean_is_explained = run.experiment, run.experiment.discovery.population == "toxic"
+    experiment, clean_is_explained = run.experiment, DiscoveryOptions.of(run.experiment).population == "toxic"
     pairs = load_counterfactuals(path, experiment.prompts, experiment.seed)
     ours, theirs = ("clean", "patch") if clean_is_explained else ("patch", "clean")
     tokenized = {side: model.tokenize(pairs[f"{side}_prefix"].tolist()) for side in (ours, theirs)}

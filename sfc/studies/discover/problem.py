@@ -20,8 +20,8 @@ from jaxtyping import Bool
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
 from sfc.circuits.nodes import Nodes, component_spaces
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import ReferenceChoice
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
@@ -58,7 +58,7 @@ def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[
     Raises:
         UserError: there are too few pairs, or none short enough.
     """
-    experiment, population = run.experiment, run.experiment.discovery.population
+    experiment, population = run.experiment, DiscoveryOptions.of(run.experiment).population
     pairs = load_pairs(run.data_folder, category, experiment.prompts, experiment.seed)
     partner = "safe" if population == "toxic" else "toxic"
     explained, partners = model.tokenize(pairs[population].tolist()), model.tokenize(pairs[partner].tolist())
@@ -108,7 +108,7 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     Raises:
         UserError: the category lacks prompts.
     """
-    experiment, config = run.experiment, run.experiment.discovery
+    experiment, config = run.experiment, DiscoveryOptions.of(run.experiment)
     frame = run.prompts.frame
     if config.contrast == "toxic-hard":
         frame = frame[frame["dataset_type"] != "safe_80k"]
@@ -175,7 +175,7 @@ def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[
         UserError: a side has too few prompts in some split.
     """
     experiment = run.experiment
-    kind = "toxic" if experiment.discovery.population == "toxic" else "hard"
+    kind = "toxic" if DiscoveryOptions.of(experiment).population == "toxic" else "hard"
     frame = run.prompts.frame
     frame = frame[(frame["dataset_type"] == kind) & (frame["category"].eq(category) | (category == ALL))]
     if frame.empty:
@@ -235,14 +235,14 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     """
     experiment = run.experiment
     model = load_model(experiment.model, choose_device(run.device))
-    kind, error_mode = experiment.discovery.nodes, experiment.evaluation.error_mode
+    kind, error_mode = DiscoveryOptions.of(experiment).nodes, EvaluationOptions.of(experiment).error_mode
     if kind == "features":
         dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
     else:
         dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
     if run.pairs:
         task = pairs_task(run, run.pairs, model, dictionaries)
-    elif experiment.discovery.contrast == "refused-complied":
+    elif DiscoveryOptions.of(experiment).contrast == "refused-complied":
         task = behaviour_task(run, category, model, dictionaries)
     else:
         task = refusal_task(run, category, model, dictionaries)
@@ -255,7 +255,7 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
         runs=PromptRuns.of(model, task.discovery, first),
         store=Store(run.store.folder),
         prompts=with_store_index(run, task.labelled),
-        config=experiment.discovery,
+        config=DiscoveryOptions.of(experiment),
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 

@@ -16,7 +16,6 @@ from sfc.circuits.faithfulness import matching_strata, random_circuits
 from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.core.study_options import RepairConfig
 from sfc.models.judge import is_refusal
 from sfc.models.loading import choose_device, load_model
 from sfc.run import Run
@@ -38,6 +37,7 @@ from sfc.studies.repair.edits import (
     written_subspaces,
 )
 from sfc.studies.repair.inputs import KINDS, RepairInputs, repair_inputs
+from sfc.studies.repair.options import RepairOptions
 from sfc.studies.repair.page import write_repair_page
 
 FILES = {
@@ -71,7 +71,7 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
     Raises:
         UserError: there are too few prompts, or no feature qualifies.
     """
-    clock, config = Clock(), run.experiment.repair
+    clock, config = Clock(), RepairOptions.of(run.experiment)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
         inputs = repair_inputs(run, model, category)
@@ -156,7 +156,7 @@ _EDITS: Mapping[str, Callable[[Run, RepairInputs, np.ndarray], Edit]] = {HOOK: _
 
 def _random_settings(run: Run, inputs: RepairInputs, ranking: np.ndarray, sizes: Sequence[int]) -> list[Setting]:
     """For each kind and size, edits by as many features of the same sites and ranges of firing rates."""
-    problem, config = inputs.problem, run.experiment.repair
+    problem, config = inputs.problem, RepairOptions.of(run.experiment)
     masks = np.zeros((len(sizes), problem.ablation.nodes.n_nodes), dtype=bool)
     for row, size in enumerate(sizes):
         masks[row, ranking[:size]] = True
@@ -187,7 +187,7 @@ def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _measured(
-    inputs: RepairInputs, settings: Sequence[Setting], config: RepairConfig
+    inputs: RepairInputs, settings: Sequence[Setting], config: RepairOptions
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per edit and test prompt, with score and reply; and per edit the cross-entropy of ordinary replies."""
     model, score, layout = inputs.problem.model, inputs.problem.score, inputs.layout

@@ -13,6 +13,7 @@ from sfc.pipeline_study import BEST
 from sfc.run import Run
 from sfc.studies.steer.conditional import TOXIC, Condition, best_condition, conditional_table, largest_values, matched
 from sfc.studies.steer.inputs import Learned
+from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import Candidate
 from sfc.studies.train.train import load_dictionaries
 
@@ -32,7 +33,7 @@ def named_condition(run: Run) -> Condition | None:
     Raises:
         UserError: there is no such feature.
     """
-    config, sites = run.experiment.steering, run.experiment.activations.sites
+    config, sites = SteeringOptions.of(run.experiment), run.experiment.activations.sites
     if config.when in (None, BEST):
         return None
     short, _, feature = str(config.when).partition("/F")

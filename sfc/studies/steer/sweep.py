@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 
 from sfc.core.sites import layer_of
-from sfc.core.study_options import SteeringConfig
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS
 from sfc.models.bench import (
@@ -39,6 +38,7 @@ from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
 from sfc.stats import wilson
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
+from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import Candidate, Fold
 
 FORCE, SUPPRESS, NONE = "force", "suppress", ""
@@ -70,7 +70,7 @@ def setting(
     bench: Bench,
     candidate: Candidate,
     alpha: float,
-    config: SteeringConfig,
+    config: SteeringOptions,
     vector: Vector | None = None,
     name: str = "chosen",
 ) -> Setting:
@@ -170,7 +170,7 @@ def control_settings(
     candidate: Candidate,
     shuffled: Sequence[Vector],
     alphas: Sequence[float],
-    config: SteeringConfig,
+    config: SteeringOptions,
     seed: int,
 ) -> list[Setting]:
     """At each alpha, directions beside the candidate's, of equal norm: shuffled labels', and random ones."""
