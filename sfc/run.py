@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment
@@ -126,15 +127,13 @@ class Run:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
         about = DiscoveryOptions.of(experiment).name_of_prompts
-        features = DiscoveryOptions.of(experiment).nodes == "features"
+        needs_saes = NODES[DiscoveryOptions.of(experiment).nodes].needs_saes
         discovery = DiscoveryOptions.of(experiment).identity()
-        if features:
-            del discovery["nodes"]
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
             "prompts": self.store.inputs,
-            "saes": self.saes.inputs if features else None,
+            "saes": self.saes.inputs if needs_saes else None,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
             "discovery": discovery,
@@ -146,8 +145,9 @@ class Run:
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
         if topics and DiscoveryOptions.of(experiment).method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
-        if not features:
-            inputs["layers"] = experiment.activations.layers
+        if not needs_saes:
+            inputs["sites"] = experiment.activations.sites
+        if DiscoveryOptions.of(experiment).nodes != "features":
             about += f"-{DiscoveryOptions.of(experiment).nodes}"
         name = f"circuit-{category}{about}-{DiscoveryOptions.of(experiment).method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)

@@ -73,7 +73,7 @@ def agreement(fast: Float[np.ndarray, " nodes"], exact: Float[np.ndarray, " node
     same = np.sign(fast[signed]) == np.sign(exact[signed])
     return Agreement(
         len(fast),
-        round(float(spearmanr(fast, exact).statistic), 4) if varied else None,
+        round(float(spearmanr(fast, exact).statistic), 4) if varied else None,  # pyright: ignore
         round(float(same.mean()), 4) if len(same) else None,
         len(same),
     )

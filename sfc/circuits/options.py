@@ -4,13 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sfc.circuits.nodes import NODES
 from sfc.core.config import Experiment, ModelConfig
 from sfc.core.options import Options, Share
+from sfc.core.registry import known_to
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
-NodeChoice = Literal["features", "heads", "mlps", "heads-and-mlps"]
 Population = Literal["toxic", "safe"]
 PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-base"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired"]
@@ -22,7 +23,9 @@ class DiscoveryOptions(Options):
 
     section = "discovery"
 
-    nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
+    nodes: Annotated[str, known_to(NODES)] = Field(
+        "features", description="what circuits are made of; heads and MLPs need no SAEs"
+    )
     method: Method = "learned-mask"
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
     contrast: PromptContrast = Field(
@@ -65,9 +68,10 @@ class DiscoveryOptions(Options):
 
     @model_validator(mode="after")
     def _components_have_neither_feature_values_nor_edges(self) -> "DiscoveryOptions":
-        if self.nodes != "features" and self.method in ("correlation", "magnitude"):
+        kind = NODES[self.nodes]
+        if not kind.has_features and self.method in ("correlation", "magnitude"):
             raise ValueError(f"method {self.method!r} needs nodes 'features', not {self.nodes!r}")
-        if self.nodes != "features" and self.drop_dead_ends:
+        if not kind.has_edges and self.drop_dead_ends:
             raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
         return self
 

@@ -157,4 +157,4 @@ class Problem:
         """For each feature the share of the prompts in which it is active at all; 1 for errors and components."""
         parts = self.ablation.nodes.parts
         shares = [(values > 0).mean(0) for values in self.features.values()]
-        return np.concatenate([np.append(s, np.ones(n)) for s, n in zip(shares, parts, strict=True)])
+        return np.concatenate([np.append(s, np.ones(len(of_site))) for s, of_site in zip(shares, parts, strict=True)])

@@ -125,9 +125,9 @@ def _shares(problem: Problem, reference: Reference, tables: torch.Tensor) -> Flo
     layout, parts, shares = reference.layout, problem.ablation.nodes.parts, []
     # The attention sink, which is never ablated: the first token, where the template has a prefix.
     first = 1 if layout.n_prefix else 0
-    for values, n_parts in zip(reference.features.values(), parts, strict=True):
+    for values, of_site in zip(reference.features.values(), parts, strict=True):
         slots = values.view(-1, layout.n_slots, values.shape[1])[tables, first:]
-        shares += [(slots > 0).any(1).double().mean(0).cpu().numpy(), np.full(n_parts, np.nan)]
+        shares += [(slots > 0).any(1).double().mean(0).cpu().numpy(), np.full(len(of_site), np.nan)]
     return np.concatenate(shares)
 
 

@@ -23,6 +23,7 @@ from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import with_refusals
@@ -55,10 +56,11 @@ def write_cards(
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
     cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
-    configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
-    for name, card in cards["features"].items():
-        page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
-        card |= {"neuronpedia": page} if page else {}
+    if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
+        configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
+        for name, card in cards["features"].items():
+            page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+            card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards
 
@@ -90,7 +92,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         curve = _curve(run, problem, ranking, sizes, test_runs)
         members = ranking[: choose_size(curve, EvaluationOptions.of(run.experiment).target_faithfulness)].tolist()
         clock.lap("evaluation")
-        edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
+        edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
         clock.lap("edges")
         if config.drop_dead_ends:
             kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)

@@ -19,9 +19,10 @@ from jaxtyping import Bool
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
-from sfc.circuits.nodes import Nodes, component_spaces
+from sfc.circuits.nodes import NODES, Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.spaces import checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
@@ -235,11 +236,11 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     """
     experiment = run.experiment
     model = load_model(experiment.model, choose_device(run.device))
-    kind, error_mode = DiscoveryOptions.of(experiment).nodes, EvaluationOptions.of(experiment).error_mode
-    if kind == "features":
-        dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
-    else:
-        dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
+    kind, activations = NODES[DiscoveryOptions.of(experiment).nodes], experiment.activations
+    store = Store(run.store.folder)
+    saes = load_dictionaries(run.saes.folder, activations.sites, model.device) if kind.needs_saes else {}
+    sources = Sources(model, activations.sites, activations.layers, saes, store)
+    dictionaries = checked(kind.spaces(sources), model)
     if run.pairs:
         task = pairs_task(run, run.pairs, model, dictionaries)
     elif DiscoveryOptions.of(experiment).contrast == "refused-complied":
@@ -251,9 +252,9 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
     problem = Problem(
         model=model,
         score=task.score,
-        ablation=Ablation(nodes, dictionaries, task.reference, error_mode),
+        ablation=Ablation(nodes, dictionaries, task.reference, EvaluationOptions.of(experiment).error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
-        store=Store(run.store.folder),
+        store=store,
         prompts=with_store_index(run, task.labelled),
         config=DiscoveryOptions.of(experiment),
     )
