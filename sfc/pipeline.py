@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.progress import say
@@ -76,7 +76,7 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
         "saes": run.saes.inputs,
         "categories": sorted(set(categories)),
         "hard_share": experiment.prompts.hard_share,
-        "discovery": DiscoveryOptions.of(experiment).identity(),
+        "discovery": discovery_identity(experiment),
         "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
         "comparison": ComparisonOptions.of(experiment).model_dump(),
     }

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
@@ -128,7 +129,6 @@ class Run:
         experiment = self.experiment
         about = DiscoveryOptions.of(experiment).name_of_prompts
         needs_saes = NODES[DiscoveryOptions.of(experiment).nodes].needs_saes
-        discovery = DiscoveryOptions.of(experiment).identity()
         inputs = {
             "schema": CIRCUIT_SCHEMA,
             "seed": experiment.seed,
@@ -136,14 +136,14 @@ class Run:
             "saes": self.saes.inputs if needs_saes else None,
             "category": category,
             "hard_share": experiment.prompts.hard_share,
-            "discovery": discovery,
+            "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
         if DiscoveryOptions.of(experiment).reference_choice == "paired":
             inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
         inputs |= self.base_inputs
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
-        if topics and DiscoveryOptions.of(experiment).method == "correlation" and topics.is_file():
+        if topics and METHODS[DiscoveryOptions.of(experiment).method].reads_topics and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
         if not needs_saes:
             inputs["sites"] = experiment.activations.sites

@@ -17,11 +17,12 @@ from test_cli import RESULT_KEYS
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects, integrated_effects
 from sfc.circuits.baselines import mean_reference
-from sfc.circuits.effects import METHODS
-from sfc.circuits.exact import exact_effects
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.methods import METHODS
+from sfc.circuits.methods.attribution import attributed_effects
+from sfc.circuits.methods.exact import exact_effects
+from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
@@ -155,10 +156,10 @@ def test_law_integrated_gradients_of_a_site_sum_to_what_ablating_the_site_does(c
 
 def test_every_causal_method_ranks_all_components(problem: Problem, model: Model) -> None:
     components = of_components(problem, model)
-    config = components.config.model_copy(update={"ig_steps": 4, "exact_nodes": 100, "mask_steps": 10})
+    few = components.with_settings(integrated_gradients={"steps": 4}, exact={"nodes": 100}, learned_mask={"steps": 10})
     nodes = components.ablation.nodes
     for method in ("attribution", "integrated-gradients", "exact", "learned-mask"):
-        effects = METHODS[method](replace(components, config=config))
+        effects = METHODS[method].rank(few)
         assert sorted(effects.ranking) == list(range(nodes.n_nodes))
         assert np.isfinite(effects.effect).all() and (effects.absolute >= np.abs(effects.effect) - 1e-6).all()
 

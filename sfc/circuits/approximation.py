@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
-from sfc.circuits.effects import NATS, Effects
-from sfc.circuits.exact import exact_effects
+from sfc.circuits.methods import NATS, Effects
+from sfc.circuits.methods.exact import exact_effects
 from sfc.circuits.problem import Problem
 from sfc.core.progress import progress_bar
 

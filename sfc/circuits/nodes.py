@@ -8,13 +8,13 @@ these numbers: booleans for a circuit, numbers between 0 and 1 for a mask.
 A kind of nodes is registered in `NODES`. Nothing here imports torch, so that names and flags are there without it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sfc.core.errors import UserError
 from sfc.core.registry import Registry, imported_when_called
@@ -83,6 +83,19 @@ class Nodes:
         return np.concatenate(
             [np.repeat([False, kind == ERROR], [width, len(parts)]) for width, parts, kind in of_sites]
         )
+
+    @cached_property
+    def is_feature(self) -> Bool[np.ndarray, " nodes"]:
+        """Which nodes are features."""
+        of_sites = zip(self.widths, self.parts, strict=True)
+        return np.concatenate([np.repeat([True, False], [width, len(parts)]) for width, parts in of_sites])
+
+    def of_features(
+        self, per_site: Iterable[Float[np.ndarray, " features"]], elsewhere: float
+    ) -> Float[np.ndarray, " nodes"]:
+        """Values of each site's features as values over all nodes; nodes that are not features have `elsewhere`."""
+        of_sites = zip(per_site, self.parts, strict=True)
+        return np.concatenate([np.append(values, np.full(len(parts), elsewhere)) for values, parts in of_sites])
 
     def kind(self, node: int) -> str:
         """What the node is: `feature`, `error`, `head`, …"""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
+from sfc.circuits.methods import METHODS
+
 PLOTLY_CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
@@ -101,17 +103,15 @@ class Sign(NamedTuple):
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
 _COLOURS = {1: "#d55e00", -1: "#0072b2", 0: "#7a828c"}
-_CAUSAL = {1: "raises the refusal score", -1: "lowers the refusal score", 0: "no effect"}
-_WORDS = {
-    "correlation": {1: "fires more on toxic prompts", -1: "fires more on safe prompts", 0: "no correlation"},
-    "magnitude": {1: "fires", -1: "negative", 0: "silent"},
-}
+_CAUSAL = ("raises the refusal score", "lowers the refusal score", "no effect")
 
 
 def signs(method: str) -> tuple[Sign, Sign, Sign]:
     """Positive, negative and zero, in the words of a method: most effects are causal, a correlation is not."""
-    words = _WORDS.get(method, _CAUSAL)
-    positive, negative, zero = (Sign(number, words[number], _COLOURS[number]) for number in (1, -1, 0))
+    words = (METHODS[method].signs if method in METHODS else None) or _CAUSAL
+    positive, negative, zero = (
+        Sign(number, word, _COLOURS[number]) for number, word in zip((1, -1, 0), words, strict=True)
+    )
     return positive, negative, zero
 
 

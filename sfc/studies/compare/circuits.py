@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sfc.circuits.edges import Edge, attribution_weights
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
 from sfc.circuits.overlap import Weights
 from sfc.circuits.problem import Problem
@@ -88,7 +88,7 @@ def _problems(
 
 def _circuit(problem: Problem, experiment: Experiment) -> dict[str, Weights]:
     """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
-    effects, nodes = METHODS[problem.config.method](problem), problem.ablation.nodes
+    effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
     members = effects.ranking[: ComparisonOptions.of(experiment).size].tolist()
     circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
     if ComparisonOptions.of(experiment).edges and NODES[problem.config.nodes].has_edges:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 
 from sfc.circuits.baselines import Reference, reference_in_tables
-from sfc.circuits.effects import attribution
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.methods import attribution
 from sfc.circuits.options import base_model
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
@@ -99,9 +99,9 @@ def base_changes(
     table = pd.DataFrame(
         {
             "node": [nodes.name(node) for node in members],
-            "effect": attribution(problem).effect[list(members)],
+            "effect": attribution.rank(problem).effect[list(members)],
             # Ablated nodes of the base take the model's values, so what is lost by it is minus what is gained.
-            "effect_in_base": -attribution(swapped).effect[list(members)],
+            "effect_in_base": -attribution.rank(swapped).effect[list(members)],
             "fires": fires,
             "fired": fired,
             "change": [_change(*shares) for shares in zip(fires, fired, strict=True)],

@@ -21,8 +21,8 @@ from sfc.circuits.circuit import build_circuit, effects_by_role, role_names, sav
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
-from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
@@ -83,9 +83,9 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
         problem, test_runs, facts = prepare_problem(run, category)
         clock.lap("prepare")
         say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {problem.config.method}")
-        effects = METHODS[problem.config.method](problem)
+        effects = METHODS[config.method].rank(problem)
         if len(effects.ranking) == 0:
-            raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
+            raise UserError(f"method {config.method!r} ranks no node: nothing here has an effect")
         clock.lap("effects")
         ranking = effects.ranking
         sizes = curve_sizes(EvaluationOptions.of(run.experiment).sizes, len(ranking))

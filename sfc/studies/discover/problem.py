@@ -256,7 +256,7 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
         runs=PromptRuns.of(model, task.discovery, first),
         store=store,
         prompts=with_store_index(run, task.labelled),
-        config=DiscoveryOptions.of(experiment),
+        experiment=experiment,
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 

@@ -1,12 +1,14 @@
-"""Is a feature's correlation with the label more than chance? Against labels permuted within pairs of one topic.
+"""Pearson's correlation of each feature with the label of the prompts, and whether it is more than chance.
 
-The null is made of the data itself: in every draw the labels of each pair (a toxic and a safe prompt on the same topic)
-are swapped or left, by a coin. So neither the distribution of feature values nor what pairs have in common is assumed
-away, as it is by Student's t: a feature that fires on three prompts reaches a large r by chance much more often.
+Chance is what correlations there are with labels permuted within pairs of one topic. In every draw the labels of each
+pair (a toxic and a safe prompt on the same topic) are swapped or left, by a coin. So neither the distribution of
+feature values nor what pairs have in common is assumed away, as it is by Student's t: a feature that fires on three
+prompts reaches a large r by chance much more often.
 
 Features that fire about equally often have about the same null, so that it is pooled over them: p-values are then fine
-enough for corrections over tens of thousands of features with a few hundred draws. Features that fire on too few
-prompts could not be significant and are not tested.
+enough for corrections over tens of thousands of features with a few hundred draws. (`scipy.stats.permutation_test`
+permutes within pairs too, but for each feature by itself: it could not pool.) Features that fire on too few prompts
+could not be significant and are not tested.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,53 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control
 
-from sfc.stats import standardised
+from sfc.circuits.methods import CorrelationOptions, Effects
+from sfc.circuits.nodes import Nodes
+from sfc.circuits.problem import Problem
+from sfc.core.errors import UserError
+from sfc.stats import pearson, standardised
 
 STRATA = 10
 """groups of features with similar firing rates, of equal size; fewer where there are few features"""
 _SMALLEST_STRATUM = 20
+
+
+def rank(problem: Problem) -> Effects:
+    """Correlation of each feature, aggregated over the sequence, with the label of the prompts.
+
+    Ranked are features with |r| of at least the threshold, or the strongest n of each layer. Other nodes have no value
+    to correlate and are never ranked. Attributes: `p_value` against permuted labels, and `q_value` after Benjamini and
+    Hochberg (1995).
+
+    Raises:
+        UserError: all prompts have the same label.
+    """
+    labels, nodes = problem.labels, problem.ablation.nodes
+    options = CorrelationOptions.of(problem.experiment)
+    if labels.all() or not labels.any():
+        raise UserError("correlation needs toxic and safe prompts; where all labels agree use --method magnitude")
+    features = np.concatenate(list(problem.features.values()), axis=1)
+    test = permutation_test(features, labels, problem.pairs, options.permutations, options.min_firing, seed=0)
+    r, (p_value, q_value) = np.zeros(nodes.n_nodes), np.ones((2, nodes.n_nodes))
+    r[nodes.is_feature] = pearson(features, labels[:, None])[:, 0]
+    p_value[nodes.is_feature], q_value[nodes.is_feature] = test.p_value, test.q_value
+    by_strength = np.argsort(-np.abs(r), kind="stable")
+    if options.top_per_layer:
+        eligible = _strongest_per_site(np.abs(r), nodes, options.top_per_layer)
+    else:
+        eligible = (np.abs(r) >= options.threshold) & nodes.is_feature
+    ranking = by_strength[eligible[by_strength]]
+    if len(ranking) == 0:
+        raise UserError("no node passes the threshold: lower --set correlation.threshold=…")
+    return Effects(r, np.abs(r), ranking, {"p_value": p_value, "q_value": q_value}, unit="Pearson's r with the label")
+
+
+def _strongest_per_site(strength: Float[np.ndarray, " nodes"], nodes: Nodes, count: int) -> Bool[np.ndarray, " nodes"]:
+    eligible = np.zeros(nodes.n_nodes, dtype=bool)
+    for site in range(len(nodes.sites)):
+        members = np.flatnonzero((nodes.site_numbers == site) & nodes.is_feature & (strength > 0))
+        eligible[members[np.argsort(-strength[members], kind="stable")[:count]]] = True
+    return eligible
 
 
 class PermutationTest(NamedTuple):
