@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sfc.circuits.edges import Edge
-from sfc.circuits.effects import Effects
+from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.errors import UserError

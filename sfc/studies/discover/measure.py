@@ -1,12 +1,9 @@
-"""Stage part: what the features of a circuit mean, computed once and kept in the circuit's folder.
-
-Stage: one category's circuit, from node effects to the page that shows it.
+"""Discovery: from node effects to the circuit, its evaluation, and what its features mean.
 
 Three splits, three jobs: nodes are scored and the size is chosen on discovery prompts, reference values come from
 reference prompts, and every reported figure from test prompts.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,9 @@ from sfc.circuits.files import save_circuit
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
-from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.methods import METHODS, NATS, Effects
+from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import with_refusals
@@ -33,34 +31,36 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.labels import CARDS_FILE
-from sfc.pages.circuit import write_page
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
+from sfc.session import Session
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.source import read_config
 from sfc.saes.store import Store, read_prompts
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.study import Made
 
 SHOWN_NODES = 300
 """nodes that are drawn, and so have cards: those of largest |effect|"""
 
 
-def write_cards(session: Session, graph: nx.DiGraph, folder: Path) -> dict[str, Any]:
+def write_cards(
+    session: Session, graph: nx.DiGraph, dictionaries: Mapping[str, Dictionary], folder: Path
+) -> dict[str, Any]:
     """Make the cards (see `sfc.features.cards`) of the circuit's strongest features, and write `features.json`."""
-    run, tokenizer, dictionaries = session.run, session.model.tokenizer, {}
-    if DiscoveryOptions.of(run.experiment).nodes == "features":
-        dictionaries = session.dictionaries
+    run, tokenizer = session.run, session.model.tokenizer
     prompts = read_prompts(run.store.folder)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
     cards = feature_cards(
         session.store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]), run.behavior.words
     )
-    configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
-    for name, card in cards["features"].items():
-        page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
-        card |= {"neuronpedia": page} if page else {}
+    if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
+        configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
+        for name, card in cards["features"].items():
+            page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+            card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards
 
@@ -85,16 +85,16 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     problem, test_runs, facts = prepare_problem(session, run.group(config.category))
     clock.lap("prepare")
     say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {config.method}")
-    effects = METHODS[config.method](problem)
+    effects = METHODS[config.method].rank(problem)
     if len(effects.ranking) == 0:
-        raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
+        raise UserError(f"method {config.method!r} ranks no node: nothing here has an effect")
     clock.lap("effects")
     ranking = effects.ranking
     sizes = curve_sizes(evaluation.sizes, len(ranking))
     curve = _curve(run, problem, ranking, sizes, test_runs)
     members = ranking[: choose_size(curve, evaluation.target_faithfulness)].tolist()
     clock.lap("evaluation")
-    edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
+    edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
     clock.lap("edges")
     if config.drop_dead_ends:
         kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
@@ -119,7 +119,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     }
     graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
     _add_token_effects(graph, problem)
-    write_cards(session, graph, folder)
+    write_cards(session, graph, problem.ablation.dictionaries, folder)
     clock.lap("features")
     result = _result(run, graph, curve, effects, problem) | stability
     result |= _controls(
@@ -149,22 +149,12 @@ def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
         "method": config.method,
         "reference": config.reference_choice,
         "effect_unit": words.unit if effects.unit == NATS else effects.unit,
-        "effect_words": _effect_words(effects, words),
         "edges": config.edges,
         "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=words.unit),
         "versions": package_versions(),
         "experiment": run.experiment.model_dump(mode="json"),
         "sites": list(problem.ablation.nodes.sites),
     }
-
-
-def _effect_words(effects: Effects, words: Words) -> tuple[str, str, str]:
-    """What positive, negative and no effects mean."""
-    if effects.unit == NATS:
-        return words.raises, words.lowers, "no effect"
-    if effects.unit == MAGNITUDE:
-        return "fires", "negative", "silent"
-    return f"fires more on {words.positive} prompts", f"fires more on {words.negative} prompts", "no correlation"
 
 
 def _curve(
