@@ -23,10 +23,15 @@ from sfc.core.errors import UserError, suggestion
 BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
+    "sfc.behaviors.pairs",
     "sfc.studies.compare.options",
     "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
+    "sfc.studies.collect.study",
+    "sfc.studies.train.study",
+    "sfc.studies.discover.study",
+    "sfc.studies.evaluate.study",
     "sfc.studies.probe.study",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"

@@ -7,6 +7,7 @@ be: the decoder norms by which a top-k SAE may rescale its features, the gate of
 Pretrained dictionaries that SAELens knows how to fetch from a model hub.
 """
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ _ENCODER_VECTORS = {
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
+
+
+def load_dictionaries(folder: Path, sites: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
+    """The dictionaries of a folder, one per site, in the order of the sites.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return {site: load_dictionary(folder / site, device) for site in sites}
 
 
 def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) -> None:

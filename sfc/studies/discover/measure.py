@@ -15,11 +15,11 @@ from jaxtyping import Int
 
 from sfc.circuits.approximation import audit
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
-from sfc.circuits.files import save_circuit
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.files import save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
@@ -33,10 +33,10 @@ from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.labels import CARDS_FILE
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
-from sfc.session import Session
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.source import read_config
-from sfc.saes.store import Store, read_prompts
+from sfc.saes.store import read_prompts
+from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.study import Made
@@ -212,9 +212,7 @@ def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
                 graph.nodes[name].update(tokens._asdict())
 
 
-def _result(
-    run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem
-) -> dict[str, Any]:
+def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem) -> dict[str, Any]:
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
     row = curve[curve["size"] == len(graph)].iloc[0]
     names = [name for name in curve.columns if name != "size"]

@@ -19,8 +19,8 @@ from sfc.core.progress import progress_bar, say
 from sfc.models.judge import is_refusal
 from sfc.models.loading import choose_device, load_model
 from sfc.run import Run
+from sfc.session import Clock
 from sfc.stats import wilson
-from sfc.studies.discover.discover import Clock
 from sfc.studies.repair.choose import best_size, mean_effects, qualified, shares_refused
 from sfc.studies.repair.edits import (
     NO_EDIT,

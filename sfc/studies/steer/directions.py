@@ -32,9 +32,9 @@ from sfc.models.edits import Edit, Steering
 from sfc.models.identity import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
+from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
-from sfc.studies.train.train import load_dictionaries
 
 _FEWEST = 4
 

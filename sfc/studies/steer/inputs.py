@@ -23,9 +23,11 @@ from sfc.models.bench import Bench, make_bench
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, without_adapter
+from sfc.pipeline import circuit_artifact
 from sfc.pipeline_study import BEST, direction_source
 from sfc.run import Run
-from sfc.studies.collect import Corpus, short_enough
+from sfc.saes.format import load_dictionaries
+from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.steer.directions import (
     Contrast,
     Vector,
@@ -38,7 +40,6 @@ from sfc.studies.steer.directions import (
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 from sfc.studies.steer.select import Candidate, Fold, Recording, record
 from sfc.studies.steer.sweep import with_replies
-from sfc.studies.train.train import load_dictionaries
 
 _SPREAD_LAYERS = 10
 _LABELS = ("safe", "toxic")
@@ -308,7 +309,9 @@ def _fixed_directions(run: Run, model: Model) -> dict[str, Vector]:
         return {}
     sites = run.experiment.activations.sites
     if name == "circuit":
-        circuit = load_circuit(run.circuit(SteeringOptions.of(run.experiment).category).folder / "circuit.json")
+        circuit = load_circuit(
+            circuit_artifact(run, SteeringOptions.of(run.experiment).category).folder / "circuit.json"
+        )
         return circuit_directions(circuit, load_dictionaries(run.saes.folder, sites))
     site, vector = direction_of_feature(run, name)
     return {site: vector}

@@ -13,7 +13,8 @@ from sfc.models.bench import Bench
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import BEST
 from sfc.run import Run
-from sfc.studies.discover.discover import Clock
+from sfc.saes.format import load_dictionaries
+from sfc.session import Clock
 from sfc.studies.steer.condition import conditioned, found_condition, grouped, named_condition
 from sfc.studies.steer.directions import Vector
 from sfc.studies.steer.inputs import (
@@ -49,7 +50,6 @@ from sfc.studies.steer.sweep import (
     trade_off,
 )
 from sfc.studies.steer.writers import feature_cosines, writers_table
-from sfc.studies.train.train import load_dictionaries
 
 FILES = {
     "page": "steering.html",
