@@ -7,6 +7,7 @@ what others wrote before it: the table therefore has for the strongest parts als
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,12 @@ from torch import Tensor
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of, layer_of, short_site, site_of
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS
+from sfc.models.batches import PACKED_TOKENS, Batch
+from sfc.models.edits import Replacement, Replacements
+from sfc.models.engine import PreparedPrompts, packed_runs
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import last_logits
+from sfc.models.running import Prefix, last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tails import Tails, make_tails
 from sfc.saes.dictionary import Dictionary
@@ -103,11 +106,11 @@ def writers_table(
         q_value=benjamini_hochberg(p_values),
     )
     table = table.sort_values("share", key=lambda values: -values.abs(), kind="stable")
-    safe_means = {name: values[torch.from_numpy(~is_toxic)].float().mean(0) for name, values in outputs.items()}
     strongest = [parts[i] for i in table.index[:n_ablated]]
-    ablated = [_ablated(model, batches, toxic, part, safe_means[part.site], site, token, u) for part in strongest]
-    table.loc[table.index[:n_ablated], "lost_share"] = [lost / difference for lost, _ in ablated]
-    table.loc[table.index[:n_ablated], "score_change"] = [change for _, change in ablated]
+    safe_means = {name: values[torch.from_numpy(~is_toxic)].float().mean(0) for name, values in outputs.items()}
+    lost, changes = _ablated(model, batches, toxic, strongest, safe_means, site, token, u)
+    table.loc[table.index[:n_ablated], "lost_share"] = lost / difference
+    table.loc[table.index[:n_ablated], "score_change"] = changes
     return table.drop(columns="site").reset_index(drop=True)
 
 
@@ -144,40 +147,60 @@ def _of_head(head: int, d_head: int) -> slice:
     return slice(head * d_head, (head + 1) * d_head)
 
 
+@torch.no_grad()
 def _ablated(
     model: Model,
     batches: Sequence[tuple[np.ndarray, Tails]],
     toxic: Bool[np.ndarray, " prompts"],
-    part: Part,
-    mean: Float[Tensor, " width"],
+    parts: Sequence[Part],
+    means: Mapping[str, Float[Tensor, " width"]],
     site: str,
     token: int,
     u: Vector,
-) -> tuple[float, float]:
-    """On toxic prompts, how much of the component at the site is lost without a part, and the change of the score."""
-    score, lost, changes = RefusalScore.of(model), [], []
-    width = len(mean) // model.bridge.cfg.n_heads
-    wanted = slice(None) if part.head is None else _of_head(part.head, width)
+) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
+    """On toxic prompts, how much of the component at the site is lost without each part, and the change of the score.
 
-    def ablate(activation: Tensor) -> Tensor:
-        flat = activation.flatten(2).clone()
-        flat[:, token, wanted] = mean[wanted].to(flat.dtype)
-        return flat.view_as(activation)
-
+    Both are means over the prompts; a part is ablated by its mean.
+    """
+    score, n_heads = RefusalScore.of(model), model.bridge.cfg.n_heads
+    width = {part.site: len(means[part.site]) // n_heads for part in parts}
+    outputs = [
+        Replacement([part.site], slice(None) if part.head is None else _of_head(part.head, width[part.site]))
+        for part in parts
+    ]
+    lost, changes = np.zeros((len(parts), int(toxic.sum()))), np.zeros((len(parts), int(toxic.sum())))
+    n_done = 0
     for rows, tails in batches:
         of_toxic = tails.select(torch.from_numpy(np.flatnonzero(toxic[rows])).to(model.device))
-        if len(of_toxic.lengths) == 0:
+        n_rows = len(of_toxic.lengths)
+        if n_rows == 0:
             continue
-        figures = []
-        for interventions in ({}, {part.site: ablate}):
-            seen: dict[str, Tensor] = {}
-            both: dict[str, Intervention] = {**interventions, site: recorder(seen, site)}
-            of_run = score(last_logits(model, of_toxic, both))
-            figures.append((seen[site][:, token].double() @ u.to(model.device), of_run))
-        (before, score_before), (after, score_after) = figures
-        lost += (before - after).tolist()
-        changes += (score_after - score_before).tolist()
-    return float(np.mean(lost)), float(np.mean(changes))
+        numbers = torch.arange(n_done, n_done := n_done + n_rows)
+        prompts = PreparedPrompts.of(model, [replace(of_toxic, prompts=numbers)])
+        where = torch.zeros(1, -token, dtype=torch.bool, device=model.device)
+        where[:, token] = True
+        edits = Replacements(outputs, where, {name: mean.to(model.dtype) for name, mean in means.items()})
+        before = _component_and_score(model, score, of_toxic, {}, site, token, u)
+        for run in packed_runs(prompts, edits):
+            after = _component_and_score(model, score, run.batch, run.acting.in_prompt, site, token, u, run.start)
+            run.fill(lost, before[0].repeat(len(run.members)) - after[0])
+            run.fill(changes, after[1] - before[1].repeat(len(run.members)))
+    return lost.mean(1), changes.mean(1)
+
+
+def _component_and_score(
+    model: Model,
+    score: RefusalScore,
+    batch: Batch,
+    acting: Mapping[str, Intervention],
+    site: str,
+    token: int,
+    u: Vector,
+    start: Prefix | None = None,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    seen: dict[str, Tensor] = {}
+    of_run = score(last_logits(model, batch, {**acting, site: recorder(seen, site)}, start))
+    return seen[site][:, token].double() @ u.to(model.device), of_run
 
 
 def feature_cosines(direction: Vector, dictionaries: Mapping[str, Dictionary]) -> pd.DataFrame:
