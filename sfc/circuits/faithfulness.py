@@ -116,9 +116,13 @@ class Ablations(Edits):
 
     def interventions(self, batch: Batch, members: Sequence[int]) -> Interventions:
         """See `Edits`."""
-        masks = torch.from_numpy(self.keep[members]).to(batch.ids.device, torch.float32)
-        circuit = torch.arange(len(masks), device=masks.device).repeat_interleave(len(batch.lengths) // len(masks))
-        return Interventions(self.ablation.interventions(masks, circuit, batch))
+        keep = torch.from_numpy(self.keep[members]).to(batch.ids.device)
+        circuit = torch.arange(len(keep), device=keep.device).repeat_interleave(len(batch.lengths) // len(keep))
+        acting = self.ablation.interventions(keep.float(), circuit, batch)
+        if self.ablation.error_mode == "node":
+            # Where all nodes of a site are kept, what would be put there is what is there.
+            acting = {site: acting[site] for site, kept in self.ablation.nodes.split(keep).items() if not kept.all()}
+        return Interventions(acting)
 
 
 def prepared(model: Model, runs: PromptRuns) -> PreparedPrompts:

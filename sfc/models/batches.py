@@ -83,6 +83,8 @@ class Batch:
 
     def repeat(self, times: int) -> Self:
         """The batch stacked on itself, first all rows once, then all again."""
+        if times == 1:
+            return self
         return self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat(times))
 
     def with_tables(self, tables: Int[Tensor, " batch"], layout: SlotLayout) -> "Batch":
