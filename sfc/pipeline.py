@@ -6,12 +6,14 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.core.sites import in_order
 from sfc.data.pairs import pairs_fingerprint
 from sfc.run import CIRCUIT_SCHEMA, Run
+from sfc.studies.compare.options import ComparisonOptions
 
 # Raised by hand when the meaning of an artifact changes.
 COMPARISON_SCHEMA, EVALUATION_SCHEMA = 2, 1
@@ -45,7 +47,7 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
     """Discover and evaluate one category's circuit unless it is there; train first where needed."""
     artifact = run.circuit(category)
     if needs_making(artifact, rebuild):
-        if run.experiment.discovery.nodes == "features":
+        if DiscoveryOptions.of(run.experiment).nodes == "features":
             ensure_saes(run)
         ensure_store(run)
         from sfc.studies.discover.discover import make_circuit
@@ -63,7 +65,7 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
     if len(set(categories)) < 2:
         raise UserError("compare needs at least two categories, for example --categories violence,privacy")
     experiment = run.experiment
-    if (reference := experiment.discovery.reference_choice) in ("paired", "base", "complied-mean"):
+    if (reference := DiscoveryOptions.of(experiment).reference_choice) in ("paired", "base", "complied-mean"):
         raise UserError(f"compare pools prompts of categories, whose reference {reference!r} is not the same")
     inputs = {
         "schema": COMPARISON_SCHEMA,
@@ -73,11 +75,11 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
         "saes": run.saes.inputs,
         "categories": sorted(set(categories)),
         "hard_share": experiment.prompts.hard_share,
-        "discovery": experiment.discovery.identity(),
-        "evaluation": experiment.evaluation.model_dump(include={"error_mode", "min_denominator"}),
-        "comparison": experiment.comparison.model_dump(),
+        "discovery": DiscoveryOptions.of(experiment).identity(),
+        "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
+        "comparison": ComparisonOptions.of(experiment).model_dump(),
     }
-    name = f"comparison{experiment.discovery.name_of_prompts}-{experiment.discovery.method}"
+    name = f"comparison{DiscoveryOptions.of(experiment).name_of_prompts}-{DiscoveryOptions.of(experiment).method}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
         ensure_saes(run)
@@ -98,7 +100,7 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
         if not path.is_file():
             raise UserError(f"no file {path}: `sfc evaluate` takes circuits, node lists in JSON or CSV, or graph files")
     experiment = run.experiment
-    population, reference = experiment.discovery.population, experiment.discovery.reference_choice
+    population, reference = DiscoveryOptions.of(experiment).population, DiscoveryOptions.of(experiment).reference_choice
     inputs = {
         "schema": EVALUATION_SCHEMA,
         "seed": experiment.seed,
@@ -109,13 +111,13 @@ def ensure_evaluation(run: Run, category: str, paths: Sequence[Path], rebuild: b
         "population": population,
         "reference": reference,
         "pairs": pairs_fingerprint(run.data_folder) if reference == "paired" else None,
-        "evaluation": experiment.evaluation.model_dump(),
+        "evaluation": EvaluationOptions.of(experiment).model_dump(),
         "circuits": [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in paths],
     }
-    if experiment.discovery.contrast != "toxic-safe":
-        inputs["contrast"] = experiment.discovery.contrast
+    if DiscoveryOptions.of(experiment).contrast != "toxic-safe":
+        inputs["contrast"] = DiscoveryOptions.of(experiment).contrast
     inputs |= run.base_inputs
-    name = f"evaluation-{category}{experiment.discovery.name_of_prompts}"
+    name = f"evaluation-{category}{DiscoveryOptions.of(experiment).name_of_prompts}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
         ensure_saes(run)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError, suggestion
-from sfc.core.study_options import ContrastKind
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.identity import model_identity
@@ -20,10 +20,13 @@ from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.run import Run
 from sfc.studies.formats.formats import Formats
 from sfc.studies.patch.alignment import check_positions
+from sfc.studies.patch.options import PatchingOptions
 from sfc.studies.patch.pairs import WRAPPERS
+from sfc.studies.repair.options import RepairOptions
+from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
+BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 2, 1, 1
 PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 REPLICATION_SCHEMA = 1
 
@@ -75,23 +78,6 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
     return artifact
 
 
-def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
-    """Measure the refusal direction and a linear probe at every layer, of one category or of `ALL`, unless done."""
-    inputs = {
-        "schema": PROBE_SCHEMA,
-        "model": model_identity(run.experiment.model),
-        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
-        "category": category,
-        "seed": run.experiment.seed,
-    }
-    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.probe.probe import make_probe
-
-        make_probe(run, artifact, category, rebuild)
-    return artifact
-
-
 def ensure_formats(
     run: Run, formats: Formats, prompts: Path | None, category: str, limit: int | None, rebuild: bool = False
 ) -> Artifact:
@@ -127,7 +113,7 @@ def ensure_patching(run: Run, rebuild: bool = False) -> Artifact:
     Raises:
         UserError: the pairs or wrappers do not exist, or a position set is none.
     """
-    experiment, config = run.experiment, run.experiment.patching
+    experiment, config = run.experiment, PatchingOptions.of(run.experiment)
     for name in config.position_sets:
         check_positions(name)
     if config.wrappers and config.pairs != "wrapped":
@@ -142,7 +128,7 @@ def ensure_patching(run: Run, rebuild: bool = False) -> Artifact:
         "pairs": hash_of_file(path) if path else _instructions(run),
         "patching": config.model_dump(exclude={"pairs", "wrappers"}),
         "max_tokens": experiment.prompts.max_tokens,
-        "min_denominator": experiment.evaluation.min_denominator,
+        "min_denominator": EvaluationOptions.of(experiment).min_denominator,
     }
     name = "wrapped" if path is None else "toxic-safe" if config.pairs == "toxic-safe" else path.stem
     artifact = Artifact.of(run.root / "circuits" / experiment.name, f"patching-{name}", inputs)
@@ -159,7 +145,7 @@ def pairs_file(run: Run) -> Path | None:
     Raises:
         UserError: there is no such file.
     """
-    name = run.experiment.patching.pairs
+    name = PatchingOptions.of(run.experiment).pairs
     if name == "wrapped":
         return None
     path = run.data_folder / "pairs.csv" if name == "toxic-safe" else Path(name)
@@ -173,7 +159,7 @@ def pairs_file(run: Run) -> Path | None:
 
 def _instructions(run: Run) -> dict[str, Any]:
     """What wrapped pairs are made from: the prompts, their splits, and the wrappers."""
-    wrappers = run.experiment.patching.wrappers
+    wrappers = PatchingOptions.of(run.experiment).wrappers
     return {
         "data": prompts_fingerprint(run.prompts.frame),
         **run.experiment.prompts.model_dump(exclude={"hard_share"}),
@@ -187,7 +173,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
     Raises:
         UserError: the direction or the positions are none, or the alphas are not to be used so.
     """
-    experiment, config = run.experiment, run.experiment.steering
+    experiment, config = run.experiment, SteeringOptions.of(run.experiment)
     check_steered(config.positions)
     if config.when:
         check_condition(config.when, config.when_above)
@@ -266,7 +252,7 @@ def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
         "saes": run.saes.inputs,
         "category": category,
         "hard_share": experiment.prompts.hard_share,
-        "repair": experiment.repair.model_dump(),
+        "repair": RepairOptions.of(experiment).model_dump(),
     }
     artifact = Artifact.of(run.root / "circuits" / experiment.name, f"repair-{category}", inputs)
     if needs_making(artifact, rebuild):
@@ -285,8 +271,9 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
         UserError: the SAEs are not trained here, or from this very seed, or circuits are made of other nodes.
     """
     experiment = run.experiment
-    if experiment.discovery.nodes != "features":
-        raise UserError(f"replicate needs circuits of SAE features: nodes {experiment.discovery.nodes!r} have no SAEs")
+    discovery = DiscoveryOptions.of(experiment)
+    if discovery.nodes != "features":
+        raise UserError(f"replicate needs circuits of SAE features: nodes {discovery.nodes!r} have no SAEs")
     if experiment.saes.source is not None:
         raise UserError("replicate trains SAEs anew, and those of saes.source are trained elsewhere: leave it out")
     if sae_seed == experiment.sae_seed:
@@ -301,7 +288,7 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
         "original": run.circuit(category).inputs,
         "replication": other.circuit(category).inputs,
     }
-    name = f"replication-{category}{experiment.discovery.name_of_prompts}-{experiment.discovery.method}"
+    name = f"replication-{category}{discovery.name_of_prompts}-{discovery.method}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
         for each in (run, other):

@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
+from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
 from sfc.data.or_bench import CleaningReport
 from sfc.data.pairs import pairs_fingerprint
@@ -20,7 +22,7 @@ from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 3, 3, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
 
@@ -70,6 +72,18 @@ class Run:
         """What stands in the place of a category where the prompts are pairs: the name of their file."""
         return self.pairs.stem if self.pairs else ""
 
+    def having(self, section: type[Options], **values: Any) -> "Run":
+        """The same run with other values in a registered section. Prompts, store and SAEs stay what they are.
+
+        Raises:
+            ValidationError: a value is not valid.
+        """
+        options = section.model_validate({**section.of(self.experiment).model_dump(), **values})
+        run = replace(self, experiment=self.experiment.model_copy(update={section.section: options}))
+        kept = {name: self.__dict__[name] for name in ("prompts", "store", "corpus", "saes") if name in self.__dict__}
+        run.__dict__.update(kept)
+        return run
+
     @cached_property
     def store(self) -> Artifact:
         """The activations of the discovery and reference prompts, at whatever sites were asked for."""
@@ -118,15 +132,15 @@ class Run:
     def base_inputs(self) -> dict[str, Any]:
         """What a fingerprint says of the base model, where the contrast has one."""
         experiment = self.experiment
-        is_wanted = experiment.discovery.contrast == "model-base"
-        return {"base": model_identity(experiment.base_model)} if is_wanted else {}
+        is_wanted = DiscoveryOptions.of(experiment).contrast == "model-base"
+        return {"base": model_identity(base_model(experiment))} if is_wanted else {}
 
     def circuit(self, category: str) -> Artifact:
         """The circuit of one category, with its evaluation and its page."""
         experiment = self.experiment
-        about = experiment.discovery.name_of_prompts
-        features = experiment.discovery.nodes == "features"
-        discovery = experiment.discovery.identity()
+        about = DiscoveryOptions.of(experiment).name_of_prompts
+        features = DiscoveryOptions.of(experiment).nodes == "features"
+        discovery = DiscoveryOptions.of(experiment).identity()
         if features:
             del discovery["nodes"]
         inputs = {
@@ -137,18 +151,18 @@ class Run:
             "category": category,
             "hard_share": experiment.prompts.hard_share,
             "discovery": discovery,
-            "evaluation": experiment.evaluation.model_dump(),
+            "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
-        if experiment.discovery.reference_choice == "paired":
+        if DiscoveryOptions.of(experiment).reference_choice == "paired":
             inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
         inputs |= self.base_inputs
         topics = None if self.pairs else self.data_folder / TOPICS_FILE
-        if topics and experiment.discovery.method == "correlation" and topics.is_file():
+        if topics and DiscoveryOptions.of(experiment).method == "correlation" and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
         if not features:
             inputs["layers"] = experiment.activations.layers
-            about += f"-{experiment.discovery.nodes}"
-        name = f"circuit-{category}{about}-{experiment.discovery.method}"
+            about += f"-{DiscoveryOptions.of(experiment).nodes}"
+        name = f"circuit-{category}{about}-{DiscoveryOptions.of(experiment).method}"
         return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
 
 
@@ -162,7 +176,7 @@ def about_pairs(run: Run, path: Path) -> Run:
     """
     if not path.is_file():
         raise UserError(f"no file {path}: --pairs takes JSON lines with clean_prefix, patch_prefix, clean_answer, …")
-    discovery = run.experiment.discovery
+    discovery = DiscoveryOptions.of(run.experiment)
     if discovery.reference not in (None, "paired"):
         raise UserError(
             f"--pairs: each prompt's reference is its partner, so that {discovery.reference!r} cannot be had"

@@ -14,8 +14,8 @@ import torch
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import DiscoveryConfig
 from sfc.core.experiments import load_experiment
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
@@ -115,4 +115,4 @@ def problem(
     collect(model, prompts, config.sites, config, folder, lambda _: None)
     frame = pd.DataFrame({"prompt": TEXTS, "store_index": range(len(prompts)), "refusal_label": LABELS})
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
-    return Problem(model, score, ablation, runs, Store(folder), frame, DiscoveryConfig())  # pyright: ignore
+    return Problem(model, score, ablation, runs, Store(folder), frame, DiscoveryOptions())  # pyright: ignore

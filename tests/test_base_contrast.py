@@ -9,6 +9,7 @@ import torch
 from commands import sfc
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sfc.circuits.options import base_model
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
@@ -68,7 +69,7 @@ def test_the_table_says_where_features_fire_in_both_models(discovered: dict, roo
     assert len(table) == discovered["n_nodes"] == sum(discovered["base"]["changes"].values())
     run = Run(load_experiment("tiny", ["discovery.contrast=model-base", f"discovery.base={base}"]), root)
     problem, _, _ = prepare_problem(run, "violence")
-    named = {"fires": problem.model, "fired": load_model(run.experiment.base_model)}
+    named = {"fires": problem.model, "fired": load_model(base_model(run.experiment))}
     for column, model in named.items():
         firing = {site: [] for site in SITES}
         for batch in problem.runs.batches:
@@ -125,7 +126,7 @@ def test_the_contrast_needs_a_base_and_a_method_that_runs_both() -> None:
     with pytest.raises(UserError, match="has no base model"):
         load_experiment("tiny", ["discovery.base=x"])
     with_adapter = load_experiment("smollm2", ["discovery.contrast=model-base"])
-    assert with_adapter.base_model == load_experiment("smollm2-base").model
+    assert base_model(with_adapter) == load_experiment("smollm2-base").model
     assert with_adapter.discovery.reference_choice == "base"
 
 

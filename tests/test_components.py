@@ -23,8 +23,9 @@ from sfc.circuits.effects import METHODS
 from sfc.circuits.exact import exact_effects
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.nodes import Nodes, component_spaces
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import DiscoveryConfig, ModelConfig
+from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import leaf_recorder, recorder
@@ -173,7 +174,7 @@ def test_names_of_components_and_numbers_are_inverse(model: Model) -> None:
 @pytest.mark.parametrize("values", [{"method": "correlation"}, {"drop_dead_ends": True}])
 def test_what_components_cannot_have_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="heads"):
-        DiscoveryConfig.model_validate({"nodes": "heads", **values})
+        DiscoveryOptions.model_validate({"nodes": "heads", **values})
 
 
 def test_discover_on_heads_and_mlps_needs_no_saes(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.learned_mask import price
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.permutation import permutation_test
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import DiscoveryConfig
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout
@@ -163,7 +163,7 @@ def test_a_learned_mask_beats_chance_on_its_own_prompts(problem: Problem) -> Non
 
 
 def test_the_price_of_a_node_rises_to_the_first_price_and_on_to_the_last() -> None:
-    config = DiscoveryConfig(mask_steps=100, mask_price=1e-3, mask_last_price=4e-3)  # pyright: ignore
+    config = DiscoveryOptions(mask_steps=100, mask_price=1e-3, mask_last_price=4e-3)  # pyright: ignore
     prices = [price(step, config) for step in range(1, 101)]
     assert (np.diff(prices) > 0).all()
     np.testing.assert_allclose([prices[i] for i in (0, 39, 69, 99)], [2.5e-5, 1e-3, 2e-3, 4e-3])

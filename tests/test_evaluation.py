@@ -24,8 +24,8 @@ from sfc.circuits.faithfulness import (
     top_circuits,
 )
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import EvaluationConfig
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
 
@@ -130,7 +130,7 @@ def test_the_reported_size_is_the_smallest_that_reaches_the_target_else_the_most
     assert choose_size(nothing, 0.8) == 5
 
 
-CONFIG = EvaluationConfig(sizes=[1], random_draws=3, min_denominator=0.01)  # pyright: ignore
+CONFIG = EvaluationOptions(sizes=[1], random_draws=3, min_denominator=0.01)  # pyright: ignore
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import pytest
 
 from sfc.circuits import replies
 from sfc.circuits.effects import METHODS
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem
 from sfc.circuits.replies import COLUMNS, ablated_replies, with_refusals
-from sfc.core.config import EvaluationConfig
 from sfc.stats import wilson
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 
 
-def config(**values: object) -> EvaluationConfig:
-    return EvaluationConfig(sizes=SIZES, replies=4, reply_tokens=5).model_copy(update=values)
+def config(**values: object) -> EvaluationOptions:
+    return EvaluationOptions(sizes=SIZES, replies=4, reply_tokens=5).model_copy(update=values)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sfc.evaluation import stability
 
+from sfc.circuits import stability
 from sfc.circuits.effects import METHODS, Effects
 from sfc.circuits.overlap import chance_overlap, jaccard
 from sfc.circuits.problem import Problem

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfc.core.errors import UserError
-from sfc.core.study_options import SteeringConfig
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
 from sfc.models.batches import SlotLayout, make_batches
@@ -33,6 +32,7 @@ from sfc.studies.steer.directions import (
     random_directions,
     span_share,
 )
+from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import best_per_layer, ranked, record
 from sfc.studies.steer.sweep import FORCE, RANDOM, SHUFFLED, SUPPRESS, Setting, band, best_alphas, rates, sweep
 
@@ -350,7 +350,7 @@ def test_the_best_alpha_is_within_the_limit_where_one_is() -> None:
 
 
 def test_only_changes_in_the_intended_direction_count(model: Model, prompts: list[TokenizedPrompt]) -> None:
-    config = SteeringConfig(positions="last", reply_tokens=3)
+    config = SteeringOptions(positions="last", reply_tokens=3)
     vector, site = random_directions(1, 32, 0)[0], "blocks.0.hook_resid_post"
     settings = [
         Setting("d", site, -1, alpha, SteeringEdit("add", (site,), vector, alpha)) for alpha in (-1.0, 0.0, 1.0)
@@ -389,7 +389,7 @@ def test_the_band_of_a_control_is_of_its_directions_alone() -> None:
 
 def test_the_dial_that_an_edit_suggests() -> None:
     def dial(**values: object) -> list[float]:
-        return SteeringConfig(**values).dial  # pyright: ignore
+        return SteeringOptions(**values).dial  # pyright: ignore
 
     assert dial() == [-0.32, -0.24, -0.16, -0.08, 0.0, 0.08, 0.16, 0.24, 0.32]
     assert dial(units="raw") == list(range(-4, 5)) and dial(edit="project-out") == [0, 0.5, 1]

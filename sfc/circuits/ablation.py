@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfc.circuits.baselines import Reference
 from sfc.circuits.nodes import Nodes
-from sfc.core.config import ErrorMode
+from sfc.circuits.options import ErrorMode
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.linear import linear

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import EvaluationConfig
 from sfc.models import engine
 from sfc.models.batches import Batch
 from sfc.models.engine import NO_EDIT, Alike, Edits, PreparedPrompts, Progress
@@ -232,7 +232,7 @@ def evaluation_curve(
     runs: PromptRuns,
     ranking: Int[np.ndarray, " ranked"],
     sizes: Sequence[int],
-    config: EvaluationConfig,
+    config: EvaluationOptions,
     seed: int,
     progress: Progress,
 ) -> pd.DataFrame:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.config import DiscoveryConfig
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.models.score import score_batch
@@ -73,7 +73,7 @@ def learn_mask(
     return LearnedMask(mask, held.cpu().double().numpy() + mask)
 
 
-def price(step: int, config: DiscoveryConfig) -> float:
+def price(step: int, config: DiscoveryOptions) -> float:
     """The price of a node at a step (1 is the first), in squares of F(M) - F(0)."""
     rising = RISING_SHARE * config.mask_steps
     if step <= rising:

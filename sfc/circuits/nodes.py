@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.core.config import NodeChoice
+from sfc.circuits.options import NodeChoice
 from sfc.core.errors import UserError
 from sfc.core.sites import StoredKind, kind_of, layer_of, short_site, site_of
 from sfc.models.loading import Model

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
-from sfc.core.config import DiscoveryConfig
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.data.topics import topic_pairs
 from sfc.models.batches import Batch
@@ -128,7 +128,7 @@ class Problem:
     prompts: pd.DataFrame
     """discovery prompts of the category, both sides: `prompt`, `refusal_label`, and `store_index`, their number in the
     store; `topic` where the data set lists topics"""
-    config: DiscoveryConfig
+    config: DiscoveryOptions
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:

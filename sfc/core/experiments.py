@@ -3,15 +3,18 @@
 All of it is validated before anything runs, so that a misspelt key costs a second and not an hour.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError, suggestion
+from sfc.core.options import SECTIONS
+from sfc.core.registry import load_plugins
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -40,9 +43,34 @@ def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
     for override in overrides:
         _apply_override(values, override)
     try:
-        return Experiment.model_validate(values)
+        return experiment_of(values)
     except ValidationError as error:
         raise UserError(f"{path.name}: {_first_problem(error)}") from None
+
+
+def experiment_of(values: Mapping[str, Any]) -> Experiment:
+    """An experiment from its sections as a preset has them.
+
+    Raises:
+        ValidationError: a key or a value is not valid.
+    """
+    return _experiment_class().model_validate(values)
+
+
+@cache
+def _experiment_class() -> type[Experiment]:
+    """An `Experiment` with every section that is registered."""
+    load_plugins()
+    sections: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in sorted(SECTIONS.items())}
+    return create_model("Experiment", __base__=_Checked, **sections)
+
+
+class _Checked(Experiment):
+    @model_validator(mode="after")
+    def _sections_go_together(self) -> "_Checked":
+        for kind in SECTIONS.values():
+            kind.of(self).check(self)
+        return self
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -71,7 +99,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Experiment
+    section: type[BaseModel] = _experiment_class()
     for part in location:
         section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
     return list(section.model_fields)

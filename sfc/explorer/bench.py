@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from sfc.api import open_model, steer
 from sfc.circuits.circuit import load_circuit
-from sfc.core.config import Experiment
+from sfc.core.experiments import experiment_of
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, Probe
 from sfc.models.edits import Steering
@@ -94,7 +94,7 @@ def _circuit(folder: Path) -> nx.DiGraph:
 
 @lru_cache(maxsize=4)
 def _run(experiment: str, root: Path, data: str, device: str) -> Run:
-    return Run(Experiment.model_validate_json(experiment), root, data, device)
+    return Run(experiment_of(json.loads(experiment)), root, data, device)
 
 
 @lru_cache(maxsize=1)

@@ -19,12 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.core.sites import site_of
-from sfc.core.study_options import EditKind
 from sfc.models.batches import Batch
 from sfc.models.engine import Alike, Edits
 from sfc.models.interventions import Intervention, Interventions
 from sfc.models.loading import Model
-from sfc.models.positions import steered_tokens
+from sfc.models.positions import EditKind, steered_tokens
 from sfc.models.running import layer_before
 
 

@@ -9,12 +9,16 @@ The first token of a sequence is an attention sink: whoever steers leaves it out
 """
 
 import re
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from sfc.core.errors import UserError
 from sfc.data.render import Role
+
+EditKind = Literal["add", "project-out", "clamp"]
+"""how an activation is edited along a direction"""
 
 _LAST = re.compile(r"last(?:-([1-9]\d*))?")
 

@@ -16,6 +16,7 @@ from sfc.circuits.controls import p_value
 from sfc.circuits.edge_ablation import edge_faithfulness, random_edges, why_not_ablatable
 from sfc.circuits.faithfulness import curve_sizes, evaluation_curve, top_circuits
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import with_refusals
 from sfc.core.artifacts import Artifact, write_csv, write_json
@@ -65,7 +66,7 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
             "category": category,
             "population": facts["population"],
             "reference": problem.config.reference_choice,
-            "error_mode": run.experiment.evaluation.error_mode,
+            "error_mode": EvaluationOptions.of(run.experiment).error_mode,
             "n_prompts": test_runs.n_prompts,
             "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
         }
@@ -91,7 +92,7 @@ def circuit_names(paths: Sequence[Path]) -> list[str]:
 
 def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> pd.DataFrame:
     """The circuit's figures, and where it is ranked those of its best nodes."""
-    config, size = run.experiment.evaluation, len(circuit.members)
+    config, size = EvaluationOptions.of(run.experiment), len(circuit.members)
     say(f"{circuit.name}: {circuit.listed.format}, {size:,} nodes")
     sizes = curve_sizes(config.sizes, size) if circuit.listed.is_ranked else [size]
     total = (1 + (3 + config.random_draws) * len(sizes)) * runs.n_prompts
@@ -104,7 +105,11 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
 
 def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> dict[str, float | None]:
     """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
-    nodes, smallest, seed = problem.ablation.nodes, run.experiment.evaluation.min_denominator, run.experiment.seed
+    nodes, smallest, seed = (
+        problem.ablation.nodes,
+        EvaluationOptions.of(run.experiment).min_denominator,
+        run.experiment.seed,
+    )
     reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
     if reason is not None:
         say(f"{circuit.name}: edges are not judged: {reason}")
@@ -120,7 +125,7 @@ def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circui
 
 def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> float:
     """The circuit's p-value among random ones."""
-    config = run.experiment.evaluation
+    config = EvaluationOptions.of(run.experiment)
     mask = top_circuits(np.array(circuit.members), [len(circuit.members)], problem.ablation.nodes.n_nodes)[0]
     with progress_bar("random circuits", (config.p_value_draws + 2) * runs.n_prompts, "runs") as progress:
         return p_value(problem, runs, mask, config.p_value_draws, run.experiment.seed, progress)

@@ -21,6 +21,7 @@ from sfc.core.artifacts import read_json, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import say
 from sfc.run import Run
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
 
@@ -37,7 +38,8 @@ def find_circuits(run: Run, folder: Path, categories: Sequence[str]) -> dict[str
     seed = run.experiment.seed
     pairs = list(itertools.combinations(categories, 2))
     pools = [
-        pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[: run.experiment.comparison.shuffles]
+        pairs[i]
+        for i in np.random.default_rng(seed).permutation(len(pairs))[: ComparisonOptions.of(run.experiment).shuffles]
     ]
     names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
     names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
@@ -87,12 +89,12 @@ def _problems(
 def _circuit(problem: Problem, experiment: Experiment) -> dict[str, Weights]:
     """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
     effects, nodes = METHODS[problem.config.method](problem), problem.ablation.nodes
-    members = effects.ranking[: experiment.comparison.size].tolist()
+    members = effects.ranking[: ComparisonOptions.of(experiment).size].tolist()
     circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
-    if experiment.comparison.edges and problem.config.nodes == "features":
+    if ComparisonOptions.of(experiment).edges and problem.config.nodes == "features":
         strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))
         circuit["edges"] = {
-            _edge_name(nodes, edge): abs(edge.weight) for edge in strongest[: experiment.comparison.edges]
+            _edge_name(nodes, edge): abs(edge.weight) for edge in strongest[: ComparisonOptions.of(experiment).edges]
         }
     return circuit
 

@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import leaves_list
 
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.overlap import (
     Overlaps,
     Weights,
@@ -28,6 +29,7 @@ from sfc.core.errors import UserError
 from sfc.run import Run
 from sfc.studies.compare.circuits import Found, find_circuits
 from sfc.studies.compare.judged import judge_circuits
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.page import write_comparison_page
 
 FILES = {
@@ -62,7 +64,7 @@ def make_comparison(run: Run, artifact: Artifact, categories: Sequence[str], reb
         UserError: the method does not work prompt by prompt, or a category lacks prompts.
     """
     experiment = run.experiment
-    if experiment.discovery.method not in _BY_PROMPTS:
+    if DiscoveryOptions.of(experiment).method not in _BY_PROMPTS:
         raise UserError(
             f"compare needs a method that halves of the prompts can be given to: one of {', '.join(_BY_PROMPTS)}"
         )
@@ -76,8 +78,8 @@ def make_comparison(run: Run, artifact: Artifact, categories: Sequence[str], reb
         verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
         result = {
             "preset": experiment.name,
-            "method": experiment.discovery.method,
-            "size": experiment.comparison.size,
+            "method": DiscoveryOptions.of(experiment).method,
+            "size": ComparisonOptions.of(experiment).size,
             "categories": list(categories),
             "order": _order(tables["jaccard"]),
             "overlap": {name: measured._asdict() for name, measured in verdicts.items()},

@@ -14,12 +14,14 @@ from jaxtyping import Bool
 
 from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.overlap import Weights, shared_core
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import ablated_refusals
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.progress import progress_bar
 from sfc.run import Run
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
@@ -65,7 +67,7 @@ def _judged(
         for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, run), strict=True)
     ]
     transfer, core = rows[: len(circuits)], rows[len(circuits) :]
-    if run.experiment.comparison.replies:
+    if ComparisonOptions.of(run.experiment).replies:
         replies = _replied(problem, runs, keep[len(circuits) :], run)
         core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
     return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
@@ -82,7 +84,10 @@ def masks(nodes: Nodes, circuits: Sequence[Sequence[str]]) -> Bool[np.ndarray, "
 def _scored(problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
     packed = np.concatenate([np.zeros_like(keep[:1]), keep, ~keep])
     empty, *scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed)
-    full, smallest = full_scores(problem.model, problem.score, runs), run.experiment.evaluation.min_denominator
+    full, smallest = (
+        full_scores(problem.model, problem.score, runs),
+        EvaluationOptions.of(run.experiment).min_denominator,
+    )
     return [
         metrics_with_intervals(Scores(full, empty, kept, ablated), smallest, run.experiment.seed)
         for kept, ablated in zip(scores[: len(keep)], scores[len(keep) :], strict=True)
@@ -91,7 +96,7 @@ def _scored(problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits
 
 def _replied(problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
     """Refusals among the replies to some of the prompts, as the model is and with each circuit ablated."""
-    config = run.experiment.comparison
+    config = ComparisonOptions.of(run.experiment)
     some = runs.sample(config.replies, run.experiment.seed)
     keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
     model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)

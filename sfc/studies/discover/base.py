@@ -16,6 +16,7 @@ from jaxtyping import Float
 from sfc.circuits.baselines import Reference, reference_in_tables
 from sfc.circuits.effects import attribution
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.options import base_model
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.progress import say
@@ -56,7 +57,7 @@ def load_base(run: Run, model: Model) -> Model:
     Raises:
         UserError: it is of other sizes, or reads the tokens differently.
     """
-    base = load_model(run.experiment.base_model, model.device)
+    base = load_model(base_model(run.experiment), model.device)
     if (base.n_layers, base.d_model) != (model.n_layers, model.d_model):
         raise UserError(
             f"discovery.base: {base.config.source} has {base.n_layers} layers of width {base.d_model}, the model"

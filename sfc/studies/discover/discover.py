@@ -23,6 +23,7 @@ from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.effects import METHODS, NATS, Effects
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import with_refusals
 from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
@@ -36,8 +37,7 @@ from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.source import read_config
-from sfc.saes.store import Store
-from sfc.studies.collect import PROMPTS_FILE
+from sfc.saes.store import Store, read_prompts
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
 
@@ -50,9 +50,9 @@ def write_cards(
 ) -> dict[str, Any]:
     """Make the cards (see `sfc.features.cards`) of the circuit's strongest features, and write `features.json`."""
     store = Store(run.store.folder)
-    prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
+    prompts = read_prompts(run.store.folder)
     cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
     configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
     for name, card in cards["features"].items():
@@ -74,7 +74,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
     Raises:
         UserError: the category lacks prompts, or an artifact it needs is corrupt.
     """
-    clock, config = Clock(), run.experiment.discovery
+    clock, config = Clock(), DiscoveryOptions.of(run.experiment)
     artifact = run.circuit(category)
     with artifact.being_made(rebuild) as folder:
         problem, test_runs, facts = prepare_problem(run, category)
@@ -85,9 +85,9 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             raise UserError("no node passes the threshold: lower --set discovery.threshold=…")
         clock.lap("effects")
         ranking = effects.ranking
-        sizes = curve_sizes(run.experiment.evaluation.sizes, len(ranking))
+        sizes = curve_sizes(EvaluationOptions.of(run.experiment).sizes, len(ranking))
         curve = _curve(run, problem, ranking, sizes, test_runs)
-        members = ranking[: choose_size(curve, run.experiment.evaluation.target_faithfulness)].tolist()
+        members = ranking[: choose_size(curve, EvaluationOptions.of(run.experiment).target_faithfulness)].tolist()
         clock.lap("evaluation")
         edges = EDGES[config.edges](problem, members) if config.nodes == "features" else []
         clock.lap("edges")
@@ -100,7 +100,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
             members = kept
             clock.lap("evaluation without dead ends")
         curve = with_refusals(
-            curve, problem, test_runs, ranking, len(members), run.experiment.evaluation, run.experiment.seed
+            curve, problem, test_runs, ranking, len(members), EvaluationOptions.of(run.experiment), run.experiment.seed
         )
         clock.lap("replies")
         unit = problem.score.unit
@@ -178,7 +178,7 @@ def _curve(
     run: Run, problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int], test_runs: PromptRuns
 ) -> pd.DataFrame:
     """The curve on the test split, with the discovery split's faithfulness beside it."""
-    config = run.experiment.evaluation
+    config = EvaluationOptions.of(run.experiment)
     on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
     total = on_discovery * problem.runs.n_prompts + on_test * test_runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
@@ -262,7 +262,7 @@ def _held_against(
 
     Where faithfulness is not measurable (`measurable` is False), neither is what is made of it.
     """
-    config, nodes = run.experiment.evaluation, problem.ablation.nodes
+    config, nodes = EvaluationOptions.of(run.experiment), problem.ablation.nodes
     circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
     sizes = sorted({*sizes, nodes.n_nodes})
     total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * test_runs.n_prompts
@@ -283,7 +283,7 @@ def _faithfulness_of_edges(
     run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int], edges: Sequence[Edge]
 ) -> dict[str, float | None]:
     """Of the edges that are drawn, on the test split."""
-    config, ends = run.experiment.evaluation, [(edge.source, edge.target) for edge in edges]
+    config, ends = EvaluationOptions.of(run.experiment), [(edge.source, edge.target) for edge in edges]
     with progress_bar(
         "ablating edges", len(problem.ablation.nodes.sites) * len(test_runs.batches), "sites"
     ) as progress:

@@ -10,10 +10,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfc.circuits.baselines import check_covered, paired_reference
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
@@ -34,7 +36,7 @@ def pairs_task(run: Run, path: Path, model: Model, dictionaries: Mapping[str, Di
     Raises:
         UserError: the file is malformed, an answer is not one token, or no pair of some split can be used.
     """
-    experiment, clean_is_explained = run.experiment, run.experiment.discovery.population == "toxic"
+    experiment, clean_is_explained = run.experiment, DiscoveryOptions.of(run.experiment).population == "toxic"
     pairs = load_counterfactuals(path, experiment.prompts, experiment.seed)
     ours, theirs = ("clean", "patch") if clean_is_explained else ("patch", "clean")
     tokenized = {side: model.tokenize(pairs[f"{side}_prefix"].tolist()) for side in (ours, theirs)}
@@ -168,7 +170,7 @@ def _variance_explained(
 
 def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
     """The prompts of one side, as rows of the table of prompts; a clean prompt's label is true."""
-    return pd.DataFrame(
+    prompts = pd.DataFrame(
         {
             "prompt": pairs[f"{side}_prefix"],
             "category": category,
@@ -180,3 +182,4 @@ def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
             "patch_answer": pairs["patch_answer"],
         }
     )
+    return with_ids(prompts)

@@ -5,16 +5,17 @@ from typing import Any
 
 import pandas as pd
 
+from sfc.circuits.options import EvaluationOptions
 from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.core.study_options import PatchingConfig
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import pairs_file
 from sfc.run import Run
 from sfc.studies.discover.discover import Clock
 from sfc.studies.patch.alignment import expand
 from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
+from sfc.studies.patch.options import PatchingOptions
 from sfc.studies.patch.page import write_patching_page
 from sfc.studies.patch.pairs import WRAPPERS, Candidates, load_wrappers, toxic_safe_pairs, wrapped_pairs
 from sfc.studies.patch.patching import patch_pairs
@@ -39,7 +40,7 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
     Raises:
         UserError: the pairs or wrappers cannot be read, no pair can be used, or the model has no such layer.
     """
-    clock, config = Clock(), run.experiment.patching
+    clock, config = Clock(), PatchingOptions.of(run.experiment)
     candidates = _candidates(run)
     model = load_model(run.experiment.model, choose_device(run.device))
     patches = _patches(model, config)
@@ -54,7 +55,7 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         runs = _runs(model, selection, positions, patches, run)
         clock.lap("patching")
         effects = effect_table(
-            runs, config.draws, config.flips, run.experiment.evaluation.min_denominator, run.experiment.seed
+            runs, config.draws, config.flips, EvaluationOptions.of(run.experiment).min_denominator, run.experiment.seed
         )
         result = {"n_layers": model.n_layers, **_result(run, selection, effects, runs)}
         write_csv(folder / FILES["effects"], effects, digits=6)
@@ -68,7 +69,7 @@ def make_patching(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
 
 
 def _candidates(run: Run) -> list[Candidates]:
-    config, seed = run.experiment.patching, run.experiment.seed
+    config, seed = PatchingOptions.of(run.experiment), run.experiment.seed
     path = pairs_file(run)
     if path is not None:
         return toxic_safe_pairs(path, config.category, config.limit, seed)
@@ -78,7 +79,7 @@ def _candidates(run: Run) -> list[Candidates]:
     return wrapped_pairs(instructions, wrappers, config.category, config.limit, seed)
 
 
-def _patches(model: Model, config: PatchingConfig) -> list[Patch]:
+def _patches(model: Model, config: PatchingOptions) -> list[Patch]:
     layers = sorted(set(config.layers)) or list(range(model.n_layers))
     if not 0 <= layers[0] <= layers[-1] < model.n_layers:
         raise UserError(f"patching.layers names layers the model has not: it has 0 to {model.n_layers - 1}")
@@ -95,7 +96,7 @@ def _unaligned(selection: Selection, positions: list[str]) -> pd.Series:
     return pd.Series(reasons, index=used.index[used], dtype=object).reindex(used.index, fill_value="")
 
 
-def _check_some_left(selection: Selection, config: PatchingConfig, path: str) -> None:
+def _check_some_left(selection: Selection, config: PatchingOptions, path: str) -> None:
     """Say how many pairs are used; none is an error, and labels or the score never take the place of behaviour."""
     lost = _lost(selection)
     counts = "; ".join(f"{count}: {reason}" for reason, count in lost.items())
@@ -121,7 +122,7 @@ def _lost(selection: Selection) -> dict[str, int]:
 
 
 def _runs(model: Model, selection: Selection, positions: list[str], patches: list[Patch], run: Run) -> list[PatchRuns]:
-    directions, batch_tokens = run.experiment.patching.directions, run.experiment.activations.batch_tokens
+    directions, batch_tokens = PatchingOptions.of(run.experiment).directions, run.experiment.activations.batch_tokens
     aligned = {name: sum(unaligned(name, pair) is None for pair in selection.pairs) for name in positions}
     with progress_bar("patching", len(directions) * sum(aligned.values()) * len(patches), "runs") as progress:
         return [
@@ -154,7 +155,7 @@ def _scores(runs: list[PatchRuns]) -> pd.DataFrame:
 
 
 def _result(run: Run, selection: Selection, effects: pd.DataFrame, runs: list[PatchRuns]) -> dict[str, Any]:
-    config, used = run.experiment.patching, selection.table[selection.table["used"]]
+    config, used = PatchingOptions.of(run.experiment), selection.table[selection.table["used"]]
     single = effects[~effects["is_range"]]
     critical = single[single["q_value"] <= _CRITICAL_Q]
     return {

@@ -16,12 +16,14 @@ import pandas as pd
 
 from sfc.core.config import Experiment
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import prompt_ids
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal, refuses_somewhere
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.studies.patch.alignment import Unalignable, align, expand
+from sfc.studies.patch.options import PatchingOptions
 from sfc.studies.patch.pairs import Candidates, Pair
 
 
@@ -76,9 +78,9 @@ class Selection(NamedTuple):
     pairs: list[TokenizedPair]
     """those used, in the order of the table"""
     table: pd.DataFrame
-    """one row per clean prompt: `category, wrapper, clean, corrupted, prefill, used, lost` (why it was lost, else
-    blank), and for either side, as `clean_…` and `corrupted_…`, `refused, complied, score, reply` (missing where nobody
-    asked)"""
+    """one row per clean prompt: `category, wrapper, clean, corrupted, prefill, clean_id, corrupted_id, used, lost` (why
+    it was lost, else blank), and for either side, as `clean_…` and `corrupted_…`, `refused, complied, score, reply`
+    (missing where the model was not asked)"""
 
 
 @dataclass
@@ -99,7 +101,7 @@ class _Case:
     def of(cls, model: Model, group: Candidates, experiment: Experiment) -> "_Case":
         """A case whose pairs that serve on no account are already out."""
         pairs = list(zip(group, tokenize_pairs(model, group), strict=True))
-        limits = experiment.patching.position_sets, experiment.prompts.max_tokens
+        limits = PatchingOptions.of(experiment).position_sets, experiment.prompts.max_tokens
         objections = [_static_objection(tokens, *limits) for _, tokens in pairs]
         left = [pair for pair, objection in zip(pairs, objections, strict=True) if objection is None]
         return cls(left, *pairs[0], lost=objections[0])
@@ -107,7 +109,7 @@ class _Case:
 
 def select_pairs(model: Model, candidates: Sequence[Candidates], experiment: Experiment) -> Selection:
     """For each clean prompt the first of its pairs that can be aligned, is short enough and meets the requirement."""
-    objection = REQUIREMENTS[experiment.patching.require].objection
+    objection = REQUIREMENTS[PatchingOptions.of(experiment).require].objection
     cases = [_Case.of(model, group, experiment) for group in candidates]
     trying = [case for case in cases if case.left]
     prompts = [case.tokens.clean for case in trying]
@@ -156,7 +158,7 @@ def _conduct(
 ) -> list[Conduct]:
     if not prompts:
         return []
-    config, batch_tokens = experiment.patching, experiment.activations.batch_tokens
+    config, batch_tokens = PatchingOptions.of(experiment), experiment.activations.batch_tokens
     batches = make_batches(prompts, SlotLayout.of(prompts), batch_tokens, model.device)
     scores = score_prompts(model, RefusalScore.of(model), batches).tolist()
     if not REQUIREMENTS[config.require].needs_replies:
@@ -175,5 +177,6 @@ def _row(case: _Case) -> dict[str, object]:
     measured = {
         f"{side}_{field}": getattr(conduct, field) for field in Conduct._fields for side, conduct in conducts.items()
     }
+    texts["clean_id"], texts["corrupted_id"] = prompt_ids([pair.clean, pair.corrupted])
     used = {"used": case.lost is None, "lost": case.lost or ""}
     return {"category": pair.category, "wrapper": pair.wrapper, **texts, **used, **measured}

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.balance import balance
@@ -22,6 +23,7 @@ from sfc.run import Run
 from sfc.saes.store import Store
 from sfc.studies.collect import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
+from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.sweep import with_replies
 from sfc.studies.train.train import load_dictionaries
 
@@ -54,7 +56,7 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
     Raises:
         UserError: prompts of a kind are missing, or too few of them are refused.
     """
-    experiment, config, seed = run.experiment, run.experiment.repair, run.experiment.seed
+    experiment, config, seed = run.experiment, RepairOptions.of(run.experiment), run.experiment.seed
     dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
     frame = run.prompts.frame
     ours = frame if category == ALL else frame[frame["category"] == category]
@@ -97,7 +99,7 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         runs=scored["hard"],
         store=Store(run.store.folder),
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
-        config=experiment.discovery,
+        config=DiscoveryOptions.of(experiment),
     )
     ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)

@@ -17,7 +17,6 @@ from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, rand
 from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.core.study_options import RepairConfig
 from sfc.data.render import TokenizedPrompt
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS, make_batches
@@ -38,6 +37,7 @@ from sfc.studies.repair.edits import (
     written_subspaces,
 )
 from sfc.studies.repair.inputs import KINDS, RepairInputs, repair_inputs
+from sfc.studies.repair.options import RepairOptions
 from sfc.studies.repair.page import write_repair_page
 
 FILES = {
@@ -80,7 +80,7 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
     Raises:
         UserError: there are too few prompts, or no feature qualifies.
     """
-    clock, config = Clock(), run.experiment.repair
+    clock, config = Clock(), RepairOptions.of(run.experiment)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
         inputs = repair_inputs(run, model, category)
@@ -164,7 +164,7 @@ _EDITS: Mapping[str, Callable[[RepairInputs, np.ndarray], Edits]] = {HOOK: _hook
 
 def _random_settings(run: Run, inputs: RepairInputs, best: Masks, sizes: Sequence[int]) -> list[Settings]:
     """For each kind and size, edits by as many features of the same sites and ranges of firing rates."""
-    problem, n_draws = inputs.problem, run.experiment.repair.random_draws
+    problem, n_draws = inputs.problem, RepairOptions.of(run.experiment).random_draws
     strata = matching_strata(problem.ablation.nodes, problem.firing_rates)
     drawn = random_circuits(best, strata, n_draws, run.experiment.seed)
     masks = rearrange(drawn, "draws sizes nodes -> (sizes draws) nodes")
@@ -198,7 +198,7 @@ def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _measured(
-    inputs: RepairInputs, settings: Sequence[Settings], config: RepairConfig
+    inputs: RepairInputs, settings: Sequence[Settings], config: RepairOptions
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per edit and test prompt, with score and reply; and per edit the cross-entropy of ordinary replies."""
     model, score = inputs.problem.model, inputs.problem.score
@@ -226,7 +226,7 @@ def _measured(
 def _replied(
     inputs: RepairInputs, about: Mapping[str, Any], group: str, scores: np.ndarray, texts: list[str]
 ) -> pd.DataFrame:
-    prompts = inputs.test[group].table[["prompt", "category", "dataset_type"]]
+    prompts = inputs.test[group].table[["id", "prompt", "category", "dataset_type"]]
     refused = [is_refusal(text) for text in texts]
     return prompts.assign(**about, group=group, score=scores, refused=refused, reply=texts)
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sfc.circuits.circuit import load_circuit
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import Artifact, read_json, write_csv, write_json
 from sfc.core.progress import progress_bar
 from sfc.models.loading import choose_device
@@ -47,7 +48,7 @@ def make_replication(run: Run, other: Run, artifact: Artifact, category: str, re
         result = {
             "preset": run.experiment.name,
             "category": category,
-            "method": run.experiment.discovery.method,
+            "method": DiscoveryOptions.of(run.experiment).method,
             "effect_unit": original.graph["effect_unit"],
             "same_from_cosine": SAME,
             **_rounded(circuit_agreement(nodes, sites)),

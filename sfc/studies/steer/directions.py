@@ -27,13 +27,13 @@ from torch import Tensor
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.core.errors import UserError
 from sfc.core.sites import site_from_short
-from sfc.core.study_options import ContrastKind
 from sfc.data.schema import keyed_numbers
 from sfc.models.edits import Steering, SteeringEdit
 from sfc.models.identity import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
+from sfc.studies.steer.options import ContrastKind, SteeringOptions
 from sfc.studies.train.train import load_dictionaries
 
 _FEWEST = 4
@@ -223,7 +223,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
             f"no direction {direction!r}: name a feature, or a finished `sfc steer` of this model ({known})"
         )
     site, vector = direction_of_feature(run, direction)
-    config = run.experiment.steering
+    config = SteeringOptions.of(run.experiment)
     amount = alpha * _mean_norm(run.store.folder, site)
     return Steering([SteeringEdit("add", (site,), vector, amount)], config.positions, config.during_reply)
 

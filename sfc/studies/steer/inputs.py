@@ -15,7 +15,6 @@ from sfc.circuits.circuit import load_circuit
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import in_order, short_site, site_from_short, site_of
-from sfc.core.study_options import ContrastKind, SteeringConfig
 from sfc.data.balance import balance
 from sfc.data.read import load_prompt_file
 from sfc.data.render import Role, TokenizedPrompt
@@ -38,6 +37,7 @@ from sfc.studies.steer.directions import (
     make_contrast,
     probe_direction,
 )
+from sfc.studies.steer.options import ContrastKind, SteeringOptions
 from sfc.studies.steer.select import Candidate, Fold, Recording, record
 from sfc.studies.steer.sweep import with_replies
 from sfc.studies.train.train import load_dictionaries
@@ -78,7 +78,7 @@ def learn(run: Run, model: Model) -> Learned:
     Raises:
         UserError: there are too few prompts, or the model or a dictionary lacks what is named.
     """
-    config, seed = run.experiment.steering, run.experiment.seed
+    config, seed = SteeringOptions.of(run.experiment), run.experiment.seed
     fixed = _fixed_directions(run, model)
     sites = list(fixed) or [site_of(kind, layer) for layer in _layers(model, config) for kind in config.kinds]
     if config.when:
@@ -108,7 +108,7 @@ def learn(run: Run, model: Model) -> Learned:
 
 def folds_of(run: Run, model: Model, learned: Learned) -> list[Fold]:
     """For each fold, some of its safe and toxic prompts, ready to be steered."""
-    config = run.experiment.steering
+    config = SteeringOptions.of(run.experiment)
     toxic = learned.recording.prompts["refusal_label"].to_numpy(dtype=bool)
     place = keyed_ranks(learned.recording.prompts, ["refusal_label"], f"fold {run.experiment.seed}").to_numpy()
     # Prompts are dealt to folds by place, so that the first places hold equally many of each fold.
@@ -124,7 +124,7 @@ def folds_of(run: Run, model: Model, learned: Learned) -> list[Fold]:
 def test_prompts(run: Run, model: Model) -> Tested:
     """Prompts of the test split, as many toxic as safe, ready to be steered."""
     frame = _test_frame(run)
-    columns = ["prompt", "category", "dataset_type", "label"]
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
     return _by_label(run, model, frame.assign(label=np.where(frame["refusal_label"], "toxic", "safe"))[columns])
 
 
@@ -135,7 +135,7 @@ def test_corpus(run: Run, model: Model) -> tuple[list[TokenizedPrompt], np.ndarr
 
 
 def _test_frame(run: Run) -> pd.DataFrame:
-    return _some(_balanced(run), "test", run.experiment.steering.test_prompts, run.experiment.seed)
+    return _some(_balanced(run), "test", SteeringOptions.of(run.experiment).test_prompts, run.experiment.seed)
 
 
 def xstest_prompts(run: Run, model: Model, per_side: int | None = None) -> Tested | None:
@@ -147,9 +147,10 @@ def xstest_prompts(run: Run, model: Model, per_side: int | None = None) -> Teste
     Raises:
         UserError: the file is malformed, or has not both kinds.
     """
-    if run.experiment.steering.xstest is None:
+    file = SteeringOptions.of(run.experiment).xstest
+    if file is None:
         return None
-    path = Path(run.experiment.steering.xstest)
+    path = Path(file)
     frame = load_prompt_file(path)
     frame = frame[frame["label"].isin(_LABELS)]
     if frame["label"].nunique() < len(_LABELS):
@@ -165,7 +166,7 @@ def hard_prompts(run: Run, model: Model) -> Side:
     Raises:
         UserError: the category has none.
     """
-    config, frame = run.experiment.steering, run.prompts.frame
+    config, frame = SteeringOptions.of(run.experiment), run.prompts.frame
     wanted = frame["dataset_type"] == "hard"
     if config.category != ALL:
         wanted &= frame["category"] == config.category
@@ -173,7 +174,7 @@ def hard_prompts(run: Run, model: Model) -> Side:
     if chosen.empty:
         raise UserError(f"--when is tried on hard prompts too, and the test split has none of {config.category!r}")
     corpus = short_enough(model.tokenize, chosen.assign(label="safe"), run.experiment.prompts.max_tokens)
-    columns = ["prompt", "category", "dataset_type", "label"]
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
     return Side(corpus.table[columns], _prepared(model, corpus.sequences, config))
 
 
@@ -183,14 +184,14 @@ def _by_label(run: Run, model: Model, frame: pd.DataFrame) -> Tested:
         for label in _LABELS
     }
     return {
-        label: Side(corpus.table, _prepared(model, corpus.sequences, run.experiment.steering))
+        label: Side(corpus.table, _prepared(model, corpus.sequences, SteeringOptions.of(run.experiment)))
         for label, corpus in corpora.items()
     }
 
 
 def ordinary_prompts(run: Run, model: Model) -> dict[str, PreparedPrompts]:
     """For the splits `reference` and `test`, safe prompts with replies of the model without its adapter."""
-    config, seed = run.experiment.steering, run.experiment.seed
+    config, seed = SteeringOptions.of(run.experiment), run.experiment.seed
     frame = _balanced(run)
     safe = frame[~frame["refusal_label"]]
     prompts = {
@@ -206,12 +207,14 @@ def ordinary_prompts(run: Run, model: Model) -> dict[str, PreparedPrompts]:
     }
 
 
-def _prepared(model: Model, prompts: list[TokenizedPrompt], config: SteeringConfig) -> PreparedPrompts:
+def _prepared(model: Model, prompts: list[TokenizedPrompt], config: SteeringOptions) -> PreparedPrompts:
     return prepare_suffixes(model, prompts, partial(steered_tokens, config.positions))
 
 
 def _balanced(run: Run) -> pd.DataFrame:
-    category = None if run.experiment.steering.category == ALL else run.experiment.steering.category
+    category = (
+        None if SteeringOptions.of(run.experiment).category == ALL else SteeringOptions.of(run.experiment).category
+    )
     return balance(run.prompts.frame, category, run.experiment.prompts.hard_share, run.experiment.seed)[0]
 
 
@@ -222,7 +225,7 @@ def _some(frame: pd.DataFrame, split: str, per_side: int, seed: int) -> pd.DataF
 
 def _discovery(run: Run, model: Model) -> Corpus:
     """Discovery prompts, equally many toxic and safe; for a contrast among hard prompts, more of these."""
-    config, seed = run.experiment.steering, run.experiment.seed
+    config, seed = SteeringOptions.of(run.experiment), run.experiment.seed
     chosen = _some(_balanced(run), "discovery", config.prompts, seed)
     if "hard-score" in _wanted(config):
         frame = run.prompts.frame
@@ -236,7 +239,7 @@ def _discovery(run: Run, model: Model) -> Corpus:
 
 def _after_the_condition(run: Run, sites: list[str]) -> list[str]:
     """The sites at which the condition is known when the model gets there; how many are left out is said."""
-    name = str(run.experiment.steering.when)
+    name = str(SteeringOptions.of(run.experiment).when)
     known_at = site_from_short(name.partition("/")[0]) if name != BEST else run.experiment.activations.sites[0]
     kept = [site for site in sites if in_order([known_at, site])[0] == known_at]
     if not kept:
@@ -246,7 +249,7 @@ def _after_the_condition(run: Run, sites: list[str]) -> list[str]:
     return kept
 
 
-def _layers(model: Model, config: SteeringConfig) -> list[int]:
+def _layers(model: Model, config: SteeringOptions) -> list[int]:
     layers = sorted(set(config.layers)) or sorted(
         {*np.linspace(0, model.n_layers - 1, _SPREAD_LAYERS).round().astype(int).tolist()}
     )
@@ -255,14 +258,14 @@ def _layers(model: Model, config: SteeringConfig) -> list[int]:
     return layers
 
 
-def _wanted(config: SteeringConfig) -> list[ContrastKind]:
+def _wanted(config: SteeringOptions) -> list[ContrastKind]:
     """The contrasts to make: those to be compared, and the one that is steered along, which comes first."""
     own = direction_source(config.direction)
     return list(dict.fromkeys([*([own] if own else []), *config.contrasts]))  # pyright: ignore[reportReturnType]
 
 
 def _contrasts(run: Run, model: Model, recording: Recording) -> dict[ContrastKind, Contrast]:
-    config, refused = run.experiment.steering, None
+    config, refused = SteeringOptions.of(run.experiment), None
     wanted = _wanted(config)
     if "refused-complied" in wanted:
         with progress_bar("judging replies", len(recording.tokenized), "prompts") as progress:
@@ -302,12 +305,12 @@ def _learned(
 
 def _fixed_directions(run: Run, model: Model) -> dict[str, Vector]:
     """By site, directions that are not learned from activations; none where they are."""
-    name = run.experiment.steering.direction
+    name = SteeringOptions.of(run.experiment).direction
     if direction_source(name):
         return {}
     sites = run.experiment.activations.sites
     if name == "circuit":
-        circuit = load_circuit(run.circuit(run.experiment.steering.category).folder / "circuit.json")
+        circuit = load_circuit(run.circuit(SteeringOptions.of(run.experiment).category).folder / "circuit.json")
         return circuit_directions(circuit, load_dictionaries(run.saes.folder, sites))
     site, vector = direction_of_feature(run, name)
     return {site: vector}

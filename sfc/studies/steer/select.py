@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of, layer_of
-from sfc.core.study_options import SteeringConfig
 from sfc.data.render import TokenizedPrompt
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
@@ -33,6 +32,7 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tails import make_tails
 from sfc.studies.steer.directions import Vector, cosine
+from sfc.studies.steer.options import SteeringOptions
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Candidate(NamedTuple):
     norm: float
     """mean norm of the residual stream at the site: the unit of `alpha`"""
 
-    def amount(self, alpha: float, config: SteeringConfig) -> float:
+    def amount(self, alpha: float, config: SteeringOptions) -> float:
         """An alpha in the activation's own units; for `project-out` it is a share as it is."""
         if config.edit == "project-out":
             return alpha
@@ -120,7 +120,7 @@ class Fold(NamedTuple):
 
 
 def candidate_table(
-    candidates: Sequence[Candidate], folds: Sequence[Fold], config: SteeringConfig, progress: Progress
+    candidates: Sequence[Candidate], folds: Sequence[Fold], config: SteeringOptions, progress: Progress
 ) -> pd.DataFrame:
     """What each candidate does, in the order of the candidates, by the edit that the dial will use.
 
@@ -161,7 +161,7 @@ def candidate_table(
     return table.assign(rejected=[_reason(row, n_layers, config) for row in table.to_dict("records")])
 
 
-def _tried(model: Model, candidate: Candidate, fold: int, config: SteeringConfig, up: bool) -> SteeringEdit:
+def _tried(model: Model, candidate: Candidate, fold: int, config: SteeringOptions, up: bool) -> SteeringEdit:
     """The edit that turns a candidate's dial up or down; up is an addition also where down is a projection."""
     vector, sites = candidate.by_fold[fold], (candidate.site,)
     if config.edit == "project-out" and not up:
@@ -170,7 +170,7 @@ def _tried(model: Model, candidate: Candidate, fold: int, config: SteeringConfig
     return SteeringEdit("clamp" if config.edit == "clamp" else "add", sites, vector, amount if up else -amount)
 
 
-def steering(edits: Sequence[SteeringEdit], config: SteeringConfig) -> Steering:
+def steering(edits: Sequence[SteeringEdit], config: SteeringOptions) -> Steering:
     """Edits at the tokens that the configuration names, which are those that prompts are prepared for."""
     return Steering(edits, config.positions, config.during_reply)
 
@@ -215,7 +215,7 @@ def _agreement(vectors: Sequence[Vector]) -> float:
     return float(np.mean([cosine(a, b) for a, b in pairs]))
 
 
-def _reason(row: dict, n_layers: int, config: SteeringConfig) -> str:
+def _reason(row: dict, n_layers: int, config: SteeringOptions) -> str:
     if row["layer"] >= config.latest * n_layers:
         return f"acts too late (layer {row['layer']} of {n_layers})"
     if not row["induced"] > config.min_induced:

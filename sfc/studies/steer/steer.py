@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from sfc.core.artifacts import Artifact, replacing, write_csv, write_json
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
-from sfc.core.study_options import SteeringConfig
 from sfc.models.engine import PreparedPrompts
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import BEST
@@ -28,6 +27,7 @@ from sfc.studies.steer.inputs import (
     test_prompts,
     xstest_prompts,
 )
+from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.page import write_steering_page
 from sfc.studies.steer.select import Candidate, Fold, best_per_layer, candidate_table, plain_means, ranked
 from sfc.studies.steer.sweep import (
@@ -75,7 +75,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
     Raises:
         UserError: there are too few prompts, or no candidate passes the requirements.
     """
-    clock, config, seed = Clock(), run.experiment.steering, run.experiment.seed
+    clock, config, seed = Clock(), SteeringOptions.of(run.experiment), run.experiment.seed
     condition = named_condition(run)
     model = load_model(run.experiment.model, choose_device(run.device))
     with artifact.being_made(rebuild) as folder:
@@ -150,13 +150,13 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         artifact.finish(result=result)
 
 
-def _tried(learned: Learned, folds: list[Fold], config: SteeringConfig) -> pd.DataFrame:
+def _tried(learned: Learned, folds: list[Fold], config: SteeringOptions) -> pd.DataFrame:
     runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
     with progress_bar("trying directions", runs, "runs") as progress:
         return candidate_table(learned.candidates, folds, config, progress)
 
 
-def _held_out(chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts, config: SteeringConfig) -> pd.DataFrame:
+def _held_out(chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts, config: SteeringOptions) -> pd.DataFrame:
     """Changed replies per alpha on prompts that the direction was not learned from, with the cost beside them."""
     model = ordinary.model
     tries: list[tuple[PreparedPrompts, pd.DataFrame, list[Setting]]] = []
@@ -174,7 +174,7 @@ def _held_out(chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts, c
     return rates(pd.concat(parts), ["alpha", "intent"]).merge(losses, on="alpha")
 
 
-def _swept(tested: Tested, candidates: list[Candidate], config: SteeringConfig) -> pd.DataFrame:
+def _swept(tested: Tested, candidates: list[Candidate], config: SteeringOptions) -> pd.DataFrame:
     """Every prompt at every alpha along every candidate."""
     pairs = [(candidate, alpha) for candidate in candidates for alpha in config.dial]
     with progress_bar("sweeping", len(pairs) * _n_prompts(tested), "replies") as progress:
@@ -193,7 +193,7 @@ def _swept(tested: Tested, candidates: list[Candidate], config: SteeringConfig) 
         )
 
 
-def _costs(ordinary: PreparedPrompts, candidates: list[Candidate], config: SteeringConfig) -> pd.DataFrame:
+def _costs(ordinary: PreparedPrompts, candidates: list[Candidate], config: SteeringOptions) -> pd.DataFrame:
     """What the same settings cost on ordinary text."""
     settings = [setting(ordinary.model, candidate, alpha, config) for candidate in candidates for alpha in config.dial]
     with progress_bar("ordinary text", len(settings) * ordinary.n_prompts, "runs") as progress:
@@ -205,7 +205,7 @@ def _by_chance(
     chosen: Candidate,
     shuffled: list[Vector],
     alphas: Mapping[str, float],
-    config: SteeringConfig,
+    config: SteeringOptions,
     seed: int,
 ) -> pd.DataFrame:
     """Control directions at the chosen alphas, each on the prompts that its turn of the dial is meant for."""
@@ -226,7 +226,7 @@ def _by_chance(
 
 
 def _generalised_chance(
-    fewer: Tested, chosen: Candidate, alphas: Mapping[str, float], config: SteeringConfig, seed: int
+    fewer: Tested, chosen: Candidate, alphas: Mapping[str, float], config: SteeringOptions, seed: int
 ) -> pd.DataFrame:
     """Random directions at the chosen alphas, on some prompts of both kinds."""
     parts = []
@@ -244,11 +244,11 @@ def _n_prompts(tested: Tested) -> int:
 def _writers(run: Run, model: Model, chosen: Candidate) -> pd.DataFrame:
     """Which heads and MLPs write the direction where it was read, on test prompts; at the last token elsewhere."""
     tokenized, toxic = test_corpus(run, model)
-    n_ablated = run.experiment.steering.ablated_writers
+    n_ablated = SteeringOptions.of(run.experiment).ablated_writers
     return writers_table(model, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated)
 
 
-def _shuffled(learned: Learned, chosen: Candidate, config: SteeringConfig, seed: int) -> list[Vector]:
+def _shuffled(learned: Learned, chosen: Candidate, config: SteeringOptions, seed: int) -> list[Vector]:
     """Differences of means between sides dealt by lot; none where nothing was learned from sides."""
     if chosen.token is None:
         return []
@@ -276,7 +276,7 @@ def _result(
     alphas: Mapping[str, float],
     held_out: pd.DataFrame,
 ) -> dict[str, Any]:
-    config, candidates = run.experiment.steering, tables["candidates"]
+    config, candidates = SteeringOptions.of(run.experiment), tables["candidates"]
     return {
         "preset": run.experiment.name,
         "category": config.category,
@@ -325,7 +325,7 @@ def _operating_point(
     }
 
 
-def _xstest_figures(points: pd.DataFrame, config: SteeringConfig) -> dict[str, Any]:
+def _xstest_figures(points: pd.DataFrame, config: SteeringOptions) -> dict[str, Any]:
     """The trade-off as it is, and at the best defensive point, which may not exist."""
     curve = points[points["direction"] == config.direction]
     best = best_defence(curve)

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 
 from sfc.core.sites import layer_of
-from sfc.core.study_options import SteeringConfig
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
@@ -32,6 +31,7 @@ from sfc.models.loading import Model
 from sfc.models.score import RefusalScore
 from sfc.stats import wilson
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
+from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import Candidate, Fold, plain_scores, steering
 
 FORCE, SUPPRESS, NONE = "force", "suppress", ""
@@ -63,7 +63,7 @@ def setting(
     model: Model,
     candidate: Candidate,
     alpha: float,
-    config: SteeringConfig,
+    config: SteeringOptions,
     vector: Vector | None = None,
     name: str = "chosen",
 ) -> Setting:
@@ -79,7 +79,7 @@ def sweep(
     prepared: PreparedPrompts,
     prompts: pd.DataFrame,
     settings: Sequence[Setting],
-    config: SteeringConfig,
+    config: SteeringOptions,
     progress: Progress,
 ) -> pd.DataFrame:
     """One row per setting and prompt.
@@ -170,7 +170,7 @@ def control_settings(
     candidate: Candidate,
     shuffled: Sequence[Vector],
     alphas: Sequence[float],
-    config: SteeringConfig,
+    config: SteeringOptions,
     seed: int,
 ) -> list[Setting]:
     """At each alpha, directions beside the candidate's, of equal norm: shuffled labels', and random ones."""
@@ -201,7 +201,7 @@ def band(table: pd.DataFrame, control: str, column: str) -> Band:
 
 
 def subspace_table(
-    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], config: SteeringConfig
+    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], config: SteeringOptions
 ) -> pd.DataFrame:
     """How much of each direction, and of its effect, lies in the span of the others.
 
@@ -292,7 +292,7 @@ def with_replies(base: Model, prompts: Sequence[TokenizedPrompt], reply_tokens: 
 
 
 def ordinary_effect(
-    prepared: PreparedPrompts, settings: Sequence[Setting], config: SteeringConfig, progress: Progress
+    prepared: PreparedPrompts, settings: Sequence[Setting], config: SteeringOptions, progress: Progress
 ) -> pd.DataFrame:
     """One row per setting.
 

@@ -1,44 +1,20 @@
-"""The sections of an experiment for the studies beside the main line: patching, steering, repair."""
+"""How directions are found, chosen and steered along: a section of an experiment. No torch here."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from sfc.core.options import Section, Share
+from sfc.core.options import Options, Share
+from sfc.models.positions import EditKind
 
-ComponentKind = Literal["resid", "attn", "mlp", "head"]
-EditKind = Literal["add", "project-out", "clamp"]
 ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
 SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]
 
 
-class PatchingConfig(Section):
-    """What is patched, between which pairs of prompts."""
-
-    pairs: str = Field("toxic-safe", description="toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe")
-    wrappers: str | None = Field(None, description="wrapped: a CSV or .jsonl file with name, template and prefill")
-    category: str | None = Field(None, description="only pairs of this category")
-    limit: int = Field(24, ge=1, description="at most this many pairs are tried, chosen by hash")
-    require: Literal["behaviour", "score"] = Field(
-        "behaviour", description="behaviour: judged replies must differ; score: only the refusal score, for base models"
-    )
-    components: list[ComponentKind] = Field(["resid", "attn", "mlp", "head"], min_length=1)
-    positions: list[str] = Field([], description="position sets; empty: suffix, but last where pairs are wrapped")
-    layers: list[int] = Field([], description="empty: all")
-    directions: list[Literal["denoise", "noise"]] = Field(["denoise", "noise"], min_length=1)
-    cumulative: bool = Field(False, description="also patch all layers from the first to each at once")
-    reply_tokens: int = Field(40, ge=1, description="length of the replies that are judged")
-    draws: int = Field(2000, ge=100, description="draws of the bootstrap")
-    flips: int = Field(10_000, ge=100, description="sign flips of the permutation test")
-
-    @property
-    def position_sets(self) -> list[str]:
-        """The position sets to patch at. A prefilled reply has only its last token in common with a plain prompt."""
-        return self.positions or (["last"] if self.pairs == "wrapped" else ["suffix"])
-
-
-class SteeringConfig(Section):
+class SteeringOptions(Options):
     """How directions are found and chosen, and how prompts are steered along them."""
+
+    section = "steering"
 
     category: str = Field("all", description="prompts of one category, or of all")
     direction: str = Field(
@@ -90,20 +66,3 @@ class SteeringConfig(Section):
         if self.edit == "project-out":
             return [0.0, 0.5, 1.0]
         return [round(0.08 * step, 2) if self.units == "norm" else float(step) for step in range(-4, 5)]
-
-
-class RepairConfig(Section):
-    """How the edit that lowers over-refusal is chosen and measured."""
-
-    sizes: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1, description="features ablated")
-    toxic_share: float = Field(
-        0.5, description="of its effect on hard prompts that a feature may have on toxic ones, and still qualify"
-    )
-    refused_above: float = Field(0.0, description="score above which a discovery prompt counts as refused")
-    most_lost: float = Field(0.05, ge=0, description="share of toxic discovery prompts whose refusal may be lost")
-    prompts: int = Field(100, ge=2, description="discovery prompts of each kind: half to score features, half to try")
-    test_prompts: int = Field(30, ge=1, description="test prompts of each kind: hard, toxic, safe")
-    random_draws: int = Field(3, ge=1, description="random edits of each size, matched by site and firing rate")
-    reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
-    ordinary_prompts: int = Field(20, ge=1, description="safe test prompts whose replies by the base model are read")
-    ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
