@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import ttest_ind
+from scipy.stats import false_discovery_control, ttest_ind
 from torch import Tensor
 
 from sfc.core.errors import UserError
@@ -29,7 +29,6 @@ from sfc.models.running import Prefix, last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tails import Tails, make_tails
 from sfc.saes.dictionary import Dictionary
-from sfc.stats import benjamini_hochberg
 from sfc.studies.logits.attribution import MOST_ERROR
 from sfc.studies.steer.directions import Vector
 
@@ -103,7 +102,7 @@ def writers_table(
         safe=written[~is_toxic].mean(0),
         difference=differences,
         share=differences / difference,
-        q_value=benjamini_hochberg(p_values),
+        q_value=false_discovery_control(p_values),
     )
     table = table.sort_values("share", key=lambda values: -values.abs(), kind="stable")
     strongest = [parts[i] for i in table.index[:n_ablated]]
