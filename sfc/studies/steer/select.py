@@ -23,7 +23,7 @@ from sfc.core.errors import UserError
 from sfc.core.sites import kind_of, layer_of
 from sfc.data.render import TokenizedPrompt
 from sfc.models import engine
-from sfc.models.batches import PACKED_TOKENS
+from sfc.models.batches import PACKED_TOKENS, similar_lengths
 from sfc.models.edits import Steering, SteeringEdit, residual_sites
 from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress
 from sfc.models.interventions import recorder
@@ -59,7 +59,6 @@ class Recording:
         return float(self.activations[site].double().norm(dim=-1).mean())
 
 
-@torch.no_grad()
 def record(
     model: Model,
     prompts: pd.DataFrame,
@@ -76,21 +75,39 @@ def record(
     Raises:
         UserError: the model has no such site.
     """
+    scores, activations = last_tokens(model, tokenized, sites, n_tokens, progress)
+    return Recording(prompts.reset_index(drop=True), list(tokenized), scores, activations)
+
+
+@torch.no_grad()
+def last_tokens(
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    sites: Sequence[str],
+    n_tokens: int,
+    progress: Callable[[int], object] = lambda prompts: None,
+) -> tuple[Float[np.ndarray, " prompts"], dict[str, Float[Tensor, "prompts token width"]]]:
+    """Refusal scores of the prompts, and activations at their last tokens by site, in float32, on the CPU.
+
+    Args:
+        progress: called with the number of prompts done since the last call.
+
+    Raises:
+        UserError: the model has no such site.
+    """
+    model.check_sites(sites)
     score = RefusalScore.of(model)
-    scores = np.empty(len(tokenized))
-    kept = {site: torch.empty(len(tokenized), n_tokens, model.d_model) for site in sites}
-    rows = max(1, PACKED_TOKENS // max(len(prompt.ids) for prompt in tokenized))
-    order = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].ids))
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
+    scores = np.empty(len(prompts))
+    kept = {site: torch.empty(len(prompts), n_tokens, model.width(site)) for site in sites}
+    for group in similar_lengths(prompts, PACKED_TOKENS):
         seen: dict[str, Tensor] = {}
-        tails = make_tails(model, [tokenized[i] for i in part], n_tokens)
+        tails = make_tails(model, [prompts[i] for i in group], n_tokens)
         logits = last_logits(model, tails, {site: recorder(seen, site) for site in sites})
-        scores[part] = score(logits).cpu().numpy()
+        scores[group] = score(logits).cpu().numpy()
         for site, activation in seen.items():
-            kept[site][part] = activation.float().cpu()
-        progress(len(part))
-    return Recording(prompts.reset_index(drop=True), list(tokenized), scores, kept)
+            kept[site][group] = activation.float().cpu()
+        progress(len(group))
+    return scores, kept
 
 
 class Candidate(NamedTuple):
