@@ -163,7 +163,7 @@ def _curve(
     """The curve on the test split, with the discovery split's faithfulness beside it."""
     config = EvaluationOptions.of(run.experiment)
     on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
-    total = on_discovery * len(problem.runs.batches) + on_test * len(test_runs.batches)
+    total = on_discovery * problem.runs.n_prompts + on_test * test_runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
         curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
@@ -246,7 +246,7 @@ def _controls(
     config, nodes = EvaluationOptions.of(run.experiment), problem.ablation.nodes
     circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
     sizes = sorted({*sizes, nodes.n_nodes})
-    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * len(test_runs.batches)
+    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * test_runs.n_prompts
     with progress_bar("baselines", total, "runs") as progress:
         at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
         smallest = config.min_denominator

@@ -82,7 +82,7 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
     config, size = EvaluationOptions.of(run.experiment), len(circuit.members)
     say(f"{circuit.name}: {circuit.listed.format}, {size:,} nodes")
     sizes = curve_sizes(config.sizes, size) if circuit.listed.is_ranked else [size]
-    total = (1 + (3 + config.random_draws) * len(sizes)) * len(runs.batches)
+    total = (1 + (3 + config.random_draws) * len(sizes)) * runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
     curve = with_refusals(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
@@ -114,7 +114,7 @@ def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) ->
     """The circuit's p-value among random ones."""
     config = EvaluationOptions.of(run.experiment)
     mask = top_circuits(np.array(circuit.members), [len(circuit.members)], problem.ablation.nodes.n_nodes)[0]
-    with progress_bar("random circuits", (config.p_value_draws + 2) * len(runs.batches), "runs") as progress:
+    with progress_bar("random circuits", (config.p_value_draws + 2) * runs.n_prompts, "runs") as progress:
         return p_value(problem, runs, mask, config.p_value_draws, run.experiment.seed, progress)
 
 
