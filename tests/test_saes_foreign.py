@@ -21,8 +21,9 @@ from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
+from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import Dictionary, JumpReLUDictionary, NormalisedDictionary, TopKDictionary
-from sfc.saes.format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary
+from sfc.saes.format import load_dictionary
 
 D_IN, D_SAE, SITE = 16, 64, "blocks.3.hook_resid_post"
 NORMALISATIONS = (

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfc.core.errors import UserError
+from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import WEIGHTS, TopKDictionary
-from sfc.saes.format import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, save_dictionary
+from sfc.saes.format import load_dictionary, save_dictionary
 
 
 def make_dictionary(apply_b_dec_to_input: bool = True) -> TopKDictionary:

@@ -12,7 +12,7 @@ import torch
 from sfc.core.errors import UserError
 from sfc.models.batches import Batch
 from sfc.saes.plan import PlannedBatch, TokenTable
-from sfc.saes.shard import CHUNK_BYTES, shard_in_the_making
+from sfc.saes.shard import CHUNK_BYTES, unfinished_shard
 from sfc.saes.store import Store
 
 SITE = "blocks.0.hook_resid_post"
@@ -30,7 +30,7 @@ def make_shard(
     """A shard of these values, written in batches that do not end where chunks do."""
     starts = range(0, len(values), batch_rows)
     batches = [planned(first + start, min(batch_rows, len(values) - start)) for start in starts]
-    with shard_in_the_making(path, batches, {site: values.shape[1]}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {site: values.shape[1]}, values.dtype) as shard:
         for number, start in enumerate(starts):
             shard.write(number, {site: values[start : start + batch_rows]})
         shard.finish(gzip)
@@ -119,7 +119,7 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
     values = torch.randn(20, 4)
     path = tmp_path / "shard-00000.h5"
     batches = [planned(0, 12), planned(12, 8)]
-    with shard_in_the_making(path, batches, {SITE: 4}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
         assert shard.done == set()
         shard.write(1, {SITE: values[12:]})
         shard.close()
@@ -127,7 +127,7 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
         journal.write(b"0")  # a line that a kill cut short
     with pytest.raises(UserError, match="no activations"):
         Store(tmp_path)
-    with shard_in_the_making(path, batches, {SITE: 4}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
         assert shard.done == {1}
         shard.write(0, {SITE: values[:12]})
         shard.finish(gzip=False)

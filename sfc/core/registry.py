@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
+    "sfc.saes.architectures",
     "sfc.circuits.options", "sfc.studies.compare.options", "sfc.studies.patch.options", "sfc.studies.steer.options",
     "sfc.studies.repair.options",
 )  # fmt: skip

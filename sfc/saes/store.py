@@ -12,12 +12,27 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from pydantic import BaseModel
 from torch import Tensor
 
+from sfc.core.artifacts import MANIFEST, Artifact, read_model
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order
 from sfc.saes.plan import TokenTable, joined
 from sfc.saes.shard import open_shard, read_rows, verify_shard
+
+
+def stored_sites(artifact: Artifact) -> list[str]:
+    """The sites that a store has, in the order in which they were collected; none where it is not complete.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    return read_model(artifact.folder / MANIFEST, _Manifest).sites if artifact.is_complete() else []
+
+
+class _Manifest(BaseModel):
+    sites: list[str]
 
 
 class Store:

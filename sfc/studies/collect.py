@@ -21,6 +21,7 @@ from sfc.models.generation import generate_ids
 from sfc.models.loading import Model, choose_device, load_model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
+from sfc.saes.store import stored_sites
 
 _REPLY_BATCH_TOKENS = 4096
 
@@ -129,8 +130,8 @@ def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequ
     config = run.experiment.activations
     say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {artifact.folder}")
     with artifact.being_made(rebuild) as folder, progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
-        before = artifact.manifest() if artifact.is_complete() else {}
-        new = [site for site in sites if site not in before.get("sites", [])]
+        before = stored_sites(artifact)
+        new = [site for site in sites if site not in before]
         check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
         n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
         write_csv(folder / PROMPTS_FILE, corpus.table.reset_index(names="store_index"))
@@ -138,7 +139,7 @@ def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequ
             n_prompts=len(corpus.sequences),
             n_tokens=corpus.n_tokens,
             n_rows=n_rows,
-            sites=[*before.get("sites", []), *new],
+            sites=[*before, *new],
             seconds=round(time.perf_counter() - began, 2),
         )
 

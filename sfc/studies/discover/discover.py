@@ -35,8 +35,8 @@ from sfc.features.labels import CARDS_FILE
 from sfc.pages.circuit import write_page
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
+from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.source import read_config
 from sfc.saes.store import Store
 from sfc.studies.collect import PROMPTS_FILE
 from sfc.studies.discover.base import BASE_FILE, base_changes
@@ -57,7 +57,8 @@ def write_cards(
     cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
     configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
     for name, card in cards["features"].items():
-        page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+        config = configs[graph.nodes[name]["site"]].model_dump()
+        page = neuronpedia_page(config, int(name.rpartition("/F")[2]))
         card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards

@@ -15,9 +15,10 @@ from sfc.core.progress import Show, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.models.loading import choose_device
 from sfc.run import Run
+from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.format import CONFIG_FILE, load_dictionary, save_dictionary
+from sfc.saes.format import load_dictionary, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.stream import shuffled_batches
 from sfc.saes.train import Progress, train_saes
@@ -49,7 +50,7 @@ def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ())
             _train_missing(run, rows, artifact.folder, logs)
         elif is_leader():
             say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {artifact.folder}")
-            adopt_dictionaries(run, source, artifact.folder, rows.measured)
+            adopt_dictionaries(run, source, artifact.folder, rows.held_out)
         wait_for_all()
         if is_leader():
             dictionaries = load_dictionaries(artifact.folder, sites, choose_device(run.device))
@@ -122,7 +123,7 @@ def _reporting(
         cells = [
             (s.site, f"{s.loss:.4f}", f"{1 - s.fvu:.4f}", f"{s.l0:.1f}", str(s.dead), speed) for s in progress.sites
         ]
-        show(("site", "loss", "variance explained", "L0", "dead", "rows/s"), cells)
+        show(_TITLES, cells)
         for log in logs:
             log(progress)
 
