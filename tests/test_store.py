@@ -132,3 +132,22 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
         shard.write(0, {SITE: values[:12]})
         shard.finish(gzip=False)
     assert torch.equal(Store(tmp_path).read(SITE, 0, 20), values)
+
+
+@pytest.mark.parametrize("damage", ["journal: not a number", "journal: no such batch", "partial"])
+def test_a_damaged_unfinished_shard_is_told_with_what_to_do(tmp_path: Path, damage: str) -> None:
+    path, values = tmp_path / "shard-00000.h5", torch.randn(12, 4)
+    with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype) as shard:
+        shard.close()
+    damaged = path.with_suffix(".partial" if damage == "partial" else ".journal")
+    damaged.write_bytes({"journal: not a number": b"\xff\n", "journal: no such batch": b"0\n1\n"}.get(damage, b""))
+    with (
+        pytest.raises(UserError, match=rf"{damaged.name} is .*delete it and run the same command$"),
+        unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype),
+    ):
+        pass
+    damaged.unlink()
+    with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype) as shard:
+        shard.write(0, {SITE: values})
+        shard.finish(gzip=False)
+    assert torch.equal(Store(tmp_path).read(SITE, 0, 12), values)
