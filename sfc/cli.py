@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from sfc.cli_explore import draw, explore, export
-from sfc.cli_options import Shared, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, replicate, report, steer
+from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
+from sfc.cli_study import attribute_logits, batch, formats, patch, repair, replicate, report, steer
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.progress import say
+from sfc.studies.study import STUDIES
 from sfc.tables import (
     show_base,
     show_behaviour,
@@ -332,7 +333,6 @@ def doctor(shared: Shared) -> None:
 
 for command in (
     attribute_logits,
-    probe,
     formats,
     patch,
     batch,
@@ -345,6 +345,8 @@ for command in (
     explore,
 ):
     app.command()(with_shared_options(command))
+for study in STUDIES:
+    app.command(study.name)(command_of(study))
 
 
 _DISK_ERRORS = {

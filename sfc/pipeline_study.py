@@ -26,7 +26,7 @@ from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
+BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 2, 1, 1
 PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 REPLICATION_SCHEMA = 1
 
@@ -75,23 +75,6 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
         from sfc.studies.logits.logits import make_logit_attribution
 
         make_logit_attribution(run, artifact, category, rebuild)
-    return artifact
-
-
-def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
-    """Measure the refusal direction and a linear probe at every layer, of one category or of `ALL`, unless done."""
-    inputs = {
-        "schema": PROBE_SCHEMA,
-        "model": model_identity(run.experiment.model),
-        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
-        "category": category,
-        "seed": run.experiment.seed,
-    }
-    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.probe.probe import make_probe
-
-        make_probe(run, artifact, category, rebuild)
     return artifact
 
 

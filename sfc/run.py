@@ -12,6 +12,7 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
+from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
 from sfc.data.or_bench import CleaningReport
 from sfc.data.pairs import pairs_fingerprint
@@ -21,7 +22,7 @@ from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 3, 3, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
 
@@ -70,6 +71,18 @@ class Run:
     def category_of_pairs(self) -> str:
         """What stands in the place of a category where the prompts are pairs: the name of their file."""
         return self.pairs.stem if self.pairs else ""
+
+    def having(self, section: type[Options], **values: Any) -> "Run":
+        """The same run with other values in a registered section. Prompts, store and SAEs stay what they are.
+
+        Raises:
+            ValidationError: a value is not valid.
+        """
+        options = section.model_validate({**section.of(self.experiment).model_dump(), **values})
+        run = replace(self, experiment=self.experiment.model_copy(update={section.section: options}))
+        kept = {name: self.__dict__[name] for name in ("prompts", "store", "corpus", "saes") if name in self.__dict__}
+        run.__dict__.update(kept)
+        return run
 
     @cached_property
     def store(self) -> Artifact:
