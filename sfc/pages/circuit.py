@@ -15,6 +15,7 @@ from sfc.pages.blocks import (
     Formula,
     Page,
     Pair,
+    Paragraph,
     Section,
     Table,
     Tile,
@@ -89,7 +90,9 @@ def circuit_page(
     )  # fmt: skip
 
 
-def _picture(graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], marked: Collection[str]) -> str:
+def _picture(
+    graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], marked: Collection[str]
+) -> str:
     drawn = strongest_nodes(graph, _DRAWN_NODES)
     figure = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, cards["features"], marked))
     return explorable_html(figure, graph, drawn, curve, cards)
@@ -271,9 +274,7 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
 def _nodes_html(table: Table) -> str:
     """The table of nodes whose names can be clicked (see `circuit.js`)."""
     styles = ["tokens" if title in table.texts else "number" for title in table.columns[1:]]
-    head = "".join(
-        f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True)
-    )
+    head = "".join(f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True))
     rows = ""
     for name, *cells in table.rows:
         shown = escape(printable(name))

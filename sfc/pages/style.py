@@ -114,9 +114,7 @@ def words_of(graph: nx.DiGraph) -> Words:
 def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
     """Positive, negative and zero, in the words of the method that found a circuit (`graph.graph["effect_words"]`)."""
     words = graph.graph.get("effect_words") or (words_of(graph).raises, words_of(graph).lowers, "no effect")
-    positive, negative, zero = (
-        Sign(number, text, _COLOURS[number]) for number, text in zip((1, -1, 0), words, strict=True)
-    )
+    positive, negative, zero = (Sign(number, text, _COLOURS[number]) for number, text in zip((1, -1, 0), words, strict=True))
     return positive, negative, zero
 
 
