@@ -21,6 +21,7 @@ from pydantic import AfterValidator
 from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
+    "sfc.saes.architectures",
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",

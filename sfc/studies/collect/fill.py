@@ -19,7 +19,7 @@ from sfc.models.generation import generate_ids
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
-from sfc.saes.store import write_prompts
+from sfc.saes.store import stored_sites, write_prompts
 
 _REPLY_BATCH_TOKENS = 4096
 
@@ -146,8 +146,7 @@ def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) ->
     """
     began, artifact = time.perf_counter(), run.corpus
     with artifact.being_made() as folder:
-        before = artifact.manifest()["sites"] if artifact.is_complete() else []
-        facts = fill(run, folder, model, corpus, sites, before)
+        facts = fill(run, folder, model, corpus, sites, stored_sites(artifact))
         artifact.finish(**facts, seconds={"total": round(time.perf_counter() - began, 2)})
 
 

@@ -52,13 +52,13 @@ class Collect(Study[CollectOptions]):
         return artifact.is_complete() and set(self.sites(run)) <= set(artifact.manifest()["sites"])
 
     def make(self, session: Session, folder: Path) -> Made:
+        from sfc.saes.store import stored_sites
         from sfc.studies.collect.fill import circuit_prompts, fill
 
         model, run = session.model, session.run
         sites = self.sites(run)
         model.check_sites(sites)
-        before = run.store.manifest().get("sites", []) if run.store.is_complete() else []
-        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites, before)
+        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites, stored_sites(run.store))
         return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts)
 
     def page(self, finished: Finished) -> Page:

@@ -33,8 +33,8 @@ from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.labels import CARDS_FILE
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
+from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.source import read_config
 from sfc.saes.store import read_prompts
 from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
@@ -59,7 +59,8 @@ def write_cards(
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
         configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
         for name, card in cards["features"].items():
-            page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+            config = configs[graph.nodes[name]["site"]].model_dump()
+            page = neuronpedia_page(config, int(name.rpartition("/F")[2]))
             card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards

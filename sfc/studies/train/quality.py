@@ -1,4 +1,4 @@
-"""Stage part: measure the dictionaries of a run on what was kept from their training, and draw what was measured."""
+"""Measure the dictionaries of a run on rows that were kept from their training, and draw what was measured."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[di
     figures, rates = [], {}
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
         for site, dictionary in dictionaries.items():
-            by_role = quality_by_role(dictionary, rows.measured(site))
+            by_role = quality_by_role(dictionary, rows.held_out(site))
             spliced = splicing_quality(model, score, dictionary, clean)._asdict()
             figures += [
                 {"site": site, "role": role, **measured.quality._asdict(), **(spliced if role == ALL else {})}

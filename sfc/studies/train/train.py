@@ -11,9 +11,10 @@ from sfc.core.progress import Show, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.models.loading import choose_device
 from sfc.run import Run
+from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import TopKDictionary
-from sfc.saes.format import CONFIG_FILE, save_dictionary
+from sfc.saes.format import save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.stream import shuffled_batches
 from sfc.saes.train import Progress, train_saes
@@ -44,7 +45,7 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
-        adopt_dictionaries(run, source, folder, rows.measured)
+        adopt_dictionaries(run, source, folder, rows.held_out)
     wait_for_all()
     return rows
 
@@ -100,7 +101,7 @@ def _reporting(
         cells = [
             (s.site, f"{s.loss:.4f}", f"{1 - s.fvu:.4f}", f"{s.l0:.1f}", str(s.dead), speed) for s in progress.sites
         ]
-        show(("site", "loss", "variance explained", "L0", "dead", "rows/s"), cells)
+        show(_TITLES, cells)
         for log in logs:
             log(progress)
 
