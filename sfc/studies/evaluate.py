@@ -27,6 +27,7 @@ from sfc.pages.style import AMBER, BLUE, INK, LINE, QUIET, VERMILION, axis, styl
 from sfc.pages.tables import figures_table
 from sfc.pages.text import count_text, hover_text, number_text, printable
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.discover import Clock
 from sfc.studies.discover.problem import prepare_problem
 
@@ -51,7 +52,7 @@ def make_evaluation(run: Run, artifact: Artifact, category: str, paths: Sequence
     clock = Clock()
     listed = [read_listed(path) for path in paths]
     with artifact.being_made(rebuild) as folder:
-        problem, test_runs, facts = prepare_problem(run, category)
+        problem, test_runs, facts = prepare_problem(Session(run), category)
         nodes = problem.ablation.nodes
         names = DictionaryNames.of(run.saes.folder, nodes.sites, run.experiment.saes.source)
         circuits = [

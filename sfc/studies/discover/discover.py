@@ -38,6 +38,7 @@ from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.source import read_config
 from sfc.saes.store import Store
+from sfc.session import Session
 from sfc.studies.collect import PROMPTS_FILE
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
@@ -78,7 +79,7 @@ def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
     clock, config = Clock(), DiscoveryOptions.of(run.experiment)
     artifact = run.circuit(category)
     with artifact.being_made(rebuild) as folder:
-        problem, test_runs, facts = prepare_problem(run, category)
+        problem, test_runs, facts = prepare_problem(Session(run), category)
         clock.lap("prepare")
         say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {problem.config.method}")
         effects = METHODS[problem.config.method](problem)

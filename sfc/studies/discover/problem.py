@@ -29,17 +29,16 @@ from sfc.data.pairs import load_pairs
 from sfc.data.schema import ALL
 from sfc.data.topics import listed_topics
 from sfc.models.batches import Batch, SlotLayout, make_batches
-from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.store import Store
+from sfc.session import Session
 from sfc.studies.behaviour import judged
 from sfc.studies.collect import PROMPTS_FILE, short_enough
 from sfc.studies.discover.base import against_base
 from sfc.studies.discover.pairs import pairs_task
 from sfc.studies.discover.task import Task
-from sfc.studies.train.train import load_dictionaries
 
 
 class Paired(NamedTuple):
@@ -226,18 +225,18 @@ def _check_sides(prompts: pd.DataFrame, kind: str, category: str) -> None:
         )
 
 
-def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
+def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
     """Everything discovery and evaluation need: the problem on discovery prompts, the runs of the test prompts, and the
     facts for the manifest: `prompts` (a frame), `population`, `score_auroc`, and what else the task has to say.
 
     Raises:
         UserError: the task lacks prompts, or an artifact it needs is corrupt.
     """
+    run, model = session.run, session.model
     experiment = run.experiment
-    model = load_model(experiment.model, choose_device(run.device))
     kind, error_mode = DiscoveryOptions.of(experiment).nodes, EvaluationOptions.of(experiment).error_mode
     if kind == "features":
-        dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
+        dictionaries = session.dictionaries
     else:
         dictionaries, error_mode = component_spaces(model, kind, experiment.activations.layers), "node"  # no errors
     if run.pairs:
@@ -253,7 +252,7 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
         score=task.score,
         ablation=Ablation(nodes, dictionaries, task.reference, error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
-        store=Store(run.store.folder),
+        store=session.store,
         prompts=with_store_index(run, task.labelled),
         config=DiscoveryOptions.of(experiment),
     )
