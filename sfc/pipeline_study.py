@@ -26,7 +26,7 @@ from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1, 1
+BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 2, 1, 1
 PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 REPLICATION_SCHEMA = 1
 
