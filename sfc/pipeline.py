@@ -12,11 +12,10 @@ from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.core.sites import in_order
 from sfc.data.pairs import pairs_fingerprint
-from sfc.run import CIRCUIT_SCHEMA, Run
-from sfc.studies.compare.options import ComparisonOptions
+from sfc.run import Run
 
 # Raised by hand when the meaning of an artifact changes.
-COMPARISON_SCHEMA, EVALUATION_SCHEMA = 2, 1
+EVALUATION_SCHEMA = 1
 
 
 def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = False) -> Artifact:
@@ -53,40 +52,6 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
         from sfc.studies.discover.discover import make_circuit
 
         make_circuit(run, category, rebuild)
-    return artifact
-
-
-def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False) -> Artifact:
-    """Compare the circuits of several categories unless that is done; train first where needed.
-
-    Raises:
-        UserError: fewer than two categories, or a reference that prompts of two categories cannot share.
-    """
-    if len(set(categories)) < 2:
-        raise UserError("compare needs at least two categories, for example --categories violence,privacy")
-    experiment = run.experiment
-    if (reference := DiscoveryOptions.of(experiment).reference_choice) in ("paired", "base", "complied-mean"):
-        raise UserError(f"compare pools prompts of categories, whose reference {reference!r} is not the same")
-    inputs = {
-        "schema": COMPARISON_SCHEMA,
-        "circuit": CIRCUIT_SCHEMA,
-        "seed": experiment.seed,
-        "prompts": run.store.inputs,
-        "saes": run.saes.inputs,
-        "categories": sorted(set(categories)),
-        "hard_share": experiment.prompts.hard_share,
-        "discovery": DiscoveryOptions.of(experiment).identity(),
-        "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
-        "comparison": ComparisonOptions.of(experiment).model_dump(),
-    }
-    name = f"comparison{DiscoveryOptions.of(experiment).name_of_prompts}-{DiscoveryOptions.of(experiment).method}"
-    artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
-    if needs_making(artifact, rebuild):
-        ensure_saes(run)
-        ensure_store(run)
-        from sfc.studies.compare.compare import make_comparison
-
-        make_comparison(run, artifact, sorted(set(categories)), rebuild)
     return artifact
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sfc.core.config import Experiment, ModelConfig
-from sfc.core.options import Options, Share
+from sfc.core.options import Options, Share, option
 
 Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
@@ -23,9 +23,9 @@ class DiscoveryOptions(Options):
     section = "discovery"
 
     nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
-    method: Method = "learned-mask"
+    method: Method = option("learned-mask", description="how nodes are ranked")
     population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
-    contrast: PromptContrast = Field(
+    contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
         " (population safe: hard ones alone), those refused against those answered; model-base: the model against the"

@@ -21,11 +21,12 @@ from sfc.core.errors import UserError, suggestion
 BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
-    "sfc.studies.compare.options",
     "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
     "sfc.studies.probe.study",
+    "sfc.studies.compare.study",
+    "sfc.studies.replicate.study",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 

@@ -1,0 +1,86 @@
+"""`sfc replicate`: SAE-seed robustness. Does the circuit depend on the seed that its SAEs were trained from?"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sfc.circuits.options import DiscoveryOptions
+from sfc.core.errors import UserError
+from sfc.core.options import Options, option
+from sfc.data.schema import category_or_all
+from sfc.pages.blocks import Page
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.study import STUDIES, Finished, Made, Study
+
+BOTH, ORIGINAL, REPLICATION = "both", "original", "replication"
+"""which of the two circuits a node is in: that of the experiment's own SAEs, and that of the others"""
+
+
+class ReplicationOptions(Options):
+    """Whose circuit is discovered a second time, with which SAEs."""
+
+    section = "replicate"
+
+    category: str = option("violence", description="OR-Bench category, or all")
+    sae_seed: int = option(1, ge=0, description="seed that the other SAEs are trained from")
+
+
+class Replicate(Study[ReplicationOptions]):
+    """SAE-seed robustness: is the circuit the same with SAEs trained from another seed? Trains and discovers if needed.
+
+    Example: sfc replicate --category violence --sae-seed 2
+    """
+
+    name = "replicate"
+    options = ReplicationOptions
+    schema = 2
+    also = ((DiscoveryOptions, "method"),)
+    files: ClassVar = {"page": "replication.html", "nodes": "nodes.csv", "cosines": "cosines.csv"}
+
+    def check(self, run: Run) -> None:
+        nodes, saes, sae_seed = DiscoveryOptions.of(run.experiment).nodes, run.experiment.saes, self.of(run).sae_seed
+        if nodes != "features":
+            raise UserError(f"replicate needs circuits of SAE features: nodes {nodes!r} have no SAEs")
+        if saes.source is not None:
+            raise UserError("replicate trains SAEs from another seed, which those of saes.source are not: leave it out")
+        if sae_seed == run.experiment.sae_seed:
+            raise UserError(f"--sae-seed {sae_seed} is the seed of the experiment's own SAEs: give another one")
+
+    def other(self, run: Run) -> Run:
+        """The same run with SAEs from the other seed."""
+        experiment, seed = run.experiment, self.of(run).sae_seed
+        # The experiment's own seed is not written down as one of the SAEs: they would have a second name.
+        saes = experiment.saes.model_copy(update={"seed": None if seed == experiment.seed else seed})
+        return replace(run, experiment=experiment.model_copy(update={"saes": saes}))
+
+    def label(self, run: Run) -> str:
+        discovery = DiscoveryOptions.of(run.experiment)
+        return f"replication-{category_or_all(self.of(run).category)}{discovery.name_of_prompts}-{discovery.method}"
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        category = category_or_all(self.of(run).category)
+        return {
+            "prompts": run.store.inputs,
+            "original": run.circuit(category).inputs,
+            "replication": self.other(run).circuit(category).inputs,
+        }
+
+    def make(self, session: Session, folder: Path) -> Made:
+        from sfc.pipeline import ensure_circuit, ensure_saes
+        from sfc.studies.replicate.measure import measure
+
+        run, category = session.run, category_or_all(self.of(session.run).category)
+        other = self.other(run)
+        for each in (run, other):
+            ensure_circuit(each, category)
+            ensure_saes(each)  # a circuit that is there may have outlived its SAEs
+        return measure(run, other, category, folder)
+
+    def page(self, finished: Finished) -> Page:
+        from sfc.studies.replicate.page import page
+
+        return page(finished)
+
+
+STUDIES.register(Replicate())
