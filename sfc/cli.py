@@ -13,14 +13,13 @@ import typer
 
 from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, repair, replicate, report, steer
+from sfc.cli_study import attribute_logits, batch, formats, patch, repair, report, steer
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.studies.study import STUDIES
 from sfc.tables import (
     show_behaviour,
     show_checks,
-    show_comparison,
     show_presets,
 )
 
@@ -51,36 +50,6 @@ def behaviour(
     artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
     result = artifact.manifest()["result"]
     show_behaviour(result)
-    finish_artifact(artifact, shared.json)
-
-
-@app.command()
-@with_shared_options
-def compare(
-    shared: Shared,
-    categories: Annotated[str, typer.Option(help="Among the ten, separated by commas, or all.")] = "all",
-    method: Annotated[
-        str | None,
-        typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
-    ] = None,
-    contrast: Annotated[
-        str | None, typer.Option(help="toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]")
-    ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
-) -> None:
-    """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
-
-    Example: sfc compare --categories violence,privacy,illegal
-    """
-    from sfc.data.schema import ALL, CATEGORIES, canonical_category
-    from sfc.pipeline import ensure_comparison
-
-    wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
-    values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}
-    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
-    artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_comparison(result)
     finish_artifact(artifact, shared.json)
 
 
@@ -162,7 +131,6 @@ for command in (
     batch,
     steer,
     repair,
-    replicate,
     report,
     draw,
     export,

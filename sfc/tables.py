@@ -51,15 +51,6 @@ def show_base(base: dict[str, Any]) -> None:
     show_table("The base model on the same prompts", ("figure", "value"), rows)
 
 
-def show_comparison(result: dict[str, Any]) -> None:
-    """The overlaps of a comparison of categories, and what they say."""
-    columns = ("within", "between", "shuffled", "difference", "difference_low", "difference_high")
-    rows = [(name, *(verdict[column] for column in columns)) for name, verdict in result["overlap"].items()]
-    titles = ("overlap", "within", "between", "shuffled", "difference", "low", "high")
-    show_table(f"Circuits of {result['size']} nodes, found on half of the prompts", titles, rows)
-    console.print(escape(result["verdict"]))
-
-
 def show_evaluation(result: dict[str, Any]) -> None:
     """The figures of circuits from files, a row each."""
     columns = {
@@ -190,28 +181,6 @@ def show_repair(result: dict[str, Any]) -> None:
         [name, *(point.get(column, "") for column in columns)] for name, point in points.items() if point is not None
     )
     show_table(title, ["edit", *(column.replace("_", " ") for column in columns)], rows)
-
-
-def show_replication(result: dict[str, Any]) -> None:
-    """Both circuits of a replication, and how far they agree."""
-    circuits = [result["original"], result["replication"]]
-    names = ("faithfulness", "completeness", "completeness_normalised")
-    rows = [
-        ("nodes", *(circuit["n_nodes"] for circuit in circuits)),
-        *((name.replace("_", " "), *(_with_interval(circuit, name) for circuit in circuits)) for name in names),
-        ("share with a partner", *(circuit["share_with_partner"] for circuit in circuits)),
-    ]
-    seeds = [f"SAE seed {circuit['sae_seed']}" for circuit in circuits]
-    show_table(f"{result['category']} · {result['method']} · {result['preset']}: test split", ["figure", *seeds], rows)
-    rows = [
-        ("Jaccard, all nodes", result["jaccard"], result["chance"]),
-        ("Jaccard, nodes with a partner", result["matched_jaccard"], result["matched_chance"]),
-        ("rank correlation of shared effects", result["rank_correlation"], ""),
-        ("equal signs of shared effects", result["sign_agreement"], ""),
-    ]
-    share, same = _text(result["matched_share"]), result["same_from_cosine"]
-    title = f"{result['n_shared']} shared nodes; {share} of all features have a partner of cosine {same} or more"
-    show_table(title, ("agreement", "value", "by chance"), rows)
 
 
 def show_presets(experiments: Iterable[Experiment]) -> None:

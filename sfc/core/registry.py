@@ -25,7 +25,6 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
-    "sfc.studies.compare.options",
     "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
@@ -34,6 +33,8 @@ BUILT_IN = (
     "sfc.studies.discover.study",
     "sfc.studies.evaluate.study",
     "sfc.studies.probe.study",
+    "sfc.studies.compare.study",
+    "sfc.studies.replicate.study",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 

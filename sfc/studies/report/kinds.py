@@ -566,9 +566,7 @@ def _first_words(name: str) -> str:
 OTHER = Kind(title=lambda found: _first_words(found.name), summary=lambda found: [], blocks=_other_blocks)
 
 REPLICATION = OTHER._replace(
-    title=lambda found: (
-        f"Replication with SAEs from another seed: {found.result['category']}, {found.result['method']}"
-    ),
+    title=lambda found: f"SAE-seed robustness: {found.result['category']}, {found.result['method']}",
     summary=lambda found: [
         ("Jaccard, nodes of both circuits", cell(found.result["jaccard"])),
         ("by chance", cell(found.result["chance"])),
