@@ -24,7 +24,7 @@ from sfc.pages.blocks import (
     records_table,
 )
 from sfc.pages.style import GREEN, INK, PINK, axis, error_bars, heat_map, styled_figure
-from sfc.pages.text import tokens_text
+from sfc.pages.text import hover_text, tokens_text
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, strongest
 from sfc.studies.study import Finished
 
@@ -84,8 +84,8 @@ def heads_figure(heads: pd.DataFrame, words: Words) -> go.Figure:
     cells = heads.assign(
         mark=heads["role"].map(_MARKS).fillna(""),
         hover=[
-            f"{row['component']}: <b>{row['role']}</b><br>{words.positive} {row['toxic_mean']:.4f}"
-            f" ({row['toxic_low']:.4f} to {row['toxic_high']:.4f})<br>"
+            f"{hover_text(row['component'])}: <b>{hover_text(row['role'])}</b><br>"
+            f"{words.positive} {row['toxic_mean']:.4f} ({row['toxic_low']:.4f} to {row['toxic_high']:.4f})<br>"
             f"{words.negative} {row['safe_mean']:.4f}, q {row['q_value']:.2g}"
             for row in json_records(heads, digits=None)
         ],
@@ -178,8 +178,8 @@ def _guide(result: Mapping[str, Any], words: Words) -> tuple[str, ...]:
         f"difference by {cell(result['reconstruction_error'])} of the absolute terms at most. Only what is written "
         "directly counts, not what a head makes later parts write.",
         f"**Roles.** G, guardrail: the head raises the logit difference of {words.positive} prompts (its 95 % interval"
-        f" lies above zero), and more than that of {words.negative} ones (q < 0.05, false discovery rate over all heads)."
-        " C, compliance: the mirror image. This says that an effect is there, not that it is large.",
+        f" is above zero), and more than that of {words.negative} ones (q < 0.05, false discovery rate over all heads)"
+        ". C, compliance: the mirror image. This says that an effect is there, not that it is large.",
         f"**The logit difference** stands in for the {words.score}, a log-odds, which is not a sum of parts. It is a "
         "fair stand-in as far as the two correlate.",
     )

@@ -27,7 +27,9 @@ class PatchingOptions(Options):
 
     section = "patching"
 
-    pairs: str = option("toxic-safe", description="toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe")
+    pairs: str = option(
+        "toxic-safe", description="pairs of prompts: toxic-safe, wrapped, or a CSV or .jsonl file with toxic and safe"
+    )
     wrappers: str | None = option(
         None, description="for wrapped pairs: a CSV or .jsonl file with name, template ({prompt}) and prefill"
     )
@@ -36,17 +38,19 @@ class PatchingOptions(Options):
     )
     positions: list[str] = option(
         [],
-        description="among last,last-K,suffix,content,prefix,all,each,suffix[-2]; by default suffix (wrapped: last)",
+        description="tokens to patch at, among last,last-K,suffix,content,prefix,all,each,suffix[-2]; by default"
+        " suffix, for wrapped pairs last",
     )
     directions: list[Literal["denoise", "noise"]] = option(
         ["denoise", "noise"], flag="--direction", min_length=1, description="which run is patched into the other"
     )
-    layers: list[int] = option([], description="such as 10-20,25; by default all")
+    layers: list[int] = option([], description="layers to patch, such as 10-20,25; by default all")
     cumulative: bool = option(False, description="also patch all layers from the first to each at once")
     limit: int = option(24, ge=1, description="at most this many pairs are tried, chosen by hash")
     category: str | None = option(None, description="only pairs of this category")
     require: Literal["behaviour", "score"] = option(
-        "behaviour", description="behaviour: judged replies must differ; score: only the score, for base models"
+        "behaviour",
+        description="what must differ in a pair: behaviour (judged replies) or only the score (for base models)",
     )
     reply_tokens: int = Field(40, ge=1, description="length of the replies that are judged")
     draws: int = Field(2000, ge=100, description="draws of the bootstrap")
