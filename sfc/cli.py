@@ -92,7 +92,7 @@ def discover(
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
-        from sfc.circuits.circuit import load_circuit
+        from sfc.circuits.files import load_circuit
         from sfc.circuits.exports import export_circuit
         from sfc.features.labels import labels_of
 

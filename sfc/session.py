@@ -10,6 +10,7 @@ from sfc.run import Run
 
 if TYPE_CHECKING:
     from sfc.models.loading import Model
+    from sfc.models.score import Score
     from sfc.saes.dictionary import Dictionary
     from sfc.saes.store import Store
 
@@ -37,6 +38,15 @@ class Session:
             UserError: it cannot be loaded.
         """
         return self.load(self.run.experiment.model)
+
+    @cached_property
+    def metric(self) -> "Score":
+        """The score of the run's behavior.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        return self.run.behavior.metric(self.model, self.run.experiment)
 
     def load(self, config: ModelConfig) -> "Model":
         """Any model, on the run's device, loaded once.
