@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.circuits.options import EvaluationOptions
 from sfc.core.artifacts import json_records, rounded, write_csv
 from sfc.core.errors import UserError
@@ -20,10 +19,9 @@ from sfc.studies.patch.pairs import WRAPPERS, Candidates, load_wrappers, toxic_s
 from sfc.studies.patch.patching import patch_pairs
 from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, score_table
 from sfc.studies.patch.selection import Selection, select_pairs, unaligned
-from sfc.studies.patch.study import PatchingOptions, pairs_file
+from sfc.studies.patch.study import CRITICAL_Q, PatchingOptions, pairs_file
 from sfc.studies.study import Made
 
-_CRITICAL_Q = 0.05
 _FEW_PAIRS = 10
 _CRITICAL_LISTED = 10
 
@@ -52,7 +50,7 @@ def measure(session: Session, folder: Path) -> Made:
     write_csv(folder / "scores.csv", score_table(runs), digits=6)
     clock.lap("ranking")
     used, single = selection.table[selection.table["used"]], effects[~effects["is_range"]]
-    critical = single[single["q_value"] <= _CRITICAL_Q]
+    critical = single[single["q_value"] <= CRITICAL_Q]
     return Made(
         {
             "preset": experiment.name,
@@ -125,13 +123,14 @@ def _lost(selection: Selection) -> dict[str, int]:
 def _runs(
     session: Session, selection: Selection, positions: Sequence[str], patches: Sequence[Patch]
 ) -> list[PatchRuns]:
-    experiment, model = session.run.experiment, session.model
+    experiment = session.run.experiment
     directions, batch_tokens = PatchingOptions.of(experiment).directions, experiment.activations.batch_tokens
-    score = BEHAVIORS[experiment.behavior].metric(model, experiment)
     aligned = {name: sum(unaligned(name, pair) is None for pair in selection.pairs) for name in positions}
     with progress_bar("patching", len(directions) * sum(aligned.values()) * len(patches), "runs") as progress:
         return [
-            patch_pairs(model, score, selection.pairs, direction, name, patches, batch_tokens, progress)
+            patch_pairs(
+                session.model, session.metric, selection.pairs, direction, name, patches, batch_tokens, progress
+            )
             for direction in directions
             for name, count in aligned.items()
             if count

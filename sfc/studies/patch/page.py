@@ -26,12 +26,12 @@ from sfc.pages.blocks import (
 )
 from sfc.pages.style import BLUE, GREEN, INK, PINK, QUIET, axis, error_bars, heat_map, styled_figure
 from sfc.pages.text import hover_text, number_text
+from sfc.studies.patch.study import CRITICAL_Q
 from sfc.studies.study import Finished
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}
 _DIRECTIONS = {"denoise": "Denoising: clean into corrupted", "noise": "Noising: corrupted into clean"}
 _COLOURS = dict(zip(_KINDS, (INK, GREEN, PINK, BLUE), strict=True))
-_SIGNIFICANT = 0.05
 _HEADS_A_ROW = 4
 _FEW_PAIRS = 10
 _LISTED = 5
@@ -180,7 +180,7 @@ def _layers_axis(effects: pd.DataFrame, column: int) -> dict[str, Any]:
 
 def _heat_map(rows: pd.DataFrame, across: str, columns: Sequence[Any], largest: float) -> go.Heatmap:
     """Effects, layers upwards; a dot marks those with q of at most 0.05."""
-    cells = rows.assign(hover=_hovers(rows), mark=np.where(rows["q_value"] <= _SIGNIFICANT, "•", ""))
+    cells = rows.assign(hover=_hovers(rows), mark=np.where(rows["q_value"] <= CRITICAL_Q, "•", ""))
     return heat_map(cells, "effect", across, columns, largest, "effect").update(textfont={"size": 14})
 
 
@@ -209,7 +209,7 @@ def _sentence(result: Mapping[str, Any], words: Words) -> str:
     return (
         f"Activations of one run put into another, between {result['n_pairs']} pairs of prompts ({result['pairs']}). "
         f"{chosen[result['require']]} {result['n_critical']} of {result['n_components']} components have"
-        f" q ≤ {_SIGNIFICANT}."
+        f" q ≤ {CRITICAL_Q}."
     )
 
 
@@ -246,7 +246,7 @@ def _critical(result: Mapping[str, Any]) -> Block:
         "component": "component", "direction": "direction", "positions": "positions", "pairs": "n_pairs",
         "effect (95 %)": "effect", "q": "q_value", "attribution patching": "attribution",
     }  # fmt: skip
-    title = f"Critical components (q ≤ {_SIGNIFICANT}), the strongest {_LISTED} of each direction and kind"
+    title = f"Critical components (q ≤ {CRITICAL_Q}), the strongest {_LISTED} of each direction and kind"
     return records_table(title, columns, records, ("direction", "positions"))
 
 
@@ -290,7 +290,7 @@ def _guide(words: Words) -> tuple[str, ...]:
         f"components carry the {words.score}, blue ones oppose it.",
         "**Certainty.** Intervals of 95 % come from resampling pairs. q is the false discovery rate at which a "
         "component counts, over all components of its kind and direction; a dot marks those that are critical"
-        f" (q ≤ {_SIGNIFICANT}). `effects.csv` has every component.",
+        f" (q ≤ {CRITICAL_Q}). `effects.csv` has every component.",
         "**Positions** correspond by role: `last` is where the reply begins, `suffix` the template after the prompt, "
         "`content` the prompt. A pair counts only at positions where both prompts correspond; the hover says how many "
         "do.",

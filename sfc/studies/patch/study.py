@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.circuits.options import EvaluationOptions
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
@@ -19,6 +18,8 @@ from sfc.studies.patch.alignment import check_positions
 from sfc.studies.patch.pairs import WRAPPERS
 from sfc.studies.study import STUDIES, Finished, Made, Study
 
+CRITICAL_Q = 0.05
+"""components with a q-value of at most this are critical"""
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 
 
@@ -77,17 +78,27 @@ class Patching(Study[PatchingOptions]):
         "pairs": "pairs.csv",
         "scores": "scores.csv",
     }
+    model_columns: ClassVar = {
+        "n_layers": "layers",
+        "n_pairs": "pairs",
+        "n_components": "components",
+        "n_critical": "critical",
+        "critical_layers": "critical layers",
+        "strongest_denoise": "strongest head, denoising",
+        "strongest_noise": "strongest head, noising",
+    }
+    model_headline: ClassVar = ("critical_layers",)
 
     def check(self, run: Run) -> None:
-        options, behavior = self.of(run), run.experiment.behavior
+        options = self.of(run)
         for name in options.position_sets:
             check_positions(name)
         if options.wrappers and options.pairs != "wrapped":
             raise UserError("--wrappers goes with --pairs wrapped only")
         if options.wrappers and not Path(options.wrappers).is_file():
             raise UserError(f"no file {options.wrappers}: --wrappers takes a CSV or .jsonl file with name and template")
-        if options.require == "behaviour" and BEHAVIORS[behavior].judge() is None:
-            raise UserError(f"replies do not show the behavior {behavior!r}: choose pairs with --require score")
+        if options.require == "behaviour" and run.behavior.judge() is None:
+            raise UserError(f"no judge tells whether replies show {run.behavior.name!r}: give --require score")
         pairs_file(run)
 
     def label(self, run: Run) -> str:
@@ -99,7 +110,7 @@ class Patching(Study[PatchingOptions]):
         experiment, path = run.experiment, pairs_file(run)
         return {
             "model": model_identity(experiment.model),
-            "behavior": [experiment.behavior, BEHAVIORS[experiment.behavior].inputs(experiment)],
+            "behavior": [run.behavior.name, run.behavior.inputs(experiment)],
             "pairs": hash_of_file(path) if path else self._wrapped(run),
             "patching": self.of(run).model_dump(exclude={"pairs", "wrappers"}),
             "max_tokens": experiment.prompts.max_tokens,
@@ -124,6 +135,16 @@ class Patching(Study[PatchingOptions]):
         from sfc.studies.patch.page import page
 
         return page(finished)
+
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        result, effects = finished.result, finished.table("effects.csv")
+        critical = effects.loc[~effects["is_range"] & (effects["q_value"] <= CRITICAL_Q), "layer"]
+        best = [row for row in result["critical"] if row["kind"] == "head" and row["rank"] == 1]
+        return {
+            **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
+            "critical_layers": ", ".join(map(str, sorted(critical.unique()))),
+            **{f"strongest_{row['direction']}": row["component"] for row in best},
+        }
 
 
 def pairs_file(run: Run) -> Path | None:
