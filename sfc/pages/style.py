@@ -157,7 +157,7 @@ def words_of(graph: nx.DiGraph) -> Words:
 
 
 def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
-    """Positive, negative and zero, in the words of a circuit's method: most effects are causal, a correlation is not."""
+    """Positive, negative and zero, in the words of a circuit's method: most are causal, a correlation is not."""
     words, method = words_of(graph), graph.graph.get("method", "")
     own = METHODS[method].signs if method in METHODS else None
     told = own or ("{raises}", "{lowers}", "no effect")

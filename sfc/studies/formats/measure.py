@@ -30,7 +30,7 @@ from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats.formats import Formats, Version
 from sfc.studies.formats.study import FormatsOptions
 from sfc.studies.study import Made

@@ -16,7 +16,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.score import RefusalScore, auroc
 from sfc.session import Session
 from sfc.stats import bootstrap_means
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.logits.attribution import LogitAttribution, attribute_logits, by_layer, refusal_logit_difference
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest
 from sfc.studies.study import Made
