@@ -20,7 +20,6 @@ from sfc.core.progress import say
 from sfc.studies.study import STUDIES
 from sfc.tables import (
     show_base,
-    show_behaviour,
     show_checks,
     show_circuit,
     show_collection,
@@ -206,28 +205,6 @@ def train(
     figures = quality.astype(object).where(quality.notna(), None).to_dict("records")
     result = {"preset": shared.preset, "quality": figures, "files": {name: str(path) for name, path in files.items()}}
     finish(result, shared.json)
-
-
-@app.command()
-@with_shared_options
-def behaviour(
-    shared: Shared,
-    prompts: Annotated[
-        Path | None, typer.Option(help="CSV with a column prompt, optional category, label; XSTest's columns work.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Without --prompts: discovery, reference, test or all.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts, chosen by hash.")] = None,
-) -> None:
-    """Generate a short reply to each prompt, judge it, and compare the refusal score with what the model did.
-
-    Example: sfc behaviour --prompts data/xstest/xstest_prompts.csv
-    """
-    from sfc.pipeline_study import ensure_behaviour
-
-    artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_behaviour(result)
-    finish_artifact(artifact, shared.json)
 
 
 @app.command()

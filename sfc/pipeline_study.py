@@ -26,39 +26,12 @@ from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1, 1
+LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1
 PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 REPLICATION_SCHEMA = 1
 
 BEST = "best"  # the condition that tells toxic from safe prompts best
 _FEATURE = r"resid_(?:pre|mid|post)\.\d+/F\d+"
-
-
-def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | None, rebuild: bool = False) -> Artifact:
-    """Generate and judge replies, to a file of prompts or to a split of the data, unless that is done.
-
-    Raises:
-        UserError: the file or the split does not exist.
-    """
-    if prompts is not None and not prompts.is_file():
-        raise UserError(f"no file {prompts}: --prompts takes a CSV with a column 'prompt'")
-    if split not in (known := ("discovery", "reference", "test", "all")):
-        raise UserError(f"no split {split!r}: {suggestion(split, known)}")
-    inputs = {
-        "schema": BEHAVIOUR_SCHEMA,
-        "model": model_identity(run.experiment.model),
-        "prompts": hash_of_file(prompts) if prompts else [prompts_fingerprint(run.prompts.frame), split],
-        "config": run.experiment.prompts.model_dump(exclude={"hard_share"}),
-        "limit": limit,
-        "seed": run.experiment.seed,
-    }
-    name = f"behaviour-{prompts.stem if prompts else split}"
-    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, name, inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.behaviour import make_behaviour
-
-        make_behaviour(run, artifact, prompts, split, limit, rebuild)
-    return artifact
 
 
 def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> Artifact:

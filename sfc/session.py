@@ -1,5 +1,6 @@
 """A session: one run with everything that is loaded for it, each thing once."""
 
+import gc
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -28,6 +29,17 @@ class Session:
     def for_run(self, run: Run) -> "Session":
         """The session of another run, with the models that are loaded already."""
         return self if run is self.run else Session(run, self._models)
+
+    def close(self) -> None:
+        """Let go of every loaded model, also of those that sessions of other runs share."""
+        import torch
+
+        self._models.clear()
+        for name in ("model", "dictionaries", "store"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @cached_property
     def model(self) -> "Model":

@@ -93,13 +93,6 @@ def show_quality(quality: "pd.DataFrame") -> None:
     show_table(title, list(columns.values()), of_all.itertuples(index=False))
 
 
-def show_behaviour(result: dict[str, Any]) -> None:
-    """Refusal rates by category and label."""
-    columns = ("category", "label", "n", "refusals", "rate", "low", "high")
-    show_table("Judged refusals (Wilson 95 %)", columns, ([group[c] for c in columns] for group in result["groups"]))
-    console.print(f"AUROC of the refusal score against judged refusals: {_text(result['auroc'])}")
-
-
 def show_heads(result: dict[str, Any]) -> None:
     """The heads of a logit attribution that tell toxic from safe prompts best."""
     columns = {

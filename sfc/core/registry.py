@@ -25,6 +25,7 @@ BUILT_IN = (
     "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
+    "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"

@@ -34,7 +34,7 @@ from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
-from sfc.studies.behaviour import judged
+from sfc.studies.behaviour.study import judged
 from sfc.studies.collect import PROMPTS_FILE, short_enough
 from sfc.studies.discover.base import against_base
 from sfc.studies.discover.pairs import pairs_task
@@ -181,7 +181,7 @@ def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[
     if frame.empty:
         raise UserError(f"there are no {kind} prompts of category {category!r} in the data")
     corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
-    prompts = judged(run, model, corpus.table, f"{kind}-{category}")
+    prompts = judged(run, model, corpus.table, kind, category)
     _check_sides(prompts, kind, category)
     layout = SlotLayout.of(corpus.sequences)
 
