@@ -22,7 +22,7 @@ from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
+STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 3, 3, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
 

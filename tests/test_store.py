@@ -6,14 +6,16 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from sfc.core.errors import UserError
+from sfc.data.schema import with_ids
 from sfc.models.batches import Batch
 from sfc.saes.plan import PlannedBatch, TokenTable
 from sfc.saes.shard import CHUNK_BYTES, shard_in_the_making
-from sfc.saes.store import Store
+from sfc.saes.store import Store, read_prompts, write_prompts
 
 SITE = "blocks.0.hook_resid_post"
 NOTHING: Any = Batch(*[torch.zeros(0)] * 4)
@@ -63,6 +65,15 @@ def test_many_chunks_of_about_a_mebibyte(tmp_path: Path, gzip: bool) -> None:
         assert data.compression == ("gzip" if gzip else None)
         assert torch.equal(torch.from_numpy(data[()]), values)
     Store(tmp_path).verify(SITE)
+
+
+def test_the_table_of_prompts_comes_back_as_it_was(tmp_path: Path) -> None:
+    texts = ["007", "NA", "", 'a "quoted"\r\nline, and\u2028more', "=1+1"]
+    prompts = with_ids(pd.DataFrame({"prompt": texts, "split": "test"}, index=range(5, 10)))
+    write_prompts(tmp_path, prompts)
+    back = read_prompts(tmp_path)
+    assert back.index.tolist() == [0, 1, 2, 3, 4] and back.index.name == "store_index"
+    assert back.to_dict("list") == prompts.to_dict("list")
 
 
 def test_missing_and_corrupt_stores_say_so(tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ class Words(NamedTuple):
     """what a circuit lies behind"""
     score: str = "refusal score"
     unit: str = "nats of refusal score"
+    score_formula: str = (
+        "logsumexp(log p over R) - logsumexp(log p over all others), R the tokens that open a refusal, at the last"
+        " prompt position (Arditi et al. 2024)"
+    )
     positive: str = "toxic"
     """the side whose prompts call for the behavior: "toxic prompts" """
     negative: str = "safe"
@@ -30,6 +34,11 @@ class Words(NamedTuple):
     acted: str = "refused"
     """what such prompts are: "the share refused" """
     group: str = "category"
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What kinds of prompts (`dataset_type`) are called; hard ones are negative and look positive."""
+        return {"toxic": self.positive, "hard": "hard", "safe_80k": self.negative}
 
     @property
     def raises(self) -> str:

@@ -7,7 +7,10 @@ What the sign of an effect means, and the colour that stands for it.
 
 from typing import Any, NamedTuple
 
+import networkx as nx
 import plotly.graph_objects as go
+
+from sfc.behaviors.behavior import Words
 
 PLOTLY_CONFIG = {
     "displaylogo": False,
@@ -101,17 +104,17 @@ class Sign(NamedTuple):
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
 _COLOURS = {1: "#d55e00", -1: "#0072b2", 0: "#7a828c"}
-_CAUSAL = {1: "raises the refusal score", -1: "lowers the refusal score", 0: "no effect"}
-_WORDS = {
-    "correlation": {1: "fires more on toxic prompts", -1: "fires more on safe prompts", 0: "no correlation"},
-    "magnitude": {1: "fires", -1: "negative", 0: "silent"},
-}
 
 
-def signs(method: str) -> tuple[Sign, Sign, Sign]:
-    """Positive, negative and zero, in the words of a method: most effects are causal, a correlation is not."""
-    words = _WORDS.get(method, _CAUSAL)
-    positive, negative, zero = (Sign(number, words[number], _COLOURS[number]) for number in (1, -1, 0))
+def words_of(graph: nx.DiGraph) -> Words:
+    """How a circuit's behavior is spoken of; circuits of others do not say, and are taken to be of refusal."""
+    return Words(**graph.graph["words"]) if "words" in graph.graph else Words()
+
+
+def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
+    """Positive, negative and zero, in the words of the method that found a circuit (`graph.graph["effect_words"]`)."""
+    words = graph.graph.get("effect_words") or (words_of(graph).raises, words_of(graph).lowers, "no effect")
+    positive, negative, zero = (Sign(number, text, _COLOURS[number]) for number, text in zip((1, -1, 0), words, strict=True))
     return positive, negative, zero
 
 

@@ -1,7 +1,4 @@
-"""What is run through the model to fill a store: the circuits' prompts, or another corpus for the SAEs.
-
-Stage: fill a store with activations.
-"""
+"""Fill a store with activations: of the circuits' prompts, or of another corpus for the SAEs."""
 
 import shutil
 import time
@@ -11,22 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.core.artifacts import Artifact, write_csv
+from sfc.core.artifacts import Artifact
 from sfc.core.config import CorpusConfig, ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.corpus import pieces, read_texts
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.data.schema import with_ids
 from sfc.models.generation import generate_ids
 from sfc.models.loading import Model, choose_device, load_model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
+from sfc.saes.store import write_prompts
 
 _REPLY_BATCH_TOKENS = 4096
 
 
 class Corpus(NamedTuple):
-    """Token sequences, and a table that says what they are: `prompt` (the text), `split`, and what else is known."""
+    """Token sequences, and a table that says what they are: `id`, `prompt` (the text), `split`, and what else is known.
+
+    In the table of a circuit's prompts every id is there once; texts for SAEs may repeat.
+    """
 
     table: pd.DataFrame
     sequences: list[TokenizedPrompt]
@@ -99,10 +101,9 @@ def _with_replies(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
 def _texts(config: CorpusConfig, tokenizer: Any) -> Corpus:
     sequences = pieces(tokenizer, read_texts(config.source), config.context, config.max_tokens)
     texts = [tokenizer.decode(sequence.ids) for sequence in sequences]
-    return Corpus(pd.DataFrame({"prompt": texts, "split": "corpus"}), sequences)
+    return Corpus(with_ids(pd.DataFrame({"prompt": texts, "split": "corpus"})), sequences)
 
 
-PROMPTS_FILE = "prompts.csv"
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _TABLE_BYTES = 16
 """four 32-bit columns say what a row is"""
@@ -133,7 +134,7 @@ def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequ
         new = [site for site in sites if site not in before.get("sites", [])]
         check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
         n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
-        write_csv(folder / PROMPTS_FILE, corpus.table.reset_index(names="store_index"))
+        write_prompts(folder, corpus.table)
         artifact.finish(
             n_prompts=len(corpus.sequences),
             n_tokens=corpus.n_tokens,

@@ -1,4 +1,4 @@
-"""What a model does with prompts: scores, greedy replies, judged replies, and how many of each group show the behavior."""
+"""What a model does with prompts: scores, greedy replies, verdicts on them, and their rates per group."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ class Behaviour(NamedTuple):
     """What a model did with a set of prompts."""
 
     replies: pd.DataFrame
-    """one row per prompt: `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
+    """one row per prompt: `id`, `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
     groups: pd.DataFrame
     """one row per category and label: `category`, `label`, `n`, `refusals`, `rate`, `low`, `high` (Wilson, 95 %)"""
     auroc: float | None
@@ -51,7 +51,7 @@ def measure_behaviour(
     reply_tokens: int = 24,
     batch_tokens: int = 2048,
 ) -> Behaviour:
-    """Score, answer and judge each prompt of a frame with columns `prompt`, `category` and `label`.
+    """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
     A refusal shows in its first words: `reply_tokens` need not let the reply end.
     """
@@ -61,7 +61,7 @@ def measure_behaviour(
     with progress_bar("replies", len(tokenized), "prompts") as progress:
         texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
     refused = [judge(text) for text in texts]
-    replies = prompts[["prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
+    replies = prompts[["id", "prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
     return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
 
 

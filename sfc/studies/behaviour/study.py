@@ -11,7 +11,7 @@ from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import load_prompt_file
-from sfc.data.schema import ALL, category_or_all, keyed_ranks
+from sfc.data.schema import ALL, SPLITS, category_or_all, keyed_ranks, looked_up
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
@@ -21,7 +21,6 @@ from sfc.studies.study import STUDIES, Finished, Made, Study, ensure
 if TYPE_CHECKING:
     from sfc.models.loading import Model
 
-_SPLITS = ("discovery", "reference", "test", ALL)
 _LABELS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
 
 
@@ -60,8 +59,8 @@ class Behaviour(Study[BehaviourOptions]):
         options = self.of(run)
         if options.prompts is not None and not options.prompts.is_file():
             raise UserError(f"no file {options.prompts}: --prompts takes a CSV with a column 'prompt'")
-        if options.split not in _SPLITS:
-            raise UserError(f"no split {options.split!r}: {suggestion(options.split, _SPLITS)}")
+        if options.split not in (known := (*SPLITS, ALL)):
+            raise UserError(f"no split {options.split!r}: {suggestion(options.split, known)}")
         category_or_all(options.category or ALL)
         if BEHAVIORS[run.experiment.behavior].judge() is None:
             raise UserError(f"replies do not show {run.experiment.behavior!r}: that behavior has no judge of replies")
@@ -107,7 +106,7 @@ class Behaviour(Study[BehaviourOptions]):
 
 
 def asked(run: Run) -> pd.DataFrame:
-    """The prompts that the options choose, with columns `prompt`, `category` and `label`.
+    """The prompts that the options choose, with columns `id`, `prompt`, `category` and `label`.
 
     Raises:
         UserError: the prompt file is malformed, or no prompt is left.
@@ -130,8 +129,7 @@ def judged(run: Run, model: "Model", prompts: pd.DataFrame, label: str, category
     session = Session(chosen, {run.experiment.model.model_dump_json(): model})
     finished = ensure(BEHAVIOUR, chosen, session=session)
     replies = pd.read_csv(finished.files["replies"], keep_default_na=False)
-    refused = dict(zip(replies["prompt"], replies["refused"], strict=True))
-    return prompts.assign(refused=prompts["prompt"].map(refused).astype(bool))
+    return prompts.assign(refused=looked_up(prompts["id"], replies, "refused").astype(bool))
 
 
 def _of_data_set(run: Run, options: BehaviourOptions) -> pd.DataFrame:

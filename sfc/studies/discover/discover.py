@@ -37,8 +37,7 @@ from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.source import read_config
-from sfc.saes.store import Store
-from sfc.studies.collect import PROMPTS_FILE
+from sfc.saes.store import Store, read_prompts
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
 
@@ -51,9 +50,9 @@ def write_cards(
 ) -> dict[str, Any]:
     """Make the cards (see `sfc.features.cards`) of the circuit's strongest features, and write `features.json`."""
     store = Store(run.store.folder)
-    prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
+    prompts = read_prompts(run.store.folder)
     cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
     configs = {site: read_config(run.saes.folder / site) for site in dictionaries if dictionaries[site].d_sae}
     for name, card in cards["features"].items():

@@ -15,6 +15,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
@@ -169,7 +170,7 @@ def _variance_explained(
 
 def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
     """The prompts of one side, as rows of the table of prompts; a clean prompt's label is true."""
-    return pd.DataFrame(
+    prompts = pd.DataFrame(
         {
             "prompt": pairs[f"{side}_prefix"],
             "category": category,
@@ -181,3 +182,4 @@ def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
             "patch_answer": pairs["patch_answer"],
         }
     )
+    return with_ids(prompts)

@@ -1,12 +1,7 @@
-"""A task: what a circuit is to explain. Refusing the prompts of a category is one, a file of pairs sets another.
+"""The question that circuits are found and judged by: model, dictionaries, prompts and references of one task.
 
-Paired references: the prompts of `pairs.csv`, each held against its own partner and not against a mean.
-
-The task that a category of the data set sets: what makes the model refuse its prompts?
-
-The task that behaviour sets: among prompts of one label, what makes the model refuse those that it refuses?
-
-The question that circuits are found and judged by: model, dictionaries, prompts and references of one task.
+Tasks are set by a category of the data set (what makes the model refuse its prompts?), by behaviour (among prompts of
+one label, what makes the model refuse those that it refuses?), and by a file of pairs.
 """
 
 from collections.abc import Mapping
@@ -26,16 +21,16 @@ from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
 from sfc.data.pairs import load_pairs
-from sfc.data.schema import ALL
+from sfc.data.schema import ALL, looked_up, with_ids
 from sfc.data.topics import listed_topics
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.models.score import RefusalScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.store import Store
+from sfc.saes.store import Store, read_prompts
 from sfc.studies.behaviour.study import judged
-from sfc.studies.collect import PROMPTS_FILE, short_enough
+from sfc.studies.collect import short_enough
 from sfc.studies.discover.base import against_base
 from sfc.studies.discover.pairs import pairs_task
 from sfc.studies.discover.task import Task
@@ -49,7 +44,7 @@ class Paired(NamedTuple):
     discovery: list[Batch]
     test: list[Batch]
     prompts: pd.DataFrame
-    """columns `prompt`, `category`, `refusal_label`, `dataset_type`, `split`; partners are of the split `reference`"""
+    """columns `id`, `prompt`, `category`, `refusal_label`, `dataset_type`, `split` (partners: `reference`)"""
 
 
 def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Paired:
@@ -85,7 +80,7 @@ def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[
         pd.DataFrame({"prompt": kept[population], "refusal_label": population == "toxic", "split": kept["split"]}),
         pd.DataFrame({"prompt": kept[partner], "refusal_label": partner == "toxic", "split": "reference"}),
     ]
-    prompts = pd.concat(frames).assign(category=category, dataset_type="pair")
+    prompts = with_ids(pd.concat(frames).assign(category=category, dataset_type="pair"))
     return Paired(reference, discovery, test, prompts)
 
 
@@ -262,8 +257,8 @@ def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[
 
 def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompts with their numbers in the store and, where the data set lists them, their topics."""
-    stored = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
-    index = dict(zip(stored["prompt"], stored["store_index"], strict=True))
+    stored = read_prompts(run.store.folder).reset_index()
+    store_index = looked_up(prompts["id"], stored, "store_index")
     topics = None if run.pairs else listed_topics(run.data_folder, prompts["original_source"].tolist())
     listed = {} if topics is None else {"topic": topics}
-    return prompts.assign(store_index=prompts["prompt"].map(index), **listed).reset_index(drop=True)
+    return prompts.assign(store_index=store_index, **listed).reset_index(drop=True)

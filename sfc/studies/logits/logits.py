@@ -53,7 +53,7 @@ def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild:
         tables = {
             "components": components,
             "groups": group_table(attribution, prompts, experiment.seed),
-            "prompts": prompts[["prompt", "category", "label", "logit_difference", "score"]],
+            "prompts": prompts[["id", "prompt", "category", "label", "logit_difference", "score"]],
         }
         for name, table in tables.items():
             write_csv(folder / FILES[name], table, digits=6)

@@ -197,7 +197,7 @@ def _measured(
             about = {"kind": kind, "size": size, "draw": -1 if draw is None else draw}
             for group, corpus in inputs.test.items():
                 replied = edited_replies(model, score, corpus.sequences, layout, edit, config.reply_tokens)
-                prompts = corpus.table[["prompt", "category", "dataset_type"]]
+                prompts = corpus.table[["id", "prompt", "category", "dataset_type"]]
                 refused = [is_refusal(text) for text in replied.texts]
                 of_group = {"group": group, "score": replied.scores, "refused": refused, "reply": replied.texts}
                 tables.append(prompts.assign(**about, **of_group))

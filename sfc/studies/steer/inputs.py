@@ -122,7 +122,7 @@ def folds_of(run: Run, model: Model, learned: Learned) -> list[Fold]:
 def test_prompts(run: Run, model: Model) -> Tested:
     """Prompts of the test split, as many toxic as safe, ready to be steered."""
     frame = _test_frame(run)
-    columns = ["prompt", "category", "dataset_type", "label"]
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
     return _by_label(run, model, frame.assign(label=np.where(frame["refusal_label"], "toxic", "safe"))[columns])
 
 
@@ -172,7 +172,7 @@ def hard_prompts(run: Run, model: Model) -> Side:
     if chosen.empty:
         raise UserError(f"--when is tried on hard prompts too, and the test split has none of {config.category!r}")
     corpus = short_enough(model.tokenize, chosen.assign(label="safe"), run.experiment.prompts.max_tokens)
-    columns = ["prompt", "category", "dataset_type", "label"]
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
     return Side(corpus.table[columns], _bench(model, corpus.sequences, config))
 
 

@@ -19,9 +19,9 @@ from sfc.data.schema import keyed_ranks
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.run import Run
 from sfc.saes.plan import TokenTable, joined, plan_batches
-from sfc.saes.store import Store
+from sfc.saes.store import Store, read_prompts
 from sfc.saes.stream import BLOCKS_PER_BUFFER, Source, live_source, stored_source
-from sfc.studies.collect import PROMPTS_FILE, Corpus, fill, n_bytes, sae_corpus
+from sfc.studies.collect import Corpus, fill, n_bytes, sae_corpus
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def _has_all_sites(run: Run) -> bool:
 
 def _stored_rows(run: Run) -> TrainingRows:
     store = Store(run.corpus.folder)
-    table = pd.read_csv(run.corpus.folder / PROMPTS_FILE, index_col="store_index", keep_default_na=False)
-    table = _with_held_out(table, run.experiment)
+    table = _with_held_out(read_prompts(run.corpus.folder), run.experiment)
     held_out = table["held_out"].to_numpy()[store.tokens.prompt]
 
     def measured(site: str) -> Iterator[Measured]:
