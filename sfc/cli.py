@@ -11,21 +11,21 @@ from typing import Annotated
 
 import typer
 
-from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, repair, replicate, report, steer
+from sfc.cli_study import attribute_logits, formats, patch, repair, replicate, steer
+from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.progress import say
+from sfc.pages.blocks import Table
+from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES
 from sfc.tables import (
     show_base,
-    show_checks,
     show_circuit,
     show_collection,
     show_comparison,
     show_evaluation,
-    show_presets,
     show_quality,
 )
 
@@ -239,6 +239,100 @@ def compare(
 
 @app.command()
 @with_shared_options
+def batch(
+    shared: Shared,
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
+    stages: Annotated[str, typer.Option(help="Any studies by their commands, such as steer,discover.")] = (
+        "behaviour,probe,attribute-logits,patch"
+    ),
+    category: Annotated[
+        str | None, typer.Option(help="OR-Bench category, or all, where a study takes one. [default: each study's own]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many prompts, where a study has no limit of its own.")
+    ] = 40,
+) -> None:
+    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
+
+    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
+    """
+    from sfc.data.schema import category_or_all
+    from sfc.studies.batch.batch import make_batch, stages_of
+
+    chosen, wanted = stages_of(stages), category_or_all(category) if category else None
+    runs = shared.runs(models or (None if file else shared.preset), file)
+    made = make_batch(runs, chosen, wanted, limit)
+    show(made.page.summary)
+    finish(made.report, shared.json)
+
+
+_Category = Annotated[str, typer.Option(help="OR-Bench category, such as violence or self-harm.")]
+
+
+@app.command()
+@with_shared_options
+def draw(shared: Shared, category: _Category = "violence") -> None:
+    """Draw a circuit's page anew, with the labels of labels.json in its folder; discovers it first where needed.
+
+    Example: sfc draw --category privacy
+    """
+    from sfc.data.schema import canonical_category
+    from sfc.studies.discover.draw import draw_circuit
+
+    category = canonical_category(category)
+    finish({"category": category, "files": draw_circuit(shared.run(), category)}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def export(
+    shared: Shared,
+    category: _Category = "violence",
+    format: Annotated[
+        str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
+    ] = "graphml,gexf,csv,circuit-tracer",
+    output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: the circuit's]")] = None,
+) -> None:
+    """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
+
+    Example: sfc export --category violence --format graphml,circuit-tracer --output violence
+    """
+    from sfc.circuits.circuit import load_circuit
+    from sfc.circuits.exports import export_circuit
+    from sfc.data.schema import canonical_category
+    from sfc.features.labels import labels_of
+    from sfc.pipeline import ensure_circuit
+
+    category = canonical_category(category)
+    folder = ensure_circuit(shared.run(), category).folder
+    graph = load_circuit(folder / "circuit.json")
+    formats = [name.strip() for name in format.split(",")]
+    files = export_circuit(graph, labels_of(folder), formats, output or folder)
+    finish({"category": category, "files": {name: str(path) for name, path in files.items()}}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def explore(
+    shared: Shared,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8050,
+) -> None:
+    """Explore finished circuits in a browser on this machine: side by side, and with prompts of your own.
+
+    Example: sfc explore --root . --port 8051
+    """
+    try:
+        from sfc.explorer.app import explorer
+    except ModuleNotFoundError as error:
+        raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
+    app = explorer(shared.root, shared.device)
+    say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
+    app.run(host="127.0.0.1", port=port, debug=False)
+
+
+@app.command()
+@with_shared_options
 def adapter(
     shared: Shared,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: ROOT/adapters/refusal]")] = None,
@@ -264,7 +358,9 @@ def describe(shared: Shared) -> None:
     """
     from sfc.studies.data import describe_data
 
-    finish(describe_data(shared.run()), shared.json)
+    described, page = describe_data(shared.run())
+    show(page.summary)
+    finish(described, shared.json)
 
 
 @app.command()
@@ -288,8 +384,14 @@ def presets(shared: Shared) -> None:
     Example: sfc presets --json
     """
     experiments = [load_experiment(name) for name in preset_names()]
-    show_presets(experiments)
+    rows = [(e.name, e.model.source, _sites_text(e.activations), e.description) for e in experiments]
+    titles = ("preset", "model", "sites", "what it is")
+    show([Table("Presets", titles, rows, texts=titles)])
     finish({"presets": {e.name: e.model_dump() for e in experiments}, "files": {}}, shared.json)
+
+
+def _sites_text(activations: ActivationsConfig) -> str:
+    return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
 
 
 @app.command()
@@ -302,7 +404,8 @@ def doctor(shared: Shared) -> None:
     from sfc.studies.doctor import examine
 
     checks = examine(shared.run())
-    show_checks(checks)
+    show([Table("sfc doctor", ("what", "ok", "finding"), [(c.what, "ok" if c.ok else "no", c.finding) for c in checks],
+                texts=("ok", "finding"))])  # fmt: skip
     finish({"checks": [check._asdict() for check in checks], "files": {}}, shared.json)
     if not all(check.ok for check in checks):
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
@@ -312,14 +415,9 @@ for command in (
     attribute_logits,
     formats,
     patch,
-    batch,
     steer,
     repair,
     replicate,
-    report,
-    draw,
-    export,
-    explore,
 ):
     app.command()(with_shared_options(command))
 for study in STUDIES:

@@ -4,7 +4,6 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +26,7 @@ from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
 LOGITS_SCHEMA, FORMATS_SCHEMA = 1, 1
-PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
+PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA = 2, 1, 1
 REPLICATION_SCHEMA = 1
 
 BEST = "best"  # the condition that tells toxic from safe prompts best
@@ -271,47 +270,3 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
 
         make_replication(run, other, artifact, category, rebuild)
     return artifact
-
-
-def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
-    """Report every finished artifact of the experiment's model, unless that is done and none of their files changed.
-
-    Raises:
-        UserError: there is none.
-    """
-    from sfc.studies.report.found import find_artifacts, found_in, hashes
-
-    folder = run.root / "circuits" / run.experiment.name
-    found, left_out = find_artifacts(folder, model_identity(run.experiment.model))
-    if not found:
-        raise UserError(
-            f"nothing to report: {folder} holds no finished artifact of this model; run `sfc discover`, `sfc patch` or"
-            " another command first"
-        )
-    if run.saes.is_complete():
-        found.append(found_in(run.saes.folder, "saes"))
-    inputs = {
-        "schema": REPORT_SCHEMA,
-        "description": run.experiment.description,
-        "artifacts": {each.place: hashes(each) for each in found},
-        "left_out": [each.place for each in left_out],
-    }
-    artifact = Artifact.of(folder, "report", inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.report.report import make_report
-
-        make_report(run, artifact, found, left_out, rebuild)
-    return artifact
-
-
-def batch_artifact(runs: Sequence[Run], stages: Sequence[str], category: str, limit: int | None) -> Artifact:
-    """Where the comparison of these runs lies. It is put together anew each time; the runs' stages are what costs."""
-    inputs = {
-        "schema": BATCH_SCHEMA,
-        "experiments": [run.experiment.model_dump(mode="json") for run in runs],
-        "data": runs[0].data,
-        "stages": list(stages),
-        "category": category,
-        "limit": limit,
-    }
-    return Artifact.of(runs[0].root / "circuits" / "batch", category, inputs)

@@ -32,13 +32,13 @@ class Session:
 
     def close(self) -> None:
         """Let go of every loaded model, also of those that sessions of other runs share."""
-        import torch
-
-        self._models.clear()
         for name in ("model", "dictionaries", "store"):
             self.__dict__.pop(name, None)
-        gc.collect()
-        if torch.cuda.is_available():
+        if self._models:
+            import torch
+
+            self._models.clear()
+            gc.collect()
             torch.cuda.empty_cache()
 
     @cached_property

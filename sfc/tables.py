@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from sfc.core.config import ActivationsConfig, Experiment
 from sfc.core.progress import console
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sfc.studies.doctor import Check
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -146,18 +143,6 @@ def show_patching(result: dict[str, Any]) -> None:
     show_table("First-order effects against exact ones", titles, rows)
 
 
-def show_batch(result: dict[str, Any]) -> None:
-    """A line per model, and what failed."""
-    columns = {
-        "model": "model", "toxic": "refused_toxic", "safe": "refused_safe", "separation": "separation",
-        "probe": "probe_accuracy", "guardrail": "n_guardrail", "critical": "n_critical",
-    }  # fmt: skip
-    rows = ([row[key] for key in columns.values()] for row in result["models"])
-    show_table(f"{result['category']}: shares refused, the probe, and heads or components", list(columns), rows)
-    for failure in result["failures"]:
-        console.print(escape(f"failed: {failure['model']}, {failure['stage']}: {failure['reason']}"), soft_wrap=True)
-
-
 def show_steering(result: dict[str, Any]) -> None:
     """What the dial does at its operating points."""
     columns = {
@@ -205,24 +190,6 @@ def show_replication(result: dict[str, Any]) -> None:
     share, same = _text(result["matched_share"]), result["same_from_cosine"]
     title = f"{result['n_shared']} shared nodes; {share} of all features have a partner of cosine {same} or more"
     show_table(title, ("agreement", "value", "by chance"), rows)
-
-
-def show_presets(experiments: Iterable[Experiment]) -> None:
-    """The presets, a line each."""
-    show_table(
-        "Presets",
-        ("preset", "model", "sites", "what it is"),
-        ((e.name, e.model.source, _span(e.activations), e.description) for e in experiments),
-    )
-
-
-def _span(activations: ActivationsConfig) -> str:
-    return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
-
-
-def show_checks(checks: Iterable["Check"]) -> None:
-    """What the doctor found."""
-    show_table("sfc doctor", ("what", "ok", "finding"), ((c.what, "ok" if c.ok else "no", c.finding) for c in checks))
 
 
 def _with_interval(result: dict[str, Any], name: str) -> str | None:

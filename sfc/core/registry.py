@@ -27,6 +27,7 @@ BUILT_IN = (
     "sfc.studies.repair.options",
     "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
+    "sfc.studies.report",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 

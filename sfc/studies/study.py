@@ -7,7 +7,8 @@ Nothing here imports torch, and a module that declares a study should not either
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -58,12 +59,8 @@ class Finished:
         Raises:
             UserError: its study is not registered, or a file is missing or lacks a figure.
         """
-        try:
+        with complete(self.folder):
             return STUDIES[self.manifest.get("study", "")].page(self)
-        except KeyError as error:
-            raise UserError(
-                f"{self.folder} lacks {error}: it is damaged or of another version; make it again with --rebuild"
-            ) from None
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -99,6 +96,21 @@ class Finished:
         """What a command ends with: the figures, the seconds they took, and the paths of the files."""
         files = {name: str(path) for name, path in self.files.items()}
         return {**self.result, "seconds": self.manifest.get("seconds"), "files": files}
+
+
+@contextmanager
+def complete(folder: Path) -> Iterator[None]:
+    """Where a figure of an artifact is looked for.
+
+    Raises:
+        UserError: the block misses one.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"{folder} lacks {error}: it is damaged or of another version; make it again with --rebuild"
+        ) from None
 
 
 class Made(NamedTuple):

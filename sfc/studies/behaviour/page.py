@@ -66,13 +66,15 @@ def rates_figure(groups: list[dict], words: Words) -> go.Figure:
         groups: rows of `groups.csv`.
     """
     figure = styled_figure(f"Share of prompts {words.acted}", _HEIGHT)
-    for label in dict.fromkeys(group["label"] for group in groups):
+    for label in _COLOURS:
         rows = [group for group in groups if group["label"] == label]
+        if not rows:
+            continue
         figure.add_bar(
-            name=str(label),
+            name=label,
             x=[hover_text(str(row["category"])) for row in rows],
             y=[100 * row["rate"] for row in rows],
-            marker_color=_COLOURS[str(label)],
+            marker_color=_COLOURS[label],
             error_y={
                 "type": "data",
                 "array": [100 * (row["high"] - row["rate"]) for row in rows],
@@ -87,7 +89,7 @@ def rates_figure(groups: list[dict], words: Words) -> go.Figure:
     return figure.update_layout(
         barmode="group",
         showlegend=True,
-        xaxis=axis(words.group, showgrid=False),
+        xaxis=axis(words.group, showgrid=False, categoryorder="category ascending"),
         yaxis=axis(f"{words.acted} (%)", range=[0, 100]),
     )
 

@@ -1,0 +1,82 @@
+"""Stages whose studies are not declared yet. Each goes when its study lands: its figures become the study's own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sfc.core.artifacts import Artifact
+from sfc.pipeline import ensure_circuit
+from sfc.pipeline_study import ensure_logit_attribution, ensure_patching, ensure_steering
+from sfc.run import Run
+from sfc.studies.study import Finished
+
+
+class Stage(NamedTuple):
+    """What a batch needs of a study."""
+
+    ensure: Callable[[Run, str | None], Artifact]
+    model_columns: Mapping[str, str]
+    model_headline: Sequence[str]
+    model_row: Callable[[Finished], dict[str, Any]]
+
+
+def _logits(finished: Finished) -> dict[str, Any]:
+    result = finished.manifest["result"]
+    counts = {f"n_{role}": len(result[role]) for role in ("guardrail", "compliance")}
+    return {"n_heads": result["n_heads"], **counts, "strongest_head": result["heads"][0]["component"]}
+
+
+def _patching(finished: Finished) -> dict[str, Any]:
+    result = finished.result
+    strongest = {f"strongest_{row['direction']}": row["component"] for row in result["critical"]
+                 if row["kind"] == "head" and row["rank"] == 1}  # fmt: skip
+    effects = finished.table("effects.csv")
+    critical = effects[~effects["is_range"] & (effects["q_value"] < 0.05)]
+    return {
+        **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
+        "critical_layers": ", ".join(map(str, sorted(set(critical["layer"].astype(int))))),
+        **strongest,
+    }
+
+
+def _circuit(finished: Finished) -> dict[str, Any]:
+    return {name: finished.result[name] for name in ("n_nodes", "faithfulness", "completeness_normalised")}
+
+
+def _steering(finished: Finished) -> dict[str, Any]:
+    points, row = finished.result["operating_points"], {"steered_site": finished.result["site"]}
+    for intent in ("force", "suppress"):
+        if intent in points:
+            row |= {f"{intent}_alpha": points[intent]["alpha"], f"{intent}_rate": points[intent]["changed_rate"]}
+    return row
+
+
+BRIDGE = {
+    "attribute-logits": Stage(
+        lambda run, category: ensure_logit_attribution(run, category or "violence"),
+        {"n_heads": "heads", "n_guardrail": "guardrail heads", "n_compliance": "compliance heads",
+         "strongest_head": "strongest head"},
+        ("n_guardrail",),
+        _logits,
+    ),
+    "patch": Stage(
+        lambda run, _category: ensure_patching(run),
+        {"n_layers": "layers", "n_pairs": "pairs", "n_components": "components", "n_critical": "critical",
+         "critical_layers": "critical layers", "strongest_denoise": "strongest head, denoising",
+         "strongest_noise": "strongest head, noising"},
+        ("critical_layers",),
+        _patching,
+    ),
+    "steer": Stage(
+        lambda run, _category: ensure_steering(run),
+        {"steered_site": "steered at", "force_alpha": "alpha that forces", "force_rate": "forces refusal",
+         "suppress_alpha": "alpha that suppresses", "suppress_rate": "suppresses refusal"},
+        ("force_rate", "suppress_rate"),
+        _steering,
+    ),
+    "discover": Stage(
+        lambda run, category: ensure_circuit(run, category or "violence"),
+        {"n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised"},
+        ("faithfulness",),
+        _circuit,
+    ),
+}  # fmt: skip
