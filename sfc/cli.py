@@ -91,8 +91,8 @@ def discover(
     result = artifact.manifest()["result"]
     result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
     if graphml:
-        from sfc.circuits.circuit import load_circuit
         from sfc.circuits.exports import export_circuit
+        from sfc.circuits.files import load_circuit
         from sfc.features.labels import labels_of
 
         graph = load_circuit(artifact.folder / "circuit.json")
@@ -298,8 +298,8 @@ def export(
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.circuit import load_circuit
     from sfc.circuits.exports import export_circuit
+    from sfc.circuits.files import load_circuit
     from sfc.data.schema import canonical_category
     from sfc.features.labels import labels_of
     from sfc.pipeline import ensure_circuit

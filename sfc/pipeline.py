@@ -6,7 +6,8 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
+from sfc.circuits.nodes import NODES
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.progress import say
@@ -47,7 +48,7 @@ def ensure_circuit(run: Run, category: str, rebuild: bool = False) -> Artifact:
     """Discover and evaluate one category's circuit unless it is there; train first where needed."""
     artifact = run.circuit(category)
     if needs_making(artifact, rebuild):
-        if DiscoveryOptions.of(run.experiment).nodes == "features":
+        if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
             ensure_saes(run)
         ensure_store(run)
         from sfc.studies.discover.discover import make_circuit
@@ -75,7 +76,7 @@ def ensure_comparison(run: Run, categories: Sequence[str], rebuild: bool = False
         "saes": run.saes.inputs,
         "categories": sorted(set(categories)),
         "hard_share": experiment.prompts.hard_share,
-        "discovery": DiscoveryOptions.of(experiment).identity(),
+        "discovery": discovery_identity(experiment),
         "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
         "comparison": ComparisonOptions.of(experiment).model_dump(),
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError, suggestion
@@ -244,7 +245,7 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
     """
     experiment = run.experiment
     discovery = DiscoveryOptions.of(experiment)
-    if discovery.nodes != "features":
+    if not NODES[discovery.nodes].needs_saes:
         raise UserError(f"replicate needs circuits of SAE features: nodes {discovery.nodes!r} have no SAEs")
     if experiment.saes.source is not None:
         raise UserError("replicate trains SAEs anew, and those of saes.source are trained elsewhere: leave it out")

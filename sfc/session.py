@@ -11,6 +11,7 @@ from sfc.run import Run
 
 if TYPE_CHECKING:
     from sfc.models.loading import Model
+    from sfc.models.score import Score
     from sfc.saes.dictionary import Dictionary
     from sfc.saes.store import Store
 
@@ -32,7 +33,7 @@ class Session:
 
     def close(self) -> None:
         """Let go of every loaded model, also of those that sessions of other runs share."""
-        for name in ("model", "dictionaries", "store"):
+        for name in ("model", "metric", "dictionaries", "store"):
             self.__dict__.pop(name, None)
         if self._models:
             import torch
@@ -49,6 +50,15 @@ class Session:
             UserError: it cannot be loaded.
         """
         return self.load(self.run.experiment.model)
+
+    @cached_property
+    def metric(self) -> "Score":
+        """The score of the run's behavior.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        return self.run.behavior.metric(self.model, self.run.experiment)
 
     def load(self, config: ModelConfig) -> "Model":
         """Any model, on the run's device, loaded once.

@@ -10,7 +10,7 @@ from architectures import random_model
 from conftest import SITES, TEXTS
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sfc.evaluation import replies
 
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem
 from sfc.circuits.replies import COLUMNS, ablated_replies, with_refusals
@@ -28,7 +28,7 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("odd")
 def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
-    ranking = METHODS["attribution"](problem).ranking
+    ranking = METHODS["attribution"].rank(problem).ranking
     n_nodes = problem.ablation.nodes.n_nodes
     curve = pd.DataFrame({"size": [*SIZES, n_nodes]})
     figures = with_refusals(curve, problem, problem.runs, ranking, 16, config(), seed=0)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from dash import Dash, Input, Output, dcc, html, set_props
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, page_html

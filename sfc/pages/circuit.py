@@ -15,7 +15,6 @@ from sfc.pages.blocks import (
     Formula,
     Page,
     Pair,
-    Paragraph,
     Section,
     Table,
     Tile,

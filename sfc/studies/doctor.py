@@ -119,7 +119,7 @@ def _saes(run: Run) -> str:
 
 
 def _circuits(run: Run) -> Iterator[Check]:
-    from sfc.circuits.circuit import load_circuit
+    from sfc.circuits.files import load_circuit
 
     def sound(artifact: Artifact) -> str:
         graph = load_circuit(artifact.folder / "circuit.json")

@@ -144,7 +144,8 @@ class Study(ABC, Generic[OwnOptions]):
     files: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """the files it always writes, by name; `page` is written for it"""
     model_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """the figures of `model_row` with the titles of their columns in a table of models"""
+    """the figures of `model_row` with the titles of their columns in a table of models; fields of `Words` stand in
+    braces: `"{acted}: {positive}"`"""
     model_headline: ClassVar[Sequence[str]] = ()
     """those of them that matter most: they stand in one table with those of other studies"""
 

@@ -1,11 +1,10 @@
 """Stages whose studies are not declared yet. Each goes when its study lands: its figures become the study's own."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from sfc.core.artifacts import Artifact
-from sfc.pipeline import ensure_circuit
-from sfc.pipeline_study import ensure_logit_attribution, ensure_patching, ensure_steering
 from sfc.run import Run
 from sfc.studies.study import Finished
 
@@ -17,6 +16,10 @@ class Stage(NamedTuple):
     model_columns: Mapping[str, str]
     model_headline: Sequence[str]
     model_row: Callable[[Finished], dict[str, Any]]
+
+
+def _ensure(module: str, name: str) -> Callable[..., Artifact]:
+    return lambda *arguments: getattr(import_module(module), name)(*arguments)
 
 
 def _logits(finished: Finished) -> dict[str, Any]:
@@ -52,14 +55,14 @@ def _steering(finished: Finished) -> dict[str, Any]:
 
 BRIDGE = {
     "attribute-logits": Stage(
-        lambda run, category: ensure_logit_attribution(run, category or "violence"),
+        lambda run, category: _ensure("sfc.pipeline_study", "ensure_logit_attribution")(run, category or "violence"),
         {"n_heads": "heads", "n_guardrail": "guardrail heads", "n_compliance": "compliance heads",
          "strongest_head": "strongest head"},
         ("n_guardrail",),
         _logits,
     ),
     "patch": Stage(
-        lambda run, _category: ensure_patching(run),
+        lambda run, _category: _ensure("sfc.pipeline_study", "ensure_patching")(run),
         {"n_layers": "layers", "n_pairs": "pairs", "n_components": "components", "n_critical": "critical",
          "critical_layers": "critical layers", "strongest_denoise": "strongest head, denoising",
          "strongest_noise": "strongest head, noising"},
@@ -67,14 +70,14 @@ BRIDGE = {
         _patching,
     ),
     "steer": Stage(
-        lambda run, _category: ensure_steering(run),
+        lambda run, _category: _ensure("sfc.pipeline_study", "ensure_steering")(run),
         {"steered_site": "steered at", "force_alpha": "alpha that forces", "force_rate": "forces refusal",
          "suppress_alpha": "alpha that suppresses", "suppress_rate": "suppresses refusal"},
         ("force_rate", "suppress_rate"),
         _steering,
     ),
     "discover": Stage(
-        lambda run, category: ensure_circuit(run, category or "violence"),
+        lambda run, category: _ensure("sfc.pipeline", "ensure_circuit")(run, category or "violence"),
         {"n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised"},
         ("faithfulness",),
         _circuit,

@@ -38,13 +38,13 @@ def batch_page(
     """
     rows, failures = result["models"], result["failures"]
     headline = {study: study.model_headline for study in stages.values()}
-    summary: list[Block] = [_models_table(rows, headline)]
+    summary: list[Block] = [_models_table(rows, headline, words)]
     if failures:
         columns = ("model", "stage", "reason")
         cells = [[failure[column] for column in columns] for failure in failures]
         summary.append(Table("What failed", columns, cells, texts=("stage", "reason")))
     sections = [
-        Section(name, [_models_table(rows, {study: list(study.model_columns)})])
+        Section(name, [_models_table(rows, {study: list(study.model_columns)}, words)])
         for name, study in stages.items()
         if study.model_columns
     ]
@@ -125,9 +125,10 @@ def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
     return figure.update_layout(margin={"t": 100}, showlegend=True, legend={"y": 1.08})
 
 
-def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Sequence[str]]) -> Table:
+def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Sequence[str]], words: Words) -> Table:
     """A line per model, with some columns of each study; a dash where a study came to nothing for a model."""
-    titles = [study.model_columns[column] for study, of_study in columns.items() for column in of_study]
+    spoken = words._asdict()
+    titles = [study.model_columns[column].format_map(spoken) for study, of in columns.items() for column in of]
     cells = [[row["model"], *(text for of_study in columns.items() for text in _cells(row, *of_study))] for row in rows]
     return Table("", ("model", *titles), cells)
 

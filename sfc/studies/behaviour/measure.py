@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
 from sfc.data.read import LABELS, UNLABELLED
@@ -33,10 +32,9 @@ class Behaviour(NamedTuple):
 def measure(session: Session, prompts: pd.DataFrame, replies_file: Path, groups_file: Path) -> Made:
     """Answer and judge prompts (see `measure_behaviour`) by the run's behavior, and write both tables."""
     experiment, model = session.run.experiment, session.model
-    behavior = BEHAVIORS[experiment.behavior]
-    judge = behavior.judge()
+    judge = session.run.behavior.judge()
     assert judge is not None, "the study has checked it"
-    measured = measure_behaviour(model, prompts, behavior.metric(model, experiment), judge)
+    measured = measure_behaviour(model, prompts, session.metric, judge)
     write_csv(replies_file, measured.replies, digits=5)
     write_csv(groups_file, measured.groups, digits=5)
     groups = measured.groups.to_dict("records")

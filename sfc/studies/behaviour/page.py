@@ -23,7 +23,7 @@ def page(finished: Finished) -> Page:
         f"Judged replies: how many {words.acts}",
         (words.group, "label", "prompts", words.acted, "rate", "95 %"),
         [
-            (*(cell(group[field]) for field in ("category", "label", "n", "refusals", "rate")),
+            (group["category"], _called(group["label"], words), *(cell(group[f]) for f in ("n", "refusals", "rate")),
              interval_cell(group["low"], group["high"]))
             for group in groups
         ],
@@ -67,11 +67,11 @@ def rates_figure(groups: list[dict], words: Words) -> go.Figure:
     """
     figure = styled_figure(f"Share of prompts {words.acted}", _HEIGHT)
     for label in _COLOURS:
-        rows = [group for group in groups if group["label"] == label]
+        rows, name = [group for group in groups if group["label"] == label], _called(label, words)
         if not rows:
             continue
         figure.add_bar(
-            name=label,
+            name=name,
             x=[hover_text(str(row["category"])) for row in rows],
             y=[100 * row["rate"] for row in rows],
             marker_color=_COLOURS[label],
@@ -83,7 +83,7 @@ def rates_figure(groups: list[dict], words: Words) -> go.Figure:
                 "width": 3,
             },
             customdata=[[row["refusals"], row["n"], 100 * row["low"], 100 * row["high"]] for row in rows],
-            hovertemplate=f"%{{x}}, {label}<br>%{{customdata[0]}} of %{{customdata[1]}} {words.acted}: %{{y:.1f}} %"
+            hovertemplate=f"%{{x}}, {name}<br>%{{customdata[0]}} of %{{customdata[1]}} {words.acted}: %{{y:.1f}} %"
             "<br>95 % interval %{customdata[2]:.1f} to %{customdata[3]:.1f} %<extra></extra>",
         )
     return figure.update_layout(
@@ -114,3 +114,8 @@ def scores_figure(scores: list[tuple[bool, float]], words: Words) -> go.Figure:
     return figure.update_layout(
         barmode="overlay", showlegend=True, xaxis=axis(words.unit, showgrid=False), yaxis=axis("prompts")
     )
+
+
+def _called(label: str, words: Words) -> str:
+    """A data set's label in the words of the behavior."""
+    return {"toxic": words.positive, "safe": words.negative}.get(label, label)

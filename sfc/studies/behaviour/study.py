@@ -1,27 +1,24 @@
 """`sfc behaviour`: what does the model do with prompts, and does the score agree with it?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
-from sfc.behaviors.behavior import BEHAVIORS
+from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import load_prompt_file
-from sfc.data.schema import ALL, SPLITS, category_or_all, keyed_ranks, looked_up
+from sfc.data.schema import ALL, SPLITS, keyed_ranks, looked_up
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.study import STUDIES, Finished, Made, Study, ensure
 
-if TYPE_CHECKING:
-    from sfc.models.loading import Model
-
-_LABELS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
+_LABELS = {POSITIVE: "toxic", HARD: "hard", NEGATIVE: "safe"}
 
 
 class BehaviourOptions(Options):
@@ -50,8 +47,8 @@ class Behaviour(Study[BehaviourOptions]):
     schema = 2
     files: ClassVar = {"page": "behaviour.html", "replies": "replies.csv", "groups": "groups.csv"}
     model_columns: ClassVar = {
-        "refused_toxic": "refuses toxic", "refused_hard": "refuses hard", "refused_safe": "refuses safe",
-        "score_auroc": "AUROC of the score",
+        "refused_toxic": "{acted}: {positive}", "refused_hard": "{acted}: hard", "refused_safe": "{acted}: {negative}",
+        "score_auroc": "AUROC of the {score}",
     }  # fmt: skip
     model_headline: ClassVar = ("refused_toxic", "refused_hard", "refused_safe")
 
@@ -61,22 +58,22 @@ class Behaviour(Study[BehaviourOptions]):
             raise UserError(f"no file {options.prompts}: --prompts takes a CSV with a column 'prompt'")
         if options.split not in (known := (*SPLITS, ALL)):
             raise UserError(f"no split {options.split!r}: {suggestion(options.split, known)}")
-        category_or_all(options.category or ALL)
-        if BEHAVIORS[run.experiment.behavior].judge() is None:
+        _category(run)
+        if run.behavior.judge() is None:
             raise UserError(f"replies do not show {run.experiment.behavior!r}: that behavior has no judge of replies")
 
     def label(self, run: Run) -> str:
         options = self.of(run)
         if options.prompts:
             return f"behaviour-{options.prompts.stem}"
-        return "-".join(["behaviour", *filter(None, (options.label, _category(options), options.split))])
+        return "-".join(["behaviour", *filter(None, (options.label, _category(run), options.split))])
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
-        chosen = [options.split, options.label, _category(options)]
+        chosen = [options.split, options.label, _category(run)]
         return {
             "model": model_identity(experiment.model),
-            "behavior": [experiment.behavior, BEHAVIORS[experiment.behavior].inputs(experiment)],
+            "behavior": [experiment.behavior, run.behavior.inputs(experiment)],
             "prompts": hash_of_file(options.prompts)
             if options.prompts
             else [prompts_fingerprint(run.prompts.frame), *chosen],
@@ -119,15 +116,14 @@ def asked(run: Run) -> pd.DataFrame:
     return frame
 
 
-def judged(run: Run, model: "Model", prompts: pd.DataFrame, label: str, category: str) -> pd.DataFrame:
+def judged(session: Session, prompts: pd.DataFrame, label: str, category: str) -> pd.DataFrame:
     """The prompts with a column `refused`, from judged replies that are generated unless they lie in an artifact.
 
     Args:
         prompts: rows of the prepared table, all with this label and (unless it is `ALL`) of this category.
     """
-    chosen = run.having(BehaviourOptions, prompts=None, split=ALL, category=category, label=label, limit=None)
-    session = Session(chosen, {run.experiment.model.model_dump_json(): model})
-    finished = ensure(BEHAVIOUR, chosen, session=session)
+    options = {"prompts": None, "split": ALL, "category": category, "label": label, "limit": None}
+    finished = ensure(BEHAVIOUR, session.run.having(BehaviourOptions, **options), session=session)
     replies = pd.read_csv(finished.files["replies"], keep_default_na=False)
     return prompts.assign(refused=looked_up(prompts["id"], replies, "refused").astype(bool))
 
@@ -135,17 +131,18 @@ def judged(run: Run, model: "Model", prompts: pd.DataFrame, label: str, category
 def _of_data_set(run: Run, options: BehaviourOptions) -> pd.DataFrame:
     frame = run.prompts.frame
     frame = frame.assign(label=frame["dataset_type"].map(_LABELS))
-    wanted = {"split": options.split, "category": options.category, "label": options.label}
+    wanted = {"split": options.split, "label": options.label, "category": _category(run)}
     for column, value in wanted.items():
         if value not in (None, ALL):
-            frame = frame[frame[column] == (category_or_all(value) if column == "category" else value)]
+            frame = frame[frame[column] == value]
     if frame.empty:
-        raise UserError(f"the data has no prompts with {', '.join(f'{k} {v}' for k, v in wanted.items() if v)}")
+        raise UserError(f"the data has no prompts of {', '.join(f'{k} {v}' for k, v in wanted.items() if v)}")
     return frame.reset_index(drop=True)
 
 
-def _category(options: BehaviourOptions) -> str | None:
-    category = category_or_all(options.category or ALL)
+def _category(run: Run) -> str | None:
+    """The category that is asked for; None: all of them."""
+    category = run.group(BehaviourOptions.of(run.experiment).category or ALL)
     return None if category == ALL else category
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list
 
+from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.overlap import (
@@ -39,7 +40,6 @@ FILES = {
     "core": "core.csv",
     "result": "result.json",
 }
-_BY_PROMPTS = ("learned-mask", "attribution", "integrated-gradients", "exact")
 
 
 class _Measure(NamedTuple):
@@ -64,10 +64,9 @@ def make_comparison(run: Run, artifact: Artifact, categories: Sequence[str], reb
         UserError: the method does not work prompt by prompt, or a category lacks prompts.
     """
     experiment = run.experiment
-    if DiscoveryOptions.of(experiment).method not in _BY_PROMPTS:
-        raise UserError(
-            f"compare needs a method that halves of the prompts can be given to: one of {', '.join(_BY_PROMPTS)}"
-        )
+    if not METHODS[DiscoveryOptions.of(experiment).method].per_prompt:
+        known = ", ".join(method.name for method in METHODS if method.per_prompt)
+        raise UserError(f"compare needs a method that halves of the prompts can be given to: one of {known}")
     with artifact.being_made(rebuild) as folder:
         found = find_circuits(run, folder / "rankings", categories)
         circuits = found["nodes"].whole

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.balance import balance
@@ -99,7 +98,7 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         runs=scored["hard"],
         store=Store(run.store.folder),
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
-        config=DiscoveryOptions.of(experiment),
+        experiment=experiment,
     )
     ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import Artifact, read_json, write_csv, write_json
 from sfc.core.progress import progress_bar

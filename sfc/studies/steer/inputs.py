@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import in_order, short_site, site_from_short, site_of

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import ttest_ind
+from scipy.stats import false_discovery_control, ttest_ind
 from torch import Tensor
 
 from sfc.core.errors import UserError
@@ -26,7 +26,6 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.models.tails import Tails, make_tails
 from sfc.saes.dictionary import Dictionary
-from sfc.stats import benjamini_hochberg
 from sfc.studies.logits.attribution import MOST_ERROR
 from sfc.studies.steer.directions import Vector
 
@@ -100,7 +99,7 @@ def writers_table(
         safe=written[~is_toxic].mean(0),
         difference=differences,
         share=differences / difference,
-        q_value=benjamini_hochberg(p_values),
+        q_value=false_discovery_control(p_values),
     )
     table = table.sort_values("share", key=lambda values: -values.abs(), kind="stable")
     safe_means = {name: values[torch.from_numpy(~is_toxic)].float().mean(0) for name, values in outputs.items()}
