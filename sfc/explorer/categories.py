@@ -1,7 +1,4 @@
-"""The finished comparisons of categories below a root folder, and the circuits that their cells stand for.
-
-The section that compares categories: a heat map whose cells open pairs of circuits.
-"""
+"""The section that compares categories: the heat map of a finished comparison, whose cells open pairs of circuits."""
 
 import shlex
 from pathlib import Path
@@ -15,6 +12,7 @@ from jaxtyping import Float
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.explorer.shelf import Shelved, choose_circuit, shelf
 from sfc.studies.compare.page import overlap_figure
+from sfc.studies.study import RESULT
 
 
 class Compared(NamedTuple):
@@ -39,16 +37,16 @@ def comparisons(root: Path) -> dict[str, Compared]:
     """The finished comparisons below `root/circuits`, by the names of their folders."""
     found = {}
     for path in sorted((root / "circuits").glob(f"*/comparison-*/{MANIFEST}")):
-        manifest, folder = read_json(path), path.parent
-        result = manifest["result"]
-        found[folder.name] = Compared(folder.name, result["preset"], result, manifest["command"], folder)
+        folder, command = path.parent, read_json(path)["command"]
+        result = read_json(folder / RESULT)
+        found[folder.name] = Compared(folder.name, result["preset"], result, command, folder)
     return found
 
 
 def overlaps_of(compared: Compared) -> Float[np.ndarray, "categories categories"]:
     """The overlaps of halves by Jaccard's index, in the order of `result["categories"]`."""
     places = {category: number for number, category in enumerate(compared.result["categories"])}
-    table = pd.read_csv(compared.folder / compared.result["files"]["overlap"])
+    table = pd.read_csv(compared.folder / "overlap.csv")
     between = np.full((len(places), len(places)), np.nan)
     first, second = (table[side].map(places).to_numpy() for side in ("a", "b"))
     between[first, second] = between[second, first] = table["jaccard_halves"]

@@ -1,15 +1,17 @@
 """Stages whose studies are not declared yet. Each goes when its study lands: its figures become the study's own."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from sfc.core.artifacts import Artifact
 from sfc.run import Run
 from sfc.studies.study import Finished
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stage:
     """What a batch needs of a study."""
 
     ensure: Callable[[Run, str | None], Artifact]
