@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, formats, patch, repair, replicate, steer
+from sfc.cli_study import repair, replicate, steer
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
@@ -412,9 +412,6 @@ def doctor(shared: Shared) -> None:
 
 
 for command in (
-    attribute_logits,
-    formats,
-    patch,
     steer,
     repair,
     replicate,

@@ -24,11 +24,13 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.studies.compare.options",
-    "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
     "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
+    "sfc.studies.logits.study",
+    "sfc.studies.patch.study",
+    "sfc.studies.formats.study",
     "sfc.studies.report",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"

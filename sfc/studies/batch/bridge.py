@@ -24,25 +24,6 @@ def _ensure(module: str, name: str) -> Callable[..., Artifact]:
     return lambda *arguments: getattr(import_module(module), name)(*arguments)
 
 
-def _logits(finished: Finished) -> dict[str, Any]:
-    result = finished.manifest["result"]
-    counts = {f"n_{role}": len(result[role]) for role in ("guardrail", "compliance")}
-    return {"n_heads": result["n_heads"], **counts, "strongest_head": result["heads"][0]["component"]}
-
-
-def _patching(finished: Finished) -> dict[str, Any]:
-    result = finished.result
-    strongest = {f"strongest_{row['direction']}": row["component"] for row in result["critical"]
-                 if row["kind"] == "head" and row["rank"] == 1}  # fmt: skip
-    effects = finished.table("effects.csv")
-    critical = effects[~effects["is_range"] & (effects["q_value"] < 0.05)]
-    return {
-        **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
-        "critical_layers": ", ".join(map(str, sorted(set(critical["layer"].astype(int))))),
-        **strongest,
-    }
-
-
 def _circuit(finished: Finished) -> dict[str, Any]:
     return {name: finished.result[name] for name in ("n_nodes", "faithfulness", "completeness_normalised")}
 
@@ -56,21 +37,6 @@ def _steering(finished: Finished) -> dict[str, Any]:
 
 
 BRIDGE = {
-    "attribute-logits": Stage(
-        lambda run, category: _ensure("sfc.pipeline_study", "ensure_logit_attribution")(run, category or "violence"),
-        {"n_heads": "heads", "n_guardrail": "guardrail heads", "n_compliance": "compliance heads",
-         "strongest_head": "strongest head"},
-        ("n_guardrail",),
-        _logits,
-    ),
-    "patch": Stage(
-        lambda run, _category: _ensure("sfc.pipeline_study", "ensure_patching")(run),
-        {"n_layers": "layers", "n_pairs": "pairs", "n_components": "components", "n_critical": "critical",
-         "critical_layers": "critical layers", "strongest_denoise": "strongest head, denoising",
-         "strongest_noise": "strongest head, noising"},
-        ("critical_layers",),
-        _patching,
-    ),
     "steer": Stage(
         lambda run, _category: _ensure("sfc.pipeline_study", "ensure_steering")(run),
         {"steered_site": "steered at", "force_alpha": "alpha that forces", "force_rate": "forces refusal",
