@@ -16,7 +16,7 @@ from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.identity import model_identity
 from sfc.models.positions import check_positions as check_steered
-from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
+from sfc.pipeline import circuit_artifact, ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.run import Run
 from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
@@ -62,7 +62,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
     if config.direction == "circuit":
         if config.category == ALL:
             raise UserError("--direction circuit needs the --category whose circuit it is")
-        inputs["circuit"] = run.circuit(config.category).inputs
+        inputs["circuit"] = circuit_artifact(run, config.category).inputs
     name = f"steering-{re.sub(r'[^a-z0-9]+', '-', config.direction.lower())}-{config.edit}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
@@ -147,8 +147,8 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
         "schema": REPLICATION_SCHEMA,
         "seed": experiment.seed,
         "prompts": run.store.inputs,
-        "original": run.circuit(category).inputs,
-        "replication": other.circuit(category).inputs,
+        "original": circuit_artifact(run, category).inputs,
+        "replication": circuit_artifact(other, category).inputs,
     }
     name = f"replication-{category}{discovery.name_of_prompts}-{discovery.method}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)

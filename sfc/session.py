@@ -81,10 +81,11 @@ class Session:
             UserError: one is missing or damaged.
         """
         from sfc.models.loading import choose_device
-        from sfc.saes.format import load_dictionary
+        from sfc.saes.format import load_dictionaries
 
-        device, folder = choose_device(self.run.device), self.run.saes.folder
-        return {site: load_dictionary(folder / site, device) for site in self.run.experiment.activations.sites}
+        return load_dictionaries(
+            self.run.saes.folder, self.run.experiment.activations.sites, choose_device(self.run.device)
+        )
 
     @cached_property
     def store(self) -> "Store":

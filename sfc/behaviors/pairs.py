@@ -70,7 +70,8 @@ class Pairs(Behavior):
             raise UserError("--pairs are a contrast of their own: leave --contrast out")
         if discovery.reference not in (None, "paired"):
             raise UserError(
-                f"--pairs: each prompt's reference is its partner: leave discovery.reference {discovery.reference!r} out"
+                f"--pairs: each prompt's reference is its partner, so leave discovery.reference={discovery.reference}"
+                " out"
             )
         update = {
             "model": experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
@@ -85,9 +86,7 @@ class Pairs(Behavior):
             raise UserError("--pairs and --category are two questions: give one of them")
         return stem
 
-    def task(
-        self, experiment: Experiment, group: str, model: "Model", spaces: "Mapping[str, Dictionary]"
-    ) -> "Task":
+    def task(self, experiment: Experiment, group: str, model: "Model", spaces: "Mapping[str, Dictionary]") -> "Task":
         from sfc.behaviors.pairs_task import pairs_task
 
         return pairs_task(experiment, _file(experiment), model, spaces)

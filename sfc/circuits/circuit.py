@@ -10,7 +10,6 @@ else the method says of them; edges carry `weight` and `absolute_weight`. Facts 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -20,8 +19,6 @@ from jaxtyping import Float
 from sfc.circuits.edges import Edge
 from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes
-from sfc.core.artifacts import read_json, write_json
-from sfc.core.errors import UserError
 from sfc.core.sites import layer_of
 from sfc.models.batches import Batch, SlotLayout
 from sfc.models.loading import Model

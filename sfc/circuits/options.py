@@ -142,7 +142,9 @@ def discovery_identity(experiment: Experiment) -> dict[str, Any]:
     """What circuits depend on of how they are discovered: the section, and the settings of its method."""
     discovery = DiscoveryOptions.of(experiment)
     options = METHODS[discovery.method].options
-    return discovery.model_dump(exclude={"category"}) | ({options.section: options.of(experiment).model_dump()} if options else {})
+    return discovery.model_dump(exclude={"category"}) | (
+        {options.section: options.of(experiment).model_dump()} if options else {}
+    )
 
 
 def base_model(experiment: Experiment) -> ModelConfig:

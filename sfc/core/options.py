@@ -149,7 +149,17 @@ def _flag(name: str, info: FieldInfo) -> Flag:
     is_list = get_origin(kind) is list
     scalar = str if is_list or kind not in (bool, int, float, Path) else kind
     flag = extra["flag"] or f"--{name.replace('_', '-')}"
-    return Flag(name, str(flag), scalar, is_list, bool(extra["positional"]), str(extra["implies"] or ""), _help(info), _default(info), info)
+    return Flag(
+        name,
+        str(flag),
+        scalar,
+        is_list,
+        bool(extra["positional"]),
+        str(extra["implies"] or ""),
+        _help(info),
+        _default(info),
+        info,
+    )
 
 
 def _help(info: FieldInfo) -> str:

@@ -21,11 +21,17 @@ from pydantic import AfterValidator
 from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
+    "sfc.saes.architectures",
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
+    "sfc.behaviors.pairs",
     "sfc.studies.compare.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
+    "sfc.studies.collect.study",
+    "sfc.studies.train.study",
+    "sfc.studies.discover.study",
+    "sfc.studies.evaluate.study",
     "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
     "sfc.studies.logits.study",

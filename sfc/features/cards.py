@@ -138,9 +138,7 @@ def feature_cards(
             for context in card["contexts"]:
                 context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
-            card["fires_on"] = fires_on(
-                measured.mean_peak[number], groups, str(graph.graph.get("category")), words
-            )
+            card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
             card["label"] = _label(card)
             card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
             cards[name] = card

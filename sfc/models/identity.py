@@ -15,7 +15,7 @@ _SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "token
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
-    """A JSON value that changes when what the model that `config` names computes changes, and not with the score's tokens.
+    """A JSON value that changes when the model that `config` names changes; the tokens of its score are no part of it.
 
     Of a model in a folder, the small files count by content and the weights by name, size and time.
     """

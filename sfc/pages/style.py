@@ -5,6 +5,7 @@ What all figures of the page have in common: type, white ground, thin lines.
 What the sign of an effect means, and the colour that stands for it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -84,16 +85,22 @@ def styled_figure(title: str, height: int) -> go.Figure:
     )
 
 
-def heat_map(values: pd.DataFrame, marks: pd.DataFrame, hovers: pd.DataFrame, most: float, unit: str) -> go.Heatmap:
-    """A heat map of values whose sign matters, by layer (upwards) and whatever the columns are; zero is white.
+def heat_map(
+    cells: pd.DataFrame, value: str, across: str, columns: Sequence[Any], most: float, unit: str
+) -> go.Heatmap:
+    """A heat map of values whose sign matters: layers upwards, zero white.
 
     Args:
-        marks: what is written into each cell.
-        hovers: the text under the mouse, in plotly's markup (see `hover_text`).
+        cells: a row per cell: `layer`, the columns named by `value` and `across`, `mark` (what is written into it) and
+            `hover` (the text under the mouse, in plotly's markup; see `hover_text`).
+        columns: the values of `across`, from left to right.
         most: the absolute value that has the full colour.
     """
+    values, marks, hovers = (
+        cells.pivot(index="layer", columns=across, values=name)[list(columns)] for name in (value, "mark", "hover")
+    )
     return go.Heatmap(
-        x=[hover_text(column) if isinstance(column, str) else column for column in values.columns],
+        x=[hover_text(column) if isinstance(column, str) else column for column in columns],
         y=values.index.tolist(),
         z=values.astype(object).where(values.notna(), None).to_numpy().tolist(),
         text=marks.to_numpy().tolist(),
@@ -150,7 +157,7 @@ def words_of(graph: nx.DiGraph) -> Words:
 
 
 def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
-    """Positive, negative and zero, in the words of a circuit's method: most effects are causal, a correlation is not."""
+    """Positive, negative and zero, in the words of a circuit's method: most are causal, a correlation is not."""
     words, method = words_of(graph), graph.graph.get("method", "")
     own = METHODS[method].signs if method in METHODS else None
     told = own or ("{raises}", "{lowers}", "no effect")

@@ -111,7 +111,7 @@ def _store(run: Run) -> str:
 def _saes(run: Run) -> str:
     if not run.saes.is_complete():
         return f"not trained yet ({run.saes.folder})"
-    from sfc.studies.train.train import load_dictionaries
+    from sfc.saes.format import load_dictionaries
 
     dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
     unexplained = run.saes.manifest()["variance_unexplained"]

@@ -58,8 +58,8 @@ class Method:
     reads_topics: bool = False
     """whether the result depends on the topics of the prompts"""
     signs: tuple[str, str, str] | None = None
-    """what an effect above, below and equal to 0 means, unless it is a change of the score; `{positive}` and `{negative}`
-    stand for the two sides of the prompts"""
+    """what an effect above, below and equal to 0 means, unless it is a change of the score; `{positive}` and
+    `{negative}` stand for the two sides of the prompts"""
 
 
 METHODS: Registry[Method] = Registry("method")

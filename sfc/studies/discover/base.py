@@ -16,9 +16,9 @@ from jaxtyping import Float
 from sfc.circuits.baselines import Reference, reference_in_tables
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import attribution
-from sfc.circuits.nodes import NodeSpace
 from sfc.circuits.options import base_model
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.spaces import NodeSpace
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.models.batches import Batch, SlotLayout

@@ -11,7 +11,7 @@ from sfc.features.labels import CARDS_FILE
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect import COLLECT
+from sfc.studies.collect.study import COLLECT
 from sfc.studies.discover.study import DISCOVER, circuit_of
 from sfc.studies.study import ensure
 from sfc.studies.train.study import TRAIN

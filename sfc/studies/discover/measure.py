@@ -15,11 +15,11 @@ from jaxtyping import Int
 
 from sfc.circuits.approximation import audit
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
-from sfc.circuits.files import save_circuit
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.files import save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
@@ -33,10 +33,10 @@ from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.labels import CARDS_FILE
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
-from sfc.session import Session
+from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.source import read_config
-from sfc.saes.store import Store, read_prompts
+from sfc.saes.store import read_prompts
+from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.study import Made
@@ -59,7 +59,8 @@ def write_cards(
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
         configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
         for name, card in cards["features"].items():
-            page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+            config = configs[graph.nodes[name]["site"]].model_dump()
+            page = neuronpedia_page(config, int(name.rpartition("/F")[2]))
             card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards
@@ -163,7 +164,7 @@ def _curve(
     """The curve on the test split, with the discovery split's faithfulness beside it."""
     config = EvaluationOptions.of(run.experiment)
     on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
-    total = on_discovery * len(problem.runs.batches) + on_test * len(test_runs.batches)
+    total = on_discovery * problem.runs.n_prompts + on_test * test_runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
         curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
@@ -212,9 +213,7 @@ def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
                 graph.nodes[name].update(tokens._asdict())
 
 
-def _result(
-    run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem
-) -> dict[str, Any]:
+def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem) -> dict[str, Any]:
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
     row = curve[curve["size"] == len(graph)].iloc[0]
     names = [name for name in curve.columns if name != "size"]
@@ -248,7 +247,7 @@ def _controls(
     config, nodes = EvaluationOptions.of(run.experiment), problem.ablation.nodes
     circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
     sizes = sorted({*sizes, nodes.n_nodes})
-    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * len(test_runs.batches)
+    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * test_runs.n_prompts
     with progress_bar("baselines", total, "runs") as progress:
         at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
         smallest = config.min_denominator

@@ -16,10 +16,10 @@ from jaxtyping import Bool
 from sfc.behaviors.behavior import Words
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
-from sfc.circuits.nodes import NODES, Nodes, NodeSpace, Sources
+from sfc.circuits.nodes import NODES, Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
 from sfc.circuits.problem import Problem, PromptRuns, Task
-from sfc.circuits.spaces import checked
+from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
@@ -32,7 +32,7 @@ from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
 from sfc.studies.behaviour.study import judged
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
 
 
@@ -153,8 +153,8 @@ def _warn_of_low(separation: float | None, words: Words) -> None:
     if separation is not None and separation < LOW_AUROC:
         say(
             f"warning: the {words.score} tells {words.positive} from {words.negative} prompts with AUROC"
-            f" {separation:.2f} only (below {LOW_AUROC}); this model may hardly show the behavior, or the score's tokens"
-            " may not be how it opens such replies"
+            f" {separation:.2f} only (below {LOW_AUROC}); this model may hardly show the behavior, or the score's"
+            " tokens may not be how it opens such replies"
         )
 
 

@@ -7,7 +7,9 @@ import pandas as pd
 
 from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
 from sfc.core.artifacts import hash_of_file, read_json
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
@@ -17,7 +19,7 @@ from sfc.pages.blocks import Page
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect import COLLECT
+from sfc.studies.collect.study import COLLECT
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
 from sfc.studies.train.study import TRAIN
 
@@ -47,26 +49,26 @@ class Discover(Study[DiscoveryOptions]):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
-        features = options.nodes == "features"
+        needs_saes = NODES[options.nodes].needs_saes
         inputs = {
             "prompts": run.store.inputs,
-            "saes": run.saes.inputs if features else None,
-            "layers": None if features else experiment.activations.layers,
+            "saes": run.saes.inputs if needs_saes else None,
+            "sites": None if needs_saes else experiment.activations.sites,
             "category": run.group(options.category),
             "hard_share": experiment.prompts.hard_share,
-            "discovery": options.identity(),
+            "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
         return inputs | reference_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        trained = [Need(TRAIN, run)] if self.of(run).nodes == "features" else []
+        trained = [Need(TRAIN, run)] if NODES[self.of(run).nodes].needs_saes else []
         return [*trained, Need(COLLECT, run)]
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
 
-        return discover(session, folder, self)
+        return discover(session, folder, self.artifact(session.run).fingerprint)
 
     def page(self, finished: Finished) -> Page:
         folder = finished.folder
@@ -82,7 +84,7 @@ def reference_inputs(run: Run) -> dict[str, Any]:
         topics = run.data_folder / TOPICS_FILE
         if options.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
-        if options.method == "correlation" and topics.is_file():
+        if METHODS[options.method].reads_topics and topics.is_file():
             inputs["topics"] = hash_of_file(topics)
     if options.contrast == "model-base":
         inputs["base"] = model_identity(base_model(run.experiment))

@@ -22,7 +22,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.balance import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
-from sfc.data.schema import ALL, category_or_all, keyed_ranks
+from sfc.data.schema import ALL, keyed_ranks
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -30,7 +30,7 @@ from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats.formats import Formats, Version
 from sfc.studies.formats.study import FormatsOptions
 from sfc.studies.study import Made
@@ -105,7 +105,7 @@ def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
         UserError: the file holds no harmful instructions, or an answer is not one token of this model.
     """
     experiment, model = session.run.experiment, session.model
-    formats, category = options.formats(), category_or_all(options.category)
+    formats, category = options.formats(), session.run.group(options.category)
     frame = _instructions(session.run, options.prompts, category, options.limit)
     frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table
     harmful = (frame["label"] == "toxic").to_numpy(dtype=bool)

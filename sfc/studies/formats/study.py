@@ -7,7 +7,6 @@ from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
-from sfc.data.schema import category_or_all
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
@@ -61,7 +60,7 @@ class PromptFormats(Study[FormatsOptions]):
 
     def label(self, run: Run) -> str:
         options = self.of(run)
-        return f"formats-{options.prompts.stem if options.prompts else category_or_all(options.category)}"
+        return f"formats-{options.prompts.stem if options.prompts else run.group(options.category)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         options = self.of(run)
@@ -71,7 +70,7 @@ class PromptFormats(Study[FormatsOptions]):
             "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
             "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
             "file": hash_of_file(options.prompts) if options.prompts else None,
-            "category": category_or_all(options.category),
+            "category": run.group(options.category),
             "limit": options.limit,
         }
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
@@ -17,7 +16,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.score import RefusalScore, auroc
 from sfc.session import Session
 from sfc.stats import bootstrap_means
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.logits.attribution import LogitAttribution, attribute_logits, by_layer, refusal_logit_difference
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest
 from sfc.studies.study import Made
@@ -33,7 +32,7 @@ def measure(session: Session, category: str, folder: Path) -> Made:
             parts' outputs.
     """
     experiment, model, seed = session.run.experiment, session.model, session.run.experiment.seed
-    score = BEHAVIORS[experiment.behavior].metric(model, experiment)
+    score, words = session.metric, session.run.behavior.words
     if not isinstance(score, RefusalScore):
         raise UserError(
             f"attribute-logits splits a difference of logits, and the score of behavior {experiment.behavior!r} does"
@@ -46,7 +45,6 @@ def measure(session: Session, category: str, folder: Path) -> Made:
     prompts, batches = _batches(session, balanced[balanced["split"] == "test"])
     toxic = prompts["refusal_label"].to_numpy(dtype=bool)
     if toxic.all() or not toxic.any():
-        words = BEHAVIORS[experiment.behavior].words
         side = words.negative if toxic.all() else words.positive
         raise UserError(f"all {side} test prompts are longer than prompts.max_tokens")
     with progress_bar("attributing", len(prompts), "prompts") as progress:

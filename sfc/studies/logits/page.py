@@ -91,10 +91,10 @@ def heads_figure(heads: pd.DataFrame, words: Words) -> go.Figure:
         ],
     )
     for column, (quantity, bar) in enumerate((("toxic_mean", 0.435), ("difference", 1.005)), start=1):
-        tables = [cells.pivot(index="layer", columns="head", values=name) for name in (quantity, "mark", "hover")]
         # One extreme head must not make all others pale.
         most = float(np.quantile(cells[quantity].abs(), 0.995)) or 1.0
-        figure.add_trace(heat_map(*tables, most, "nats").update(colorbar={"x": bar}), 1, column)
+        trace = heat_map(cells, quantity, "head", range(n_heads), most, "nats")
+        figure.add_trace(trace.update(colorbar={"x": bar}), 1, column)
         figure.update_xaxes(axis("head", dtick=1 + (n_heads - 1) // 12, showgrid=False), col=column)
         figure.update_yaxes(axis("layer", dtick=1 + n_layers // 12, showgrid=False), col=column)
     return figure
@@ -157,7 +157,7 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
             ),
             Tile("AUROC", cell(result["auroc"]), f"{words.positive} against {words.negative}"),
             Tile("correlation", cell(result["score_correlation"]), f"with the {words.score}"),
-            *(Tile(f"{role} heads", cell(len(result[role])), f"of {cell(result['n_heads'])}") for role in _MARKS),
+            Tile("heads", cell(result["n_heads"]), ", ".join(f"{cell(len(result[role]))} {role}" for role in _MARKS)),
         ]
     )
 

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
-from sfc.data.schema import category_or_all
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
@@ -18,7 +16,9 @@ class LogitsOptions(Options):
     """Whose prompts are attributed."""
 
     section = "attribute-logits"
-    category: str = option("violence", description="OR-Bench category, or all")
+    category: str | None = option(
+        None, description="group of prompts, such as an OR-Bench category, or all; by default violence"
+    )
 
 
 class LogitAttributions(Study[LogitsOptions]):
@@ -38,27 +38,29 @@ class LogitAttributions(Study[LogitsOptions]):
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
-        "n_heads": "heads", "n_guardrail": "guardrail heads", "n_compliance": "compliance heads",
+        "n_heads": "heads",
+        "n_guardrail": "guardrail heads",
+        "n_compliance": "compliance heads",
         "strongest_head": "strongest head",
-    }  # fmt: skip
+    }
     model_headline: ClassVar = ("n_guardrail",)
 
     def label(self, run: Run) -> str:
-        return f"logits-{category_or_all(self.of(run).category)}"
+        return f"logits-{run.group(self.of(run).category)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment = run.experiment
         return {
             "model": model_identity(experiment.model),
-            "behavior": [experiment.behavior, BEHAVIORS[experiment.behavior].inputs(experiment)],
+            "behavior": [run.behavior.name, run.behavior.inputs(experiment)],
             "prompts": [prompts_fingerprint(run.prompts.frame), experiment.prompts.model_dump()],
-            "category": category_or_all(self.of(run).category),
+            "category": run.group(self.of(run).category),
         }
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.logits.measure import measure
 
-        return measure(session, category_or_all(self.of(session.run).category), folder)
+        return measure(session, session.run.group(self.of(session.run).category), folder)
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.logits.page import page

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.circuits.options import EvaluationOptions
 from sfc.core.artifacts import json_records, rounded, write_csv
 from sfc.core.errors import UserError
@@ -124,13 +123,14 @@ def _lost(selection: Selection) -> dict[str, int]:
 def _runs(
     session: Session, selection: Selection, positions: Sequence[str], patches: Sequence[Patch]
 ) -> list[PatchRuns]:
-    experiment, model = session.run.experiment, session.model
+    experiment = session.run.experiment
     directions, batch_tokens = PatchingOptions.of(experiment).directions, experiment.activations.batch_tokens
-    score = BEHAVIORS[experiment.behavior].metric(model, experiment)
     aligned = {name: sum(unaligned(name, pair) is None for pair in selection.pairs) for name in positions}
     with progress_bar("patching", len(directions) * sum(aligned.values()) * len(patches), "runs") as progress:
         return [
-            patch_pairs(model, score, selection.pairs, direction, name, patches, batch_tokens, progress)
+            patch_pairs(
+                session.model, session.metric, selection.pairs, direction, name, patches, batch_tokens, progress
+            )
             for direction in directions
             for name, count in aligned.items()
             if count

@@ -69,7 +69,7 @@ def positions_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str])
         of_kind = rows[rows["kind"] == kind]
         figure.add_trace(_heat_map(of_kind, "positions", sets, _largest(rows)), 1, column)
         figure.update_xaxes(axis("positions", showgrid=False, type="category"), row=1, col=column)
-        figure.update_yaxes(axis("layer" if column == 1 else "", showgrid=False), row=1, col=column)
+        figure.update_yaxes(_layers_axis(rows, column), row=1, col=column)
     return figure
 
 
@@ -83,13 +83,13 @@ def heads_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> 
         row, column = number // _HEADS_A_ROW + 1, number % _HEADS_A_ROW + 1
         figure.add_trace(_heat_map(rows[rows["positions"] == name], "head", heads, _largest(rows)), row, column)
         figure.update_xaxes(axis("head", showgrid=False, tickformat="d"), row=row, col=column)
-        figure.update_yaxes(axis("layer" if column == 1 else "", showgrid=False), row=row, col=column)
+        figure.update_yaxes(_layers_axis(rows, column), row=row, col=column)
     return figure
 
 
 def cumulative_figure(ranges: pd.DataFrame) -> go.Figure:
     """Effect of patching all layers up to each, with the 95 % interval: a line per direction, kind and position set."""
-    figure = styled_figure("Effect with its 95 % interval", 460)
+    figure = styled_figure("", 460)
     for (direction, kind, positions), line in ranges.groupby(["direction", "kind", "positions"], sort=False):
         figure.add_scatter(
             x=line["layer"],
@@ -102,7 +102,9 @@ def cumulative_figure(ranges: pd.DataFrame) -> go.Figure:
             hovertemplate="%{customdata}<extra></extra>",
         )
     return figure.update_layout(
-        margin={"t": 120}, xaxis=axis("last layer of the range", tickformat="d"), yaxis=axis("effect", zeroline=True)
+        margin={"t": 120},
+        xaxis=axis("last layer of the range", tickformat="d"),
+        yaxis=axis("effect (95 %)", zeroline=True),
     )
 
 
@@ -172,13 +174,14 @@ def _grid(titles: list[str], columns: int, title: str, effects: pd.DataFrame) ->
     return figure.update_layout(margin={"t": 84})
 
 
+def _layers_axis(effects: pd.DataFrame, column: int) -> dict[str, Any]:
+    return axis("layer" if column == 1 else "", showgrid=False, dtick=1 + effects["layer"].nunique() // 12)
+
+
 def _heat_map(rows: pd.DataFrame, across: str, columns: Sequence[Any], largest: float) -> go.Heatmap:
     """Effects, layers upwards; a dot marks those with q of at most 0.05."""
     cells = rows.assign(hover=_hovers(rows), mark=np.where(rows["q_value"] <= CRITICAL_Q, "•", ""))
-    tables = (
-        cells.pivot(index="layer", columns=across, values=name)[list(columns)] for name in ("effect", "mark", "hover")
-    )
-    return heat_map(*tables, largest, "effect")
+    return heat_map(cells, "effect", across, columns, largest, "effect").update(textfont={"size": 14})
 
 
 def _hovers(rows: pd.DataFrame) -> list[str]:
@@ -215,8 +218,11 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
     return Tiles(
         [
             Tile("pairs used", cell(result["n_pairs"]), f"of {cell(result['n_tried'])}; lost: {lost or 'none'}"),
-            Tile("clean prompts", cell(result["clean_score"]), f"mean {words.score}, nats"),
-            Tile("corrupted prompts", cell(result["corrupted_score"]), f"mean {words.score}, nats"),
+            Tile(
+                "clean, corrupted",
+                f"{cell(result['clean_score'])}, {cell(result['corrupted_score'])}",
+                f"mean {words.score}, nats",
+            ),
             Tile("critical components", cell(result["n_critical"]), f"of {cell(result['n_components'])}"),
             *(Tile(name, value, "effect (95 %)") for name, value in _best_heads(result)),
         ]

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sfc.behaviors.behavior import BEHAVIORS
 from sfc.circuits.options import EvaluationOptions
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
@@ -20,7 +19,7 @@ from sfc.studies.patch.pairs import WRAPPERS
 from sfc.studies.study import STUDIES, Finished, Made, Study
 
 CRITICAL_Q = 0.05
-"""the largest q of a component that is called critical"""
+"""components with a q-value of at most this are critical"""
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 
 
@@ -80,22 +79,26 @@ class Patching(Study[PatchingOptions]):
         "scores": "scores.csv",
     }
     model_columns: ClassVar = {
-        "n_layers": "layers", "n_pairs": "pairs", "n_components": "components", "n_critical": "critical",
-        "critical_layers": "critical layers", "strongest_denoise": "strongest head, denoising",
+        "n_layers": "layers",
+        "n_pairs": "pairs",
+        "n_components": "components",
+        "n_critical": "critical",
+        "critical_layers": "critical layers",
+        "strongest_denoise": "strongest head, denoising",
         "strongest_noise": "strongest head, noising",
-    }  # fmt: skip
+    }
     model_headline: ClassVar = ("critical_layers",)
 
     def check(self, run: Run) -> None:
-        options, behavior = self.of(run), run.experiment.behavior
+        options = self.of(run)
         for name in options.position_sets:
             check_positions(name)
         if options.wrappers and options.pairs != "wrapped":
             raise UserError("--wrappers goes with --pairs wrapped only")
         if options.wrappers and not Path(options.wrappers).is_file():
             raise UserError(f"no file {options.wrappers}: --wrappers takes a CSV or .jsonl file with name and template")
-        if options.require == "behaviour" and BEHAVIORS[behavior].judge() is None:
-            raise UserError(f"replies do not show the behavior {behavior!r}: choose pairs with --require score")
+        if options.require == "behaviour" and run.behavior.judge() is None:
+            raise UserError(f"no judge tells whether replies show {run.behavior.name!r}: give --require score")
         pairs_file(run)
 
     def label(self, run: Run) -> str:
@@ -107,7 +110,7 @@ class Patching(Study[PatchingOptions]):
         experiment, path = run.experiment, pairs_file(run)
         return {
             "model": model_identity(experiment.model),
-            "behavior": [experiment.behavior, BEHAVIORS[experiment.behavior].inputs(experiment)],
+            "behavior": [run.behavior.name, run.behavior.inputs(experiment)],
             "pairs": hash_of_file(path) if path else self._wrapped(run),
             "patching": self.of(run).model_dump(exclude={"pairs", "wrappers"}),
             "max_tokens": experiment.prompts.max_tokens,
@@ -135,12 +138,12 @@ class Patching(Study[PatchingOptions]):
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         result, effects = finished.result, finished.table("effects.csv")
-        critical = effects[~effects["is_range"] & (effects["q_value"] <= CRITICAL_Q)]
-        heads = [row for row in result["critical"] if row["kind"] == "head" and row["rank"] == 1]
+        critical = effects.loc[~effects["is_range"] & (effects["q_value"] <= CRITICAL_Q), "layer"]
+        best = [row for row in result["critical"] if row["kind"] == "head" and row["rank"] == 1]
         return {
             **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
-            "critical_layers": ", ".join(map(str, sorted(set(critical["layer"].astype(int))))) or "none",
-            **{f"strongest_{row['direction']}": row["component"] for row in heads},
+            "critical_layers": ", ".join(map(str, sorted(critical.unique()))) or "none",
+            **{f"strongest_{row['direction']}": row["component"] for row in best},
         }
 
 
