@@ -20,11 +20,11 @@ from sfc.data.render import Role
 from sfc.pipeline import ensure_saes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
+from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
 from sfc.studies.train.rows import training_rows
-from sfc.studies.train.train import load_dictionaries
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX

@@ -18,11 +18,10 @@ from sfc.core.experiments import load_experiment
 from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
-from sfc.saes.format import fetch_pretrained
+from sfc.saes.format import fetch_pretrained, load_dictionaries
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
 from sfc.studies.train.rows import HeldOutBlock
-from sfc.studies.train.train import load_dictionaries
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32

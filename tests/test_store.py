@@ -18,7 +18,7 @@ from sfc.saes.shard import CHUNK_BYTES, unfinished_shard
 from sfc.saes.store import Store, read_prompts, write_prompts
 
 SITE = "blocks.0.hook_resid_post"
-NOTHING: Any = Batch(*[torch.zeros(0)] * 4)
+NOTHING: Any = Batch(*[torch.zeros(0)] * 5)
 
 
 def planned(first: int, count: int) -> PlannedBatch:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError

@@ -7,7 +7,7 @@ There are dictionaries whose k largest features are active, dictionaries whose f
 (JumpReLU, standard and gated SAEs), and both of them behind a normalisation of each activation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from einops import pack, unpack
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sfc.core.sites import short_site
 from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -24,17 +25,22 @@ WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 class Dictionary(Protocol):
     """What ablation, attribution and the viewer need of an SAE, whatever its architecture.
 
-    All of it is in the model's own units. `encode` and `encode_sparse` give the same features and are differentiable
-    with respect to x where the set of active features does not change. The number of entries per row of
-    `encode_sparse` is k for a top-k dictionary; elsewhere it is that of the fullest row, the others being padded with
-    entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
+    All of it is in the model's own units. `encode` and `encode_sparse` give the same features, which are not negative,
+    and are differentiable with respect to x where the set of active features does not change. The number of entries per
+    row of `encode_sparse` is k for a top-k dictionary; elsewhere it is that of the fullest row, the others being padded
+    with entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
 
-    The coordinates of what is left, `x - x_hat`, are shared out among `n_parts` nodes: one, the error, where there are
-    features.
+    `reads` is the site whose activation is encoded, `writes` the one whose activation is decoded; `site`, which names
+    the features, is the latter. What is left there without the features is divided by coordinates among further nodes,
+    the `parts`, by their names: for an SAE the error alone (see `sfc.circuits.spaces`).
     """
 
     @property
     def site(self) -> str: ...
+    @property
+    def reads(self) -> str: ...
+    @property
+    def writes(self) -> str: ...
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]: ...
     @property
@@ -44,7 +50,11 @@ class Dictionary(Protocol):
     @property
     def d_sae(self) -> int: ...
     @property
+    def parts(self) -> Sequence[str]: ...
+    @property
     def n_parts(self) -> int: ...
+    @property
+    def part_kind(self) -> str: ...
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]: ...
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse: ...
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]: ...
@@ -59,14 +69,37 @@ class LinearDecoder(nn.Module):
     W_dec: nn.Parameter  # [d_sae, d_in]
     b_dec: nn.Parameter  # [d_in]
 
-    n_parts = 1
-
     def __init__(self, weights: Mapping[str, Tensor], site: str) -> None:
         """Register `weights`, W_dec and b_dec among them; they are not copied."""
         super().__init__()
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         self.site = site
+
+    @property
+    def reads(self) -> str:
+        """The site whose activation it encodes."""
+        return self.site
+
+    @property
+    def writes(self) -> str:
+        """The site whose activation it decodes."""
+        return self.site
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the nodes that share what is left without the features: the error alone."""
+        return (f"{short_site(self.site)}/{self.part_kind}",)
+
+    @property
+    def n_parts(self) -> int:
+        """How many nodes share what is left without the features."""
+        return len(self.parts)
+
+    @property
+    def part_kind(self) -> str:
+        """What these nodes are."""
+        return "error"
 
     @property
     def d_in(self) -> int:

@@ -5,6 +5,7 @@ sae_lens, which takes seconds: only pretrained dictionaries from a model hub are
 computes after loading is folded into the weights where it can be (see `sfc.saes.architectures`).
 """
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from sfc.core.artifacts import Json, replacing, write_json
 from sfc.core.errors import UserError
 from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, read_config
 from sfc.saes.dictionary import WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
+
+
+def load_dictionaries(folder: Path, sites: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
+    """The dictionaries of a folder, one per site, in the order of the sites.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return {site: load_dictionary(folder / site, device) for site in sites}
 
 
 def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sfc.core.sites import StoredKind, site_of
-from sfc.studies.patch.options import ComponentKind
+from sfc.studies.patch.study import ComponentKind
 
 _WHERE: dict[ComponentKind, StoredKind] = {
     "resid": "resid_post",
@@ -37,12 +37,6 @@ class Patch(NamedTuple):
     def sites(self) -> list[str]:
         """The hook points where it acts, in the order in which the model passes them."""
         return [site_of(_WHERE[self.kind], layer) for layer in range(self.first_layer, self.layer + 1)]
-
-    @property
-    def starts_after(self) -> int:
-        """The last block that a run with this patch need not run."""
-        # The residual stream after a block is replaced in what a run that starts behind it is given.
-        return self.first_layer if self.kind == "resid" else self.first_layer - 1
 
 
 def single_patches(kinds: Sequence[ComponentKind], layers: Sequence[int], n_heads: int) -> list[Patch]:

@@ -16,12 +16,15 @@ from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.schema import keyed_ranks
-from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.saes.plan import TokenTable, joined, plan_batches
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
-from sfc.studies.collect import Corpus, fill, n_bytes, sae_corpus
+from sfc.session import Session
+from sfc.studies.collect.fill import Corpus, fill_corpus, n_bytes, sae_corpus
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.study import ensure
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,25 @@ class HeldOutBlock(NamedTuple):
     roles: Int[np.ndarray, " rows"]
 
 
-def training_rows(run: Run) -> TrainingRows:
+def training_rows(session: Session) -> TrainingRows:
     """Open the rows of `corpus.source`; collect them into a store first, where that is wanted and fits.
 
     Raises:
         UserError: the corpus cannot be read, or is too small to keep a part of it from training.
     """
-    experiment = run.experiment
+    run, experiment = session.run, session.run.experiment
     sites = experiment.activations.sites
     if set(sites) <= set(stored_sites(run.corpus)):
         return _stored_rows(run)
-    model = load_model(experiment.model, choose_device(run.device))
+    model = session.model
     corpus = sae_corpus(run, model)
     needed = sum(n_bytes(corpus.sequences, model.width(site), experiment.activations.dtype) for site in sites)
     free = shutil.disk_usage(run.root).free
     if experiment.corpus.stored == "always" or (experiment.corpus.stored == "auto" and needed < 0.9 * free):
-        fill(run, run.corpus, model, corpus, sites, rebuild=False)
+        if run.corpus == run.store:
+            ensure(COLLECT, run, session=session)
+        else:
+            fill_corpus(run, model, corpus, sites)
         return _stored_rows(run)
     say(f"not stored ({needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free): the model runs again for every epoch")
     return _live_rows(run, model, corpus)
