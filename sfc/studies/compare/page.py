@@ -1,6 +1,6 @@
 """The page of a comparison of categories: overlaps with their dendrogram, transfer of circuits, the shared core."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,9 @@ def page(finished: Finished) -> Page:
             Section(
                 "", [Figure("transfer", lambda: transfer_figure(transfer), _matrix(_TRANSFER, "circuit", transfer))]
             ),
-            Section("The shared core and the rest, on test prompts", [_core_table(finished.table("core.csv"), words)]),
+            Section(
+                "The shared core and the rest, on test prompts", [_core_table(finished.records("core.csv"), words)]
+            ),
         ],
         guide=_guide(words),
         findings=[
@@ -153,7 +155,7 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
     return Table(f"Circuits of {result['size']} nodes, found on half of the prompts", heads, rows)
 
 
-def _core_table(core: pd.DataFrame, words: Words) -> Table:
+def _core_table(core: Sequence[Mapping[str, Any]], words: Words) -> Table:
     heads = ["prompts", "nodes kept or ablated", "nodes", "kept: faithfulness", "ablated: left"]
     rows = [
         [
@@ -163,11 +165,11 @@ def _core_table(core: pd.DataFrame, words: Words) -> Table:
             figure_cell(row, "faithfulness"),
             figure_cell(row, "completeness_normalised"),
         ]
-        for row in core.to_dict("records")
+        for row in core
     ]
-    if "refused" in core:
+    if "refused" in core[0]:
         heads += [f"ablated: {words.acted}", f"as it is: {words.acted}"]
-        for row, figures in zip(rows, core.to_dict("records"), strict=True):
+        for row, figures in zip(rows, core, strict=True):
             row += [figure_cell(figures, "refused_ablated"), cell(figures["refused"])]
     return Table("", heads, rows, texts=heads[1:2])
 

@@ -1,6 +1,6 @@
 """The page of SAE-seed robustness: features that both dictionaries have, effects of the nodes in both circuits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -30,7 +30,16 @@ def page(finished: Finished) -> Page:
         ),
         summary=[_circuits_table(result), _agreement_table(result)],
         sections=[
-            Section("", [Figure("cosines", lambda: cosines_figure(counts, result), _cosines_table(counts))]),
+            Section(
+                "",
+                [
+                    Figure(
+                        "cosines",
+                        lambda: cosines_figure(counts, result),
+                        _cosines_table(finished.records("cosines.csv")),
+                    )
+                ],
+            ),
             Section("", [Figure("effects", lambda: effects_figure(nodes, result))]),
             Section("Every site", [_sites_table(result)]),
         ],
@@ -141,10 +150,9 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
     return Table("How far they agree", ["agreement", "value", "by chance"], rows)
 
 
-def _cosines_table(counts: pd.DataFrame) -> Table:
+def _cosines_table(counts: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
-        [f"{row.low:.2f} to {row.high:.2f}", cell(int(row.features)), cell(int(row.in_circuit))]
-        for row in counts.itertuples()
+        [f"{row['low']:.2f} to {row['high']:.2f}", cell(row["features"]), cell(row["in_circuit"])] for row in counts
     ]
     return Table(_COSINES, ["cosine", "features", "the circuit's features"], rows)
 
