@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS, LearnedMaskOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.batches import Batch
 from sfc.models.interventions import leaf_recorder, recorder
@@ -60,7 +60,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
     Raises:
         RuntimeError: the two ways to an edge do not agree.
     """
-    runs, config = problem.runs, problem.config
+    runs, all_steps = problem.runs, LearnedMaskOptions.of(problem.experiment).steps
     strongest = strongest_everywhere(problem, NODES)
     members, targets = np.concatenate(strongest).tolist(), [here[0] for here in strongest[1:]]
     found: dict[str, list[Weights]] = {}
@@ -68,7 +68,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
         {
             "full forward pass": lambda: score_prompts(problem.model, problem.score, runs.batches),
             "prefix cache": lambda: PromptRuns.of(problem.model, runs.batches, problem.ablation.nodes.sites[0]),
-            "node attribution": lambda: METHODS["attribution"](problem),
+            "node attribution": lambda: METHODS["attribution"].rank(problem),
             "edges": lambda: found.update(ours=attribution_weights(problem, members)),
             "edges of the sample, naively": lambda: found.update(naive=naive_weights(problem, members, targets)),
         },
@@ -78,9 +78,11 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
     disagreement = largest_difference(found["ours"], found["naive"])
     if not disagreement <= TOLERANCE:
         raise RuntimeError(f"the two ways to an edge differ by {disagreement:.2g} of the largest weight")
-    steps = effort.mask_steps or config.mask_steps
-    quicker = {n: replace(problem, config=config.model_copy(update={"mask_steps": n})) for n in (1, steps)}
-    learned = harness.in_turns({str(n): lambda p=p: METHODS["learned-mask"](p) for n, p in quicker.items()}, 1, device)
+    steps = effort.mask_steps or all_steps
+    quicker = {n: problem.with_settings(learned_mask={"steps": n}) for n in (1, steps)}
+    learned = harness.in_turns(
+        {str(n): lambda p=p: METHODS["learned-mask"].rank(p) for n, p in quicker.items()}, 1, device
+    )
     (one,), (some,) = learned["1"], learned[str(steps)]
 
     n_targets = sum(len(weights.targets) for weights in found["ours"])
@@ -91,7 +93,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
         "prefix_cache_units": harness.paired_ratio(seconds["prefix cache"], unit),
         "edge_units": harness.paired_ratio(seconds["edges"], unit),
         "edge_speedup": harness.paired_ratio(naive, seconds["edges"]),
-        "mask_seconds": one + (some - one) * (config.mask_steps - 1) / (steps - 1),
+        "mask_seconds": one + (some - one) * (all_steps - 1) / (steps - 1),
         "unit_seconds": median(unit),
         "attribution_seconds": median(seconds["node attribution"]),
         "edge_seconds": median(seconds["edges"]),
@@ -101,7 +103,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
         "edge_nodes": len(members),
         "edge_disagreement": disagreement,
         "mask_steps_measured": steps,
-        "mask_steps": config.mask_steps,
+        "mask_steps": all_steps,
         "prompts": runs.n_prompts,
         "tokens": sum(int(batch.lengths.sum()) for batch in runs.batches),
     }
@@ -109,7 +111,7 @@ def measure(problem: Problem, effort: Effort, device: str) -> dict[str, float]:
 
 def strongest_everywhere(problem: Problem, count: int) -> list[Int[np.ndarray, " members"]]:
     """Equally many nodes of each site, the strongest by attribution first: in no other spread do edges cost more."""
-    ranking, nodes = METHODS["attribution"](problem).ranking, problem.ablation.nodes
+    ranking, nodes = METHODS["attribution"].rank(problem).ranking, problem.ablation.nodes
     shares = [len(share) for share in np.array_split(np.arange(count), len(nodes.sites))]
     return [ranking[nodes.site_numbers[ranking] == site][:share] for site, share in enumerate(shares)]
 

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfc.circuits.effects import METHODS
 from sfc.circuits.faithfulness import ablated_scores, top_circuits
+from sfc.circuits.methods import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.score import score_batch, score_prompts
@@ -63,7 +63,7 @@ def measure(problem: Problem, batches: Sequence[Batch], rounds: int, device: str
     """
     model, score, ablation = problem.model, problem.score, problem.ablation
     sizes = twelve_sizes(ablation.nodes.n_nodes)
-    circuits = top_circuits(METHODS["attribution"](problem).ranking, sizes, ablation.nodes.n_nodes)
+    circuits = top_circuits(METHODS["attribution"].rank(problem).ranking, sizes, ablation.nodes.n_nodes)
     keep = np.concatenate([circuits, ~circuits])
     found: dict[str, Float[np.ndarray, "circuits prompts"]] = {}
 

@@ -22,12 +22,12 @@ from planted_circuits import HARD, KINDS, UNSATURATED
 from planted_problems import Planted, exact_margin, plant
 
 from sfc.circuits.edges import EDGES
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS
 from sfc.core.progress import say
 from sfc.models.score import auroc
 
 SEEDS, QUICK_SEEDS = 20, 3
-BY_CORRELATION = ("correlation", "magnitude")
+BY_CORRELATION = tuple(method.name for method in METHODS if not method.causal)
 """methods whose circuits have correlation edges; the others' edges are those of attribution"""
 
 _BOUND = "past the bound the gradient is 0, and with it the effect of all that lies before"
@@ -55,11 +55,11 @@ Rows = list[dict[str, Any]]
 def node_rows(planted: Planted) -> Rows:
     """How well each method finds the planted nodes."""
     rows: Rows = []
-    for method, effects_by in METHODS.items():
-        ranking = effects_by(planted.problem).ranking
+    for method in METHODS:
+        ranking = method.rank(planted.problem).ranking
         strengths = np.zeros(len(planted.mask))
         strengths[ranking] = np.arange(len(ranking), 0, -1)
-        rows.append({"method": method, **_found(strengths, planted.mask)})
+        rows.append({"method": method.name, **_found(strengths, planted.mask)})
     return rows
 
 

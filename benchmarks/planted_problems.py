@@ -14,9 +14,9 @@ from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.faithfulness import ablated_scores
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ActivationsConfig, ModelConfig
+from sfc.core.experiments import experiment_of
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
@@ -34,7 +34,6 @@ FILLERS = tuple(f"filler{i}" for i in range(6))
 ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
 # Edges are not pruned: pruning would hide what a formula says of the rest.
 UNPRUNED = {"edge_share": 0, "edge_threshold": 0, "edges_per_node": 1000}
-DISCOVERY = DiscoveryOptions.model_validate(UNPRUNED | {"mask_steps": 40})
 
 Words = Mapping[str, Mapping[str, float]]
 """the features that each word writes, and their values"""
@@ -166,5 +165,13 @@ def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str])
         runs=PromptRuns.of(model, runs, nodes.sites[0]),
         store=Store(folder / "store"),
         prompts=pd.DataFrame({"prompt": toxic + safe, "store_index": range(len(labels)), "refusal_label": labels}),
-        config=DISCOVERY,
+        experiment=experiment_of(
+            {
+                "name": "planted",
+                "model": source,
+                "activations": ACTIVATIONS.model_dump(),
+                "discovery": UNPRUNED,
+                "learned_mask": {"steps": 40},
+            }
+        ),
     )

@@ -61,7 +61,7 @@ class Shared:
     def _run(self, experiment: Experiment) -> Run:
         if not self.root.is_dir():
             raise UserError(f"--root {self.root} is not a folder")
-        return Run(experiment, self.root, self.data, self.device)
+        return Run.of(experiment, self.root, self.data, self.device)
 
 
 def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.identity import model_identity
 from sfc.models.positions import check_positions as check_steered
-from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
+from sfc.pipeline import circuit_artifact, ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.run import Run
 from sfc.studies.formats.formats import Formats
 from sfc.studies.patch.alignment import check_positions
@@ -198,7 +198,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
     if config.direction == "circuit":
         if config.category == ALL:
             raise UserError("--direction circuit needs the --category whose circuit it is")
-        inputs["circuit"] = run.circuit(config.category).inputs
+        inputs["circuit"] = circuit_artifact(run, config.category).inputs
     name = f"steering-{re.sub(r'[^a-z0-9]+', '-', config.direction.lower())}-{config.edit}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):

@@ -10,6 +10,7 @@ from sfc.run import Run
 
 if TYPE_CHECKING:
     from sfc.models.loading import Model
+    from sfc.models.score import Score
     from sfc.saes.dictionary import Dictionary
     from sfc.saes.store import Store
 
@@ -38,6 +39,15 @@ class Session:
         """
         return self.load(self.run.experiment.model)
 
+    @cached_property
+    def metric(self) -> "Score":
+        """The score of the run's behavior.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        return self.run.behavior.metric(self.model, self.run.experiment)
+
     def load(self, config: ModelConfig) -> "Model":
         """Any model, on the run's device, loaded once.
 
@@ -59,10 +69,11 @@ class Session:
             UserError: one is missing or damaged.
         """
         from sfc.models.loading import choose_device
-        from sfc.saes.format import load_dictionary
+        from sfc.saes.format import load_dictionaries
 
-        device, folder = choose_device(self.run.device), self.run.saes.folder
-        return {site: load_dictionary(folder / site, device) for site in self.run.experiment.activations.sites}
+        return load_dictionaries(
+            self.run.saes.folder, self.run.experiment.activations.sites, choose_device(self.run.device)
+        )
 
     @cached_property
     def store(self) -> "Store":

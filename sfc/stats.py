@@ -1,14 +1,11 @@
-"""Confidence intervals of rates and of means.
+"""Intervals, rank tests and correlations: scipy's where it has them, and what it lacks.
 
-Tests for several measurements of the same subjects, by ranks: no distribution is assumed.
-
-Friedman's test asks whether any of the conditions differs, Wilcoxon's signed-rank test with Holm's correction which do;
-each with the effect size that belongs to it.
-
-Pearson correlations of many features at once, and false discovery.
+- Intervals of rates (Wilson) and of means (bootstrap).
+- Several measurements of the same subjects: Friedman's test asks whether any condition differs, Wilcoxon's signed-rank
+  test with Holm's correction which do, each with its effect size. They go by ranks and assume no distribution.
+- Pearson correlations of many columns at once.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -16,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.stats import friedmanchisquare, norm, rankdata, wilcoxon
+from scipy.stats import binomtest, friedmanchisquare, rankdata, wilcoxon
 
 
 class Interval(NamedTuple):
@@ -29,21 +26,15 @@ class Interval(NamedTuple):
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval (Wilson 1927) of a binomial rate; [0, 1] where nothing was observed.
 
-    Unlike the textbook interval it stays within [0, 1] and says something at rates of 0 and 1.
+    Unlike the textbook interval it stays within [0, 1] and is not empty at rates of 0 and 1.
 
     Raises:
-        ValueError: `successes` is not between 0 and n, or the confidence not between 0 and 1.
+        ValueError: `successes` is not between 0 and n.
     """
-    if not 0 <= successes <= n or not 0 < confidence < 1:
-        raise ValueError(f"no interval for {successes} of {n} at confidence {confidence}")
-    if n == 0:
+    if n == 0 and successes == 0:
         return Interval(0.0, 1.0)
-    z = float(norm.ppf((1 + confidence) / 2))
-    rate, weight = successes / n, z * z / n
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / n + weight / (4 * n))
-    # The ends at rates 0 and 1 are 0 and 1; rounding must not say otherwise, nor leave the rate outside.
-    return Interval(min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate))
+    ends = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(float(ends.low), float(ends.high))
 
 
 class MeanIntervals(NamedTuple):
@@ -60,6 +51,7 @@ def bootstrap_means(
     """Means of the columns, with percentile intervals over rows drawn again with replacement (Efron 1979).
 
     All columns share the draws, so that what holds between them in every row holds between their means in every draw.
+    `scipy.stats.bootstrap` gathers every drawn row; here a draw is a row of counts, and all means are one product.
 
     Raises:
         ValueError: there are no rows.
@@ -147,7 +139,7 @@ def rank_biserial(differences: Float[np.ndarray, " n"]) -> float:
 
 
 def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values that control the chance of any false discovery (Holm 1979)."""
+    """Adjusted p-values that control the chance of any false discovery (Holm 1979), which scipy lacks."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
@@ -155,7 +147,10 @@ def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def pearson(a: Float[np.ndarray, "n a"], b: Float[np.ndarray, "n b"]) -> Float[np.ndarray, "a b"]:
-    """Pearson's r of each column of `a` with each of `b`; 0 where a column is constant."""
+    """Pearson's r of each column of `a` with each of `b`; 0 where a column is constant.
+
+    One matrix product: `scipy.stats.pearsonr` takes pairs of columns and tests each of them.
+    """
     return np.clip(standardised(a).T @ standardised(b), -1, 1)
 
 
@@ -166,13 +161,3 @@ def standardised(columns: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "
     # A column that is constant but for rounding has no correlation with anything.
     constant = norm <= 1e-12 * np.sqrt(len(columns)) * np.abs(columns).max(0, initial=0)
     return np.where(constant, 0, centred / np.where(constant, 1, norm))
-
-
-def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values (q-values) that control the false discovery rate (Benjamini and Hochberg 1995)."""
-    n = len(p_values)
-    order = np.argsort(p_values, kind="stable")
-    scaled = p_values[order] * n / np.arange(1, n + 1)
-    q_values = np.empty(n)
-    q_values[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1)
-    return q_values

@@ -14,9 +14,8 @@ import torch
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.core.experiments import load_experiment
+from sfc.core.experiments import experiment_of, load_experiment
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model, load_model
@@ -115,4 +114,6 @@ def problem(
     collect(model, prompts, config.sites, config, folder, lambda _: None)
     frame = pd.DataFrame({"prompt": TEXTS, "store_index": range(len(prompts)), "refusal_label": LABELS})
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
-    return Problem(model, score, ablation, runs, Store(folder), frame, DiscoveryOptions())  # pyright: ignore
+    # The settings of methods and of discovery are the defaults.
+    experiment = experiment_of(load_experiment("tiny").model_dump(include={"name", "model", "activations"}))
+    return Problem(model, score, ablation, runs, Store(folder), frame, experiment)

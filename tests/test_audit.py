@@ -1,20 +1,18 @@
 """The audit: known answers where effects are exact, spoilt, or in another unit."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from sfc.circuits.approximation import agreement, audit
-from sfc.circuits.effects import Effects
-from sfc.circuits.exact import exact_effects
+from sfc.circuits.methods import Effects
+from sfc.circuits.methods.exact import exact_effects
 from sfc.circuits.problem import Problem
 from sfc.models.score import score_batch
 
 
 def configured(problem: Problem, **values: int) -> Problem:
-    return replace(problem, config=problem.config.model_copy(update=values))
+    return problem.with_settings(discovery=values)
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,9 @@ def test_wilson_laws(counts: tuple[int, int], confidence: float) -> None:
 
 def test_wilson_of_nothing_is_everything_and_nonsense_is_refused() -> None:
     assert wilson(0, 0) == (0, 1)
-    for arguments in ((3, 2), (-1, 2), (1, 2, 1.0)):
-        with pytest.raises(ValueError, match="no interval"):
-            wilson(*arguments)
+    for successes, n in ((3, 2), (-1, 2), (1, 0)):
+        with pytest.raises(ValueError, match="must"):
+            wilson(successes, n)
 
 
 def _replies() -> pd.DataFrame:
@@ -112,7 +112,7 @@ def test_the_tiny_model_is_measured_end_to_end() -> None:
 def test_replies_under_ablation_are_those_of_a_run_from_the_start_for_every_token(problem: Problem) -> None:
     model, ablation = problem.model, problem.ablation
     keep = np.random.default_rng(0).random((3, ablation.nodes.n_nodes)) < np.array([[0.0], [0.5], [1.0]])
-    replies = ablated_replies(model, ablation, problem.runs.batches, keep, 4)
+    replies = ablated_replies(model, problem.score, ablation, problem.runs, keep, 4)
     assert len({tuple(of_circuit) for of_circuit in replies}) > 1
     for batch in problem.runs.batches:
         for row, number in enumerate(batch.prompts.tolist()):
@@ -125,7 +125,7 @@ def _reply_token_by_token(model: Model, ablation: Ablation, batch: Batch, row: i
     ids, slots = batch.ids[row : row + 1, :length], batch.slots[row : row + 1, :length]
     masks, new = torch.from_numpy(mask)[None].float(), []
     while len(new) < n and not set(new) & end_tokens(model):
-        grown = Batch(torch.zeros(1).long(), ids, torch.tensor([ids.shape[1]]), slots)
+        grown = Batch(torch.zeros(1).long(), ids, torch.tensor([ids.shape[1]]), slots, torch.zeros_like(ids))
         interventions = ablation.interventions(masks, torch.zeros(1).long(), grown)
         with torch.no_grad():
             new.append(int(last_logits(model, grown, interventions).argmax()))

@@ -17,7 +17,7 @@ import patching
 import sae_training
 from sae_trainers import Problem, ours, saelens_tuned
 
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS
 from sfc.circuits.problem import Problem as DiscoveryProblem
 
 TINY = ["--d-in", "16", "--batch", "64", "--k", "4", "--rounds", "2", "--burst", "2", "--steps", "12", "--threads", "1"]
@@ -114,7 +114,7 @@ def test_discovery_measures_what_has_an_aim_and_its_two_ways_to_an_edge_agree(pr
 
 def test_edges_are_measured_among_equally_many_nodes_of_each_site(problem: DiscoveryProblem) -> None:
     strongest = discovery.strongest_everywhere(problem, 20)
-    ranking = METHODS["attribution"](problem).ranking.tolist()
+    ranking = METHODS["attribution"].rank(problem).ranking.tolist()
     for site, here in enumerate(strongest):
         at_site = [node for node in ranking if problem.ablation.nodes.site_numbers[node] == site]
         assert here.tolist() == at_site[:10]

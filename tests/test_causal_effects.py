@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import BatchEffects, attributed_effects, integrated_effects
 from sfc.circuits.baselines import mean_reference, paired_reference, zero_reference
 from sfc.circuits.circuit import effects_by_role, role_names
-from sfc.circuits.effects import METHODS, NATS
-from sfc.circuits.exact import exact_effects
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.methods import METHODS, NATS
+from sfc.circuits.methods.attribution import BatchEffects, attributed_effects
+from sfc.circuits.methods.exact import exact_effects
+from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
@@ -31,10 +32,6 @@ from sfc.saes.dictionary import Dictionary, TopKDictionary
 
 KINDS = ["resid_post", "resid_mid", "attn_out", "mlp_out"]
 CAUSAL = ["attribution", "integrated-gradients", "exact"]
-
-
-def with_config(problem: Problem, **values: object) -> Problem:
-    return replace(problem, config=problem.config.model_copy(update=values))
 
 
 def at_sites(problem: Problem, kind: str) -> Problem:
@@ -138,7 +135,7 @@ def test_effects_against_partners_are_those_by_hand_and_obey_the_laws(paired: Pr
     chosen = [5, nodes.sizes[0] - 1, nodes.sizes[0] + 5]
     np.testing.assert_allclose(exact_effects(paired, chosen), [by_hand(paired, node) for node in chosen], atol=2e-5)
     for method in ("attribution", "integrated-gradients"):
-        effects = METHODS[method](with_config(paired, ig_steps=60))
+        effects = METHODS[method].rank(paired.with_settings(integrated_gradients={"steps": 60}))
         assert effects.by_slot is not None and len(effects.by_slot) == layout.n_slots
         np.testing.assert_allclose(effects.by_slot.sum(0), effects.effect, atol=1e-9)
     lost = full_scores(paired.model, paired.score, paired.runs) - site_ablated(paired, 0)
@@ -251,10 +248,10 @@ def test_a_node_at_its_reference_has_no_effect(problem: Problem, method: str) ->
     reference = mean_reference(problem.model, problem.ablation.dictionaries, batches, layout)
     runs = PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0])
     own = replace(problem, ablation=replace(problem.ablation, reference=reference), runs=runs)
-    effects = METHODS[method](own)
+    effects = METHODS[method].rank(own)
     np.testing.assert_allclose(effects.effect, 0, atol=1e-5)
     zero = zero_reference(problem.ablation.dictionaries, layout)
-    other = METHODS[method](replace(own, ablation=replace(own.ablation, reference=zero)))
+    other = METHODS[method].rank(replace(own, ablation=replace(own.ablation, reference=zero)))
     assert np.abs(other.effect).max() > 1e-2
 
 
@@ -274,7 +271,7 @@ def test_a_zero_reference_leaves_the_decoders_bias(problem: Problem, layout: Slo
 
 @pytest.mark.parametrize("method", ["attribution", "integrated-gradients"])
 def test_parts_by_role_sum_to_the_effect_and_each_is_that_of_its_tokens(problem: Problem, method: str) -> None:
-    effects = METHODS[method](with_config(problem, ig_steps=2))
+    effects = METHODS[method].rank(problem.with_settings(integrated_gradients={"steps": 2}))
     layout = problem.ablation.reference.layout
     assert effects.by_slot is not None and len(effects.by_slot) == layout.n_slots
     parts = effects_by_role(effects.by_slot, layout)
@@ -287,13 +284,13 @@ def test_the_part_of_one_role_is_that_of_ablating_there_alone(linear: Problem) -
     """In the linear model, what a node does at its content tokens is what is left when no other slot differs."""
     reference, layout = linear.ablation.reference, linear.ablation.reference.layout
     site, content = linear.ablation.nodes.sites[0], layout.n_prefix
-    effects = METHODS["attribution"](linear)
+    effects = METHODS["attribution"].rank(linear)
     assert effects.by_slot is not None
     batch, _ = next(iter(linear.runs))
     one = replace(
         linear, runs=PromptRuns.of(linear.model, [replace(batch, prompts=torch.arange(len(batch.prompts)))], site)
     )
-    part = effects_by_role(METHODS["attribution"](one).by_slot, layout)["effect_content"]  # pyright: ignore
+    part = effects_by_role(METHODS["attribution"].rank(one).by_slot, layout)["effect_content"]  # pyright: ignore
 
     def content_ablated(activation: Tensor) -> Tensor:
         x_ref = linear.ablation.reference_activation(site)[content]
@@ -315,8 +312,8 @@ def test_roles_after_the_prompt_are_named_by_their_tokens(
 
 
 def test_exact_ranks_the_nodes_of_largest_attribution_by_their_exact_effect(problem: Problem) -> None:
-    effects = METHODS["exact"](with_config(problem, exact_nodes=12))
-    chosen = METHODS["attribution"](problem).ranking[:12]
+    effects = METHODS["exact"].rank(problem.with_settings(exact={"nodes": 12}))
+    chosen = METHODS["attribution"].rank(problem).ranking[:12]
     per_prompt = exact_effects(problem, chosen.tolist())
     assert sorted(effects.ranking) == sorted(chosen) and effects.unit == NATS
     np.testing.assert_allclose(effects.effect[chosen], per_prompt.mean(1))
@@ -326,7 +323,7 @@ def test_exact_ranks_the_nodes_of_largest_attribution_by_their_exact_effect(prob
 
 
 def test_with_many_steps_integrated_gradients_are_a_method_whose_means_obey_the_law(problem: Problem) -> None:
-    effects = METHODS["integrated-gradients"](with_config(problem, ig_steps=60))
+    effects = METHODS["integrated-gradients"].rank(problem.with_settings(integrated_gradients={"steps": 60}))
     for site in (0, 1):
         lost = full_scores(problem.model, problem.score, problem.runs) - site_ablated(problem, site)
         total = effects.effect[problem.ablation.nodes.site_numbers == site].sum()
@@ -339,14 +336,14 @@ def test_with_many_steps_integrated_gradients_are_a_method_whose_means_obey_the_
 def test_memory_is_bounded_by_the_prompts_of_a_batch(
     problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout, method: str
 ) -> None:
-    problem = with_config(problem, ig_steps=2, exact_nodes=4, mask_steps=4)
+    problem = problem.with_settings(integrated_gradients={"steps": 2}, exact={"nodes": 4}, learned_mask={"steps": 4})
     longest = max(len(prompt.ids) for prompt in prompts)
 
     def largest(copies: int, batch_tokens: int) -> int:
         batches = make_batches(prompts * copies, layout, batch_tokens, problem.model.device)
         runs = PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0])
         with LargestTensor() as mode:
-            METHODS[method](replace(problem, runs=runs))
+            METHODS[method].rank(replace(problem, runs=runs))
         return mode.elements
 
     assert largest(copies=4, batch_tokens=2 * longest) <= largest(copies=2, batch_tokens=2 * longest)

@@ -105,8 +105,8 @@ def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dic
 @pytest.mark.parametrize(
     "options",
     [
-        ("--method", "correlation", "--set", "discovery.threshold=0.3"),
-        ("--method", "correlation", "--set", "discovery.top_per_layer=5", "--set", "discovery.aggregation=mean"),
+        ("--method", "correlation", "--set", "correlation.threshold=0.3"),
+        ("--method", "correlation", "--set", "correlation.top_per_layer=5", "--set", "discovery.aggregation=mean"),
         ("--method", "magnitude", "--population", "safe"),
         ("--population", "safe", "--set", "evaluation.error_mode=keep-current"),
         ("--method", "attribution", "--set", "discovery.edges=correlation"),
@@ -131,7 +131,7 @@ def test_other_methods_populations_and_error_modes_run_on_the_same_saes(
 def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
     discovered: dict, root: Path, reference: str, method: str, labels: set[bool]
 ) -> None:
-    options = ("--method", method, "--set", f"discovery.reference={reference}", "--set", "discovery.exact_nodes=25")
+    options = ("--method", method, "--set", f"discovery.reference={reference}", "--set", "exact.nodes=25")
     result = sfc("discover", "--preset", "tiny", *options, "--json", root=root).result
     prompts = pd.read_csv(root / result["files"]["prompts"])
     in_reference = prompts[prompts["split"] == "reference"]

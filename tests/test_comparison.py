@@ -111,7 +111,7 @@ def test_halves_are_disjoint_and_joined_prompts_are_numbered_on(problem: Problem
 COMPARE = (
     "compare", "--preset", "tiny", "--categories", "violence,privacy,hate", "--size", 20, "--json",
     "--set", "comparison.shuffles=1", "--set", "comparison.edges=30", "--set", "comparison.replies=2",
-    "--set", "evaluation.min_denominator=1e-6", "--set", "discovery.mask_steps=3",
+    "--set", "evaluation.min_denominator=1e-6", "--set", "learned_mask.steps=3",
 )  # fmt: skip
 
 

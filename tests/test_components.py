@@ -17,14 +17,16 @@ from test_cli import RESULT_KEYS
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects, integrated_effects
 from sfc.circuits.baselines import mean_reference
-from sfc.circuits.effects import METHODS
-from sfc.circuits.exact import exact_effects
 from sfc.circuits.faithfulness import ablated_scores, full_scores
-from sfc.circuits.nodes import Nodes, component_spaces
+from sfc.circuits.methods import METHODS
+from sfc.circuits.methods.attribution import attributed_effects
+from sfc.circuits.methods.exact import exact_effects
+from sfc.circuits.methods.integrated_gradients import integrated_effects
+from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.models.batches import SlotLayout, make_batches
@@ -34,12 +36,16 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 
 
+def component_spaces(model: Model) -> dict[str, NodeSpace]:
+    return checked(heads_and_mlps(Sources(model, [], [0, 1], {}, None)), model)  # pyright: ignore
+
+
 def of_components(problem: Problem, model: Model) -> Problem:
     """The problem put to the heads and MLPs of two layers of a model."""
     prompts = model.tokenize(TEXTS)
     layout = SlotLayout.of(prompts)
     batches = make_batches(prompts, layout, 120, model.device)
-    spaces = component_spaces(model, "heads-and-mlps", [0, 1])
+    spaces = component_spaces(model)
     reference = mean_reference(model, spaces, make_batches(prompts[:4], layout, 60, model.device), layout)
     ablation = Ablation(Nodes.of_spaces(spaces), spaces, reference, "node")
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
@@ -150,16 +156,16 @@ def test_law_integrated_gradients_of_a_site_sum_to_what_ablating_the_site_does(c
 
 def test_every_causal_method_ranks_all_components(problem: Problem, model: Model) -> None:
     components = of_components(problem, model)
-    config = components.config.model_copy(update={"ig_steps": 4, "exact_nodes": 100, "mask_steps": 10})
+    few = components.with_settings(integrated_gradients={"steps": 4}, exact={"nodes": 100}, learned_mask={"steps": 10})
     nodes = components.ablation.nodes
     for method in ("attribution", "integrated-gradients", "exact", "learned-mask"):
-        effects = METHODS[method](replace(components, config=config))
+        effects = METHODS[method].rank(few)
         assert sorted(effects.ranking) == list(range(nodes.n_nodes))
         assert np.isfinite(effects.effect).all() and (effects.absolute >= np.abs(effects.effect) - 1e-6).all()
 
 
 def test_names_of_components_and_numbers_are_inverse(model: Model) -> None:
-    nodes = Nodes.of_spaces(component_spaces(model, "heads-and-mlps", [0, 1]))
+    nodes = Nodes.of_spaces(component_spaces(model))
     names = [nodes.name(i) for i in range(nodes.n_nodes)]
     n_heads = model.bridge.cfg.n_heads
     assert names == [n for layer in (0, 1) for n in (*(f"head.{layer}.{h}" for h in range(n_heads)), f"mlp.{layer}")]

@@ -9,16 +9,15 @@ import torch
 from commands import sfc
 
 from sfc.circuits.baselines import mean_reference
-from sfc.circuits.circuit import load_circuit
-from sfc.circuits.effects import METHODS
 from sfc.circuits.faithfulness import full_scores
+from sfc.circuits.files import load_circuit
+from sfc.circuits.methods import METHODS
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
-from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
@@ -106,7 +105,7 @@ def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None
 def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> None:
     run = Run(load_experiment("tiny", REFUSED), root)
     problem, _, facts = prepare_problem(Session(run), "all")
-    effects = METHODS[method](problem)
+    effects = METHODS[method].rank(problem)
     values = np.concatenate([np.pad(features, ((0, 0), (0, 1))) for features in problem.features.values()], axis=1)
     ours = values[problem.labels]
     node = int(effects.ranking[0])

@@ -16,7 +16,6 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.edges import (
     EDGES,
@@ -29,6 +28,7 @@ from sfc.circuits.edges import (
     strongest_edges,
     without_dead_ends,
 )
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
@@ -251,8 +251,7 @@ def test_means_over_prompts_and_what_of_them_is_kept(problem: Problem) -> None:
     assert set(between.sources) | set(between.targets) == set(members)
     assert nodes.is_error[between.sources].any() and nodes.is_error[between.targets].any()
 
-    config = problem.config.model_copy(update={"edge_share": 0.2, "edges_per_node": 3})
-    kept = EDGES["attribution"](replace(problem, config=config), members)
+    kept = EDGES["attribution"](problem.with_settings(discovery={"edge_share": 0.2, "edges_per_node": 3}), members)
     enough = np.abs(between.weight) >= 0.2 * np.abs(between.weight).max()
     into = {int(target): min(3, int(enough[:, column].sum())) for column, target in enumerate(between.targets)}
     counted = {target: sum(edge.target == target for edge in kept) for target in into}

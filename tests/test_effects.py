@@ -5,22 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import false_discovery_control, pearsonr
+from scipy.stats import pearsonr
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.attribution import attributed_effects
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.edges import correlation_edges
-from sfc.circuits.effects import METHODS
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
-from sfc.circuits.learned_mask import price
+from sfc.circuits.methods import METHODS, CorrelationOptions, LearnedMaskOptions
+from sfc.circuits.methods.attribution import attributed_effects
+from sfc.circuits.methods.correlation import permutation_test
+from sfc.circuits.methods.learned_mask import price
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
-from sfc.circuits.permutation import permutation_test
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
@@ -28,7 +25,7 @@ from sfc.models.batches import Batch, SlotLayout
 from sfc.models.running import last_logits
 from sfc.models.score import score_batch
 from sfc.saes.dictionary import TopKDictionary
-from sfc.stats import benjamini_hochberg, pearson
+from sfc.stats import pearson
 
 
 def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -112,15 +109,15 @@ def test_gradients_are_of_what_an_intervention_at_the_site_changes(elsewhere: Pr
 @pytest.mark.parametrize("mode", ["keep-current", "ablate"])
 @pytest.mark.parametrize("method", ["attribution", "learned-mask"])
 def test_errors_that_no_circuit_decides_on_are_not_ranked(problem: Problem, mode: str, method: str) -> None:
-    config = problem.config.model_copy(update={"mask_steps": 2})
-    decided = replace(problem, ablation=replace(problem.ablation, error_mode=mode), config=config)
+    problem = problem.with_settings(learned_mask={"steps": 2})
+    decided = replace(problem, ablation=replace(problem.ablation, error_mode=mode))
     features = np.flatnonzero(~problem.ablation.nodes.is_error)
-    assert sorted(METHODS[method](decided).ranking) == features.tolist()
-    assert len(METHODS[method](replace(problem, config=config)).ranking) == problem.ablation.nodes.n_nodes
+    assert sorted(METHODS[method].rank(decided).ranking) == features.tolist()
+    assert len(METHODS[method].rank(problem).ranking) == problem.ablation.nodes.n_nodes
 
 
 def test_attribution_means_over_prompts_and_ranks_by_size(problem: Problem) -> None:
-    effects = METHODS["attribution"](problem)
+    effects = METHODS["attribution"].rank(problem)
     per_prompt = torch.cat([attributed_effects(problem, *run).by_prompt for run in problem.runs]).double().numpy()
     np.testing.assert_allclose(effects.effect, per_prompt.mean(0), atol=1e-6)
     np.testing.assert_allclose(effects.absolute, np.abs(per_prompt).mean(0), atol=1e-6)
@@ -130,7 +127,7 @@ def test_attribution_means_over_prompts_and_ranks_by_size(problem: Problem) -> N
 
 def test_attribution_agrees_with_exact_ablation_where_the_step_is_small(problem: Problem) -> None:
     """First order: one node at the last site moves the residual stream a little, and the score nearly linearly."""
-    effects = METHODS["attribution"](problem).effect
+    effects = METHODS["attribution"].rank(problem).effect
     nodes = problem.ablation.nodes
     candidates = np.flatnonzero((nodes.site_numbers == 1) & ~nodes.is_error)
     keep = ~np.eye(nodes.n_nodes, dtype=bool)[candidates]
@@ -143,9 +140,8 @@ def test_attribution_agrees_with_exact_ablation_where_the_step_is_small(problem:
 
 
 def test_a_learned_mask_beats_chance_on_its_own_prompts(problem: Problem) -> None:
-    update = {"mask_steps": 200, "mask_prompts": 3, "mask_price": 1e-2, "mask_last_price": 3e-2}
-    config = problem.config.model_copy(update=update)
-    effects = METHODS["learned-mask"](replace(problem, config=config))
+    settings = {"steps": 200, "prompts": 3, "price": 1e-2, "last_price": 3e-2}
+    effects = METHODS["learned-mask"].rank(problem.with_settings(learned_mask=settings))
     nodes = problem.ablation.nodes
     keep = np.zeros((6, nodes.n_nodes), dtype=bool)
     keep[0, effects.ranking[:50]] = True
@@ -163,16 +159,16 @@ def test_a_learned_mask_beats_chance_on_its_own_prompts(problem: Problem) -> Non
 
 
 def test_the_price_of_a_node_rises_to_the_first_price_and_on_to_the_last() -> None:
-    config = DiscoveryOptions(mask_steps=100, mask_price=1e-3, mask_last_price=4e-3)  # pyright: ignore
-    prices = [price(step, config) for step in range(1, 101)]
+    options = LearnedMaskOptions(steps=100, price=1e-3, last_price=4e-3)
+    prices = [price(step, options) for step in range(1, 101)]
     assert (np.diff(prices) > 0).all()
     np.testing.assert_allclose([prices[i] for i in (0, 39, 69, 99)], [2.5e-5, 1e-3, 2e-3, 4e-3])
 
 
 def test_prompts_are_drawn_by_the_mask_seed(problem: Problem) -> None:
-    config = problem.config.model_copy(update={"mask_steps": 10, "mask_prompts": 2})
-    seeded = [replace(problem, config=config.model_copy(update={"mask_seed": seed})) for seed in (0, 0, 1)]
-    masks = [METHODS["learned-mask"](same).attributes["mask"] for same in seeded]
+    settings = {"steps": 10, "prompts": 2}
+    seeded = [problem.with_settings(learned_mask=settings | {"seed": seed}) for seed in (0, 0, 1)]
+    masks = [METHODS["learned-mask"].rank(same).attributes["mask"] for same in seeded]
     assert (masks[0] == masks[1]).all() and not np.allclose(masks[0], masks[2])
 
 
@@ -182,8 +178,7 @@ def test_aggregated_features_are_those_of_the_stored_tokens(problem: Problem, pr
     features = problem.ablation.dictionaries[site].encode(store.read(site, 0, store.n_tokens)).numpy()
     functions = {"mean": lambda f: f.mean(0), "max": lambda f: f.max(0), "last": lambda f: f[-1]}
     for how, function in functions.items():
-        config = problem.config.model_copy(update={"aggregation": how})
-        fast = replace(problem, config=config).features[site]
+        fast = problem.with_settings(discovery={"aggregation": how}).features[site]
         for prompt in range(len(prompts)):
             rows = np.flatnonzero(table.prompt == prompt)
             rows = rows[np.argsort(table.position[rows])]
@@ -191,7 +186,7 @@ def test_aggregated_features_are_those_of_the_stored_tokens(problem: Problem, pr
 
 
 def test_correlation_is_scipys_for_every_feature(problem: Problem) -> None:
-    effects = METHODS["correlation"](problem)
+    effects = METHODS["correlation"].rank(problem)
     features = np.concatenate([np.pad(f, ((0, 0), (0, 1))) for f in problem.features.values()], axis=1)
     for node in range(problem.ablation.nodes.n_nodes):
         if features[:, node].std() == 0:
@@ -199,19 +194,18 @@ def test_correlation_is_scipys_for_every_feature(problem: Problem) -> None:
             continue
         expected = pearsonr(features[:, node], problem.labels.astype(float))
         assert effects.effect[node] == pytest.approx(expected.statistic, abs=1e-6)
-    assert (np.abs(effects.effect[effects.ranking]) >= problem.config.threshold).all()
+    assert (np.abs(effects.effect[effects.ranking]) >= CorrelationOptions().threshold).all()
     is_error = problem.ablation.nodes.is_error
     assert not is_error[effects.ranking].any()
-    config = problem.config
-    test = permutation_test(features, problem.labels, problem.pairs, config.permutations, config.min_firing, 0)
+    options = CorrelationOptions()
+    test = permutation_test(features, problem.labels, problem.pairs, options.permutations, options.min_firing, 0)
     np.testing.assert_array_equal(effects.attributes["p_value"][~is_error], test.p_value[~is_error])
     assert (effects.attributes["p_value"][is_error] == 1).all() and (effects.attributes["q_value"][is_error] == 1).all()
     assert (effects.attributes["p_value"] < 1).any()
 
 
 def test_correlation_takes_the_strongest_of_each_layer(problem: Problem) -> None:
-    config = problem.config.model_copy(update={"top_per_layer": 3})
-    effects = METHODS["correlation"](replace(problem, config=config))
+    effects = METHODS["correlation"].rank(problem.with_settings(correlation={"top_per_layer": 3}))
     chosen = problem.ablation.nodes.site_numbers[effects.ranking]
     assert np.bincount(chosen).tolist() == [3, 3]
     for site in (0, 1):
@@ -222,8 +216,8 @@ def test_correlation_takes_the_strongest_of_each_layer(problem: Problem) -> None
 def test_correlation_needs_two_labels_and_magnitude_does_not(problem: Problem) -> None:
     same = replace(problem, prompts=problem.prompts.assign(refusal_label=True))
     with pytest.raises(UserError, match="magnitude"):
-        METHODS["correlation"](same)
-    effects = METHODS["magnitude"](same)
+        METHODS["correlation"].rank(same)
+    effects = METHODS["magnitude"].rank(same)
     features = np.concatenate([np.pad(f, ((0, 0), (0, 1))) for f in same.features.values()], axis=1)
     np.testing.assert_allclose(effects.effect, 0.7 * np.abs(features).mean(0) + 0.3 * features.var(0), rtol=1e-5)
     ranked = effects.effect[effects.ranking]
@@ -231,8 +225,7 @@ def test_correlation_needs_two_labels_and_magnitude_does_not(problem: Problem) -
 
 
 def test_magnitude_is_that_of_the_population_alone(problem: Problem) -> None:
-    safe = problem.config.model_copy(update={"population": "safe"})
-    effects = METHODS["magnitude"](replace(problem, config=safe))
+    effects = METHODS["magnitude"].rank(problem.with_settings(discovery={"population": "safe"}))
     features = np.concatenate([np.pad(f, ((0, 0), (0, 1))) for f in problem.features.values()], axis=1)[~problem.labels]
     np.testing.assert_allclose(effects.effect, 0.7 * features.mean(0) + 0.3 * features.var(0), rtol=1e-5, atol=1e-7)
 
@@ -251,11 +244,6 @@ def test_correlation_edges_join_neighbouring_layers_by_pearsons_r(problem: Probl
     assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, _ in edges} == expected and expected
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_is_scipys(p_values: list[float]) -> None:
-    np.testing.assert_allclose(benjamini_hochberg(np.array(p_values)), false_discovery_control(p_values), atol=1e-12)
-
-
 def test_constant_and_perfect_features() -> None:
     label = np.array([0.0, 0, 1, 1])
     features = np.stack([np.full(4, 0.1), label * 3 + 5, -label], axis=1)
@@ -270,7 +258,7 @@ def test_magnitude_by_hand(problem: Problem) -> None:
         }
 
     by_hand = ByHand(**{name: getattr(problem, name) for name in problem.__dataclass_fields__})
-    effects = METHODS["magnitude"](by_hand)
+    effects = METHODS["magnitude"].rank(by_hand)
     # Prompts 0, 1 and 3 are toxic: values 1, 3, 5 and 0, 0, 2, so means 3 and 2/3, variances 8/3 and 8/9.
     assert effects.effect[:4] == pytest.approx([0.7 * 3 + 0.3 * 8 / 3, 0.7 * 2 / 3 + 0.3 * 8 / 9, 0, 0])
     assert effects.ranking.tolist() == [0, 4, 1, 5]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.permutation import permutation_test, permuted_labels, strata
+from sfc.circuits.methods.correlation import permutation_test, permuted_labels, strata
 from sfc.core.errors import UserError
 from sfc.data.or_bench import load_prompts
 from sfc.data.topics import listed_topics, topic_pairs

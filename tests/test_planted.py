@@ -13,7 +13,7 @@ from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OUTPUT, OUTPUT_LOGIT
 from planted_problems import MARGIN, Planted, exact_margin, plant
 from torch import Tensor
 
-from sfc.circuits.effects import METHODS
+from sfc.circuits.methods import METHODS
 from sfc.models.interventions import recorder
 from sfc.models.running import last_logits
 from sfc.models.score import score_batch
@@ -123,8 +123,8 @@ def measured() -> pd.DataFrame:
 
 def test_causal_methods_find_all_that_is_planted(measured: pd.DataFrame) -> None:
     figures = summary(measured[measured["kind"] != "or"])
-    assert list(figures) == list(METHODS)
-    for method in set(METHODS) - set(BY_CORRELATION):
+    assert list(figures) == METHODS.names()
+    for method in set(METHODS.names()) - set(BY_CORRELATION):
         of_nodes = {name: value for name, value in figures[method].items() if name.startswith("node")}
         assert set(of_nodes.values()) == {1.0}, method
     for method in BY_CORRELATION:

@@ -166,7 +166,7 @@ def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -
         "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "patching.limit": 4,
         "patching.require": "score", "patching.components": "[head, mlp]", "patching.layers": [n_layers - 1],
         "activations.layers": [n_layers - 2, n_layers - 1], "activations.dtype": "float32",
-        "saes.steps": 20, "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "discovery.mask_steps": 3,
+        "saes.steps": 20, "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "learned_mask.steps": 3,
         "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
     }  # fmt: skip
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfc.circuits import stability
-from sfc.circuits.effects import METHODS, Effects
+from sfc.circuits.methods import METHODS, Effects
 from sfc.circuits.problem import Problem
 from sfc.circuits.stability import (
     agreement_of_halves,
@@ -59,7 +59,7 @@ def test_the_bootstrap_is_what_a_loop_over_draws_says(n_prompts: int, n_nodes: i
 
 
 def test_blocks_of_draws_and_of_nodes_change_nothing(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    effects = METHODS["attribution"](problem)
+    effects = METHODS["attribution"].rank(problem)
     members = effects.ranking[:20].tolist()
 
     def stable() -> tuple[Effects, dict]:
@@ -76,8 +76,8 @@ def test_blocks_of_draws_and_of_nodes_change_nothing(problem: Problem, monkeypat
 
 @pytest.mark.parametrize("method", ["attribution", "integrated-gradients", "exact", "learned-mask"])
 def test_the_effects_are_the_means_of_those_of_the_prompts(problem: Problem, method: str) -> None:
-    config = problem.config.model_copy(update={"mask_steps": 2, "exact_nodes": 10, "ig_steps": 2})
-    effects = METHODS[method](replace(problem, config=config))
+    few = {"learned_mask": {"steps": 2}, "exact": {"nodes": 10}, "integrated_gradients": {"steps": 2}}
+    effects = METHODS[method].rank(problem.with_settings(**few))
     assert effects.by_prompt is not None and effects.by_prompt.shape[0] == problem.runs.n_prompts
     np.testing.assert_allclose(effects.by_prompt.mean(0), effects.effect, atol=1e-6)
     members = effects.ranking[:8].tolist()
@@ -89,7 +89,7 @@ def test_the_effects_are_the_means_of_those_of_the_prompts(problem: Problem, met
 
 
 def test_node_sets_that_effects_alone_do_not_make_are_not_resampled(problem: Problem) -> None:
-    effects = METHODS["attribution"](problem)
+    effects = METHODS["attribution"].rank(problem)
     nothing = {"stability": None, "stability_jaccard": None}
     best = effects.ranking[:8].tolist()
     for left, figures in (
@@ -101,12 +101,11 @@ def test_node_sets_that_effects_alone_do_not_make_are_not_resampled(problem: Pro
 
 
 def test_halves_agree_as_far_as_two_discoveries_do(problem: Problem) -> None:
-    config = problem.config.model_copy(update={"method": "attribution"})
-    attributed = replace(problem, config=config)
+    attributed = problem.with_settings(discovery={"method": "attribution"})
     halves, nodes = agreement_of_halves(attributed, 10, seed=2), problem.ablation.nodes
     found = []
     for half in problem.runs.halves(2):
-        found.append(METHODS["attribution"](replace(problem, runs=half)).ranking[:10].tolist())
+        found.append(METHODS["attribution"].rank(replace(problem, runs=half)).ranking[:10].tolist())
     assert halves.jaccard == jaccard(*(dict.fromkeys(nodes, 1) for nodes in found))
     at_site = [np.mean([sum(nodes.site_numbers[n] == site for n in half) for half in found]) for site in range(2)]
     assert halves.chance == pytest.approx(chance_overlap(np.array(at_site), np.array(nodes.sizes)))

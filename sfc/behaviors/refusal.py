@@ -1,9 +1,13 @@
 """Refusal: toxic prompts are declined, safe ones are answered."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfc.behaviors.behavior import BEHAVIORS, Behavior, Words
+from sfc.core.config import Experiment
+from sfc.data.prepare import Prepared, prepare_prompts
+from sfc.data.schema import category_or_all
 
 if TYPE_CHECKING:
     from sfc.models.loading import Model
@@ -16,10 +20,11 @@ class Refusal(Behavior):
     name = "refusal"
     words = Words()
 
-    def inputs(self, experiment: Any) -> dict[str, Any]:
-        return {"refusal_tokens": experiment.model.refusal_tokens, "against_tokens": experiment.model.against_tokens}
+    def prompts(self, folder: Path, experiment: Experiment) -> Prepared:
+        """OR-Bench's three files, or any folder that looks like them."""
+        return prepare_prompts(folder, experiment.prompts, experiment.seed)
 
-    def metric(self, model: "Model", experiment: Any) -> "Score":
+    def metric(self, model: "Model", experiment: Experiment) -> "Score":
         """The log-odds of refusal-opening tokens (see `RefusalScore`)."""
         from sfc.models.score import RefusalScore
 
@@ -29,6 +34,13 @@ class Refusal(Behavior):
         from sfc.models.judge import is_refusal
 
         return is_refusal
+
+    def inputs(self, experiment: Experiment) -> dict[str, Any]:
+        return {"refusal_tokens": experiment.model.refusal_tokens, "against_tokens": experiment.model.against_tokens}
+
+    def group(self, experiment: Experiment, name: str | None) -> str:
+        """One of OR-Bench's ten categories, or `all`; by default violence."""
+        return category_or_all(name or "violence")
 
 
 BEHAVIORS.register(Refusal())

@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.baselines import Reference
-from sfc.circuits.nodes import Nodes
+from sfc.circuits.nodes import ERROR, Nodes
 from sfc.circuits.options import ErrorMode
+from sfc.circuits.spaces import NodeSpace
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.linear import linear
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, run_to
-from sfc.saes.dictionary import Dictionary
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Ablation:
     """
 
     nodes: Nodes
-    dictionaries: Mapping[str, Dictionary]
+    dictionaries: Mapping[str, NodeSpace]
+    """what takes the activation at each site apart into its nodes"""
     reference: Reference
     error_mode: ErrorMode
     clean_errors: Mapping[str, Float[Tensor, "batch pos d_in"]] | None = None
-    """errors of one batch in the model as it is, for `keep-clean`: `for_batch` gives them"""
+    """for `keep-clean`, the errors of one batch in the model as it is, at sites that have one: from `for_batch`"""
 
     @torch.no_grad()
     def for_batch(self, model: Model, batch: Batch, prefix: Prefix | None) -> "Ablation":
@@ -46,7 +48,8 @@ class Ablation:
         if self.error_mode != "keep-clean":
             return self
         seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in self.nodes.sites}, self.nodes.sites[-1], prefix)
+        sites = [site for site, space in self.dictionaries.items() if space.part_kind == ERROR]
+        run_to(model, batch, {site: recorder(seen, site) for site in sites}, self.nodes.sites[-1], prefix)
         return replace(self, clean_errors={site: self._error(site, x.float()) for site, x in seen.items()})
 
     def interventions(
@@ -71,7 +74,7 @@ class Ablation:
         return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
 
     def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
-        dictionary, rows = self.dictionaries[site], x.flatten(0, 1)
+        dictionary, rows = self.dictionaries[site], rearrange(x, "batch pos d_in -> (batch pos) d_in")
         return (rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))).view_as(x)
 
     def _with_error_mode(self, keep: Tensor) -> Tensor:
@@ -87,9 +90,9 @@ class Ablation:
         circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
         error_weight = keep_error[circuit_of_token]
         constant = self._ablated_part(site, mask, circuit_of_token, batch.slots[touchable])
-        if self.clean_errors is not None:
+        if self.clean_errors is not None and site in self.clean_errors:
             clean = self.clean_errors[site]
-            clean = clean.repeat(len(touchable) // len(clean), 1, 1)[touchable]
+            clean = repeat(clean, "batch ... -> (copies batch) ...", copies=len(touchable) // len(clean))[touchable]
             constant = constant + clean - self.reference.errors[site][batch.slots[touchable]]
 
         def ablate(activation: Tensor) -> Tensor:
@@ -117,7 +120,8 @@ class Ablation:
         return (of_features + of_error)[row_of_token]
 
 
-def by_coordinate(of_parts: Float[Tensor, "rows parts"], dictionary: Dictionary) -> Float[Tensor, "rows coordinates"]:
+def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: NodeSpace) -> Float[Tensor, "rows coordinates"]:
     """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
-    n_parts = dictionary.n_parts
-    return of_parts if n_parts == 1 else of_parts.repeat_interleave(dictionary.d_in // n_parts, dim=1)
+    if space.n_parts == 1:
+        return of_parts
+    return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_in // space.n_parts)

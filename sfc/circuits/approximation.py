@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
-from sfc.circuits.effects import NATS, Effects
-from sfc.circuits.exact import exact_effects
+from sfc.circuits.methods import NATS, Effects
+from sfc.circuits.methods.exact import exact_effects
 from sfc.circuits.problem import Problem
 from sfc.core.progress import progress_bar
-from sfc.stats import pearson
 
 NOISE_FLOOR = 1e-3
 """nats: the sign of a smaller exact effect is not asked about; float32 leaves a score uncertain by about 1e-5"""
@@ -69,13 +68,12 @@ def audit(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
 
 def agreement(fast: Float[np.ndarray, " nodes"], exact: Float[np.ndarray, " nodes"]) -> Agreement:
     """Rank correlation and sign agreement of two measures of the same nodes."""
-    ranks = [rankdata(values)[:, None] for values in (fast, exact)]
-    ranked = len(fast) > 1 and all(np.ptp(r) > 0 for r in ranks)
+    varied = len(fast) > 1 and np.ptp(fast) > 0 and np.ptp(exact) > 0
     signed = np.abs(exact) > NOISE_FLOOR
     same = np.sign(fast[signed]) == np.sign(exact[signed])
     return Agreement(
         len(fast),
-        round(float(pearson(*ranks)[0, 0]), 4) if ranked else None,
+        round(float(spearmanr(fast, exact).statistic), 4) if varied else None,  # pyright: ignore
         round(float(same.mean()), 4) if len(same) else None,
         len(same),
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.problem import Problem
@@ -49,6 +50,11 @@ def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
     return record
 
 
+def prompt_of_token(batch: Batch) -> Int[Tensor, " tokens"]:
+    """For each touchable token, the row of its prompt."""
+    return batch.touchable.nonzero(as_tuple=True)[0]
+
+
 @dataclass(frozen=True)
 class SiteRun:
     """One batch, stopped at one site."""
@@ -63,10 +69,10 @@ class SiteRun:
 
     def scores(self, x: Float[Tensor, "copies batch pos d_in"]) -> Float[Tensor, "copies batch"]:
         """The score of every prompt with the activation at the site replaced, once by each copy. Differentiable."""
-        replaced = x.flatten(0, 1).to(self.x.dtype)
+        replaced = rearrange(x, "copies batch pos d_in -> (copies batch) pos d_in").to(self.x.dtype)
         packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
         scores = score_batch(self.problem.model, self.problem.score, packed, {self.site: lambda _: replaced}, prefix)
-        return scores.view(x.shape[:2])
+        return rearrange(scores, "(copies batch) -> copies batch", copies=len(x))
 
 
 def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, prefix: Prefix) -> Iterator[SiteRun]:

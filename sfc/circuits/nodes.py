@@ -1,95 +1,112 @@
-"""Nodes: every feature of every dictionary, and one error node per site, numbered in the order of the sites.
+"""Nodes, what circuits are made of, and the kinds of them that can be asked for (`discovery.nodes`).
 
-Names are `resid_post.21/F1234` and `resid_post.21/error`. Where a site has no features its nodes are components:
-`head.21.3` at `hook_z`, `mlp.21` at `hook_mlp_out`. A set of nodes is a vector over these numbers: booleans for
-a circuit, numbers between 0 and 1 for a mask.
+The nodes of a site are the features of a space of nodes (see `sfc.circuits.spaces`), and behind them what is left of
+the activation without its features: the error, or components such as heads. They are numbered in the order of the
+sites, and named `resid_post.21/F1234`, `resid_post.21/error`, `head.21.3`, `mlp.21`. A set of nodes is a vector over
+these numbers: booleans for a circuit, numbers between 0 and 1 for a mask.
 
-Heads and MLPs as nodes: a space of nodes with no features, only parts of an activation.
-
-A head is its part of `hook_z`, what it reads from other tokens, before W_O; an MLP is all of `hook_mlp_out`. What is
-left of an activation without its features is a node already, the error; here there are no features, and what is left,
-all of it, is divided among the heads. So every formula for errors, and every law, holds for components.
+A kind of nodes is registered in `NODES`. Nothing here imports torch, so that names and flags are there without it.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
-from sfc.circuits.options import NodeChoice
 from sfc.core.errors import UserError
-from sfc.core.sites import StoredKind, kind_of, layer_of, short_site, site_of
-from sfc.models.loading import Model
-from sfc.saes.dictionary import Dictionary, LinearDecoder
-from sfc.saes.kernels import Sparse
+from sfc.core.registry import Registry, imported_when_called
+from sfc.core.sites import short_site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfc.circuits.spaces import NodeSpace
+    from sfc.models.loading import Model
+    from sfc.saes.dictionary import Dictionary
+    from sfc.saes.store import Store
+
+FEATURE, ERROR = "feature", "error"
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of some dictionaries: at each site its features, then its error node."""
+    """The nodes of some sites: at each its features, then its other parts."""
 
     sites: tuple[str, ...]
+    """in the order in which the model passes them"""
     widths: tuple[int, ...]
     """features per site"""
-    parts: tuple[int, ...]
-    """nodes per site that are no features: the error, or components"""
+    parts: tuple[Sequence[str], ...]
+    """per site, the names of the nodes that are not features: the error, or components"""
+    kinds: tuple[str, ...]
+    """per site, what these parts are: `error`, `head`, `mlp`, …"""
 
     @classmethod
     def of(cls, widths: Mapping[str, int]) -> "Nodes":
         """The features and errors of dictionaries with these widths, in the order of the sites."""
-        return cls(tuple(widths), tuple(widths.values()), (1,) * len(widths))
+        parts = tuple((error_name(site),) for site in widths)
+        return cls(tuple(widths), tuple(widths.values()), parts, (ERROR,) * len(widths))
 
     @classmethod
-    def of_spaces(cls, spaces: Mapping[str, Dictionary]) -> "Nodes":
-        """The nodes of dictionaries or components."""
-        widths, parts = zip(*((space.d_sae, space.n_parts) for space in spaces.values()), strict=True)
-        return cls(tuple(spaces), widths, parts)
+    def of_spaces(cls, spaces: "Mapping[str, NodeSpace]") -> "Nodes":
+        """The nodes of some spaces by their sites."""
+        of_sites = ((space.d_sae, space.parts, space.part_kind) for space in spaces.values())
+        widths, parts, kinds = zip(*of_sites, strict=True)
+        return cls(tuple(spaces), widths, parts, kinds)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
-        """Nodes per site: its features and the error, or its components."""
-        return [width + n for width, n in zip(self.widths, self.parts, strict=True)]
+        """Nodes per site: its features and its other parts."""
+        return [width + len(parts) for width, parts in zip(self.widths, self.parts, strict=True)]
+
+    @cached_property
+    def first_numbers(self) -> Int[np.ndarray, " sites"]:
+        """The number of each site's first node."""
+        return np.cumsum([0, *self.sizes[:-1]])
 
     @property
     def n_nodes(self) -> int:
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def site_numbers(self) -> Int[np.ndarray, " nodes"]:
         """For each node, the number of its site."""
         return np.repeat(np.arange(len(self.sites)), self.sizes)
 
-    @property
+    @cached_property
     def is_error(self) -> Bool[np.ndarray, " nodes"]:
         """Which nodes are error nodes."""
-        errors = np.zeros(self.n_nodes, dtype=bool)
-        errors[(np.cumsum(self.sizes) - 1)[np.array(self.widths) > 0]] = True
-        return errors
+        of_sites = zip(self.widths, self.parts, self.kinds, strict=True)
+        return np.concatenate(
+            [np.repeat([False, kind == ERROR], [width, len(parts)]) for width, parts, kind in of_sites]
+        )
 
-    def kind(self, node: int) -> Literal["feature", "error", "head", "mlp"]:
-        """What the node is."""
-        site = self.site_numbers[node]
-        if self.widths[site]:
-            return "error" if self.is_error[node] else "feature"
-        return "head" if kind_of(self.sites[site]) == "hook_z" else "mlp"
+    @cached_property
+    def is_feature(self) -> Bool[np.ndarray, " nodes"]:
+        """Which nodes are features."""
+        of_sites = zip(self.widths, self.parts, strict=True)
+        return np.concatenate([np.repeat([True, False], [width, len(parts)]) for width, parts in of_sites])
 
-    def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Values over all nodes [..., nodes] as one tensor [..., size] per site."""
-        return dict(zip(self.sites, values.split(self.sizes, dim=-1), strict=True))
+    def of_features(
+        self, per_site: Iterable[Float[np.ndarray, " features"]], elsewhere: float
+    ) -> Float[np.ndarray, " nodes"]:
+        """Values of each site's features as values over all nodes; nodes that are not features have `elsewhere`."""
+        of_sites = zip(per_site, self.parts, strict=True)
+        return np.concatenate([np.append(values, np.full(len(parts), elsewhere)) for values, parts in of_sites])
+
+    def kind(self, node: int) -> str:
+        """What the node is: `feature`, `error`, `head`, …"""
+        site, within = self._place(node)
+        return FEATURE if within < self.widths[site] else self.kinds[site]
 
     def name(self, node: int) -> str:
         """The node's name."""
-        site = int(np.searchsorted(np.cumsum(self.sizes), node, side="right"))
-        within = node - sum(self.sizes[:site])
-        if not self.widths[site]:
-            return self._component(site, within)
-        kind = "error" if within == self.widths[site] else f"F{within}"
-        return f"{short_site(self.sites[site])}/{kind}"
+        site, within = self._place(node)
+        width = self.widths[site]
+        return f"{short_site(self.sites[site])}/F{within}" if within < width else self.parts[site][within - width]
 
     def number(self, name: str) -> int:
         """The node with this name.
@@ -97,71 +114,80 @@ class Nodes:
         Raises:
             UserError: there is no such node.
         """
-        sizes = self.sizes
-        with_features = {short_site(site): i for i, site in enumerate(self.sites) if self.widths[i]}
-        components = {
-            self._component(site, part): sum(sizes[:site]) + part
-            for site, n_parts in enumerate(self.parts)
-            for part in range(n_parts if not self.widths[site] else 0)
+        site_name, _, feature = name.partition("/F")
+        site = self._site_of_name.get(site_name)
+        if site is not None and feature.isdecimal() and int(feature) < self.widths[site]:
+            return int(self.first_numbers[site]) + int(feature)
+        if name not in self._number_of_part:
+            raise UserError(f"no node {name!r}: nodes are {self._all_names()}")
+        return self._number_of_part[name]
+
+    def split(self, values: "Tensor") -> "dict[str, Tensor]":
+        """Values over all nodes [..., nodes] as one tensor [..., size] per site."""
+        return dict(zip(self.sites, values.split(self.sizes, dim=-1), strict=True))
+
+    def _place(self, node: int) -> tuple[int, int]:
+        """The node's site, and its number within it."""
+        site = int(self.site_numbers[node])
+        return site, int(node - self.first_numbers[site])
+
+    @cached_property
+    def _site_of_name(self) -> dict[str, int]:
+        return {short_site(site): number for number, site in enumerate(self.sites)}
+
+    @cached_property
+    def _number_of_part(self) -> dict[str, int]:
+        first_parts = self.first_numbers + np.array(self.widths)
+        return {
+            name: int(first) + part
+            for first, names in zip(first_parts, self.parts, strict=True)
+            for part, name in enumerate(names)
         }
-        if name in components:
-            return components[name]
-        site_name, _, kind = name.partition("/")
-        if site_name in with_features:
-            site = with_features[site_name]
-            within = self.widths[site] if kind == "error" else int(kind[1:]) if re.fullmatch(r"F\d+", kind) else -1
-            if 0 <= within <= self.widths[site] and (kind == "error") == (within == self.widths[site]):
-                return sum(sizes[:site]) + within
-        if components:
-            raise UserError(f"no node {name!r}: nodes are {self.name(0)} … {self.name(self.n_nodes - 1)}")
-        raise UserError(
-            f"no node {name!r}: nodes are SITE/F0 … SITE/F{max(self.widths) - 1} and SITE/error,"
-            f" SITE of {list(with_features)}"
-        )
 
-    def _component(self, site: int, part: int) -> str:
-        layer = layer_of(self.sites[site])
-        return f"head.{layer}.{part}" if kind_of(self.sites[site]) == "hook_z" else f"mlp.{layer}"
+    def _all_names(self) -> str:
+        """What nodes are called, in words."""
+        with_features = [short_site(site) for site, width in zip(self.sites, self.widths, strict=True) if width]
+        if not with_features:
+            return f"{self.name(0)} … {self.name(self.n_nodes - 1)}"
+        return f"SITE/F0 … SITE/F{max(self.widths) - 1} and SITE/error, SITE of {with_features}"
 
 
-_KINDS: dict[NodeChoice, tuple[StoredKind, ...]] = {
-    "heads": ("hook_z",),
-    "mlps": ("mlp_out",),
-    "heads-and-mlps": ("hook_z", "mlp_out"),
-}
+def error_name(site: str) -> str:
+    """The name of the error node of a dictionary."""
+    return f"{short_site(site)}/{ERROR}"
 
 
-class Components(LinearDecoder):
-    """A dictionary without features, whose `n_parts` nodes share the coordinates of the activation equally."""
+@dataclass(frozen=True)
+class Sources:
+    """What spaces of nodes can be made from."""
 
-    def __init__(self, site: str, d_in: int, n_parts: int, device: torch.device) -> None:
-        nothing = {"W_dec": torch.zeros(0, d_in, device=device), "b_dec": torch.zeros(d_in, device=device)}
-        super().__init__(nothing, site)
-        self.n_parts = n_parts
-
-    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows 0"]:
-        """No feature values."""
-        return x[..., :0]
-
-    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
-        """No entries."""
-        return Sparse(x[:, :0], torch.zeros(len(x), 0, dtype=torch.long, device=x.device))
-
-    def decode_sparse(
-        self, values: Float[Tensor, "rows entries"], indices: Int[Tensor, "rows entries"]
-    ) -> Float[Tensor, "rows d_in"]:
-        """Zero."""
-        return values.new_zeros(len(values), self.d_in)
+    model: "Model"
+    sites: Sequence[str]
+    """those of `activations`, in the order in which the model passes them"""
+    layers: Sequence[int]
+    dictionaries: "Mapping[str, Dictionary]"
+    """the SAEs by their sites; none unless the kind needs them"""
+    store: "Store"
+    """the activations of the prompts at `sites`"""
 
 
-def component_spaces(model: Model, nodes: NodeChoice, layers: Sequence[int]) -> dict[str, Components]:
-    """The heads, MLPs or both of some layers by their sites, in the order in which the model passes them.
+@dataclass(frozen=True)
+class NodeKind:
+    """A kind of nodes that circuits can be made of."""
 
-    Raises:
-        UserError: the model has no such site.
-    """
-    sites = [site_of(kind, layer) for layer in layers for kind in _KINDS[nodes]]
-    model.check_sites(sites)
-    n_heads = model.bridge.cfg.n_heads
-    parts = {site: n_heads if site.endswith("hook_z") else 1 for site in sites}
-    return {site: Components(site, model.width(site), n, model.device) for site, n in parts.items()}
+    name: str
+    spaces: "Callable[[Sources], Mapping[str, NodeSpace]]"
+    """makes the spaces by the sites that they write to"""
+    needs_saes: bool = False
+    has_features: bool = True
+    """whether nodes have values on stored activations, which can be correlated"""
+    has_edges: bool = True
+    """whether edges can be drawn between them: each site has features and one error"""
+
+
+NODES: Registry[NodeKind] = Registry("kind of nodes")
+
+NODES.register(NodeKind("features", imported_when_called("sfc.circuits.spaces:features"), needs_saes=True))
+for _name in ("heads", "mlps", "heads-and-mlps"):
+    _spaces = imported_when_called(f"sfc.circuits.spaces:{_name.replace('-', '_')}")
+    NODES.register(NodeKind(_name, _spaces, has_features=False, has_edges=False))

@@ -4,13 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES
 from sfc.core.config import Experiment, ModelConfig
 from sfc.core.options import Options, Share, option
+from sfc.core.registry import known_to
 
-Method = Literal["learned-mask", "attribution", "integrated-gradients", "exact", "correlation", "magnitude"]
 EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
-NodeChoice = Literal["features", "heads", "mlps", "heads-and-mlps"]
 Population = Literal["toxic", "safe"]
 PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-base"]
 ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired"]
@@ -22,9 +23,14 @@ class DiscoveryOptions(Options):
 
     section = "discovery"
 
-    nodes: NodeChoice = Field("features", description="what circuits are made of; heads and MLPs need no SAEs")
-    method: Method = option("learned-mask", description="how nodes are ranked")
-    population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
+    nodes: Annotated[str, known_to(NODES)] = Field(
+        "features", description="what circuits are made of; heads and MLPs need no SAEs"
+    )
+    category: str | None = option(
+        None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
+    )
+    method: Annotated[str, known_to(METHODS)] = option("learned-mask", description="how nodes are scored")
+    population: Population = option("toxic", description="prompts to explain; the others give the reference")
     contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
@@ -38,19 +44,8 @@ class DiscoveryOptions(Options):
         None, description="what ablated nodes are set to; null: the mean of the other population"
     )
     aggregation: Literal["mean", "max", "last"] = Field(
-        "max", description="correlation: feature values over the sequence"
+        "max", description="what is made of a feature's values over the sequence, where prompts have one each"
     )
-    threshold: float = Field(0.1, ge=0, description="correlation: smallest |r| of a node")
-    top_per_layer: int | None = Field(None, ge=1, description="correlation: take the strongest n per layer instead")
-    permutations: int = Field(500, ge=1, description="correlation: permutations of the labels that p-values come from")
-    min_firing: int = Field(5, ge=1, description="correlation: features that fire on fewer prompts are not tested")
-    ig_steps: int = Field(10, ge=1, description="integrated-gradients: points per path from reference to clean")
-    exact_nodes: int = Field(300, ge=1, description="exact: how many nodes, by attribution, are measured and ranked")
-    mask_steps: int = Field(240, ge=1, description="learned-mask: steps of gradient descent")
-    mask_prompts: int = Field(10, ge=1, description="learned-mask: prompts per step")
-    mask_price: float = Field(2e-3, gt=0, description="learned-mask: price per node, in squares of F(M) - F(0)")
-    mask_last_price: float = Field(1e-2, gt=0, description="learned-mask: the price to which it rises at last")
-    mask_seed: int = Field(0, ge=0, description="learned-mask: which prompts each step draws")
     edges: EdgeKind = Field("attribution", description="what an edge between neighbouring layers is drawn by")
     edge_share: Share = Field(0.01, description="attribution: smallest edge, as a share of the circuit's largest")
     edge_threshold: float = Field(0.5, ge=0, le=1, description="correlation: smallest |r| of an edge")
@@ -65,15 +60,16 @@ class DiscoveryOptions(Options):
 
     @model_validator(mode="after")
     def _components_have_neither_feature_values_nor_edges(self) -> "DiscoveryOptions":
-        if self.nodes != "features" and self.method in ("correlation", "magnitude"):
-            raise ValueError(f"method {self.method!r} needs nodes 'features', not {self.nodes!r}")
-        if self.nodes != "features" and self.drop_dead_ends:
+        kind = NODES[self.nodes]
+        if not kind.has_features and not METHODS[self.method].causal:
+            raise ValueError(f"method {self.method!r} needs features, which nodes {self.nodes!r} do not have")
+        if not kind.has_edges and self.drop_dead_ends:
             raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
         return self
 
     @model_validator(mode="after")
     def _halves_are_of_runs(self) -> "DiscoveryOptions":
-        if self.halves and self.method in ("correlation", "magnitude"):
+        if self.halves and not METHODS[self.method].per_prompt:
             raise ValueError(f"method {self.method!r} runs no prompts that could be halved: leave discovery.halves out")
         return self
 
@@ -92,7 +88,7 @@ class DiscoveryOptions(Options):
 
     @model_validator(mode="after")
     def _a_base_is_run(self) -> "DiscoveryOptions":
-        if self.contrast == "model-base" and self.method in ("correlation", "magnitude"):
+        if self.contrast == "model-base" and not METHODS[self.method].causal:
             raise ValueError(f"method {self.method!r} looks at one model alone: contrast 'model-base' needs another")
         if self.contrast != "model-base" and self.base is not None:
             raise ValueError(f"contrast {self.contrast!r} has no base model: leave discovery.base out")
@@ -107,11 +103,6 @@ class DiscoveryOptions(Options):
     def explains_positives(self) -> bool:
         """Whether the prompts explained are those of the discovery prompts whose label is true."""
         return self.population == "toxic" or self.contrast == "refused-complied"
-
-    def identity(self) -> dict[str, Any]:
-        """What a circuit depends on; what nearly all have in common is left out, so that older circuits stay valid."""
-        usual = {"contrast": self.contrast == "toxic-safe", "halves": not self.halves, "base": self.base is None}
-        return self.model_dump(exclude={name for name, is_usual in usual.items() if is_usual})
 
     @property
     def name_of_prompts(self) -> str:
@@ -145,6 +136,15 @@ class EvaluationOptions(Options):
     )
     replies: int = Field(20, ge=0, description="test prompts that are answered under the ablation, at a few sizes")
     reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
+
+
+def discovery_identity(experiment: Experiment) -> dict[str, Any]:
+    """What circuits depend on of how they are discovered: the section, and the settings of its method."""
+    discovery = DiscoveryOptions.of(experiment)
+    options = METHODS[discovery.method].options
+    return discovery.model_dump(exclude={"category"}) | (
+        {options.section: options.of(experiment).model_dump()} if options else {}
+    )
 
 
 def base_model(experiment: Experiment) -> ModelConfig:

@@ -6,7 +6,7 @@ What discovery works on: one question, put to one model, with everything needed 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import Reference
 from sfc.circuits.options import DiscoveryOptions
+from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.data.topics import topic_pairs
 from sfc.models.batches import Batch
@@ -128,7 +130,18 @@ class Problem:
     prompts: pd.DataFrame
     """discovery prompts of the category, both sides: `prompt`, `refusal_label`, and `store_index`, their number in the
     store; `topic` where the data set lists topics"""
-    config: DiscoveryOptions
+    experiment: Experiment
+    """where methods find their settings"""
+
+    @property
+    def config(self) -> DiscoveryOptions:
+        """The settings of discovery."""
+        return DiscoveryOptions.of(self.experiment)
+
+    def with_settings(self, **sections: Mapping[str, Any]) -> "Problem":
+        """The same problem with some settings changed: `with_settings(learned_mask={"steps": 10})`."""
+        update = {name: getattr(self.experiment, name).model_copy(update=values) for name, values in sections.items()}
+        return replace(self, experiment=self.experiment.model_copy(update=update))
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:
@@ -155,6 +168,21 @@ class Problem:
     @cached_property
     def firing_rates(self) -> Float[np.ndarray, " nodes"]:
         """For each feature the share of the prompts in which it is active at all; 1 for errors and components."""
-        parts = self.ablation.nodes.parts
-        shares = [(values > 0).mean(0) for values in self.features.values()]
-        return np.concatenate([np.append(s, np.ones(n)) for s, n in zip(shares, parts, strict=True)])
+        shares = ((values > 0).mean(0) for values in self.features.values())
+        return self.ablation.nodes.of_features(shares, elsewhere=1.0)
+
+
+class Task(NamedTuple):
+    """Everything that discovery and evaluation must be told beside the model and its dictionaries."""
+
+    score: Score
+    reference: Reference
+    discovery: list[Batch]
+    """the prompts that the circuit explains"""
+    test: list[Batch]
+    labelled: pd.DataFrame
+    """all discovery prompts, those explained and others: columns `prompt`, `refusal_label`"""
+    population: str
+    """what the prompts explained are called"""
+    facts: dict[str, Any]
+    """for the manifest: `prompts` (a frame), `score_auroc`, and what else there is to say"""

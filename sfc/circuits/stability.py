@@ -11,14 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sfc.circuits.effects import METHODS, Effects
+from sfc.circuits.methods import METHODS, Effects
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
 from sfc.stats import bootstrap_means, resampled_counts
 
 DRAWS = 1000
-RANKED_BY_EFFECT = ("attribution", "integrated-gradients", "exact")
-"""methods whose ranking is that of the |effects| alone, so that it can be resampled with them"""
 _ENTRIES = 1 << 23
 """draws times nodes that are in memory at once"""
 
@@ -89,7 +87,7 @@ def with_stability(
     """
     n = len(members)
     # Where dead ends have been dropped, the members are not the best nodes of the ranking by effect.
-    by_effect = method in RANKED_BY_EFFECT and set(members) == set(effects.ranking[:n].tolist())
+    by_effect = METHODS[method].ranked_by_effect and set(members) == set(effects.ranking[:n].tolist())
     if effects.by_prompt is None or not by_effect:
         return effects, {"stability": None, "stability_jaccard": None}
     sets = resampled_node_sets(effects.by_prompt, effects.ranking, members, seed)
@@ -106,7 +104,8 @@ def agreement_of_halves(problem: Problem, size: int, seed: int) -> Halves:
     if problem.runs.n_prompts < 2:
         raise UserError("discovery.halves: one discovery prompt has no halves; leave it out, or take more prompts")
     nodes = problem.ablation.nodes
-    found = [METHODS[problem.config.method](replace(problem, runs=half)).ranking for half in problem.runs.halves(seed)]
+    rank = METHODS[problem.config.method].rank
+    found = [rank(replace(problem, runs=half)).ranking for half in problem.runs.halves(seed)]
     a, b = (set(ranking[:size].tolist()) for ranking in found)
     counts = np.bincount(nodes.site_numbers[[*a, *b]], minlength=len(nodes.sites)) / 2
     return Halves(len(a & b) / len(a | b), chance_overlap(counts, np.array(nodes.sizes)))

@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sfc.core.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from sfc.core.errors import UserError, first_problem
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Kind = TypeVar("Kind", bound=BaseModel)
 
 MANIFEST = "manifest.json"
 Json = Mapping[str, Any]
@@ -168,6 +171,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}); delete it, or run again with --rebuild") from None
+
+
+def read_model(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file that describes a `kind`.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or describes something else.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
 
 
 def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> None:

@@ -53,15 +53,18 @@ SECTIONS: dict[str, type[Options]] = {}
 """the registered sections by their names"""
 
 
-def option(default: Any = ..., *, flag: str | None = None, positional: bool = False, **field: Any) -> Any:
+def option(
+    default: Any = ..., *, flag: str | None = None, positional: bool = False, implies: str | None = None, **field: Any
+) -> Any:
     """A field that commands offer as an option.
 
     Args:
         flag: the option's name where it is not the field's own with dashes, such as `--component`.
+        implies: an override `section.key=value` that giving the option brings along.
         positional: the command takes the values without a flag.
         field: what pydantic's `Field` takes: `description` is the option's help, and constraints are checked.
     """
-    return Field(default, json_schema_extra={"flag": flag, "positional": positional}, **field)
+    return Field(default, json_schema_extra={"flag": flag, "positional": positional, "implies": implies}, **field)
 
 
 class Flag(NamedTuple):
@@ -73,6 +76,7 @@ class Flag(NamedTuple):
     """what the command line gives: bool, int, float, str or Path"""
     is_list: bool
     positional: bool
+    implies: str
     help: str
     default: str
     """as the help shows it; empty where there is none"""
@@ -109,7 +113,8 @@ def overrides_of(section: type[Options], values: Mapping[str, Any]) -> list[str]
     """Options as overrides `section.field=value`; those that were not given (None, or False) are left out."""
     flags = {flag.field: flag for flag in flags_of(section)}
     given = {name: value for name, value in values.items() if value is not None and value is not False and value != []}
-    return [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
+    overrides = [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
+    return [*overrides, *(flags[name].implies for name in given if flags[name].implies)]
 
 
 def numbers_of(text: str) -> list[int]:
@@ -144,7 +149,17 @@ def _flag(name: str, info: FieldInfo) -> Flag:
     is_list = get_origin(kind) is list
     scalar = str if is_list or kind not in (bool, int, float, Path) else kind
     flag = extra["flag"] or f"--{name.replace('_', '-')}"
-    return Flag(name, str(flag), scalar, is_list, bool(extra["positional"]), _help(info), _default(info), info)
+    return Flag(
+        name,
+        str(flag),
+        scalar,
+        is_list,
+        bool(extra["positional"]),
+        str(extra["implies"] or ""),
+        _help(info),
+        _default(info),
+        info,
+    )
 
 
 def _help(info: FieldInfo) -> str:

@@ -10,20 +10,28 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from pydantic import AfterValidator
 
 from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
+    "sfc.saes.architectures",
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
+    "sfc.behaviors.pairs",
     "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
+    "sfc.studies.collect.study",
+    "sfc.studies.train.study",
+    "sfc.studies.discover.study",
+    "sfc.studies.evaluate.study",
     "sfc.studies.probe.study",
     "sfc.studies.compare.study",
     "sfc.studies.replicate.study",
@@ -76,6 +84,31 @@ class Registry(Generic[Item]):
         """All names, in the order in which they were registered."""
         load_plugins()
         return list(self._items)
+
+
+def known_to(registry: Registry[Any]) -> AfterValidator:
+    """For fields of options that name an item of a registry: any other name is an error of the field."""
+
+    def check(name: str) -> str:
+        try:
+            return registry[name].name
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    return AfterValidator(check)
+
+
+def imported_when_called(function: str) -> Callable[..., Any]:
+    """The function `module:name`, whose module is imported no earlier than it is called.
+
+    With it, what needs torch can be registered without importing it.
+    """
+    module, _, name = function.partition(":")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 @cache

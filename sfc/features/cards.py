@@ -34,7 +34,7 @@ from sfc.behaviors.behavior import Words
 from sfc.core.sites import short_site
 from sfc.data.render import Role
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, Activity, activity
-from sfc.features.labels import Peak, automatic_label
+from sfc.features.labels import ADDRESS, Peak, automatic_label
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
@@ -62,7 +62,6 @@ def nearest_neighbours(
     ]
 
 
-ADDRESS = "https://www.neuronpedia.org/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -139,9 +138,7 @@ def feature_cards(
             for context in card["contexts"]:
                 context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
-            card["fires_on"] = fires_on(
-                measured.mean_peak[number], groups, str(graph.graph.get("category")), words
-            )
+            card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
             card["label"] = _label(card)
             card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
             cards[name] = card

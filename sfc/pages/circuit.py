@@ -15,7 +15,6 @@ from sfc.pages.blocks import (
     Formula,
     Page,
     Pair,
-    Paragraph,
     Section,
     Table,
     Tile,
@@ -90,9 +89,7 @@ def circuit_page(
     )  # fmt: skip
 
 
-def _picture(
-    graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], marked: Collection[str]
-) -> str:
+def _picture(graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], marked: Collection[str]) -> str:
     drawn = strongest_nodes(graph, _DRAWN_NODES)
     figure = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, cards["features"], marked))
     return explorable_html(figure, graph, drawn, curve, cards)
@@ -101,7 +98,10 @@ def _picture(
 def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str:
     kinds = pd.Series([data["kind"] for _, data in graph.nodes(data=True)], dtype=str).value_counts()
     named = {"feature": "SAE feature", "error": "error node", "head": "head", "mlp": "MLP"}
-    parts = " and ".join(count_text(int(count), named.get(kind, kind)) for kind, count in kinds.items()) or "no node"
+    parts = (
+        " and ".join(count_text(int(count), named.get(str(kind), str(kind))) for kind, count in kinds.items())
+        or "no node"
+    )
     against = f" against {graph.graph['reference']}" if graph.graph.get("reference") else ""
     return (
         f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found"
@@ -222,8 +222,8 @@ def _approximation(graph: nx.DiGraph) -> Table | None:
         for miss in check["worst_misses"]
     ]
     title = (
-        f"Effects against exact ablation of single nodes, means over {check['n_prompts']:,} discovery prompts; signs are"
-        f" compared where the exact effect exceeds {number_text(check['noise_floor'])} nats"
+        f"Effects against exact ablation of single nodes, means over {check['n_prompts']:,} discovery prompts; signs"
+        f" are compared where the exact effect exceeds {number_text(check['noise_floor'])} nats"
     )
     return Table(title, ("measured", "rank correlation, or effect", "equal signs, or exact effect"), rows)
 
@@ -274,7 +274,9 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
 def _nodes_html(table: Table) -> str:
     """The table of nodes whose names can be clicked (see `circuit.js`)."""
     styles = ["tokens" if title in table.texts else "number" for title in table.columns[1:]]
-    head = "".join(f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True))
+    head = "".join(
+        f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True)
+    )
     rows = ""
     for name, *cells in table.rows:
         shown = escape(printable(name))

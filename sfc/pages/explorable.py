@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from sfc.features.cards import ADDRESS
+from sfc.features.labels import ADDRESS
 from sfc.pages.document import data_html
 from sfc.pages.graph import columns_of, groups_of
 from sfc.pages.style import sign_of, signs

@@ -18,9 +18,23 @@ from typing import Any, NamedTuple
 import networkx as nx
 import plotly.graph_objects as go
 
-from sfc.pages.placement import Placement, place
 from sfc.behaviors.behavior import Words
-from sfc.pages.style import BAND, BLUE, INK, LINE, QUIET, VERMILION, Sign, axis, remark, sign_of, signs, styled_figure, words_of
+from sfc.pages.placement import Placement, place
+from sfc.pages.style import (
+    BAND,
+    BLUE,
+    INK,
+    LINE,
+    QUIET,
+    VERMILION,
+    Sign,
+    axis,
+    remark,
+    sign_of,
+    signs,
+    styled_figure,
+    words_of,
+)
 from sfc.pages.text import count_text, hover_text, number_text, tokens_text
 
 _SITE = re.compile(r"blocks\.(\d+)\.hook_(\w+)")

@@ -11,6 +11,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
+from sfc.circuits.methods import METHODS
 
 PLOTLY_CONFIG = {
     "displaylogo": False,
@@ -112,9 +113,14 @@ def words_of(graph: nx.DiGraph) -> Words:
 
 
 def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
-    """Positive, negative and zero, in the words of the method that found a circuit (`graph.graph["effect_words"]`)."""
-    words = graph.graph.get("effect_words") or (words_of(graph).raises, words_of(graph).lowers, "no effect")
-    positive, negative, zero = (Sign(number, text, _COLOURS[number]) for number, text in zip((1, -1, 0), words, strict=True))
+    """Positive, negative and zero, in the words of a circuit's method: most are causal, a correlation is not."""
+    words, method = words_of(graph), graph.graph.get("method", "")
+    own = METHODS[method].signs if method in METHODS else None
+    told = own or ("{raises}", "{lowers}", "no effect")
+    named = {"raises": words.raises, "lowers": words.lowers, "positive": words.positive, "negative": words.negative}
+    positive, negative, zero = (
+        Sign(number, text.format(**named), _COLOURS[number]) for number, text in zip((1, -1, 0), told, strict=True)
+    )
     return positive, negative, zero
 
 

@@ -3,18 +3,19 @@
 A dictionary always works in the model's own units: any scaling that training used is folded into its weights, so that
 `x_hat = f @ W_dec + b_dec` is comparable with the activation x itself and the error is simply `x - x_hat`.
 
-Dictionaries in which a feature is active above a threshold of its own: JumpReLU, standard and gated SAEs.
-
-Dictionaries that see each activation normalised by statistics of its own.
+There are dictionaries whose k largest features are active, dictionaries whose features are active above a threshold
+(JumpReLU, standard and gated SAEs), and both of them behind a normalisation of each activation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from einops import pack, unpack
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sfc.core.sites import short_site
 from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -24,17 +25,22 @@ WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 class Dictionary(Protocol):
     """What ablation, attribution and the viewer need of an SAE, whatever its architecture.
 
-    All of it is in the model's own units. `encode` and `encode_sparse` give the same features and are differentiable
-    with respect to x where the set of active features does not change. The number of entries per row of
-    `encode_sparse` is k for a top-k dictionary; elsewhere it is that of the fullest row, the others being padded with
-    entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
+    All of it is in the model's own units. `encode` and `encode_sparse` give the same features, which are not negative,
+    and are differentiable with respect to x where the set of active features does not change. The number of entries per
+    row of `encode_sparse` is k for a top-k dictionary; elsewhere it is that of the fullest row, the others being padded
+    with entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
 
-    What is left, `x - x_hat`, is divided by coordinates among `n_parts` nodes: one, the error, where there are
-    features.
+    `reads` is the site whose activation is encoded, `writes` the one whose activation is decoded; `site`, which names
+    the features, is the latter. What is left there without the features is divided by coordinates among further nodes,
+    the `parts`, by their names: for an SAE the error alone (see `sfc.circuits.spaces`).
     """
 
     @property
     def site(self) -> str: ...
+    @property
+    def reads(self) -> str: ...
+    @property
+    def writes(self) -> str: ...
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]: ...
     @property
@@ -44,7 +50,11 @@ class Dictionary(Protocol):
     @property
     def d_sae(self) -> int: ...
     @property
+    def parts(self) -> Sequence[str]: ...
+    @property
     def n_parts(self) -> int: ...
+    @property
+    def part_kind(self) -> str: ...
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]: ...
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse: ...
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]: ...
@@ -59,14 +69,37 @@ class LinearDecoder(nn.Module):
     W_dec: nn.Parameter  # [d_sae, d_in]
     b_dec: nn.Parameter  # [d_in]
 
-    n_parts = 1
-
     def __init__(self, weights: Mapping[str, Tensor], site: str) -> None:
         """Register `weights`, W_dec and b_dec among them; they are not copied."""
         super().__init__()
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
         self.site = site
+
+    @property
+    def reads(self) -> str:
+        """The site whose activation it encodes."""
+        return self.site
+
+    @property
+    def writes(self) -> str:
+        """The site whose activation it decodes."""
+        return self.site
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the nodes that share what is left without the features: the error alone."""
+        return (f"{short_site(self.site)}/{self.part_kind}",)
+
+    @property
+    def n_parts(self) -> int:
+        """How many nodes share what is left without the features."""
+        return len(self.parts)
+
+    @property
+    def part_kind(self) -> str:
+        """What these nodes are."""
+        return "error"
 
     @property
     def d_in(self) -> int:
@@ -111,9 +144,10 @@ class TopKDictionary(LinearDecoder):
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense: zero for all but the k features that are active."""
-        values, indices = self.encode_sparse(x.reshape(-1, self.d_in))
+        rows, shape = pack([x], "* d_in")
+        values, indices = self.encode_sparse(rows)
         dense = values.new_zeros(len(values), self.d_sae).scatter(1, indices, values)
-        return dense.reshape(*x.shape[:-1], self.d_sae)
+        return unpack(dense, shape, "* d_sae")[0]
 
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
         """Values and indices of the k active features of each row; differentiable with respect to x."""
@@ -128,8 +162,8 @@ class JumpReLUDictionary(LinearDecoder):
     """A JumpReLU SAE (Rajamanoharan et al. 2024): a pre-activation above its threshold is the value, others are 0.
 
     With `pre = (x - b_dec) @ W_enc + b_enc`, `encode(x)` is pre where `pre > threshold` and 0 elsewhere; without
-    `apply_b_dec_to_input`, b_dec is not subtracted. A standard SAE is one whose thresholds are 0, and a gated SAE is
-    one as well (see `gated_weights`). The weights are frozen: gradients flow to x and to feature values only.
+    `apply_b_dec_to_input`, b_dec is not subtracted. Standard and gated SAEs are JumpReLU SAEs as well (see
+    `sfc.saes.architectures`). The weights are frozen: gradients flow to x and to feature values only.
     """
 
     W_enc: nn.Parameter  # [d_in, d_sae], in memory a row per feature: single features are read
@@ -166,28 +200,6 @@ class JumpReLUDictionary(LinearDecoder):
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
 
-def standard_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The JumpReLU weights of a standard SAE, `relu(x @ W_enc + b_enc)`."""
-    return {**weights, "threshold": torch.zeros_like(weights["b_enc"])}
-
-
-def gated_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The JumpReLU weights of a gated SAE, which shares its encoder between gate and magnitude.
-
-    With `pre = x @ W_enc`, its features are `relu(exp(r_mag) pre + b_mag)` where `pre + b_gate > 0`. Scaled by
-    exp(r_mag) and moved by b_mag, the gate is `magnitude > b_mag - exp(r_mag) b_gate` (Rajamanoharan et al. 2024,
-    Improving Dictionary Learning with Gated Sparse Autoencoders).
-    """
-    gain = weights["r_mag"].exp()
-    return {
-        "W_enc": weights["W_enc"] * gain,
-        "b_enc": weights["b_mag"],
-        "threshold": weights["b_mag"] - gain * weights["b_gate"],
-        "W_dec": weights["W_dec"],
-        "b_dec": weights["b_dec"],
-    }
-
-
 RowNormalisation = Literal["constant_norm_rescale", "layer_norm"]
 _LAYER_NORM_EPSILON = 1e-5
 
@@ -208,7 +220,7 @@ class NormalisedDictionary(LinearDecoder):
     own features differ from SAELens', by the factor `scale`.
     """
 
-    def __init__(self, inner: TopKDictionary | JumpReLUDictionary, normalisation: RowNormalisation) -> None:
+    def __init__(self, inner: Dictionary, normalisation: RowNormalisation) -> None:
         """`inner` encodes normalised rows; its decoder weights move into this one's."""
         ones = torch.ones_like(inner.b_dec)[None]
         of_the_row = [inner.b_dec[None], ones, -ones] if normalisation == "layer_norm" else [inner.b_dec[None]]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from pydantic import BaseModel
 from torch import Tensor
 
-from sfc.core.artifacts import write_csv
+from sfc.core.artifacts import MANIFEST, Artifact, read_model, write_csv
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order
 from sfc.saes.plan import TokenTable, joined
@@ -28,6 +29,19 @@ def read_prompts(folder: Path) -> pd.DataFrame:
     """The table of a store's prompts; `store_index` is its index."""
     texts = {"id": str, "prompt": str}
     return pd.read_csv(folder / _PROMPTS_FILE, index_col="store_index", keep_default_na=False, dtype=texts)
+
+
+def stored_sites(artifact: Artifact) -> list[str]:
+    """The sites that a store has, in the order in which they were collected; none where it is not complete.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    return read_model(artifact.folder / MANIFEST, _Manifest).sites if artifact.is_complete() else []
+
+
+class _Manifest(BaseModel):
+    sites: list[str]
 
 
 class Store:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import pandas as pd
 
-from sfc.behaviors.behavior import BEHAVIORS, Words
+from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import MANIFEST, Artifact, Json, read_json, write_json, write_text
 from sfc.core.errors import UserError
 from sfc.core.options import Options
@@ -135,7 +135,7 @@ class Study(ABC, Generic[OwnOptions]):
 
     @abstractmethod
     def inputs(self, run: Run) -> dict[str, Any]:
-        """A JSON value of all that the artifact depends on, beside the seed and the schema."""
+        """A JSON value of all that the artifact depends on, beside the seed, the schema and the behavior."""
 
     def needs(self, run: Run) -> Sequence[Need]:
         """What has to be finished before."""
@@ -155,25 +155,33 @@ class Study(ABC, Generic[OwnOptions]):
 
     def artifact(self, run: Run) -> Artifact:
         """Where the study's result lies, and what it depends on."""
-        inputs = {"schema": self.schema, "seed": run.experiment.seed, **self.inputs(run)}
+        behavior = {"name": run.behavior.name, **run.behavior.inputs(run.experiment)}
+        inputs = {"schema": self.schema, "seed": run.experiment.seed, "behavior": behavior, **self.inputs(run)}
         return Artifact.of(run.root / "circuits" / run.experiment.name, self.label(run), inputs)
+
+    def is_current(self, run: Run, artifact: Artifact) -> bool:
+        """Whether the artifact is there and needs nothing more."""
+        return artifact.is_complete()
 
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
         """Make the artifact: everything that `make` does not do."""
         with artifact.being_made(rebuild) as folder:
-            made = self.make(session, folder)
-            write_json(folder / RESULT, made.result)
-            facts = {
-                "study": self.name,
-                "words": BEHAVIORS[session.run.experiment.behavior].words._asdict(),
-                "files": {**self.files, **made.files, "result": RESULT},
-                "seconds": session.clock.seconds,
-                **made.facts,
-            }
-            if "page" in self.files:
-                page = self.page(Finished(folder, artifact.described(**facts)))
-                write_text(folder / self.files["page"], page_html(page))
-            artifact.finish(**facts)
+            self.leave(session, artifact, self.make(session, folder))
+
+    def leave(self, session: Session, artifact: Artifact, made: Made) -> None:
+        """Write the result, the page and, last, the manifest, which declares the artifact finished."""
+        write_json(artifact.folder / RESULT, made.result)
+        facts = {
+            "study": self.name,
+            "words": session.run.behavior.words._asdict(),
+            "files": {**self.files, **made.files, "result": RESULT},
+            "seconds": session.clock.seconds,
+            **made.facts,
+        }
+        if "page" in self.files:
+            page = self.page(Finished(artifact.folder, artifact.described(**facts)))
+            write_text(artifact.folder / self.files["page"], page_html(page))
+        artifact.finish(**facts)
 
 
 STUDIES: Registry[Study[Any]] = Registry("study")
@@ -187,7 +195,7 @@ def ensure(study: Study[Any], run: Run, rebuild: bool = False, session: Session 
     """
     study.check(run)
     artifact = study.artifact(run)
-    if not rebuild and artifact.is_complete():
+    if not rebuild and study.is_current(run, artifact):
         say(f"up to date: {artifact.folder}")
     else:
         session = Session(run) if session is None else session.for_run(run)

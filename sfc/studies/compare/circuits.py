@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sfc.circuits.edges import Edge, attribution_weights
-from sfc.circuits.effects import METHODS
-from sfc.circuits.nodes import Nodes
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES, Nodes
 from sfc.circuits.problem import Problem
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.progress import say
@@ -86,10 +86,10 @@ def _problems(
 
 def _circuit(problem: Problem, options: ComparisonOptions) -> dict[str, Weights]:
     """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
-    effects, nodes = METHODS[problem.config.method](problem), problem.ablation.nodes
+    effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
     members = effects.ranking[: options.size].tolist()
     circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
-    if options.edges and problem.config.nodes == "features":
+    if options.edges and NODES[problem.config.nodes].has_edges:
         strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
         circuit["edges"] = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
     return circuit

@@ -5,17 +5,19 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from sfc.behaviors.behavior import BEHAVIORS
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
-from sfc.data.schema import ALL, CATEGORIES, canonical_category
+from sfc.data.schema import ALL
 from sfc.pages.blocks import Page
-from sfc.run import CIRCUIT_SCHEMA, Run
+from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.study import STUDIES, Finished, Made, Study
-
-_BY_PROMPTS = ("learned-mask", "attribution", "integrated-gradients", "exact")
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.discover.study import DISCOVER
+from sfc.studies.study import STUDIES, Finished, Made, Need, Study
+from sfc.studies.train.study import TRAIN
 
 
 class ComparisonOptions(Options):
@@ -23,21 +25,12 @@ class ComparisonOptions(Options):
 
     section = "comparison"
 
-    categories: list[str] = option([ALL], description="categories among the ten, or all")
+    categories: list[str] = option([ALL], description="groups of prompts, such as violence,privacy, or all")
     size: int = option(200, ge=1, description="nodes of each circuit; the overlap depends on it")
     shuffles: int = Field(5, ge=0, description="shuffled pools of two categories, as a yardstick")
     edges: int = Field(500, ge=0, description="strongest edges of each circuit, whose overlap is measured as well")
     replies: int = Field(20, ge=0, description="test prompts per category that are answered with nodes ablated")
     reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
-
-    @property
-    def wanted(self) -> list[str]:
-        """The categories by their canonical names, each once, in alphabetical order.
-
-        Raises:
-            UserError: there is no such category.
-        """
-        return sorted(CATEGORIES if self.categories == [ALL] else set(map(canonical_category, self.categories)))
 
 
 class Compare(Study[ComparisonOptions]):
@@ -57,18 +50,27 @@ class Compare(Study[ComparisonOptions]):
         "core": "core.csv",
     }
 
+    def categories(self, run: Run) -> list[str]:
+        """The categories to compare, each once, in alphabetical order.
+
+        Raises:
+            UserError: there is no such category.
+        """
+        given = self.of(run).categories
+        known = run.prompts.frame["category"].unique()
+        return sorted(known if given == [ALL] else {run.group(name) for name in given})
+
     def check(self, run: Run) -> None:
-        if len(self.of(run).wanted) < 2:
+        if len(self.categories(run)) < 2:
             raise UserError("compare needs at least two categories, for example --categories violence,privacy")
         discovery = DiscoveryOptions.of(run.experiment)
         if discovery.reference_choice in ("paired", "base", "complied-mean"):
             raise UserError(
                 f"compare pools prompts of categories, whose reference {discovery.reference_choice!r} is not the same"
             )
-        if discovery.method not in _BY_PROMPTS:
-            raise UserError(
-                f"compare needs a method that halves of the prompts can be given to: one of {', '.join(_BY_PROMPTS)}"
-            )
+        if not METHODS[discovery.method].per_prompt:
+            known = ", ".join(method.name for method in METHODS if method.per_prompt)
+            raise UserError(f"compare needs a method that halves of the prompts can be given to: one of {known}")
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
@@ -77,24 +79,25 @@ class Compare(Study[ComparisonOptions]):
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
         return {
-            "circuit": CIRCUIT_SCHEMA,
+            "circuit": DISCOVER.schema,
             "prompts": run.store.inputs,
-            "saes": run.saes.inputs,
-            "score": BEHAVIORS[experiment.behavior].inputs(experiment),
-            "categories": options.wanted,
+            "saes": run.saes.inputs if NODES[DiscoveryOptions.of(experiment).nodes].needs_saes else None,
+            "sites": experiment.activations.sites,
+            "categories": self.categories(run),
             "hard_share": experiment.prompts.hard_share,
-            "discovery": DiscoveryOptions.of(experiment).identity(),
+            "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
             "comparison": options.model_dump(exclude={"categories"}),
         }
 
+    def needs(self, run: Run) -> list[Need]:
+        trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
+        return [*trained, Need(COLLECT, run)]
+
     def make(self, session: Session, folder: Path) -> Made:
-        from sfc.pipeline import ensure_saes, ensure_store
         from sfc.studies.compare.measure import measure
 
-        ensure_saes(session.run)
-        ensure_store(session.run)
-        return measure(session, self.of(session.run).wanted, folder)
+        return measure(session, self.categories(session.run), folder)
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.compare.page import page

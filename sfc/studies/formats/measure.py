@@ -33,7 +33,7 @@ from sfc.models.running import last_logits
 from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats.formats import Formats, Version
 from sfc.studies.formats.page import write_formats_page
 

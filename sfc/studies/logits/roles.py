@@ -11,9 +11,9 @@ import warnings
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import ttest_ind
+from scipy.stats import false_discovery_control, ttest_ind
 
-from sfc.stats import benjamini_hochberg, bootstrap_means
+from sfc.stats import bootstrap_means
 from sfc.studies.logits.attribution import LogitAttribution
 
 GUARDRAIL, COMPLIANCE, NEITHER = "guardrail", "compliance", "neither"
@@ -40,7 +40,7 @@ def component_table(attribution: LogitAttribution, toxic: Bool[np.ndarray, " pro
     is_head = (table["kind"] == "head").to_numpy(dtype=bool)
     p_values = _welch(sides["toxic"][:, is_head], sides["safe"][:, is_head])
     table.loc[is_head, "p_value"] = p_values
-    table.loc[is_head, "q_value"] = benjamini_hochberg(p_values)
+    table.loc[is_head, "q_value"] = false_discovery_control(p_values)
     table.loc[is_head, "role"] = _roles(table[is_head])
     return table
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import rankdata
+from scipy.stats import false_discovery_control, rankdata
 
-from sfc.stats import benjamini_hochberg, pearson, resampled_counts
+from sfc.stats import pearson, resampled_counts
 from sfc.studies.patch.components import Patch
 
 _BEST = 10
@@ -46,7 +46,7 @@ def effect_table(runs: Sequence[PatchRuns], draws: int, flips: int, min_denomina
     """
     table = pd.concat([_rows(run, draws, flips, min_denominator, seed) for run in runs], ignore_index=True)
     family = ["direction", "kind", "is_range"]
-    table["q_value"] = table.groupby(family)["p_value"].transform(lambda p: benjamini_hochberg(p.to_numpy()))
+    table["q_value"] = table.groupby(family)["p_value"].transform(lambda p: false_discovery_control(p.to_numpy()))
     table["rank"] = table["effect"].abs().groupby([table[column] for column in family]).rank("first", ascending=False)
     table = table.sort_values([*family, "rank"], kind="stable").reset_index(drop=True)
     table[["effect", "low", "high", "first_order"]] += 0.0  # no minus before a zero

@@ -29,7 +29,7 @@ from sfc.models.running import run_to
 from sfc.models.score import auroc
 from sfc.session import Session
 from sfc.stats import Interval, resampled_counts, wilson
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.study import Made
 
 SHUFFLES = 200

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sfc.circuits.attribution import attributed_effects
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
 
 

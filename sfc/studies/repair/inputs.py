@@ -10,7 +10,6 @@ from jaxtyping import Float
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.balance import balance
@@ -20,12 +19,12 @@ from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model, without_adapter
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
-from sfc.studies.collect import Corpus, short_enough
+from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
 from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.sweep import with_replies
-from sfc.studies.train.train import load_dictionaries
 
 KINDS = {"hard": "hard", "toxic": "toxic", "safe": "safe_80k"}
 """groups of prompts, by the `dataset_type` they are of"""
@@ -99,7 +98,7 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         runs=scored["hard"],
         store=Store(run.store.folder),
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
-        config=DiscoveryOptions.of(experiment),
+        experiment=experiment,
     )
     ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)

@@ -4,25 +4,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
-from sfc.data.schema import category_or_all
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.study import STUDIES, Finished, Made, Study
+from sfc.studies.discover.study import DISCOVER
+from sfc.studies.study import STUDIES, Finished, Made, Need, Study
+from sfc.studies.train.study import TRAIN
 
 BOTH, ORIGINAL, REPLICATION = "both", "original", "replication"
 """which of the two circuits a node is in: that of the experiment's own SAEs, and that of the others"""
 
 
 class ReplicationOptions(Options):
-    """Whose circuit is discovered a second time, with which SAEs."""
+    """With which other SAEs the circuit is discovered."""
 
     section = "replicate"
 
-    category: str = option("violence", description="OR-Bench category, or all")
     sae_seed: int = option(1, ge=0, description="seed that the other SAEs are trained from")
 
 
@@ -35,12 +36,12 @@ class Replicate(Study[ReplicationOptions]):
     name = "replicate"
     options = ReplicationOptions
     schema = 2
-    also = ((DiscoveryOptions, "method"),)
+    also = ((DiscoveryOptions, "category"), (DiscoveryOptions, "method"))
     files: ClassVar = {"page": "replication.html", "nodes": "nodes.csv", "cosines": "cosines.csv"}
 
     def check(self, run: Run) -> None:
         nodes, saes, sae_seed = DiscoveryOptions.of(run.experiment).nodes, run.experiment.saes, self.of(run).sae_seed
-        if nodes != "features":
+        if not NODES[nodes].needs_saes:
             raise UserError(f"replicate needs circuits of SAE features: nodes {nodes!r} have no SAEs")
         if saes.source is not None:
             raise UserError("replicate trains SAEs from another seed, which those of saes.source are not: leave it out")
@@ -56,26 +57,23 @@ class Replicate(Study[ReplicationOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"replication-{category_or_all(self.of(run).category)}{discovery.name_of_prompts}-{discovery.method}"
+        return f"replication-{run.group(discovery.category)}{discovery.name_of_prompts}-{discovery.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        category = category_or_all(self.of(run).category)
         return {
             "prompts": run.store.inputs,
-            "original": run.circuit(category).inputs,
-            "replication": self.other(run).circuit(category).inputs,
+            "original": DISCOVER.artifact(run).inputs,
+            "replication": DISCOVER.artifact(self.other(run)).inputs,
         }
 
+    def needs(self, run: Run) -> list[Need]:
+        # SAEs as well: a circuit that is there may have outlived those that it was found with.
+        return [Need(study, each) for each in (run, self.other(run)) for study in (DISCOVER, TRAIN)]
+
     def make(self, session: Session, folder: Path) -> Made:
-        from sfc.pipeline import ensure_circuit, ensure_saes
         from sfc.studies.replicate.measure import measure
 
-        run, category = session.run, category_or_all(self.of(session.run).category)
-        other = self.other(run)
-        for each in (run, other):
-            ensure_circuit(each, category)
-            ensure_saes(each)  # a circuit that is there may have outlived its SAEs
-        return measure(run, other, category, folder)
+        return measure(session.run, self.other(session.run), folder)
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.replicate.page import page

@@ -12,11 +12,11 @@ from sfc.data.schema import looked_up
 from sfc.models.loading import Model
 from sfc.pipeline_study import BEST
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.studies.steer.conditional import TOXIC, Condition, best_condition, conditional_table, largest_values, matched
 from sfc.studies.steer.inputs import Learned
 from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import Candidate
-from sfc.studies.train.train import load_dictionaries
 
 
 class Conditioned(NamedTuple):

@@ -1,27 +1,24 @@
-"""Attribution: the first-order effect of setting each node to its reference.
+"""Attribution patching: to first order, what setting each node to its reference does (Nanda 2023; Marks et al. 2024).
 
-With g = ds/dx at a site, the effect of feature i is `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error
-`sum_t g_t . (e_t - e_ref_t)` (Marks et al. 2024, without splicing anything in). Over a site they sum to
+With g = ds/dx at a site of the plain model, in which nothing is spliced, the effect of feature i is
+`sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error `sum_t g_t . (e_t - e_ref_t)`. Over a site they sum to
 `sum_t g_t . (x_t - x_ref_t)`, whatever g is: integrated gradients are the same sums with another g.
-
-Integrated gradients (Sundararajan et al. 2017), one site at a time, from the reference to the clean activation.
-
-On the straight path `x(a) = x_hat(f_ref + a (f - f_ref)) + e_ref + a (e - e_ref) = x_ref + a (x - x_ref)` at one site,
-with everything after it plain, the effect of feature i is `sum_t (mean_a g_t(a) . d_i)(f_ti - f_ref_ti)`: attribution,
-but with the mean of the gradients along the path. Over a site the effects sum to F(M) - F(that site ablated).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from einops import reduce
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.gradients import SiteRun, score_gradients, site_runs
+from sfc.circuits.gradients import prompt_of_token, score_gradients
+from sfc.circuits.methods import Effects
 from sfc.circuits.problem import Problem
-from sfc.models.batches import PACKED_TOKENS, Batch
+from sfc.models.batches import Batch
 from sfc.models.linear import linear
 from sfc.models.running import Prefix
 from sfc.saes.kernels import row_dots
@@ -35,14 +32,19 @@ class BatchEffects(NamedTuple):
     """summed over the prompts"""
 
 
+def rank(problem: Problem) -> Effects:
+    """Effects from one backward pass per batch, ranked by |mean effect|."""
+    return mean_effects(problem, attributed_effects)
+
+
 def attributed_effects(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
     """The attribution of every node on every prompt of one batch, from one backward pass in the plain model."""
     gradients = score_gradients(problem, batch, prefix)
-    return join_sites([first_order_effects(problem.ablation, site, x, g, batch) for site, (x, g) in gradients.items()])
+    return join_sites([effects_at_site(problem.ablation, site, x, g, batch) for site, (x, g) in gradients.items()])
 
 
 @torch.no_grad()
-def first_order_effects(
+def effects_at_site(
     ablation: Ablation, site: str, x: Float[Tensor, "batch pos d_in"], g: Float[Tensor, "batch pos d_in"], batch: Batch
 ) -> BatchEffects:
     """The effects of one site's nodes, its features first, for activations x and gradients g.
@@ -51,7 +53,7 @@ def first_order_effects(
     """
     dictionary, reference = ablation.dictionaries[site], ablation.reference
     touchable = batch.touchable
-    prompt = torch.arange(len(batch.lengths), device=x.device)[:, None].expand_as(batch.slots)[touchable]
+    prompt = prompt_of_token(batch)
     slots, g, x = batch.slots[touchable], g[touchable].float(), x[touchable].float()
     n_slots, n_table = len(reference.features[site]), reference.layout.n_slots
     place, place_of_token = (prompt * n_slots + slots).unique(return_inverse=True)
@@ -64,7 +66,7 @@ def first_order_effects(
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 
     error = x - dictionary.decode_sparse(values, indices) - reference.errors[site][slots]
-    of_parts = (g * error).unflatten(1, (dictionary.n_parts, -1)).sum(-1)
+    of_parts = reduce(g * error, "tokens (parts width) -> tokens parts", "sum", parts=dictionary.n_parts)
     of_error = x.new_zeros(len(place), dictionary.n_parts).index_add_(0, place_of_token, of_parts)
     effects = torch.cat([of_features, of_error], dim=1)
     return BatchEffects(
@@ -78,28 +80,23 @@ def join_sites(per_site: Sequence[BatchEffects]) -> BatchEffects:
     return BatchEffects(*(torch.cat(parts, dim=1) for parts in zip(*per_site, strict=True)))
 
 
-def integrated_effects(problem: Problem, batch: Batch, prefix: Prefix, steps: int) -> BatchEffects:
-    """The integrated gradients of every node on every prompt of one batch, in nats.
+def mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, Prefix], BatchEffects]) -> Effects:
+    """Means over the prompts of effects that come batch by batch, ranked by their size."""
+    nodes, n_prompts = problem.ablation.nodes, problem.runs.n_prompts
+    by_prompt = np.zeros((n_prompts, nodes.n_nodes), dtype=np.float32)
+    by_slot = torch.zeros(problem.ablation.reference.layout.n_slots, nodes.n_nodes, dtype=torch.float64)
+    for batch, prefix in problem.runs:
+        effects = of_batch(problem, batch, prefix)
+        by_prompt[batch.prompts.cpu().numpy()] = effects.by_prompt.cpu().numpy()
+        by_slot += effects.by_slot.double().cpu()
+    by_slot = (by_slot / n_prompts).numpy()
+    mean = by_slot.sum(0)
+    ranking = ranked(np.abs(mean), problem.ablation)
+    absolute = np.abs(by_prompt).mean(0, dtype=np.float64)
+    return Effects(mean, absolute, ranking, {}, by_slot=by_slot, by_prompt=by_prompt)
 
-    Args:
-        steps: gradients per path, at the midpoints of as many equal parts: the error falls with their square.
-    """
-    ablation = problem.ablation
-    runs = site_runs(problem, ablation.nodes.sites, batch, prefix)
-    return join_sites([first_order_effects(ablation, r.site, r.x, _mean_gradient(r, steps), batch) for r in runs])
 
-
-def _mean_gradient(run: SiteRun, steps: int) -> Float[Tensor, "batch pos d_in"]:
-    """The mean gradient of the score along the path; several points of it go through in one batch."""
-    x, batch = run.x.float(), run.batch
-    x_ref = run.problem.ablation.reference_activation(run.site)[batch.slots]
-    away = (x - x_ref) * batch.touchable[..., None]
-    left = 1 - (torch.arange(steps, device=x.device) + 0.5) / steps
-    total = torch.zeros_like(x)
-    for part in left.split(batch.copies_in(PACKED_TOKENS)):
-        points = (x - part[:, None, None, None] * away).requires_grad_()
-        with torch.enable_grad():
-            run.scores(points).sum().backward()
-        assert points.grad is not None
-        total += points.grad.sum(0)
-    return total / steps
+def ranked(importance: Float[np.ndarray, " nodes"], ablation: Ablation) -> Int[np.ndarray, " ranked"]:
+    """The nodes that a circuit can choose to keep, best first: not the errors where the error mode decides on them."""
+    ranking = np.argsort(-importance, kind="stable")
+    return ranking if ablation.error_mode == "node" else ranking[~ablation.nodes.is_error[ranking]]

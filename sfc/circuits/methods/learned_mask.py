@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfc.circuits.options import DiscoveryOptions
+from sfc.circuits.methods import Effects, LearnedMaskOptions, attribution
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.progress import progress_bar
 from sfc.models.batches import Batch
 from sfc.models.running import Prefix
 from sfc.models.score import score_batch
@@ -36,34 +37,46 @@ class LearnedMask(NamedTuple):
     """the last step after which the mask was above one half, plus the mask at the end: larger is kept longer"""
 
 
+def rank(problem: Problem) -> Effects:
+    """Nodes ranked by how long a learned mask holds them.
+
+    The effects are those of attribution, which also warm-starts the mask. Attributes: `mask`, between 0 and 1, and
+    `held`, the step until which the node was kept.
+    """
+    effects = attribution.rank(problem)
+    with progress_bar("learning a mask", LearnedMaskOptions.of(problem.experiment).steps, "steps") as progress:
+        learned = learn_mask(problem, np.abs(effects.effect), progress)
+    return effects._replace(ranking=attribution.ranked(learned.held, problem.ablation), attributes=learned._asdict())
+
+
 def learn_mask(
     problem: Problem, warm_start: Float[np.ndarray, " nodes"], progress: Callable[[int], None]
 ) -> LearnedMask:
-    """Learn a mask on the discovery prompts in `mask_steps` steps.
+    """Learn a mask on the discovery prompts.
 
     The loss is the squared difference between the masked model's score and the full model's, in units of
-    F(M) - F(0), plus the price times the sum of the mask. The price rises to `mask_price` linearly over the first 40 %
-    of the steps, and from there to `mask_last_price` by a constant factor.
+    F(M) - F(0), plus the price times the sum of the mask. The price rises to `price` linearly over the first 40 % of
+    the steps, and from there to `last_price` by a constant factor.
 
     Args:
         warm_start: non-negative importances; each node's start logit is raised by its rank among them.
     """
-    config = problem.config
+    options = LearnedMaskOptions.of(problem.experiment)
     device = problem.model.device
     order = np.argsort(np.argsort(warm_start, kind="stable"), kind="stable") / max(len(warm_start) - 1, 1)
     logits = torch.tensor(START_LOGIT + order, dtype=torch.float32, device=device).requires_grad_()
     held = torch.zeros_like(logits, requires_grad=False)
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
-    random = np.random.default_rng(config.mask_seed)
+    random = np.random.default_rng(options.seed)
     with torch.no_grad():
         full = [_score(problem, batch, prefix, None) for batch, prefix in problem.runs]
         empty = [_score(problem, batch, prefix, torch.zeros_like(logits)) for batch, prefix in problem.runs]
     span = max(abs(float(torch.cat(full).mean() - torch.cat(empty).mean())), SMALLEST_SPAN)
-    for step in range(1, config.mask_steps + 1):
-        batch, prefix, target = _draw(problem.runs, full, config.mask_prompts, random)
+    for step in range(1, options.steps + 1):
+        batch, prefix, target = _draw(problem.runs, full, options.prompts, random)
         mask = logits.sigmoid()
         difference = (_score(problem, batch, prefix, mask) - target) / span
-        loss = difference.square().mean() + price(step, config) * mask.sum()
+        loss = difference.square().mean() + price(step, options) * mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,13 +86,13 @@ def learn_mask(
     return LearnedMask(mask, held.cpu().double().numpy() + mask)
 
 
-def price(step: int, config: DiscoveryOptions) -> float:
+def price(step: int, options: LearnedMaskOptions) -> float:
     """The price of a node at a step (1 is the first), in squares of F(M) - F(0)."""
-    rising = RISING_SHARE * config.mask_steps
+    rising = RISING_SHARE * options.steps
     if step <= rising:
-        return config.mask_price * step / rising
-    done = (step - rising) / (config.mask_steps - rising)
-    return config.mask_price * (config.mask_last_price / config.mask_price) ** done
+        return options.price * step / rising
+    done = (step - rising) / (options.steps - rising)
+    return options.price * (options.last_price / options.price) ** done
 
 
 def _score(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor | None) -> Float[Tensor, " batch"]:

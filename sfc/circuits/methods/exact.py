@@ -1,4 +1,4 @@
-"""Exact effects: what setting one node to its reference does, measured by doing it. Slow, and the truth of the matter.
+"""Exact effects: what setting one node to its reference does, measured by doing it. Slow, but nothing is approximated.
 
 `s(plain) - s(x - (f_i - f_ref_i) d_i)`, for an error node `s(plain) - s(x - (e - e_ref))`, at all positions that may be
 touched; everything else stays plain and nothing is spliced in. Each node costs one run of the blocks after its site.
@@ -8,12 +8,31 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.gradients import SiteRun, site_runs
+from sfc.circuits.methods import Effects, ExactOptions, attribution
 from sfc.circuits.problem import Problem
+from sfc.core.progress import progress_bar
 from sfc.models.batches import PACKED_TOKENS
+
+
+def rank(problem: Problem) -> Effects:
+    """Exact effects of the nodes of largest |attribution|, as many as the settings say, and of no others.
+
+    Only they are ranked: a run per node would take hours for all. The others' effects are not a number.
+    """
+    chosen = attribution.rank(problem).ranking[: ExactOptions.of(problem.experiment).nodes]
+    with progress_bar("exact effects", len(chosen) * len(problem.runs.batches), "runs") as progress:
+        per_prompt = exact_effects(problem, chosen.tolist(), progress=progress)
+    effect, absolute = np.full((2, problem.ablation.nodes.n_nodes), np.nan)
+    effect[chosen], absolute[chosen] = per_prompt.mean(1), np.abs(per_prompt).mean(1)
+    by_prompt = np.full((per_prompt.shape[1], len(effect)), np.nan, dtype=np.float32)
+    by_prompt[:, chosen] = per_prompt.T
+    ranking = chosen[np.argsort(-np.abs(effect[chosen]), kind="stable")]
+    return Effects(effect, absolute, ranking, {}, by_prompt=by_prompt)
 
 
 @torch.no_grad()
@@ -33,7 +52,7 @@ def exact_effects(
     all_nodes = problem.ablation.nodes
     effects = np.full((len(numbers), problem.runs.n_prompts), np.nan)
     site_of_node = all_nodes.site_numbers[numbers]
-    first_of_site = np.cumsum([0, *all_nodes.sizes])
+    within_sites = numbers - all_nodes.first_numbers[site_of_node]
     wanted = {all_nodes.sites[site]: np.flatnonzero(site_of_node == site) for site in np.unique(site_of_node)}
     for batch, prefix in problem.runs:
         columns = batch.prompts.cpu().numpy()
@@ -42,8 +61,7 @@ def exact_effects(
             rows, at_once = wanted[run.site], batch.copies_in(packed_tokens)
             for first in range(0, len(rows), at_once):
                 some = rows[first : first + at_once]
-                within_site = (numbers - first_of_site[site_of_node])[some]
-                changed = plain - run.scores(_each_ablated(run, within_site.tolist()))
+                changed = plain - run.scores(_each_ablated(run, within_sites[some].tolist()))
                 effects[some[:, None], columns] = changed.cpu().numpy()
                 progress(len(some))
     return effects
@@ -58,7 +76,7 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
     features_ref, errors_ref = reference.features[run.site], reference.errors[run.site][slots]
     error_ablated = dictionary.decode_sparse(values, indices) + errors_ref
     width = dictionary.d_in // dictionary.n_parts
-    result = run.x.float().repeat(len(within_site), 1, 1, 1)
+    result = repeat(run.x.float(), "batch pos d_in -> nodes batch pos d_in", nodes=len(within_site)).clone()
     for copy, node in zip(result, within_site, strict=True):
         if node >= dictionary.d_sae:
             part = torch.arange(dictionary.d_in, device=x.device) // width == node - dictionary.d_sae

@@ -1,0 +1,127 @@
+"""Methods: what each node does to the score, or how it varies with it, and which nodes a circuit takes first.
+
+A method is registered in `METHODS` with its settings, which are a section of experiments, and with flags that say what
+it needs. Nothing here imports torch: a built-in method's module is imported when it ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from pydantic import Field
+
+from sfc.core.options import Options
+from sfc.core.registry import Registry, imported_when_called
+
+if TYPE_CHECKING:
+    from sfc.circuits.problem import Problem
+
+NATS = "nats"
+"""the unit of causal effects: that of the problem's score"""
+
+
+class Effects(NamedTuple):
+    """What a method says about every node."""
+
+    effect: Float[np.ndarray, " nodes"]
+    """signed, in `unit`; not a number for a node that the method has not looked at"""
+    absolute: Float[np.ndarray, " nodes"]
+    """mean over prompts of the absolute effect where the method has one per prompt, else |effect|"""
+    ranking: Int[np.ndarray, " ranked"]
+    """the nodes that may be in a circuit, best first"""
+    attributes: Mapping[str, Float[np.ndarray, " nodes"]]
+    """further numbers per node, such as p-values"""
+    unit: str = NATS
+    by_slot: Float[np.ndarray, "slots nodes"] | None = None
+    """the effect's parts from each slot, where the method has them: where in the prompt the node matters"""
+    by_prompt: Float[np.ndarray, "prompts nodes"] | None = None
+    """the effects that `effect` is the mean of, where it is one over prompts"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to rank nodes."""
+
+    name: str
+    rank: "Callable[[Problem], Effects]"
+    options: type[Options] | None = None
+    """its settings, in `problem.experiment`"""
+    causal: bool = True
+    """whether effects are changes of the score in runs of the model; else they come from stored feature values, so that
+    nodes must be features"""
+    per_prompt: bool = True
+    """whether effects are means over `problem.runs`, so that parts of the prompts have circuits of their own"""
+    ranked_by_effect: bool = False
+    """whether the ranking is that of the |effects| alone, so that it can be resampled with them"""
+    reads_topics: bool = False
+    """whether the result depends on the topics of the prompts"""
+    signs: tuple[str, str, str] | None = None
+    """what an effect above, below and equal to 0 means, unless it is a change of the score; `{positive}` and
+    `{negative}` stand for the two sides of the prompts"""
+
+
+METHODS: Registry[Method] = Registry("method")
+
+
+class LearnedMaskOptions(Options):
+    """How a mask is learned."""
+
+    section = "learned_mask"
+
+    steps: int = Field(240, ge=1, description="steps of gradient descent")
+    prompts: int = Field(10, ge=1, description="prompts per step")
+    price: float = Field(2e-3, gt=0, description="price per node, in squares of F(M) - F(0)")
+    last_price: float = Field(1e-2, gt=0, description="the price to which it rises at last")
+    seed: int = Field(0, ge=0, description="which prompts each step draws")
+
+
+class IntegratedGradientsOptions(Options):
+    """How gradients are integrated."""
+
+    section = "integrated_gradients"
+
+    steps: int = Field(10, ge=1, description="points per path from reference to clean")
+
+
+class ExactOptions(Options):
+    """What is measured exactly."""
+
+    section = "exact"
+
+    nodes: int = Field(300, ge=1, description="how many nodes, by attribution, are measured and ranked")
+
+
+class CorrelationOptions(Options):
+    """Which features are ranked by their correlation, and tested."""
+
+    section = "correlation"
+
+    threshold: float = Field(0.1, ge=0, description="smallest |r| of a node")
+    top_per_layer: int | None = Field(None, ge=1, description="take the strongest n per layer instead")
+    permutations: int = Field(500, ge=1, description="permutations of the labels that p-values come from")
+    min_firing: int = Field(5, ge=1, description="features that fire on fewer prompts are not tested")
+
+
+def _rank(module: str) -> "Callable[[Problem], Effects]":
+    return imported_when_called(f"{__name__}.{module}:rank")
+
+
+METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOptions))
+METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True))
+METHODS.register(
+    Method("integrated-gradients", _rank("integrated_gradients"), IntegratedGradientsOptions, ranked_by_effect=True)
+)
+METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True))
+METHODS.register(
+    Method(
+        "correlation", _rank("correlation"), CorrelationOptions, causal=False, per_prompt=False, reads_topics=True,
+        signs=("fires more on {positive} prompts", "fires more on {negative} prompts", "no correlation"),
+    )
+)  # fmt: skip
+METHODS.register(
+    Method(
+        "magnitude", _rank("magnitude"), causal=False, per_prompt=False, signs=("fires", "negative", "silent"),
+    )
+)  # fmt: skip
