@@ -13,7 +13,7 @@ import typer
 
 from sfc.cli_explore import draw, explore, export
 from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, repair, report, steer
+from sfc.cli_study import batch, repair, report, steer
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.studies.study import STUDIES
@@ -125,9 +125,6 @@ def doctor(shared: Shared) -> None:
 
 
 for command in (
-    attribute_logits,
-    formats,
-    patch,
     batch,
     steer,
     repair,

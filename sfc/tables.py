@@ -91,59 +91,6 @@ def show_behaviour(result: dict[str, Any]) -> None:
     console.print(f"AUROC of the refusal score against judged refusals: {_text(result['auroc'])}")
 
 
-def show_heads(result: dict[str, Any]) -> None:
-    """The heads of a logit attribution that tell toxic from safe prompts best."""
-    columns = {
-        "head": "component", "role": "role", "toxic": "toxic_mean", "low": "toxic_low", "high": "toxic_high",
-        "safe": "safe_mean", "toxic - safe": "difference", "q": "q_value",
-    }  # fmt: skip
-    counts = ", ".join(f"{len(result[role])} {role}" for role in ("guardrail", "compliance"))
-    title = f"{result['category']}: {result['n_heads']} heads, {counts}; the strongest, in nats with 95 % intervals"
-    show_table(title, list(columns), ([head[key] for key in columns.values()] for head in result["heads"]))
-    difference = result["logit_difference"]
-    console.print(
-        f"logit difference: toxic {_text(difference['toxic']['mean'])}, safe {_text(difference['safe']['mean'])};"
-        f" AUROC {_text(result['auroc'])}, correlation with the refusal score {_text(result['score_correlation'])}"
-    )
-
-
-def show_formats(result: dict[str, Any]) -> None:
-    """Scores by prompt format, and the tests between formats."""
-    columns = {
-        "format": "format", "refuse - comply": "mean", "low": "low", "high": "high", "harmless": "harmless_mean",
-        "refused": "refused", "AUROC": "auroc", "z": "z_mean",
-    }  # fmt: skip
-    title = f"{result['n_harmful']} harmful instructions by format, in nats with 95 % intervals"
-    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["formats"]))
-    columns = {
-        "first": "first", "second": "second", "z first - second": "mean_difference", "p": "p_value",
-        "p, Holm": "p_holm", "rank-biserial r": "rank_biserial",
-    }  # fmt: skip
-    test = result["friedman"]
-    title = (
-        f"Standardised within format: Friedman chi2({test['degrees']}) = {_text(test['chi2'])},"
-        f" p = {_text(test['p_value'])}, Kendall's W = {_text(test['kendall_w'])}; Wilcoxon between pairs"
-    )
-    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["pairs"]))
-
-
-def show_patching(result: dict[str, Any]) -> None:
-    """The strongest critical components of each direction and kind, and how the pairs were chosen."""
-    columns = {
-        "component": "component", "direction": "direction", "positions": "positions", "pairs": "n_pairs",
-        "effect": "effect", "low": "low", "high": "high", "q": "q_value", "first order": "first_order",
-    }  # fmt: skip
-    lost = "; ".join(f"{count} {reason}" for reason, count in result["lost"].items()) or "none"
-    used = f"{result['n_pairs']} of {result['n_tried']} pairs by {result['require']} (lost: {lost})"
-    strongest = [row for row in result["critical"] if row["rank"] <= 5]
-    title = f"{used}: strongest components with q of at most 0.05"
-    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in strongest))
-    columns = ("direction", "kind", "n", "pearson", "spearman", "mean_difference", "best", "shared")
-    titles = [column.replace("_", " ") for column in columns]
-    rows = ([row[column] for column in columns] for row in result["agreement"])
-    show_table("First-order effects against exact ones", titles, rows)
-
-
 def show_batch(result: dict[str, Any]) -> None:
     """A line per model, and what failed."""
     columns = {

@@ -19,7 +19,7 @@ from sfc.explorer.categories import Compared, circuit_like, command_for, compari
 from sfc.explorer.shelf import shared_core, shelf
 from sfc.features.session import Firing
 from sfc.run import Run
-from sfc.studies.compare.study import ComparisonOptions
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.study import STUDIES, ensure
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")

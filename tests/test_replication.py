@@ -37,8 +37,8 @@ from sfc.studies.replicate.matching import (
     share_with_partner,
     site_counts,
 )
+from sfc.studies.replicate.options import ORIGINAL, REPLICATION, ReplicationOptions
 from sfc.studies.replicate.page import cosines_figure, effects_figure, page
-from sfc.studies.replicate.study import ORIGINAL, REPLICATION, ReplicationOptions
 from sfc.studies.study import RESULT, STUDIES, ensure
 from sfc.studies.train.rows import training_rows
 

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_formats import BYTES
 
-from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell
+from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell, grid_table
 from sfc.pages.markdown import markdown_report, markdown_text
 from sfc.pages.text import printable
-from sfc.studies.report.kinds import grid_cell
 
 TINY = ("--preset", "tiny", "--set", "prompts.limit=14")
 NUMBER = r"−?\d[\d,]*(?:\.\d+)?(?:e[−+]\d+)?"
@@ -70,7 +69,7 @@ def _numbers(value: Any) -> set[str]:
     if isinstance(value, list):
         return {cell(len(value))}.union(*map(_numbers, value))
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return {cell(value), cell(float(value)), grid_cell(value)}
+        return {cell(value), cell(float(value)), grid_table("", "", {(0, 0): value}).rows[0][1]}
     return set()
 
 
@@ -140,7 +139,7 @@ CHANGES = {
     "behaviour": lambda root: _change_json(_folder(root, "behaviour") / "manifest.json", "result", "auroc", to=0.777),
     "layers": lambda root: _change_csv(_folder(root, "probe") / "layers.csv", "separation", 7.77),
     "components": lambda root: _change_csv(_head_first(_folder(root, "logits")), "difference", 0.777),
-    "logits": lambda root: _change_json(_folder(root, "logits") / "manifest.json", "result", "auroc", to=0.777),
+    "logits": lambda root: _change_json(_folder(root, "logits") / "result.json", "auroc", to=0.777),
     "effects": lambda root: _change_csv(_folder(root, "patching") / "effects.csv", "effect", 0.777),
     "patching": lambda root: _change_json(_folder(root, "patching") / "result.json", "n_components", to=777),
     "seed": lambda root: _change_json(_folder(root, "probe") / "manifest.json", "inputs", "seed", to=777),

@@ -25,7 +25,6 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
-    "sfc.studies.patch.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
     "sfc.studies.collect.study",
@@ -35,6 +34,9 @@ BUILT_IN = (
     "sfc.studies.probe.study",
     "sfc.studies.compare.study",
     "sfc.studies.replicate.study",
+    "sfc.studies.logits.study",
+    "sfc.studies.patch.study",
+    "sfc.studies.formats.study",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 

@@ -128,12 +128,16 @@ def interval_cell(low: object, high: object) -> str:
     return f"{cell(low)} to {cell(high)}"
 
 
-def figure_cell(result: Mapping[str, Any], name: str) -> str:
-    """A figure of a result with its 95 % interval behind it, where there is one."""
-    value, low, high = (result.get(f"{name}{end}") for end in ("", "_low", "_high"))
+def estimate_cell(value: object, low: object, high: object) -> str:
+    """A value with the ends of its interval behind it, where there are some."""
     if any(figure is None or figure != figure for figure in (value, low, high)):  # NaN
         return cell(value)
     return f"{cell(value)} ({interval_cell(low, high)})"
+
+
+def figure_cell(result: Mapping[str, Any], name: str) -> str:
+    """A figure of a result with its 95 % interval behind it, where there is one."""
+    return estimate_cell(result.get(name), result.get(f"{name}_low"), result.get(f"{name}_high"))
 
 
 def records_table(

@@ -14,11 +14,12 @@ from sfc.core.artifacts import Artifact, write_csv, write_json, write_text
 from sfc.core.errors import CannotLoadModel, UserError, suggestion
 from sfc.core.progress import say
 from sfc.pipeline import ensure_circuit
-from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching
+from sfc.pipeline_study import batch_artifact, ensure_behaviour
 from sfc.run import Run
 from sfc.studies.batch.depth import frequencies
 from sfc.studies.batch.page import write_batch_page
 from sfc.studies.batch.tables import critical_table, model_row, probe_table
+from sfc.studies.logits.study import LogitsOptions
 from sfc.studies.probe.study import ProbeOptions
 from sfc.studies.study import STUDIES, ensure
 
@@ -33,17 +34,16 @@ _TRACEBACKS = "tracebacks.txt"
 
 STAGES: dict[str, Callable[[Run, str, int | None], Artifact]] = {
     "behaviour": lambda run, _category, limit: ensure_behaviour(run, None, "test", limit),
-    "probe": lambda run, category, _limit: _probed(run, category),
-    "logits": lambda run, category, _limit: ensure_logit_attribution(run, category),
-    "patching": lambda run, _category, _limit: ensure_patching(run),
+    "probe": lambda run, category, _limit: _finished("probe", run.having(ProbeOptions, category=category)),
+    "logits": lambda run, category, _limit: _finished("attribute-logits", run.having(LogitsOptions, category=category)),
+    "patching": lambda run, _category, _limit: _finished("patch", run),
     "circuit": lambda run, category, _limit: ensure_circuit(run, category),
 }
 
 
-def _probed(run: Run, category: str) -> Artifact:
-    run = run.having(ProbeOptions, category=category)
-    ensure(STUDIES["probe"], run)
-    return STUDIES["probe"].artifact(run)
+def _finished(study: str, run: Run) -> Artifact:
+    ensure(STUDIES[study], run)
+    return STUDIES[study].artifact(run)
 
 
 class Failure(NamedTuple):

@@ -10,6 +10,7 @@ from sfc.core.config import Experiment
 from sfc.studies.batch import depth
 from sfc.studies.batch.depth import patched_components, relative_depth, written_components
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL
+from sfc.studies.study import Finished
 
 Artifacts = Mapping[str, Artifact]
 """of one model, by stage"""
@@ -38,7 +39,7 @@ def critical_table(studied: Mapping[str, Artifacts]) -> tuple[pd.DataFrame, Mapp
     for name, artifacts in studied.items():
         if patching := artifacts.get("patching"):
             effects = pd.read_csv(patching.folder / "effects.csv")
-            tables.append(patched_components(name, effects, patching.manifest()["result"]["n_layers"]))
+            tables.append(patched_components(name, effects, Finished(patching.folder).result["n_layers"]))
             for direction in effects["direction"].unique():
                 measured.setdefault(str(direction), []).append(name)
         if logits := artifacts.get("logits"):
@@ -86,13 +87,13 @@ def _probe(artifact: Artifact) -> dict[str, Any]:
 
 
 def _logits(artifact: Artifact) -> dict[str, Any]:
-    result = artifact.manifest()["result"]
+    result = Finished(artifact.folder).result
     counts = {f"n_{role}": len(result[role]) for role in ("guardrail", "compliance")}
     return {**counts, "n_heads": result["n_heads"], "strongest_head": result["heads"][0]["component"]}
 
 
 def _patching(artifact: Artifact) -> dict[str, Any]:
-    result = artifact.manifest()["result"]
+    result = Finished(artifact.folder).result
     strongest = {f"strongest_{direction}": None for direction in ("denoise", "noise")}
     for row in result["critical"]:
         if row["kind"] == "head" and row["rank"] == 1:

@@ -19,8 +19,8 @@ from sfc.circuits.problem import Problem
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.progress import say
 from sfc.session import Session
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import Weights
-from sfc.studies.compare.study import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
 

@@ -21,8 +21,8 @@ from sfc.core.artifacts import read_json, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
 from sfc.session import Session
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import Weights, shared_core
-from sfc.studies.compare.study import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"

@@ -19,6 +19,7 @@ from sfc.core.artifacts import write_csv
 from sfc.session import Session
 from sfc.studies.compare.circuits import Found, find_circuits
 from sfc.studies.compare.judged import judge_circuits
+from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import (
     Overlaps,
     Weights,
@@ -30,7 +31,6 @@ from sfc.studies.compare.overlap import (
     verdict,
     weighted_overlap,
 )
-from sfc.studies.compare.study import Compare, ComparisonOptions
 from sfc.studies.study import Made
 
 
@@ -69,9 +69,9 @@ def measure(session: Session, categories: Sequence[str], folder: Path) -> Made:
     verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
     overlap = _long_table(tables, found, measures, categories)
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
-        write_csv(folder / Compare.files[name], table)
+        write_csv(folder / f"{name}.csv", table)
     # From the file, as the page reads it: a last digit may decide which of two pairs the tree joins first.
-    between = between_halves(pd.read_csv(folder / Compare.files["overlap"]), categories)
+    between = between_halves(pd.read_csv(folder / "overlap.csv"), categories)
     return Made(
         {
             "preset": experiment.name,

@@ -1,6 +1,6 @@
 """The page of a comparison of categories: overlaps with their dendrogram, transfer of circuits, the shared core."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
 from sfc.behaviors.behavior import Words
+from sfc.core.artifacts import json_records
 from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, cell, figure_cell
 from sfc.pages.style import INK, QUIET, axis, styled_figure
 from sfc.pages.text import hover_text
@@ -42,9 +43,7 @@ def page(finished: Finished) -> Page:
             Section(
                 "", [Figure("transfer", lambda: transfer_figure(transfer), _matrix(_TRANSFER, "circuit", transfer))]
             ),
-            Section(
-                "The shared core and the rest, on test prompts", [_core_table(finished.records("core.csv"), words)]
-            ),
+            Section("The shared core and the rest, on test prompts", [_core_table(finished.table("core.csv"), words)]),
         ],
         guide=_guide(words),
         findings=[
@@ -155,7 +154,7 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
     return Table(f"Circuits of {result['size']} nodes, found on half of the prompts", heads, rows)
 
 
-def _core_table(core: Sequence[Mapping[str, Any]], words: Words) -> Table:
+def _core_table(core: pd.DataFrame, words: Words) -> Table:
     heads = ["prompts", "nodes kept or ablated", "nodes", "kept: faithfulness", "ablated: left"]
     rows = [
         [
@@ -165,11 +164,11 @@ def _core_table(core: Sequence[Mapping[str, Any]], words: Words) -> Table:
             figure_cell(row, "faithfulness"),
             figure_cell(row, "completeness_normalised"),
         ]
-        for row in core
+        for row in json_records(core, 6)
     ]
-    if "refused" in core[0]:
+    if "refused" in core:
         heads += [f"ablated: {words.acted}", f"as it is: {words.acted}"]
-        for row, figures in zip(rows, core, strict=True):
+        for row, figures in zip(rows, json_records(core, 6), strict=True):
             row += [figure_cell(figures, "refused_ablated"), cell(figures["refused"])]
     return Table("", heads, rows, texts=heads[1:2])
 

@@ -3,34 +3,17 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.errors import UserError
-from sfc.core.options import Options, option
 from sfc.data.schema import ALL
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect.study import COLLECT
-from sfc.studies.discover.study import DISCOVER
+from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.discover.study import DISCOVER, needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
-from sfc.studies.train.study import TRAIN
-
-
-class ComparisonOptions(Options):
-    """How the circuits of categories are compared: a protocol of its own, with few sizes and draws."""
-
-    section = "comparison"
-
-    categories: list[str] = option([ALL], description="groups of prompts, such as violence,privacy, or all")
-    size: int = option(200, ge=1, description="nodes of each circuit; the overlap depends on it")
-    shuffles: int = Field(5, ge=0, description="shuffled pools of two categories, as a yardstick")
-    edges: int = Field(500, ge=0, description="strongest edges of each circuit, whose overlap is measured as well")
-    replies: int = Field(20, ge=0, description="test prompts per category that are answered with nodes ablated")
-    reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
 
 
 class Compare(Study[ComparisonOptions]):
@@ -51,14 +34,14 @@ class Compare(Study[ComparisonOptions]):
     }
 
     def categories(self, run: Run) -> list[str]:
-        """The categories to compare, each once, in alphabetical order.
+        """The categories by their canonical names, each once, in alphabetical order.
 
         Raises:
             UserError: there is no such category.
         """
-        given = self.of(run).categories
-        known = run.prompts.frame["category"].unique()
-        return sorted(known if given == [ALL] else {run.group(name) for name in given})
+        names = self.of(run).categories
+        known = run.prompts.frame["category"].unique() if names == [ALL] else map(run.group, names)
+        return sorted(set(known))
 
     def check(self, run: Run) -> None:
         if len(self.categories(run)) < 2:
@@ -69,8 +52,8 @@ class Compare(Study[ComparisonOptions]):
                 f"compare pools prompts of categories, whose reference {discovery.reference_choice!r} is not the same"
             )
         if not METHODS[discovery.method].per_prompt:
-            known = ", ".join(method.name for method in METHODS if method.per_prompt)
-            raise UserError(f"compare needs a method that halves of the prompts can be given to: one of {known}")
+            possible = [method.name for method in METHODS if method.per_prompt]
+            raise UserError(f"compare needs a method that halves of the prompts can be given to: {', '.join(possible)}")
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
@@ -82,7 +65,6 @@ class Compare(Study[ComparisonOptions]):
             "circuit": DISCOVER.schema,
             "prompts": run.store.inputs,
             "saes": run.saes.inputs if NODES[DiscoveryOptions.of(experiment).nodes].needs_saes else None,
-            "sites": experiment.activations.sites,
             "categories": self.categories(run),
             "hard_share": experiment.prompts.hard_share,
             "discovery": discovery_identity(experiment),
@@ -91,8 +73,7 @@ class Compare(Study[ComparisonOptions]):
         }
 
     def needs(self, run: Run) -> list[Need]:
-        trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
-        return [*trained, Need(COLLECT, run)]
+        return needs_of_circuits(run)
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.compare.measure import measure

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfc.circuits.approximation import agreement
 from sfc.core.sites import short_site
-from sfc.studies.replicate.study import BOTH, ORIGINAL, REPLICATION
+from sfc.studies.replicate.options import BOTH, ORIGINAL, REPLICATION
 
 SAME = 0.7
 """cosine from which on two features count as the same, as in Paulo and Belrose 2025 (Sparse Autoencoders Trained on the

@@ -1,16 +1,17 @@
 """The page of SAE-seed robustness: features that both dictionaries have, effects of the nodes in both circuits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from sfc.core.artifacts import json_records
 from sfc.core.sites import short_site
 from sfc.pages.blocks import Figure, Formula, Page, Section, Table, cell, figure_cell
 from sfc.pages.style import BLUE, LINE, QUIET, VERMILION, axis, remark, styled_figure
 from sfc.pages.text import hover_text
-from sfc.studies.replicate.study import BOTH, ORIGINAL, REPLICATION
+from sfc.studies.replicate.options import BOTH, ORIGINAL, REPLICATION
 from sfc.studies.study import Finished
 
 _HEIGHT = 420
@@ -30,16 +31,7 @@ def page(finished: Finished) -> Page:
         ),
         summary=[_circuits_table(result), _agreement_table(result)],
         sections=[
-            Section(
-                "",
-                [
-                    Figure(
-                        "cosines",
-                        lambda: cosines_figure(counts, result),
-                        _cosines_table(finished.records("cosines.csv")),
-                    )
-                ],
-            ),
+            Section("", [Figure("cosines", lambda: cosines_figure(counts, result), _cosines_table(counts))]),
             Section("", [Figure("effects", lambda: effects_figure(nodes, result))]),
             Section("Every site", [_sites_table(result)]),
         ],
@@ -150,9 +142,10 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
     return Table("How far they agree", ["agreement", "value", "by chance"], rows)
 
 
-def _cosines_table(counts: Sequence[Mapping[str, Any]]) -> Table:
+def _cosines_table(counts: pd.DataFrame) -> Table:
     rows = [
-        [f"{row['low']:.2f} to {row['high']:.2f}", cell(row["features"]), cell(row["in_circuit"])] for row in counts
+        [f"{row['low']:.2f} to {row['high']:.2f}", cell(row["features"]), cell(row["in_circuit"])]
+        for row in json_records(counts)
     ]
     return Table(_COSINES, ["cosine", "features", "the circuit's features"], rows)
 

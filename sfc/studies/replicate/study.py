@@ -7,24 +7,13 @@ from typing import Any, ClassVar
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
-from sfc.core.options import Options, option
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover.study import DISCOVER
+from sfc.studies.replicate.options import ReplicationOptions
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 from sfc.studies.train.study import TRAIN
-
-BOTH, ORIGINAL, REPLICATION = "both", "original", "replication"
-"""which of the two circuits a node is in: that of the experiment's own SAEs, and that of the others"""
-
-
-class ReplicationOptions(Options):
-    """With which other SAEs the circuit is discovered."""
-
-    section = "replicate"
-
-    sae_seed: int = option(1, ge=0, description="seed that the other SAEs are trained from")
 
 
 class Replicate(Study[ReplicationOptions]):
@@ -36,7 +25,7 @@ class Replicate(Study[ReplicationOptions]):
     name = "replicate"
     options = ReplicationOptions
     schema = 2
-    also = ((DiscoveryOptions, "category"), (DiscoveryOptions, "method"))
+    also = ((DiscoveryOptions, "method"),)
     files: ClassVar = {"page": "replication.html", "nodes": "nodes.csv", "cosines": "cosines.csv"}
 
     def check(self, run: Run) -> None:
@@ -57,23 +46,31 @@ class Replicate(Study[ReplicationOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"replication-{run.group(discovery.category)}{discovery.name_of_prompts}-{discovery.method}"
+        return f"replication-{run.group(self.of(run).category)}{discovery.name_of_prompts}-{discovery.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return {
             "prompts": run.store.inputs,
-            "original": DISCOVER.artifact(run).inputs,
-            "replication": DISCOVER.artifact(self.other(run)).inputs,
+            "original": DISCOVER.artifact(self._discovering(run)).inputs,
+            "replication": DISCOVER.artifact(self._discovering(self.other(run))).inputs,
         }
 
     def needs(self, run: Run) -> list[Need]:
-        # SAEs as well: a circuit that is there may have outlived those that it was found with.
-        return [Need(study, each) for each in (run, self.other(run)) for study in (DISCOVER, TRAIN)]
+        # A circuit that is there may have outlived its SAEs.
+        return [
+            need
+            for each in (self._discovering(run), self._discovering(self.other(run)))
+            for need in (Need(DISCOVER, each), Need(TRAIN, each))
+        ]
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.replicate.measure import measure
 
-        return measure(session.run, self.other(session.run), folder)
+        run = session.run
+        return measure(self._discovering(run), self._discovering(self.other(run)), folder)
+
+    def _discovering(self, run: Run) -> Run:
+        return run.having(DiscoveryOptions, category=self.of(run).category)
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.replicate.page import page

@@ -2,9 +2,7 @@
 
 Circuits with their evaluation, and the autoencoders that they are made of.
 
-Activation patching and direct logit attribution: heat maps of layers and heads, and components with intervals.
-
-Behaviour, the refusal direction with its probe, prompt formats, and whatever else left figures behind.
+Behaviour, the refusal direction with its probe, other studies by their pages, and whatever else left figures behind.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +13,13 @@ import pandas as pd
 
 from sfc.core.artifacts import read_json
 from sfc.pages import blocks
-from sfc.pages.blocks import Block, Formula, Paragraph, Table, cell, interval_cell
+from sfc.pages.blocks import Block, Formula, Page, Paragraph, Table, cell, interval_cell
 from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
 from sfc.pages.text import tokens_text
-from sfc.studies.formats.page import violins
-from sfc.studies.logits.page import heads_figure as written_heads_figure
-from sfc.studies.patch.page import agreement_figure, cumulative_figure, heads_figure, positions_figure
 from sfc.studies.probe.page import accuracy_figure, separation_figure
 from sfc.studies.report.found import Found
+from sfc.studies.study import STUDIES, Finished
 
 
 def Figure(figure, table=None):
@@ -37,7 +33,7 @@ class Kind(NamedTuple):
     summary: Callable[[Found], list[tuple[str, str]]]
     """lines of the summary table: a figure's name and its value"""
     blocks: Callable[[Found], list[Block]]
-    methods: Sequence[Formula] = ()
+    methods: Callable[[Found], Sequence[Formula]] = lambda found: ()
     limits: Callable[[Found], list[str]] = lambda found: []
 
 
@@ -48,22 +44,6 @@ def records_table(title: str, columns: dict[str, str], records: Sequence[dict[st
         columns: for each title the field under it.
     """
     return Table(title, list(columns), [[cell(record.get(field)) for field in columns.values()] for record in records])
-
-
-def grid_cell(value: float) -> str:
-    """A value in a heat map, to three decimals, so that columns line up."""
-    return cell(value) if value != value else f"{value + 0.0:.3f}".replace("-", "−").replace("−0.000", "0.000")
-
-
-def grid_table(title: str, corner: str, cells: dict[tuple[int, Any], str]) -> Table:
-    """A heat map as a table, layers downwards; what a cell has not is blank.
-
-    Args:
-        cells: text by layer and column.
-    """
-    layers, across = sorted({layer for layer, _ in cells}), list(dict.fromkeys(column for _, column in cells))
-    rows = [[str(layer), *(cells.get((layer, column), "") for column in across)] for layer in layers]
-    return Table(title, [corner, *map(str, across)], rows)
 
 
 _NODES, _TOKENS = 20, 5
@@ -195,7 +175,7 @@ CIRCUIT = Kind(
     summary=_summary,
     blocks=_blocks,
     limits=_limits,
-    methods=(
+    methods=lambda found: (
         Formula(
             "Refusal score s (Arditi et al. 2024)",
             "logsumexp(log p over R) - logsumexp(log p over all others), R"
@@ -237,188 +217,9 @@ SAES = Kind(
     title=lambda found: "Sparse autoencoders",
     summary=lambda found: [("variance unexplained", cell(found.manifest.get("variance_unexplained")))],
     blocks=lambda found: [_quality(found)],
-    methods=(
+    methods=lambda found: (
         Formula("Variance unexplained", "sum |x - x_hat|^2 / sum |x - mean x|^2, over held-out rows"),
         Formula("Recovered", "share of what ablating the site to its mean costs that the reconstruction wins back"),
-    ),
-)
-
-
-_FEW_PAIRS = 10
-_HEADS = 15
-_DIRECTIONS = {"denoise": "Denoising", "noise": "Noising"}
-
-
-def _patching_summary(found: Found) -> list[tuple[str, str]]:
-    result = found.result
-    names = {"pairs used": "n_pairs", "components": "n_components", "critical components": "n_critical"}
-    rows = [(name, cell(result[field])) for name, field in names.items()]
-    for row in result["critical"]:
-        if row["rank"] == 1 and row["kind"] == "head":
-            words = f"{cell(row['effect'])} ({interval_cell(row['low'], row['high'])})"
-            rows.append((f"{_DIRECTIONS[row['direction']]}: effect of {row['component']}", words))
-    return rows
-
-
-def _patching_blocks(found: Found) -> list[Block]:
-    result, effects = found.result, found.table("effects.csv")
-    single, ranges, sets = effects[~effects["is_range"]], effects[effects["is_range"]], list(result["n_pairs_at"])
-    blocks: list[Block] = [Paragraph(_pairs(result)), _critical(result)]
-    for direction in map(str, single["direction"].unique()):
-        of_direction = single[single["direction"] == direction]
-        heads, others = of_direction[of_direction["kind"] == "head"], of_direction[of_direction["kind"] != "head"]
-        title = _DIRECTIONS.get(direction, direction)
-        if len(others):
-            columns = {
-                (int(row["layer"]), f"{row['kind']} {row['positions']}"): grid_cell(row["effect"])
-                for row in _rows(others)
-            }
-            table = grid_table(f"{title}: effects by layer and positions", "layer", columns)
-            blocks.append(Figure(positions_figure(single, direction, sets), table))
-        if len(heads):
-            figure = heads_figure(single, direction, sets)
-            tables = [_heads(heads[heads["positions"] == name], f"{title}: heads at {name}") for name in sets]
-            blocks += [Figure(figure, tables[0]), *(table for table in tables[1:])]
-    if len(ranges):
-        blocks.append(Figure(cumulative_figure(ranges)))
-    names = {"direction": "direction", "kind": "kind", "n": "n", "r": "pearson", "rank correlation": "spearman",
-             "mean |difference|": "mean_difference", "best": "best", "of these shared": "shared"}  # fmt: skip
-    table = records_table("First-order effects against exact ones", names, result["agreement"])
-    return [*blocks, Figure(agreement_figure(single, result["agreement"]), table)]
-
-
-def _pairs(result: Any) -> str:
-    lost = "; ".join(f"{cell(count)}: {reason}" for reason, count in result["lost"].items()) or "none"
-    chosen = {
-        "behaviour": "The clean prompt of each was refused and the corrupted one was not, by the judged replies.",
-        "score": "They were chosen by the refusal score alone, not by what the model says.",
-    }[result["require"]]
-    return (
-        f"{cell(result['n_pairs'])} of {cell(result['n_tried'])} pairs ({result['pairs']}) were used; lost: {lost}. "
-        f"{chosen} Mean score of the clean prompts {cell(result['clean_score'])}, of the corrupted ones"
-        f" {cell(result['corrupted_score'])} nats."
-    )
-
-
-def _critical(result: Any) -> Table:
-    rows = [
-        (
-            row["component"],
-            row["direction"],
-            row["positions"],
-            cell(row["n_pairs"]),
-            cell(row["effect"]),
-            interval_cell(row["low"], row["high"]),
-            cell(row["q_value"]),
-            cell(row["first_order"]),
-        )
-        for row in result["critical"]
-    ]
-    columns = ("component", "direction", "positions", "pairs", "effect", "95 %", "q", "first order")
-    return Table("Critical components (q of at most 0.05), the strongest of each kind", columns, rows)
-
-
-def _heads(rows: pd.DataFrame, title: str) -> Table:
-    return grid_table(
-        title, "layer \\ head", {(row["layer"], int(row["head"])): grid_cell(row["effect"]) for row in _rows(rows)}
-    )
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return table.sort_values(["layer", "head"]).to_dict("records")  # pyright: ignore[reportReturnType]
-
-
-def _patching_limits(found: Found) -> list[str]:
-    result, limits = found.result, []
-    if result["n_pairs"] < _FEW_PAIRS:
-        limits.append(f"Patching rests on {cell(result['n_pairs'])} pairs: with so few no p-value can be small.")
-    if result["require"] == "score":
-        limits.append("Patching used pairs chosen by the score: it is about the score and not about behaviour.")
-    return limits
-
-
-PATCHING = Kind(
-    title=lambda found: f"Activation patching: {found.result['pairs']}",
-    summary=_patching_summary,
-    blocks=_patching_blocks,
-    limits=_patching_limits,
-    methods=(
-        Formula(
-            "Effect of a patch",
-            "mean(s_patched - s_base) / mean(s_source - s_base); denoising puts the clean run"
-            " into the corrupted one, noising the corrupted into the clean one",
-        ),
-        Formula("First order (attribution patching)", "ds/dx at the base run . (x_source - x_base)"),
-        Formula(
-            "p, q",
-            "sign-flip permutation test of the mean change; false discovery rate over all components of a"
-            " kind and direction (Benjamini and Hochberg 1995)",
-        ),
-        Formula("Intervals", "95 % percentiles over pairs drawn again, numerator and denominator together"),
-    ),
-)
-
-
-def _logits_summary(found: Found) -> list[tuple[str, str]]:
-    result = found.result
-    names = {
-        "AUROC, toxic against safe": "auroc",
-        "correlation with the score": "score_correlation",
-        "heads": "n_heads",
-    }
-    roles = [(f"{role} heads", cell(len(result[role]))) for role in ("guardrail", "compliance")]
-    return [*((name, cell(result[field])) for name, field in names.items()), *roles]
-
-
-def _logits_blocks(found: Found) -> list[Block]:
-    result, components = found.result, found.table("components.csv")
-    difference, tokens = result["logit_difference"], result["tokens"]
-    rows = [
-        (side, cell(difference[side]["mean"]), interval_cell(difference[side]["low"], difference[side]["high"]))
-        for side in ("toxic", "safe")
-    ]
-    heads = components[components["kind"] == "head"]
-    cells = {(int(row["layer"]), int(row["head"])): grid_cell(row["difference"]) for row in _rows(heads)}
-    strongest = [
-        (
-            row["component"],
-            row["role"],
-            cell(row["toxic_mean"]),
-            interval_cell(row["toxic_low"], row["toxic_high"]),
-            cell(row["safe_mean"]),
-            cell(row["difference"]),
-            cell(row["q_value"]),
-        )
-        for row in result["heads"]
-    ]
-    columns = ("head", "role", "toxic, nats", "95 %", "safe", "toxic - safe", "q")
-    return [
-        Paragraph(
-            f"The mean logit of {', '.join(map(repr, tokens['refusal']))} minus that of"
-            f" {', '.join(map(repr, tokens['against']))}. The parts miss their sum by"
-            f" {cell(result['reconstruction_error'])} of the absolute terms at most."
-        ),
-        Table("Logit difference, nats", ("prompts", "mean", "95 %"), rows),
-        Figure(written_heads_figure(components), grid_table("Heads: toxic - safe, nats", "layer \\ head", cells)),
-        Table("The heads that tell toxic from safe prompts best", columns, strongest),
-    ]
-
-
-LOGITS = Kind(
-    title=lambda found: f"Direct logit attribution: {found.result['category']}",
-    summary=_logits_summary,
-    blocks=_logits_blocks,
-    methods=(
-        Formula(
-            "Direct logit attribution",
-            "contribution = (output / norm scale, held) . (mean W_U of refusal tokens -"
-            " mean W_U of tokens against); all contributions sum to the logit difference",
-        ),
-        Formula(
-            "Guardrail head",
-            "contribution to toxic prompts above 0 (95 %) and larger than to safe ones (Welch's t,"
-            " q < 0.05); compliance head: the mirror image",
-        ),
     ),
 )
 
@@ -445,7 +246,7 @@ BEHAVIOUR = Kind(
     title=lambda found: f"Behaviour: {found.name.partition('-')[2]}",
     summary=lambda found: [("AUROC of the score against judged refusals", cell(found.result.get("auroc")))],
     blocks=lambda found: [_rates(found)],
-    methods=(
+    methods=lambda found: (
         Formula(
             "Refusal", "a greedy reply whose first words refuse, by a judge of phrases; never the data set's label"
         ),
@@ -478,7 +279,7 @@ PROBE = Kind(
     title=lambda found: f"Refusal direction and probe: {found.result['category']}",
     summary=_probe_summary,
     blocks=_probe_blocks,
-    methods=(
+    methods=lambda found: (
         Formula(
             "Refusal direction (Arditi et al. 2024)",
             "mean over toxic - mean over safe discovery prompts, residual stream at the last position",
@@ -491,47 +292,6 @@ PROBE = Kind(
         ),
     ),
     limits=lambda found: ["That a probe can read a layer does not mean that the model reads it."],
-)
-
-_FORMATS = {
-    "format": "format", "refuse - comply, nats": "mean", "from": "low", "to": "high", "harmless": "harmless_mean",
-    "refused": "refused", "AUROC": "auroc", "z": "z_mean",
-}  # fmt: skip
-_PAIRS = {
-    "first": "first", "second": "second", "z first - second": "mean_difference", "p": "p_value", "p, Holm": "p_holm",
-    "rank-biserial r": "rank_biserial",
-}  # fmt: skip
-
-
-def _formats_blocks(found: Found) -> list[Block]:
-    result = found.result
-    test = records_table("Friedman's test of z", {"chi2": "chi2", "degrees of freedom": "degrees", "p": "p_value",
-                                                  "Kendall's W": "kendall_w"}, [result["friedman"]])  # fmt: skip
-    return [
-        Figure(
-            violins(found.table("scores.csv"), "z", "Standardised within each format", "z"),
-            records_table("Harmful instructions by format", _FORMATS, result["formats"]),
-        ),
-        test,
-        records_table("Pairs of formats (Wilcoxon)", _PAIRS, result["pairs"]),
-    ]
-
-
-FORMATS = Kind(
-    title=lambda found: f"Prompt formats: {found.result['prompts']}",
-    summary=lambda found: [
-        ("Friedman's p", cell(found.result["friedman"]["p_value"])),
-        ("Kendall's W", cell(found.result["friedman"]["kendall_w"])),
-    ],
-    blocks=_formats_blocks,
-    methods=(
-        Formula(
-            "z",
-            "(logit difference - mean of its format) / standard deviation of its format, over harmful and"
-            " harmless instructions",
-        ),
-        Formula("Tests", "Friedman 1937 over formats; Wilcoxon signed-rank between pairs of formats, Holm 1979"),
-    ),
 )
 
 
@@ -571,10 +331,25 @@ REPLICATION = OTHER._replace(
         ("Jaccard, nodes of both circuits", cell(found.result["jaccard"])),
         ("by chance", cell(found.result["chance"])),
     ],
-    methods=(
+    methods=lambda found: (
         Formula(
             "The same feature (after Paulo and Belrose 2025)",
             "mutual nearest neighbours by the cosine of decoder directions, of at least 0.7",
         ),
     ),
 )
+
+
+def kind_of(study: str) -> Kind:
+    """How artifacts of a study are reported: by what its page says."""
+
+    def page(found: Found) -> Page:
+        return STUDIES[study].page(Finished(found.folder, found.manifest))
+
+    return Kind(
+        title=lambda found: ": ".join(page(found).title.split(" · ")[:2]),
+        summary=lambda found: list(page(found).findings),
+        blocks=lambda found: [*page(found).summary, *(block for each in page(found).sections for block in each.blocks)],
+        methods=lambda found: page(found).methods,
+        limits=lambda found: list(page(found).limits),
+    )

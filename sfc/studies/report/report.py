@@ -16,22 +16,20 @@ from sfc.studies.report.found import Found
 from sfc.studies.report.kinds import (
     BEHAVIOUR,
     CIRCUIT,
-    FORMATS,
-    LOGITS,
     OTHER,
-    PATCHING,
     PROBE,
     REPLICATION,
     SAES,
     Kind,
+    kind_of,
 )
 
 KINDS: Mapping[str, Kind] = {
     "behaviour": BEHAVIOUR,
     "probe": PROBE,
-    "logits": LOGITS,
-    "patching": PATCHING,
-    "formats": FORMATS,
+    "logits": kind_of("attribute-logits"),
+    "patching": kind_of("patch"),
+    "formats": kind_of("formats"),
     "saes": SAES,
     "circuit": CIRCUIT,
     "replication": REPLICATION,
@@ -100,7 +98,7 @@ def _mark(found: Found) -> str:
 
 
 def _methods(found: Sequence[Found]) -> Section:
-    formulas = dict.fromkeys(formula for each in found for formula in KINDS.get(each.kind, OTHER).methods)
+    formulas = dict.fromkeys(formula for each in found for formula in KINDS.get(each.kind, OTHER).methods(each))
     blocks: list[Paragraph | Formula] = [
         Paragraph(
             "Prompts are split by hash. Discovery prompts choose, reference prompts give the values that ablated parts"
