@@ -6,47 +6,6 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, finish_artifact, float_of, numbers_of, overrides_of
-from sfc.tables import (
-    show_batch,
-    show_repair,
-    show_steering,
-)
-
-
-def batch(
-    shared: Shared,
-    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
-    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
-    category: Annotated[str, typer.Option(help="OR-Bench category, or all, where a stage takes one.")] = "violence",
-    stages: Annotated[str, typer.Option(help="Among behaviour,probe,logits,patching,circuit.")] = (
-        "behaviour,probe,logits,patching"
-    ),
-    limit: Annotated[int | None, typer.Option(min=1, help="Behaviour: at most this many prompts per label.")] = 40,
-) -> None:
-    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
-
-    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
-    """
-    from sfc.data.schema import category_or_all
-    from sfc.studies.batch.batch import check_stages, make_batch
-
-    wanted, chosen = category_or_all(category), [stage.strip() for stage in stages.split(",")]
-    check_stages(chosen)
-    runs = shared.runs(models or (None if file else shared.preset), file)
-    artifact = make_batch(runs, chosen, wanted, limit, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_batch(result)
-    finish_artifact(artifact, shared.json)
-
-
-def report(shared: Shared) -> None:
-    """Put all that is finished of a preset into one report, in Markdown and as one HTML page.
-
-    Example: sfc report --preset smollm2
-    """
-    from sfc.pipeline_study import ensure_report
-
-    finish_artifact(ensure_report(shared.run(), shared.rebuild), shared.json)
 
 
 def steer(
@@ -100,8 +59,6 @@ def steer(
     }  # fmt: skip
     overrides = overrides_of("steering", values)
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_steering(result)
     finish_artifact(artifact, shared.json)
 
 
@@ -122,6 +79,4 @@ def repair(
     overrides = overrides_of("repair", values)
     wanted = category_or_all(category)
     artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_repair(result)
     finish_artifact(artifact, shared.json)

@@ -4,7 +4,6 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,38 +19,10 @@ from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA = 2
-STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 1, 1, 1, 1
+STEERING_SCHEMA, REPAIR_SCHEMA = 1, 1
 
 BEST = "best"  # the condition that tells toxic from safe prompts best
 _FEATURE = r"resid_(?:pre|mid|post)\.\d+/F\d+"
-
-
-def ensure_behaviour(run: Run, prompts: Path | None, split: str, limit: int | None, rebuild: bool = False) -> Artifact:
-    """Generate and judge replies, to a file of prompts or to a split of the data, unless that is done.
-
-    Raises:
-        UserError: the file or the split does not exist.
-    """
-    if prompts is not None and not prompts.is_file():
-        raise UserError(f"no file {prompts}: --prompts takes a CSV with a column 'prompt'")
-    if split not in (known := ("discovery", "reference", "test", "all")):
-        raise UserError(f"no split {split!r}: {suggestion(split, known)}")
-    inputs = {
-        "schema": BEHAVIOUR_SCHEMA,
-        "model": model_identity(run.experiment.model),
-        "prompts": hash_of_file(prompts) if prompts else [prompts_fingerprint(run.prompts.frame), split],
-        "config": run.experiment.prompts.model_dump(exclude={"hard_share"}),
-        "limit": limit,
-        "seed": run.experiment.seed,
-    }
-    name = f"behaviour-{prompts.stem if prompts else split}"
-    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, name, inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.behaviour import make_behaviour
-
-        make_behaviour(run, artifact, prompts, split, limit, rebuild)
-    return artifact
 
 
 def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
@@ -149,47 +120,3 @@ def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
 
         make_repair(run, artifact, category, rebuild)
     return artifact
-
-
-def ensure_report(run: Run, rebuild: bool = False) -> Artifact:
-    """Report every finished artifact of the experiment's model, unless that is done and none of their files changed.
-
-    Raises:
-        UserError: there is none.
-    """
-    from sfc.studies.report.found import find_artifacts, found_in, hashes
-
-    folder = run.root / "circuits" / run.experiment.name
-    found, left_out = find_artifacts(folder, model_identity(run.experiment.model))
-    if not found:
-        raise UserError(
-            f"nothing to report: {folder} holds no finished artifact of this model; run `sfc discover`, `sfc patch` or"
-            " another command first"
-        )
-    if run.saes.is_complete():
-        found.append(found_in(run.saes.folder, "saes"))
-    inputs = {
-        "schema": REPORT_SCHEMA,
-        "description": run.experiment.description,
-        "artifacts": {each.place: hashes(each) for each in found},
-        "left_out": [each.place for each in left_out],
-    }
-    artifact = Artifact.of(folder, "report", inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.report.report import make_report
-
-        make_report(run, artifact, found, left_out, rebuild)
-    return artifact
-
-
-def batch_artifact(runs: Sequence[Run], stages: Sequence[str], category: str, limit: int | None) -> Artifact:
-    """Where the comparison of these runs lies. It is put together anew each time; the runs' stages are what costs."""
-    inputs = {
-        "schema": BATCH_SCHEMA,
-        "experiments": [run.experiment.model_dump(mode="json") for run in runs],
-        "data": runs[0].data,
-        "stages": list(stages),
-        "category": category,
-        "limit": limit,
-    }
-    return Artifact.of(runs[0].root / "circuits" / "batch", category, inputs)

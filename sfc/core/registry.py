@@ -31,12 +31,14 @@ BUILT_IN = (
     "sfc.studies.train.study",
     "sfc.studies.discover.study",
     "sfc.studies.evaluate.study",
+    "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
     "sfc.studies.compare.study",
     "sfc.studies.replicate.study",
     "sfc.studies.logits.study",
     "sfc.studies.patch.study",
     "sfc.studies.formats.study",
+    "sfc.studies.report",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 
@@ -78,7 +80,7 @@ class Registry(Generic[Item]):
         load_plugins()
         return iter(list(self._items.values()))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         load_plugins()
         return name in self._items
 

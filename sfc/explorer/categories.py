@@ -1,7 +1,4 @@
-"""The finished comparisons of categories below a root folder, and the circuits that their cells stand for.
-
-The section that compares categories: a heat map whose cells open pairs of circuits.
-"""
+"""The section that compares categories: the heat map of a finished comparison, whose cells open pairs of circuits."""
 
 import shlex
 from pathlib import Path

@@ -82,7 +82,15 @@ class Commands(NamedTuple):
     lines: Sequence[str]
 
 
-Block = Paragraph | Formula | Table | Tiles | Figure | Pair | Widget | Commands
+class Links(NamedTuple):
+    """Other pages, beside what they belong to."""
+
+    name: str
+    links: Sequence[tuple[str, str]]
+    """what each is called, and its address relative to this page"""
+
+
+Block = Paragraph | Formula | Table | Tiles | Figure | Pair | Widget | Commands | Links
 
 
 class Section(NamedTuple):

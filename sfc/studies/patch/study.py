@@ -142,7 +142,7 @@ class Patching(Study[PatchingOptions]):
         best = [row for row in result["critical"] if row["kind"] == "head" and row["rank"] == 1]
         return {
             **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
-            "critical_layers": ", ".join(map(str, sorted(critical.unique()))),
+            "critical_layers": ", ".join(map(str, sorted(critical.unique()))) or "none",
             **{f"strongest_{row['direction']}": row["component"] for row in best},
         }
 
