@@ -237,7 +237,8 @@ def show_presets(experiments: Iterable[Experiment]) -> None:
 
 
 def _span(activations: ActivationsConfig) -> str:
-    return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
+    kinds = [activations.kind] if isinstance(activations.kind, str) else activations.kind
+    return f"{', '.join(kinds)} {activations.layers[0]}–{activations.layers[-1]}"
 
 
 def show_checks(checks: Iterable["Check"]) -> None:
