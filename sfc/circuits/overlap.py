@@ -1,4 +1,4 @@
-"""One mechanism or many: how far do the circuits of categories overlap, held against what overlap can be expected?
+"""One mechanism or many: how far do the circuits of categories overlap, and how much overlap could be expected?
 
 Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
 on halves of a shuffled pool of two categories overlap as those of one mechanism would. So the overlap between
@@ -47,7 +47,12 @@ def weighted_overlap(a: Weights, b: Weights) -> float:
 
 
 def chance_overlap(counts: Float[np.ndarray, " sites"], widths: Float[np.ndarray, " sites"]) -> float:
-    """Jaccard's index to be expected of two random circuits with so many nodes at each site, of so many there are."""
+    """Jaccard's index to be expected of two random circuits.
+
+    Args:
+        counts: nodes of either circuit at each site.
+        widths: all nodes at each site.
+    """
     shared = float((counts**2 / widths).sum())
     return shared / (2 * float(counts.sum()) - shared)
 
@@ -73,7 +78,7 @@ class Verdict(NamedTuple):
     shuffled: float | None
     chance: float | None
     difference: float
-    """within - between: 0 where a category's circuit is no nearer to its own kind"""
+    """within - between: 0 where circuits of one category are as far apart as circuits of two"""
     difference_low: float
     difference_high: float
     words: str
