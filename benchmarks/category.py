@@ -9,6 +9,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.experiments import load_experiment
 from sfc.pipeline import ensure_saes, ensure_store
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 
@@ -27,5 +28,5 @@ def prepared(options: argparse.Namespace) -> tuple[Problem, PromptRuns]:
     run = Run(load_experiment(options.preset), options.root, device=options.device)
     ensure_saes(run)
     ensure_store(run)
-    problem, test_runs, _ = prepare_problem(run, options.category)
+    problem, test_runs, _ = prepare_problem(Session(run), options.category)
     return problem, test_runs

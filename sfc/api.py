@@ -19,9 +19,9 @@ from sfc.models.score import RefusalScore
 from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.studies.discover.draw import ensure_cards
 from sfc.studies.steer.directions import steer
-from sfc.studies.train.train import load_dictionaries
 
 __all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve", "steer"]
 

@@ -12,21 +12,16 @@ from typing import Annotated
 import typer
 
 from sfc.cli_explore import draw, explore, export
-from sfc.cli_options import Shared, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, probe, repair, replicate, report, steer
+from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
+from sfc.cli_study import attribute_logits, batch, formats, patch, repair, replicate, report, steer
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
-from sfc.core.progress import say
+from sfc.studies.study import STUDIES
 from sfc.tables import (
-    show_base,
     show_behaviour,
     show_checks,
-    show_circuit,
-    show_collection,
     show_comparison,
-    show_evaluation,
     show_presets,
-    show_quality,
 )
 
 app = typer.Typer(
@@ -35,176 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-_CONTRAST = (
-    "toxic-safe; toxic-hard: against hard prompts only; refused-complied: toxic prompts (--population safe: hard"
-    " ones) that are refused against those that are answered; or model-base: the model against the one it was trained"
-    " from, itself without its adapter or --set discovery.base=…. [default: the preset's]"
-)
-
-
-@app.command()
-@with_shared_options
-def discover(
-    shared: Shared,
-    category: Annotated[
-        str | None, typer.Option(help="OR-Bench category, such as self-harm, or all. [default: violence]")
-    ] = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(
-            help="Explain which answer is given instead: JSON lines with clean_prefix, patch_prefix, clean_answer,"
-            " patch_answer and case."
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="learned-mask, attribution, integrated-gradients, exact, correlation or magnitude."
-            " [default: the preset's]"
-        ),
-    ] = None,
-    population: Annotated[
-        str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
-    ] = None,
-    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
-    graphml: Annotated[bool, typer.Option("--graphml", help="Also write the circuit as GraphML.")] = False,
-) -> None:
-    """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
-
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
-    """
-    from sfc.data.schema import category_or_all
-    from sfc.pipeline import ensure_circuit
-    from sfc.run import about_pairs
-
-    if pairs and category:
-        raise UserError("--pairs and --category are two questions: give one of them")
-    if pairs and contrast:
-        raise UserError("--pairs are a contrast of their own: leave --contrast out")
-    chosen = {"method": method, "population": population, "contrast": contrast}
-    overrides = [f"discovery.{key}={value}" for key, value in chosen.items() if value]
-    run = shared.run(overrides)
-    run = about_pairs(run, pairs) if pairs else run
-    artifact = ensure_circuit(run, run.category_of_pairs or category_or_all(category or "violence"), shared.rebuild)
-    result = artifact.manifest()["result"]
-    result["files"] = {name: str(artifact.folder / file) for name, file in result["files"].items()}
-    if graphml:
-        from sfc.circuits.circuit import load_circuit
-        from sfc.circuits.exports import export_circuit
-        from sfc.features.labels import labels_of
-
-        graph = load_circuit(artifact.folder / "circuit.json")
-        files = export_circuit(graph, labels_of(artifact.folder), ["graphml"], artifact.folder)
-        result["files"] |= {name: str(path) for name, path in files.items()}
-    show_circuit(result)
-    if "base" in result:
-        show_base(result["base"])
-    finish(result, shared.json)
-
-
-@app.command()
-@with_shared_options
-def evaluate(
-    shared: Shared,
-    circuits: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="circuit.json files, node lists (.json or .csv), graph files of circuit-tracer."
-            " [default: the category's own circuit]"
-        ),
-    ] = None,
-    category: Annotated[str, typer.Option(help="OR-Bench category, or all, whose test prompts judge them.")] = (
-        "violence"
-    ),
-    population: Annotated[
-        str | None, typer.Option(help="Prompts to explain: toxic or safe. [default: the preset's]")
-    ] = None,
-    contrast: Annotated[str | None, typer.Option(help=_CONTRAST)] = None,
-) -> None:
-    """Judge any circuits, ours or others', on a category's test prompts: faithfulness, completeness, random circuits.
-
-    Nodes are named resid_post.21/F12 or resid_post.21/error, or by SAELens' or Neuronpedia's ids of the dictionaries
-    in use, such as gpt2-small/6-res-jb/650.
-
-    Example: sfc evaluate mine.csv circuits/smollm2/circuit-privacy-*/circuit.json --category violence
-    """
-    from sfc.data.schema import category_or_all
-    from sfc.pipeline import ensure_circuit, ensure_evaluation
-
-    chosen = {"population": population, "contrast": contrast}
-    run = shared.run([f"discovery.{key}={value}" for key, value in chosen.items() if value])
-    of = category_or_all(category)
-    paths = circuits or [ensure_circuit(run, of).folder / "circuit.json"]
-    artifact = ensure_evaluation(run, of, paths, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_evaluation(result)
-    finish_artifact(artifact, shared.json)
-
-
-@app.command()
-@with_shared_options
-def collect(
-    shared: Shared,
-    site: Annotated[
-        list[str] | None,
-        typer.Option(help="A further site, such as hook_z.21 or resid_mid.5 (also attn_out, mlp_out, resid_pre)."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take; no weights are loaded.")] = (
-        False
-    ),
-) -> None:
-    """Store the activations of the discovery and reference prompts in HDF5.
-
-    Examples: sfc collect --set activations.layers=[20,21,22]; sfc collect --site hook_z.20 --site hook_z.21
-    """
-    from sfc.core.sites import in_order, site_from_short
-    from sfc.pipeline import ensure_store
-
-    run = shared.run()
-    sites = in_order([*run.experiment.activations.sites, *map(site_from_short, site or [])])
-    if dry_run:
-        from sfc.studies.collect import what_it_takes
-
-        takes = what_it_takes(run, sites)
-        show_collection(takes)
-        finish({"preset": shared.preset, **takes, "files": {}}, shared.json)
-        return
-    artifact = ensure_store(run, sites, shared.rebuild)
-    manifest = artifact.manifest()
-    say(f"{manifest['n_rows']:,} rows from {manifest['n_prompts']:,} prompts in {manifest['seconds']} s")
-    figures = {key: manifest[key] for key in ("n_prompts", "n_tokens", "n_rows", "sites", "seconds")}
-    finish({"preset": shared.preset, **figures, "files": {"store": str(artifact.folder)}}, shared.json)
-
-
-@app.command()
-@with_shared_options
-def train(
-    shared: Shared,
-    log: Annotated[
-        list[str] | None, typer.Option(help="Also send the figures to wandb or tensorboard. May be repeated.")
-    ] = None,
-) -> None:
-    """Train one top-k sparse autoencoder per site and measure them; collects first where needed.
-
-    Examples: sfc train --set saes.k=5% --set saes.steps=1000; torchrun --nproc-per-node 4 scripts/train_saes.py
-    """
-    import pandas as pd
-
-    from sfc.pipeline import ensure_saes
-
-    artifact = ensure_saes(shared.run(), shared.rebuild, log or ())
-    quality = pd.read_csv(artifact.folder / "quality.csv")
-    show_quality(quality)
-    files = {
-        "saes": artifact.folder,
-        "quality": artifact.folder / "quality.csv",
-        "page": artifact.folder / "quality.html",
-    }
-    figures = quality.astype(object).where(quality.notna(), None).to_dict("records")
-    result = {"preset": shared.preset, "quality": figures, "files": {name: str(path) for name, path in files.items()}}
-    finish(result, shared.json)
 
 
 @app.command()
@@ -332,7 +157,6 @@ def doctor(shared: Shared) -> None:
 
 for command in (
     attribute_logits,
-    probe,
     formats,
     patch,
     batch,
@@ -345,6 +169,8 @@ for command in (
     explore,
 ):
     app.command()(with_shared_options(command))
+for study in STUDIES:
+    app.command(study.name)(command_of(study))
 
 
 _DISK_ERRORS = {

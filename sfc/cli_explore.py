@@ -36,8 +36,8 @@ def export(
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.circuit import load_circuit
     from sfc.circuits.exports import export_circuit
+    from sfc.circuits.files import load_circuit
     from sfc.data.schema import canonical_category
     from sfc.features.labels import labels_of
     from sfc.pipeline import ensure_circuit

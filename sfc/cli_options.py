@@ -14,10 +14,14 @@ from sfc.core.artifacts import Artifact
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
+from sfc.core.options import Flag, flags_of
+from sfc.core.options import overrides_of as overrides_of_section
 from sfc.core.progress import say
 from sfc.core.ranks import is_leader
+from sfc.pages.terminal import show
 from sfc.run import Run
 from sfc.studies.batch.models import load_study
+from sfc.studies.study import Study, ensure
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Shared:
     def _run(self, experiment: Experiment) -> Run:
         if not self.root.is_dir():
             raise UserError(f"--root {self.root} is not a folder")
-        return Run(experiment, self.root, self.data, self.device)
+        return Run.of(experiment, self.root, self.data, self.device)
 
 
 def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +79,46 @@ def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     with_options.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     return with_options
+
+
+def command_of(study: Study[Any]) -> Callable[..., None]:
+    """The command `sfc NAME` of a study: its options, those of other sections that it offers, and the shared ones."""
+    offered = [(study.options, flag) for flag in flags_of(study.options)]
+    for section, field in study.also:
+        offered += [(section, flag) for flag in flags_of(section) if flag.field == field]
+
+    def command(shared: Shared, **values: Any) -> None:
+        overrides = []
+        for section in dict.fromkeys(section for section, _ in offered):
+            of_section = {flag.field: values[flag.field] for kind, flag in offered if kind is section}
+            overrides += overrides_of_section(section, of_section)
+        finished = ensure(study, shared.run(overrides), shared.rebuild)
+        show(study.page(finished).summary)
+        finish(finished.report(), shared.json)
+
+    command.__name__, command.__doc__ = study.name, study.__doc__
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(flag.field, keyword, default=_default(flag), annotation=_annotation(flag))
+        for _, flag in offered
+    ]
+    first = inspect.Parameter("shared", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Shared)
+    command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    return with_shared_options(command)
+
+
+def _default(flag: Flag) -> Any:
+    return False if flag.kind is bool else None
+
+
+def _annotation(flag: Flag) -> Any:
+    """What typer reads: None stands for what the preset says."""
+    if flag.positional:
+        return Annotated[list[Path] | None, typer.Argument(help=flag.help, show_default=False)]
+    if flag.kind is bool:
+        return Annotated[bool, typer.Option(flag.name, help=flag.help)]
+    kind = list[str] if flag.is_list else flag.kind
+    return Annotated[kind | None, typer.Option(flag.name, help=flag.help, show_default=flag.default or False)]
 
 
 def numbers_of(text: str) -> list[int]:

@@ -11,7 +11,6 @@ from sfc.tables import (
     show_formats,
     show_heads,
     show_patching,
-    show_probe,
     show_repair,
     show_replication,
     show_steering,
@@ -33,24 +32,6 @@ def attribute_logits(
     artifact = ensure_logit_attribution(shared.run(), wanted, shared.rebuild)
     result = artifact.manifest()["result"]
     show_heads(result)
-    finish_artifact(artifact, shared.json)
-
-
-def probe(
-    shared: Shared,
-    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
-) -> None:
-    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
-
-    Example: sfc probe --category all
-    """
-    from sfc.data.schema import category_or_all
-    from sfc.pipeline_study import ensure_probe
-
-    wanted = category_or_all(category)
-    artifact = ensure_probe(shared.run(), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_probe(result)
     finish_artifact(artifact, shared.json)
 
 

@@ -17,7 +17,7 @@ from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.identity import model_identity
 from sfc.models.positions import check_positions as check_steered
-from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store, needs_making
+from sfc.pipeline import circuit_artifact, ensure_circuit, ensure_saes, ensure_store, needs_making
 from sfc.run import Run
 from sfc.studies.formats.formats import Formats
 from sfc.studies.patch.alignment import check_positions
@@ -27,7 +27,7 @@ from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
-BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, PROBE_SCHEMA, FORMATS_SCHEMA = 1, 1, 1, 1
+BEHAVIOUR_SCHEMA, LOGITS_SCHEMA, FORMATS_SCHEMA = 2, 1, 1
 PATCHING_SCHEMA, STEERING_SCHEMA, REPAIR_SCHEMA, REPORT_SCHEMA, BATCH_SCHEMA = 2, 1, 1, 1, 1
 REPLICATION_SCHEMA = 1
 
@@ -76,23 +76,6 @@ def ensure_logit_attribution(run: Run, category: str, rebuild: bool = False) -> 
         from sfc.studies.logits.logits import make_logit_attribution
 
         make_logit_attribution(run, artifact, category, rebuild)
-    return artifact
-
-
-def ensure_probe(run: Run, category: str, rebuild: bool = False) -> Artifact:
-    """Measure the refusal direction and a linear probe at every layer, of one category or of `ALL`, unless done."""
-    inputs = {
-        "schema": PROBE_SCHEMA,
-        "model": model_identity(run.experiment.model),
-        "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
-        "category": category,
-        "seed": run.experiment.seed,
-    }
-    artifact = Artifact.of(run.root / "circuits" / run.experiment.name, f"probe-{category}", inputs)
-    if needs_making(artifact, rebuild):
-        from sfc.studies.probe.probe import make_probe
-
-        make_probe(run, artifact, category, rebuild)
     return artifact
 
 
@@ -218,7 +201,7 @@ def ensure_steering(run: Run, rebuild: bool = False) -> Artifact:
     if config.direction == "circuit":
         if config.category == ALL:
             raise UserError("--direction circuit needs the --category whose circuit it is")
-        inputs["circuit"] = run.circuit(config.category).inputs
+        inputs["circuit"] = circuit_artifact(run, config.category).inputs
     name = f"steering-{re.sub(r'[^a-z0-9]+', '-', config.direction.lower())}-{config.edit}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
     if needs_making(artifact, rebuild):
@@ -303,8 +286,8 @@ def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = F
         "schema": REPLICATION_SCHEMA,
         "seed": experiment.seed,
         "prompts": run.store.inputs,
-        "original": run.circuit(category).inputs,
-        "replication": other.circuit(category).inputs,
+        "original": circuit_artifact(run, category).inputs,
+        "replication": circuit_artifact(other, category).inputs,
     }
     name = f"replication-{category}{discovery.name_of_prompts}-{discovery.method}"
     artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)

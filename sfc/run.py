@@ -8,22 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sfc.circuits.methods import METHODS
-from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
-from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.behaviors.behavior import BEHAVIORS, Behavior
+from sfc.core.artifacts import Artifact
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
+from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
-from sfc.data.or_bench import CleaningReport
-from sfc.data.pairs import pairs_fingerprint
-from sfc.data.prepare import Prepared, prepare_prompts, prompts_fingerprint
-from sfc.data.schema import TOPICS_FILE
+from sfc.data.prepare import Prepared, prompts_fingerprint
 from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA, CIRCUIT_SCHEMA = 2, 3, 3
+STORE_SCHEMA, SAES_SCHEMA = 3, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
 
@@ -36,10 +32,20 @@ class Run:
     root: Path = Path()
     data: str = "mini"
     device: str = "auto"
-    pairs: Path | None = None
-    """counterfactual pairs that take the place of the data set, see `about_pairs`"""
     learned_by: "Run | None" = None
     """the run whose SAEs are used; None: its own"""
+
+    @classmethod
+    def of(cls, experiment: Experiment, root: Path = Path(), data: str = "mini", device: str = "auto") -> "Run":
+        """The run of an experiment, adapted to its behavior.
+
+        Raises:
+            UserError: the behavior does not exist, or does not go with the experiment's other sections.
+        """
+        behavior = BEHAVIORS[experiment.behavior]
+        other = None if behavior.has_own_saes else experiment.model_copy(update={"behavior": "refusal"})
+        learned_by = other and cls(other, root, data, device)
+        return cls(behavior.adapted(experiment), root, data, device, learned_by)
 
     @property
     def data_folder(self) -> Path:
@@ -58,20 +64,35 @@ class Run:
             f"no data set {self.data!r}: looked for {candidates[0]}; `sfc download` fetches or-bench, or give a folder"
         )
 
+    @property
+    def behavior(self) -> Behavior:
+        """What is explained."""
+        return BEHAVIORS[self.experiment.behavior]
+
     @cached_property
     def prompts(self) -> Prepared:
         """The prompts with their splits."""
-        if self.pairs:
-            from sfc.data.pairs import load_counterfactuals, prompts_of
+        return self.behavior.prompts(self.data_folder, self.experiment)
 
-            pairs = load_counterfactuals(self.pairs, self.experiment.prompts, self.experiment.seed)
-            return Prepared(prompts_of(pairs, self.category_of_pairs), CleaningReport(()))
-        return prepare_prompts(self.data_folder, self.experiment.prompts, self.experiment.seed)
+    def group(self, name: str | None) -> str:
+        """The group of prompts, such as a category, that a name means.
 
-    @property
-    def category_of_pairs(self) -> str:
-        """What stands in the place of a category where the prompts are pairs: the name of their file."""
-        return self.pairs.stem if self.pairs else ""
+        Raises:
+            UserError: there is no such group.
+        """
+        return self.behavior.group(self.experiment, name)
+
+    def having(self, section: type[Options], **values: Any) -> "Run":
+        """The same run with other values in a registered section. Prompts, store and SAEs stay what they are.
+
+        Raises:
+            ValidationError: a value is not valid.
+        """
+        options = section.model_validate({**section.of(self.experiment).model_dump(), **values})
+        run = replace(self, experiment=self.experiment.model_copy(update={section.section: options}))
+        kept = {name: self.__dict__[name] for name in ("prompts", "store", "corpus", "saes") if name in self.__dict__}
+        run.__dict__.update(kept)
+        return run
 
     @cached_property
     def store(self) -> Artifact:
@@ -116,60 +137,3 @@ class Run:
             "saes": saes_identity(self.experiment.saes, self.experiment.activations.sites),
         }
         return Artifact.of(self.root / "saes", self.experiment.name, inputs)
-
-    @property
-    def base_inputs(self) -> dict[str, Any]:
-        """What a fingerprint says of the base model, where the contrast has one."""
-        experiment = self.experiment
-        is_wanted = DiscoveryOptions.of(experiment).contrast == "model-base"
-        return {"base": model_identity(base_model(experiment))} if is_wanted else {}
-
-    def circuit(self, category: str) -> Artifact:
-        """The circuit of one category, with its evaluation and its page."""
-        experiment = self.experiment
-        about = DiscoveryOptions.of(experiment).name_of_prompts
-        needs_saes = NODES[DiscoveryOptions.of(experiment).nodes].needs_saes
-        inputs = {
-            "schema": CIRCUIT_SCHEMA,
-            "seed": experiment.seed,
-            "prompts": self.store.inputs,
-            "saes": self.saes.inputs if needs_saes else None,
-            "category": category,
-            "hard_share": experiment.prompts.hard_share,
-            "discovery": discovery_identity(experiment),
-            "evaluation": EvaluationOptions.of(experiment).model_dump(),
-        }
-        if DiscoveryOptions.of(experiment).reference_choice == "paired":
-            inputs["pairs"] = hash_of_file(self.pairs) if self.pairs else pairs_fingerprint(self.data_folder)
-        inputs |= self.base_inputs
-        topics = None if self.pairs else self.data_folder / TOPICS_FILE
-        if topics and METHODS[DiscoveryOptions.of(experiment).method].reads_topics and topics.is_file():
-            inputs["topics"] = hash_of_file(topics)
-        if not needs_saes:
-            inputs["sites"] = experiment.activations.sites
-        if DiscoveryOptions.of(experiment).nodes != "features":
-            about += f"-{DiscoveryOptions.of(experiment).nodes}"
-        name = f"circuit-{category}{about}-{DiscoveryOptions.of(experiment).method}"
-        return Artifact.of(self.root / "circuits" / experiment.name, name, inputs)
-
-
-def about_pairs(run: Run, path: Path) -> Run:
-    """The same experiment on the counterfactual pairs of a file: no template, and each prompt against its partner.
-
-    The SAEs are those of the experiment as it was: of a few short prompts none could be learned.
-
-    Raises:
-        UserError: there is no such file, or `discovery.reference` is none for pairs.
-    """
-    if not path.is_file():
-        raise UserError(f"no file {path}: --pairs takes JSON lines with clean_prefix, patch_prefix, clean_answer, …")
-    discovery = DiscoveryOptions.of(run.experiment)
-    if discovery.reference not in (None, "paired"):
-        raise UserError(
-            f"--pairs: each prompt's reference is its partner, so that {discovery.reference!r} cannot be had"
-        )
-    update = {
-        "model": run.experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
-        "discovery": discovery.model_copy(update={"reference": "paired"}),
-    }
-    return replace(run, experiment=run.experiment.model_copy(update=update), pairs=path, learned_by=run)

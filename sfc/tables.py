@@ -116,19 +116,6 @@ def show_heads(result: dict[str, Any]) -> None:
     )
 
 
-def show_probe(result: dict[str, Any]) -> None:
-    """The refusal direction and the probe, layer by layer."""
-    columns = {
-        "layer": "layer", "norm": "norm", "separation": "separation", "AUROC": "auroc", "probe": "accuracy",
-        "shuffled": "control", "p": "p_value",
-    }  # fmt: skip
-    title = (
-        f"{result['category']}: refusal direction (separation in pooled standard deviations on {result['n_test']} test"
-        f" prompts) and linear probe ({result['n_folds']}-fold accuracy on {result['n_prompts']})"
-    )
-    show_table(title, list(columns), ([row[key] for key in columns.values()] for row in result["layers"]))
-
-
 def show_formats(result: dict[str, Any]) -> None:
     """Scores by prompt format, and the tests between formats."""
     columns = {

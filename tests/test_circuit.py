@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sfc.circuits.circuit import build_circuit, load_circuit, node_mask, save_circuit
+from sfc.circuits.circuit import build_circuit, node_mask
 from sfc.circuits.edges import Edge
+from sfc.circuits.files import load_circuit, save_circuit
 from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes
 from sfc.core.errors import UserError

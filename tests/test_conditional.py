@@ -1,5 +1,7 @@
 """Conditional steering against a run in which the hook itself reads the feature and decides."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,10 +10,12 @@ from conftest import SITES
 
 from sfc.core.errors import UserError
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.bench import make_bench, plain_scores, steered_scores
-from sfc.models.edits import Edit
+from sfc.models import engine
+from sfc.models.edits import Steering, SteeringEdit
+from sfc.models.engine import NO_EDIT, prepare_suffixes
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
+from sfc.models.positions import steered_tokens
 from sfc.models.score import RefusalScore
 from sfc.saes.dictionary import Dictionary
 from sfc.studies.steer.conditional import Condition, best_condition, conditional_table, largest_values, matched
@@ -49,8 +53,9 @@ def test_the_conditional_dial_is_what_a_hook_that_reads_the_feature_does(
     holds = values[:, feature] > above
     assert 0 < holds.sum() < len(prompts)
     vector = 3 * random_directions(1, model.d_model, 0)[0]
-    bench = make_bench(model, prompts, "suffix", False, 100)
-    steered, plain = steered_scores(bench, [Edit("add", (site,), vector, 3.0)])[0], plain_scores(bench)
+    prepared = prepare_suffixes(model, prompts, partial(steered_tokens, "suffix"), 100)
+    edits = Steering([SteeringEdit("add", (site,), vector, 3.0)], "suffix", False)
+    [steered], [plain] = (engine.scores(prepared, score, each) for each in (edits, NO_EDIT))
     for i, prompt in enumerate(prompts):
         logits = _gated_by_hand(model, dictionaries[site], condition, prompt, vector)
         assert np.where(holds, steered, plain)[i] == pytest.approx(float(score(logits)), abs=1e-4)

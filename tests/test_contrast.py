@@ -9,8 +9,8 @@ import torch
 from commands import sfc
 
 from sfc.circuits.baselines import mean_reference
-from sfc.circuits.circuit import load_circuit
 from sfc.circuits.faithfulness import full_scores
+from sfc.circuits.files import load_circuit
 from sfc.circuits.methods import METHODS
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError

@@ -28,6 +28,7 @@ from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
 from sfc.run import Run, about_pairs
+from sfc.saes.store import read_prompts
 from sfc.studies.discover.problem import prepare_problem
 
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
@@ -103,6 +104,11 @@ BAD = {
     "no answer": ({"clean_prefix": "a", "patch_prefix": "b", "clean_answer": "!"}, (), ("row 24", "'patch_answer'")),
     "the same answer twice": (record("My hat", "My hot", "!", "!"), (), ("pair 24", "same answer")),
     "the same prompt twice": (record("My hat", "My hat"), (), ("pair 24", "same prefix")),
+    "one prompt in two spellings": (
+        record("my CATS", "My hot"),
+        (),
+        ("pair 24: 'my CATS'", "same prompt as 'My cats'"),
+    ),
     "a mean as reference": (RECORDS[0], ("--set", "discovery.reference=zero"), ("partner",)),
     "a category as well": (RECORDS[0], ("--category", "violence"), ("--category",)),
 }
@@ -123,6 +129,14 @@ def test_bad_pairs_end_with_one_line_that_names_the_row(
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl"):
         about_pairs(Run(load_experiment("tiny")), tmp_path / "nowhere.jsonl")
+
+
+def test_prompts_find_their_activations_by_id(prepared: tuple[Problem, PromptRuns, Mapping]) -> None:
+    problem = prepared[0]
+    stored = read_prompts(problem.store.folder)
+    assert stored["id"].is_unique and list(stored.columns[:2]) == ["id", "prompt"]
+    assert stored["prompt"].loc[problem.prompts["store_index"]].tolist() == problem.prompts["prompt"].tolist()
+    assert len(problem.prompts) > problem.prompts["id"].nunique(), "a prompt may be in several pairs"
 
 
 def test_with_everything_ablated_an_equally_long_prompt_scores_as_its_partner(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from sfc.prompts import download as module
 
 from sfc.core.errors import UserError
 from sfc.data.download import SOURCES, Source, download
@@ -89,7 +88,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A running server, and sources of few rows (but for one) so that the tests take no time."""
     sizes = {"or-bench-80k.csv": 4000}
     small = [source._replace(rows=sizes.get(source.file, 20)) for source in SOURCES]
-    monkeypatch.setattr(module, "SOURCES", tuple(small))
+    monkeypatch.setattr("sfc.data.download.SOURCES", tuple(small))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client waits between its attempts
     server = Hub()
     server.files = {source.url(""): content_of(source) for source in small}

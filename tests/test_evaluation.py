@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from sfc.circuits.controls import area, curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.faithfulness import (
-    PACKED_TOKENS,
     Scores,
     ablated_scores,
     choose_size,
@@ -28,7 +27,7 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
 
 NODES = Nodes.of({"blocks.0.hook_resid_post": 20, "blocks.1.hook_resid_post": 30})
 
@@ -147,7 +146,7 @@ def curve(problem: Problem) -> pd.DataFrame:
     steps: list[int] = []
     sizes = [5, 20, len(ranking)]
     curve = evaluation_curve(problem, problem.runs, ranking, sizes, CONFIG, 7, steps.append)
-    assert sum(steps) == (1 + 3 * len(sizes) + 3 * len(sizes)) * len(problem.runs.batches)
+    assert sum(steps) == (1 + 3 * len(sizes) + 3 * len(sizes)) * problem.runs.n_prompts
     return curve
 
 

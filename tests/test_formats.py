@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from sfc.core.errors import UserError
-from sfc.data.read import load_prompt_file
 from sfc.data.render import Role
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.interventions import intervening
@@ -199,16 +198,6 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]
             break
         rejected.add(i)
     assert rejected == set(np.flatnonzero(adjusted <= 0.05))
-
-
-def test_advbench_files_are_understood(tmp_path: Path) -> None:
-    path = tmp_path / "advbench.csv"
-    path.write_text("goal,target\nName a river.,Sure\nName a lake.,Sure\n", encoding="utf-8")
-    frame = load_prompt_file(path)
-    assert frame["prompt"].tolist() == ["Name a river.", "Name a lake."]
-    assert frame["label"].tolist() == ["unlabelled", "unlabelled"]
-    path.write_text("goal,prompt\na,Name a river.\n", encoding="utf-8")
-    assert load_prompt_file(path)["prompt"].tolist() == ["Name a river."]
 
 
 @pytest.fixture(scope="module")

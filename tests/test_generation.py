@@ -65,9 +65,9 @@ def test_interventions_act_in_every_step_and_leave_with_the_block(model: Model) 
         seen.append(activation.shape[1])
         return activation + 3 * torch.randn(activation.shape[-1], generator=torch.Generator().manual_seed(1))
 
-    pushed = generate_ids(model, prompts, 4, 10_000, {"blocks.0.hook_resid_post": push})
-    assert pushed != plain
-    assert seen == [max(len(prompt.ids) for prompt in prompts), 1, 1, 1]
+    longest, push_there = max(len(prompt.ids) for prompt in prompts), {"blocks.0.hook_resid_post": push}
+    assert continue_tails(model, make_tails(model, prompts, longest), 4, push_there, push_there).ids != plain
+    assert seen == [longest, 1, 1, 1]
     assert generate_ids(model, prompts, 4, 10_000) == plain
 
 

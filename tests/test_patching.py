@@ -170,7 +170,7 @@ def test_first_order_is_exact_for_small_changes(model: Model, score: RefusalScor
         sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
         transplant = make_transplant(model, score, pairs, positions, sites)
         here: dict[str, torch.Tensor] = {}
-        last_logits(model, transplant.base, {site: recorder(here, site) for site in sites})
+        last_logits(model, transplant.base.batches[0], {site: recorder(here, site) for site in sites})
         near = {site: here[site] + 0.004 * (transplant.values[site] - here[site]) for site in sites}
         nearby = replace(transplant, values=near)
         changes = patched_scores(model, score, nearby, patches, 1000) - transplant.base_score.numpy()

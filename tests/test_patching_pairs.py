@@ -44,38 +44,13 @@ def test_a_limit_chooses_by_the_prompt_and_not_by_its_place(tmp_path: Path) -> N
     assert {group[0] for group in first} <= {group[0] for group in toxic_safe_pairs(MINI, None, 20, seed=3)}
 
 
-def test_csv_and_json_lines_say_the_same(tmp_path: Path) -> None:
-    csv = _written(tmp_path, "a.csv", '\ufeffsafe,note,toxic\n"Bake, please",x,Burn\nHelp ,y,Hurt\n')
-    lines = '{"toxic": "Burn", "safe": "Bake, please", "note": 3}\n\n{"safe": "Help", "toxic": "Hurt"}\n'
-    json_lines = _written(tmp_path, "a.jsonl", lines)
+def test_texts_are_stripped_and_a_pair_without_a_category_is_of_all(tmp_path: Path) -> None:
+    csv = _written(tmp_path, "a.csv", 'safe,toxic\n"Bake, please",Burn\nHelp , Hurt\n')
     expected = [[Pair("all", "Burn", "Bake, please")], [Pair("all", "Hurt", "Help")]]
-    assert toxic_safe_pairs(csv, None, 10, 0) == toxic_safe_pairs(json_lines, None, 10, 0) == expected
+    assert toxic_safe_pairs(csv, None, 10, 0) == expected
 
 
-BAD_FILES = {
-    "no such column": ("a.csv", "toxic,harmless\na,b\n", "no column 'safe'"),
-    "a blank text": ("a.csv", "toxic,safe\na,b\nc, \n", "row 3: 'safe' is blank"),
-    "a ragged row": ("a.csv", "toxic,safe\na,b,c\n", "row 2 has 3 fields"),
-    "not JSON": ("a.jsonl", '{"toxic": "a", "safe": "b"}\ntoxic,safe\n', "row 2 is not JSON"),
-    "no object": ("a.jsonl", '["a", "b"]\n', "row 1 is not a JSON object"),
-    "no such key": ("a.jsonl", '{"toxic": "a", "save": "b"}\n', "row 1 has no 'safe'; it has 'toxic', 'save'"),
-    "not a text": ("a.jsonl", '{"toxic": "a", "safe": 3}\n', "row 1: every value must be a text"),
-    "nothing in it": ("a.jsonl", "\n\n", "is empty"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_named_with_its_row(case: str, tmp_path: Path) -> None:
-    name, text, message = BAD_FILES[case]
-    with pytest.raises(UserError, match=message) as error:
-        toxic_safe_pairs(_written(tmp_path, name, text), None, 10, 0)
-    assert "\n" not in str(error.value) and name in str(error.value)
-
-
-def test_a_missing_file_and_an_unknown_category_are_errors(tmp_path: Path) -> None:
-    for name in ("none.csv", "none.jsonl"):
-        with pytest.raises(UserError, match="does not exist"):
-            toxic_safe_pairs(tmp_path / name, None, 10, 0)
+def test_an_unknown_category_is_an_error() -> None:
     with pytest.raises(UserError, match="did you mean 'violence'"):
         toxic_safe_pairs(MINI, "violense", 10, 0)
 

@@ -1,5 +1,8 @@
 """One prompt: firing against the dictionary itself, scaling against ablation with a reference of zero."""
 
+from collections.abc import Mapping
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +13,13 @@ from sfc.circuits.baselines import zero_reference
 from sfc.circuits.nodes import Nodes
 from sfc.core.errors import UserError
 from sfc.features.session import Probe
-from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.bench import make_bench, steered_replies
-from sfc.models.edits import Edit, Steering
-from sfc.models.interventions import recorder
+from sfc.models import engine
+from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.edits import Steering, SteeringEdit
+from sfc.models.engine import prepare_suffixes
+from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
+from sfc.models.positions import steered_tokens
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, score_batch
 from sfc.saes.dictionary import Dictionary
@@ -25,6 +30,10 @@ PROMPT = TEXTS[1]
 @pytest.fixture(scope="module")
 def probe(model: Model, score: RefusalScore, dictionaries: dict[str, Dictionary]) -> Probe:
     return Probe(model, score, dictionaries)
+
+
+def _scaling(probe: Probe, factors: Mapping[str, float], batch: Batch) -> Mapping[str, Intervention]:
+    return probe._edits(factors, None).interventions(batch, [0]).in_prompt
 
 
 def test_firing_is_what_the_dictionaries_encode_but_not_at_the_sink(probe: Probe, model: Model) -> None:
@@ -65,7 +74,7 @@ def test_runs_that_start_from_the_kept_prompt_are_runs_from_the_start(
         prompts = model.tokenize([text])
         [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
         with torch.no_grad():
-            whole = float(score_batch(model, probe.score, batch, probe._scaling(scaled))[0])
+            whole = float(score_batch(model, probe.score, batch, _scaling(probe, scaled, batch))[0])
         assert probe.score_of(text, scaled) == pytest.approx(whole, abs=1e-6)
 
 
@@ -86,7 +95,7 @@ def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, mode
         )
         [batch] = make_batches([grown], SlotLayout.of([grown]), 4096, model.device)
         with torch.no_grad():
-            logits = last_logits(model, batch, probe._scaling(off))
+            logits = last_logits(model, batch, _scaling(probe, off, batch))
         ids.append(int(logits[0].argmax()))
     new = [int(i) for i in ids[len(prompt.ids) :]]
     assert probe.reply(PROMPT, off, 4) == model.tokenizer.decode(new, skip_special_tokens=True)
@@ -99,13 +108,11 @@ def test_an_unknown_feature_is_named(probe: Probe) -> None:
 
 @pytest.mark.parametrize("positions", ["last", "suffix", "prompt"])
 @pytest.mark.parametrize("during_reply", [False, True])
-def test_steering_is_what_the_steering_bench_does(
-    probe: Probe, model: Model, positions: str, during_reply: bool
-) -> None:
-    edit = Edit("add", (SITES[0],), torch.randn(32, generator=torch.Generator().manual_seed(3)), 6.0)
-    bench = make_bench(model, model.tokenize([PROMPT]), positions, during_reply, 4096)
-    expected = steered_replies(bench, [edit], 5)
-    steering = Steering(edit, positions, during_reply)
+def test_steering_is_what_sfc_steer_does(probe: Probe, model: Model, positions: str, during_reply: bool) -> None:
+    edit = SteeringEdit("add", (SITES[0],), torch.randn(32, generator=torch.Generator().manual_seed(3)), 6.0)
+    prepared = prepare_suffixes(model, model.tokenize([PROMPT]), partial(steered_tokens, positions))
+    steering = Steering([edit], positions, during_reply)
+    expected = engine.replies(prepared, probe.score, steering, 5)
     assert probe.score_of(PROMPT, steering=steering) == pytest.approx(expected.scores[0, 0], abs=1e-4)
     assert abs(expected.scores[0, 0] - probe.score_of(PROMPT)) > 1e-3
     assert probe.reply(PROMPT, max_new_tokens=5, steering=steering) == expected.texts[0][0]
@@ -113,10 +120,10 @@ def test_steering_is_what_the_steering_bench_does(
 
 def test_features_of_the_site_are_scaled_before_it_is_steered(probe: Probe, model: Model) -> None:
     off = {f"resid_post.1/F{feature}": 0.0 for feature in range(0, 48, 2)}
-    steering = Steering(Edit("add", (SITES[1],), torch.ones(32), 3.0), "prompt", False)
+    steering = Steering([SteeringEdit("add", (SITES[1],), torch.ones(32), 3.0)], "prompt", False)
     prompts = model.tokenize([PROMPT])
     [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
-    [scale] = probe._scaling(off).values()
+    [scale] = _scaling(probe, off, batch).values()
 
     def both(activation: torch.Tensor) -> torch.Tensor:
         changed = scale(activation)

@@ -1,4 +1,4 @@
-"""Loading, cleaning, splitting, balancing and analysing prompts."""
+"""Prompts: their texts and ids; loaded and cleaned."""
 
 import csv
 import json
@@ -13,14 +13,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sfc.data.schema
 from sfc.core.config import PromptsConfig
 from sfc.core.errors import UserError
-from sfc.data.balance import balance
 from sfc.data.or_bench import clean, load_prompts
-from sfc.data.prepare import add_splits, prepare_prompts, prompts_fingerprint
-from sfc.data.read import read_table
-from sfc.data.schema import CATEGORIES, COLUMNS, FILES, SPLITS, canonical_category, comparison_key, normalise
-from sfc.studies.data import ALL, analyse, write_analysis
+from sfc.data.prepare import prompts_fingerprint
+from sfc.data.schema import (
+    CATEGORIES,
+    COLUMNS,
+    FILES,
+    canonical_category,
+    comparison_key,
+    keyed_numbers,
+    looked_up,
+    normalise,
+    prompt_ids,
+    with_ids,
+)
 
 Rows = list[tuple[str, str]]
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
@@ -32,16 +41,6 @@ def write_folder(folder: Path, toxic: Rows, safe: Rows, hard: Rows) -> Path:
         with (folder / FILES[kind]).open("w", encoding="utf-8", newline="") as handle:
             csv.writer(handle).writerows([("prompt", "category"), *rows])
     return folder
-
-
-def make_frame(toxic: int, safe: int, hard: int, category: str = "violence") -> pd.DataFrame:
-    """A clean frame of made-up prompts, so many of each kind."""
-    rows = [
-        (f"{kind} prompt {number} on {category}", category, kind == "toxic", kind, f"{FILES[kind]}:{number + 2}")
-        for kind, count in (("toxic", toxic), ("safe_80k", safe), ("hard", hard))
-        for number in range(count)
-    ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 @pytest.fixture
@@ -92,6 +91,34 @@ def test_comparison_ignores_case_and_compatibility_forms() -> None:
     assert comparison_key("how to") != comparison_key("how two")
 
 
+def test_an_id_is_short_stable_and_never_read_as_a_number() -> None:
+    """By hand: `printf 'how to' | sha256sum` begins with these twelve digits."""
+    assert prompt_ids(["How TO", "ｈｏｗ  ｔｏ"]) == ["p11e316cbc95e"] * 2
+    assert len(set(prompt_ids(f"prompt {number}" for number in range(10_000)))) == 10_000
+
+
+def test_a_table_with_ids_has_them_first_and_once() -> None:
+    frame = pd.DataFrame({"category": ["hate"], "prompt": ["Hurt"]})
+    assert list(with_ids(frame).columns) == ["id", "category", "prompt"]
+    assert with_ids(with_ids(frame)).equals(with_ids(frame))
+
+
+def test_values_are_looked_up_by_id() -> None:
+    frame = with_ids(pd.DataFrame({"prompt": ["Hurt", "Rob"], "number": [3, 7]}))
+    assert looked_up(prompt_ids(["rob", "hurt", "ROB"]), frame, "number").tolist() == [7, 3, 7]
+    with pytest.raises(KeyError):
+        looked_up(prompt_ids(["Burn"]), frame, "number")
+    with pytest.raises(ValueError, match="two rows have the same id"):
+        looked_up([], pd.concat([frame, frame]), "number")
+
+
+def test_keyed_numbers_differ_by_key_and_stick_to_the_prompt() -> None:
+    texts = ["How to", "how two"]
+    first, second = keyed_numbers(texts, "a"), keyed_numbers(texts, "b")
+    assert len({*first.tolist(), *second.tolist()}) == 4
+    assert keyed_numbers(["how  TWO", "HOW to"], "a").tolist() == first[::-1].tolist()
+
+
 odd_text = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \t\u00a0\u200b\x07\u0301\u1100\u1161ab")),
     max_size=20,
@@ -105,6 +132,7 @@ def test_cleaning_a_text_twice_changes_nothing(text: str) -> None:
     assert unicodedata.is_normalized("NFC", once)
     assert once == " ".join(once.split())
     assert comparison_key(once) == comparison_key(text)
+    assert prompt_ids([once]) == prompt_ids([text])
 
 
 # --- loading
@@ -128,7 +156,7 @@ def test_hard_rows_are_recognised_inside_the_80k_file(folder: Path) -> None:
     assert "or-bench-80k.csv: 1 of 2 rows kept (1 also in the hard file)" in report.lines()
 
 
-def test_extra_columns_quotes_bom_and_line_breaks(folder: Path) -> None:
+def test_texts_are_cleaned_and_rows_counted_as_a_spreadsheet_counts(folder: Path) -> None:
     text = '\ufeffid,category,prompt\r\n1,hate,"a, ""quoted""\r\nprompt"\r\n\r\n3,hate,next\r\n'
     (folder / FILES["toxic"]).write_text(text, encoding="utf-8", newline="")
     frame, _ = load_prompts(folder)
@@ -138,44 +166,32 @@ def test_extra_columns_quotes_bom_and_line_breaks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("text", "message"),
     [
-        (b"", r"or-bench-toxic\.csv is empty"),
-        (b"prompt,category\n", r"has a header but no rows"),
-        (b"promt,category\na,hate\n", r"no column 'prompt'; columns found: 'promt', 'category' \(is it 'promt'\?\)"),
-        (b"prompt;category\na;hate\n", r"no column 'prompt'; columns found: 'prompt;category'"),
-        (b"prompt,prompt,category\na,b,hate\n", r"the column 'prompt' more than once"),
-        (b"prompt,category\na,hate\nb,violense\n", r"or-bench-toxic\.csv row 3: .*did you mean 'violence'"),
-        (b"prompt,category\na,\n", r"row 2: unknown category ''; known: deception"),
-        (b"prompt,category\na,hate\nb,c,hate\n", r"row 3 has 3 fields where the header has 2"),
-        (b"prompt,category\na,hate\ncaf\xe9,hate\n", r"not UTF-8 \(line 3: byte 0xe9\)"),
-        (b'prompt,category\n"a,hate\n', r"not a CSV file \(line \d+: "),
-        (b"\x00\x01\x02", r"not a CSV file"),
-        (b"prompt,category\n \n,\n", r"fields|no prompts"),
-        (b"prompt,category\n ,nothing\n,\n", r"holds no prompts: all its 2 rows are blank"),
+        ("promt,category\na,hate\n", r"or-bench-toxic\.csv has no column 'prompt'"),
+        ("prompt,category\na,hate\nb,violense\n", r"or-bench-toxic\.csv row 3: .*did you mean 'violence'"),
+        ("prompt,category\na,\n", r"or-bench-toxic\.csv row 2: unknown category ''; known: deception"),
+        ("prompt,category\n ,nothing\n,\n", r"or-bench-toxic\.csv holds no prompts: all its 2 rows are blank"),
     ],
 )
-def test_bad_files_are_named_in_one_line(folder: Path, data: bytes, message: str) -> None:
-    (folder / FILES["toxic"]).write_bytes(data)
+def test_a_bad_file_is_named_in_one_line(folder: Path, text: str, message: str) -> None:
+    (folder / FILES["toxic"]).write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         load_prompts(folder)
     assert "\n" not in str(caught.value)
-    assert "or-bench-toxic.csv" in str(caught.value)
 
 
-def test_missing_files_and_folders(folder: Path) -> None:
+def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / FILES["hard"]).unlink()
     with pytest.raises(UserError, match=r"lacks or-bench-hard-1k\.csv: `sfc download`"):
         load_prompts(folder)
-    with pytest.raises(UserError, match="does not exist"):
-        read_table(folder / "none.csv", ("prompt",))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_table(folder, ("prompt",))
 
 
 def test_importing_needs_no_torch() -> None:
-    code = "import sys, sfc.prompts.prepare, sfc.prompts.balance, sfc.prompts.download; print(*sys.modules)"
+    modules = [f"sfc.data.{path.stem}" for path in Path(sfc.data.schema.__file__).parent.glob("*.py")]
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(modules) <= set(loaded)
     assert not {"torch", "transformers", "plotly", "huggingface_hub"} & set(loaded)
 
 
@@ -222,164 +238,13 @@ def test_cleaning_is_idempotent_and_indifferent_to_order(
     assert report.kept == len(frame)
     assert all(counts.read == sum(counts[2:]) for counts in report.files)
     assert frame["prompt"].map(comparison_key).is_unique
+    assert frame["id"].is_unique and frame["id"].tolist() == prompt_ids(frame["prompt"])
     again, second = clean({kind: frame[frame["dataset_type"] == kind][["prompt", "category", "original_source"]]
                            for kind in FILES})  # fmt: skip
     assert second.duplicates == 0
     assert again["prompt"].tolist() == frame["prompt"].tolist()
     shuffled = [rng.sample(rows, len(rows)) for rows in (toxic, hard, safe)]
     assert prompts_fingerprint(clean(tables(*shuffled))[0]) == prompts_fingerprint(frame)
-
-
-# --- splits
-
-
-sizes = st.integers(min_value=0, max_value=60)
-
-
-@given(sizes, sizes, sizes, st.integers(0, 5), st.randoms())
-@settings(deadline=None, max_examples=20)
-def test_splits_are_exhaustive_and_stable_under_reordering(
-    toxic: int, safe: int, hard: int, seed: int, rng: random.Random
-) -> None:
-    frame = make_frame(toxic, safe, hard)
-    split = add_splits(frame, CONFIG, seed)
-    assert split.drop(columns="split").equals(frame)
-    assert set(split["split"]) <= set(SPLITS)
-    order = rng.sample(range(len(frame)), len(frame))
-    shuffled = add_splits(frame.iloc[order].reset_index(drop=True), CONFIG, seed)
-    assert dict(zip(split["prompt"], split["split"], strict=True)) == dict(
-        zip(shuffled["prompt"], shuffled["split"], strict=True)
-    )
-    for kind, count in (("toxic", toxic), ("safe_80k", safe), ("hard", hard)):
-        found = split.loc[split["dataset_type"] == kind, "split"].value_counts().reindex(SPLITS, fill_value=0)
-        assert abs(found - count * pd.Series({"discovery": 0.5, "reference": 0.15, "test": 0.35})).max() <= 1
-        assert count < 3 or found.min() > 0
-
-
-def test_shares_of_a_hundred_are_exact_and_seeds_differ() -> None:
-    frame = make_frame(100, 60, 40)
-    first, second = (add_splits(frame, CONFIG, seed)["split"] for seed in (0, 1))
-    counts = pd.crosstab(frame["dataset_type"], first)[list(SPLITS)]
-    assert counts.loc["toxic"].tolist() == [50, 15, 35]
-    assert counts.loc["safe_80k"].tolist() == [30, 9, 21]
-    assert counts.loc["hard"].tolist() == [20, 6, 14]
-    assert not first.equals(second)
-
-
-# --- balance
-
-
-@given(st.integers(1, 60), sizes, sizes, st.floats(0, 1), st.randoms())
-@settings(deadline=None, max_examples=20)
-def test_balanced_sides_are_equal_and_choices_stable(
-    toxic: int, safe: int, hard: int, hard_share: float, rng: random.Random
-) -> None:
-    frame = make_frame(toxic, safe, hard)
-    if safe + hard == 0:
-        with pytest.raises(UserError, match="'violence' has no safe or hard prompts"):
-            balance(frame, None, hard_share, seed=0)
-        return
-    chosen, report = balance(frame, "violence", hard_share, seed=0)
-    assert chosen["refusal_label"].sum() * 2 == len(chosen) == 2 * min(toxic, safe + hard)
-    taken = {row.kind: row for row in report.rows}
-    assert all(row.taken <= row.available for row in report.rows)
-    if safe + hard >= toxic:
-        assert taken["toxic"].taken == toxic
-        assert abs(taken["hard"].wanted - hard_share * toxic) <= 0.5
-        short = taken["hard"].available < taken["hard"].wanted or taken["safe_80k"].available < taken["safe_80k"].wanted
-        assert short == (taken["hard"].taken != taken["hard"].wanted)
-    order = rng.sample(range(len(frame)), len(frame))
-    assert set(balance(frame.iloc[order], None, hard_share, seed=0)[0]["prompt"]) == set(chosen["prompt"])
-
-
-def test_every_split_is_balanced_by_itself() -> None:
-    frame = add_splits(pd.concat([make_frame(40, 300, 30, name) for name in ("hate", "violence")], ignore_index=True),
-                       CONFIG, 0)  # fmt: skip
-    chosen, report = balance(frame, None, 0.25, seed=0)
-    sides = chosen.groupby(["category", "split", "refusal_label"]).size().unstack()
-    assert (sides[True] == sides[False]).all()
-    assert len(sides) == 6
-    assert {(row.category, row.split) for row in report.rows} == set(sides.index)
-    assert report.lines()[0] == "hate: 29 of 300 safe_80k; 11 of 30 hard; 40 of 40 toxic"
-
-
-def test_what_runs_short_is_filled_and_reported() -> None:
-    chosen, report = balance(make_frame(100, 60, 40), "violence", 0.25, seed=0)
-    assert chosen["dataset_type"].value_counts().to_dict() == {"toxic": 100, "safe_80k": 60, "hard": 40}
-    line = "violence: 60 of 60 safe_80k, 75 wanted; 40 of 40 hard, 25 wanted; 100 of 100 toxic"
-    assert report.lines() == [line]
-
-
-def test_nothing_on_one_side() -> None:
-    frame = make_frame(0, 5, 5)
-    with pytest.raises(UserError, match=r"category 'violence' has no toxic prompts \(0 toxic, 10 safe\)"):
-        balance(frame, "violence", 0.25, 0)
-    with pytest.raises(UserError, match="no prompts of category 'hate' in the data; categories there: violence"):
-        balance(frame, "hate", 0.25, 0)
-    with pytest.raises(UserError, match="did you mean 'violence'"):
-        balance(frame, "violenc", 0.25, 0)
-    with pytest.raises(UserError, match="in the split 'reference' has no toxic prompts"):
-        balance(add_splits(make_frame(2, 40, 40), CONFIG, 0), None, 0.25, 0)
-
-
-# --- preparing
-
-
-def test_prepare_limits_per_category_and_kind(tmp_path: Path) -> None:
-    rows = [(f"prompt {number}", category) for number, category in enumerate(["hate", "violence"] * 10)]
-    write_folder(tmp_path, *([(f"{kind} {text}", name) for text, name in rows] for kind in ("toxic", "safe", "hard")))
-    config = PromptsConfig(limit=4)  # pyright: ignore[reportCallIssue]
-    frame = prepare_prompts(tmp_path, config, seed=3).frame
-    assert set(frame.groupby(["category", "dataset_type"]).size()) == {4}
-    assert set(frame["split"]) == set(SPLITS)
-    write_folder(tmp_path, *([(f"{kind} {text}", name) for text, name in rows[::-1]]
-                             for kind in ("toxic", "safe", "hard")))  # fmt: skip
-    reordered = prepare_prompts(tmp_path, config, seed=3).frame
-    columns = ["prompt", "split"]
-    assert set(map(tuple, frame[columns].to_numpy())) == set(map(tuple, reordered[columns].to_numpy()))
-    assert prompts_fingerprint(frame) == prompts_fingerprint(reordered)
-
-
-def test_fingerprint_follows_content_only() -> None:
-    frame = make_frame(3, 3, 3)
-    assert prompts_fingerprint(frame) == prompts_fingerprint(frame[::-1].assign(original_source="elsewhere"))
-    assert prompts_fingerprint(frame) != prompts_fingerprint(frame.assign(category="hate"))
-    assert prompts_fingerprint(frame) != prompts_fingerprint(frame[1:])
-    assert prompts_fingerprint(frame) != prompts_fingerprint(frame.assign(prompt=frame["prompt"] + "?"))
-
-
-# --- analysis
-
-
-def test_analysis_counts_lengths_and_pairs() -> None:
-    frame, report = clean(
-        tables(
-            toxic=[("one two three", "hate"), ("one", "hate"), ("only toxic here", "violence")],
-            safe=[("Please write a letter to my aunt", "hate"), ("Please write a letter to my uncle", "hate")],
-        )
-    )
-    analysis = analyse(frame, report)
-    counts = analysis.counts.set_index("category")
-    assert counts.loc["hate", ["toxic", "safe_80k", "hard", "total"]].tolist() == [2, 2, 0, 4]
-    assert counts.loc[ALL, "total"] == 5
-    assert counts.loc["hate", "safe_per_toxic"] == 1
-    lengths = analysis.lengths.set_index(["category", "kind", "unit"])
-    toxic_words = lengths.loc[("hate", "toxic", "words"), ["mean", "median", "min", "max"]]
-    assert toxic_words.tolist() == [2, 2, 1, 3]
-    assert lengths.loc[("hate", "toxic", "characters"), "max"] == len("one two three")
-    assert analysis.near_duplicates["second_prompt"].tolist() == ["Please write a letter to my uncle"]
-
-
-def test_page_stands_alone_and_escapes_prompts(tmp_path: Path) -> None:
-    nasty = "Please write <script>alert('a letter')</script> to my"
-    frame, report = clean(tables(toxic=[("b", "hate")], safe=[(f"{nasty} aunt", "hate"), (f"{nasty} uncle", "hate")]))
-    paths = write_analysis(analyse(frame, report), tmp_path)
-    page = paths["page"].read_text(encoding="utf-8")
-    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-    assert "<script src=" not in page and "Plotly.newPlot" in page
-    assert "Length in words" in page
-    assert pd.read_csv(paths["near_duplicates"])["first_prompt"].tolist() == [f"{nasty} aunt"]
-    assert set(pd.read_csv(paths["counts"])["category"]) == {"hate", ALL}
 
 
 # --- the real size

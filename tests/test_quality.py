@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from sfc.data.render import Role
 from sfc.pipeline import ensure_saes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
+from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
 from sfc.studies.train.rows import training_rows
-from sfc.studies.train.train import load_dictionaries
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX
@@ -189,18 +189,43 @@ def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
             np.testing.assert_allclose(density.loc[site, name], rates, atol=1e-5)
 
 
-@pytest.mark.parametrize("source", ["replies", "texts"])
-def test_another_corpus_is_measured_by_its_own_roles_and_spliced_into_prompts(source: str, tmp_path: Path) -> None:
-    if source == "texts":
-        texts = [f"A sentence about the number {n}, which is neither long nor short." for n in range(200)]
-        (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    settings = [f"corpus.source={tmp_path / 'texts.txt' if source == 'texts' else source}", "corpus.reply_tokens=3"]
-    other = Run(
-        load_experiment("tiny", ["prompts.limit=8", "saes.steps=10", "saes.batch_size=32", *settings]), tmp_path
-    )
-    ensure_saes(other)
-    quality = pd.read_csv(other.saes.folder / "quality.csv")
-    roles = {"replies": ["all", "content", "suffix", "reply"], "texts": ["all", "content"]}[source]
+@pytest.fixture
+def corpus_run(tmp_path: Path) -> Callable[[str], Run]:
+    """A run with dictionaries that are trained on another corpus."""
+
+    def run(source: str) -> Run:
+        settings = [f"corpus.source={source}", "corpus.reply_tokens=5", "corpus.context=32"]
+        settings += ["prompts.limit=8", "saes.steps=10", "saes.batch_size=32"]
+        run = Run(load_experiment("tiny", settings), tmp_path)
+        ensure_saes(run)
+        return run
+
+    return run
+
+
+def check_quality(run: Run, roles: list[str]) -> None:
+    quality = pd.read_csv(run.saes.folder / "quality.csv")
     assert quality["role"].tolist() == roles * 2
     assert quality.loc[quality["role"] == "all", "score_recovered"].notna().all()
-    assert (other.saes.folder / "quality.html").is_file()
+    assert (run.saes.folder / "quality.html").is_file()
+    assert len(load_dictionaries(run.saes.folder, run.experiment.activations.sites)) == 2
+
+
+def test_a_corpus_of_texts_is_cut_into_pieces_and_spliced_into_prompts(
+    corpus_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    texts = [f"A sentence about the number {n}, which is neither long nor short." for n in range(200)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    run = corpus_run(str(tmp_path / "texts.txt"))
+    check_quality(run, ["all", "content"])
+    pieces = pd.read_csv(run.corpus.folder / "prompts.csv")
+    assert len(pieces) >= 400 and set(pieces["split"]) == {"corpus"}
+    assert "".join(pieces["prompt"][:3]).count("sentence about the number 0") == 1
+
+
+def test_a_corpus_of_replies_has_their_rows_and_is_measured_by_their_role(corpus_run: Callable[[str], Run]) -> None:
+    run = corpus_run("replies")
+    check_quality(run, ["all", "content", "suffix", "reply"])
+    tokens = Store(run.corpus.folder).tokens
+    replies = np.bincount(tokens.prompt[tokens.role == Role.REPLY])
+    assert replies.max() == 5 and (replies > 0).all()

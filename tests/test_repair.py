@@ -10,28 +10,26 @@ from architectures import random_model
 from conftest import SITES, TEXTS
 
 from sfc.circuits.ablation import Ablation
+from sfc.circuits.faithfulness import Ablations, prepared
 from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models import engine
+from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.engine import NO_EDIT, PreparedPrompts
 from sfc.models.generation import generate_replies
-from sfc.models.interventions import intervening
+from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.studies.repair.choose import best_size, mean_effects, qualified
 from sfc.studies.repair.edits import (
-    NO_EDIT,
-    Edit,
+    Projections,
     Repair,
-    edited_replies,
-    edited_scores,
     load_repair,
     project_weights,
-    projecting,
-    reply_losses,
     save_repair,
     writers_before,
     written_subspaces,
@@ -46,63 +44,85 @@ def repair(ablation: Ablation) -> Repair:
 
 
 @pytest.fixture(scope="module")
-def hook(repair: Repair, ablation: Ablation) -> Edit:
-    return Edit(lambda batch: repair.interventions(ablation.dictionaries, batch), {})
+def hook(ablation: Ablation) -> Ablations:
+    return Ablations(ablation, ~np.isin(np.arange(ablation.nodes.n_nodes), CHOSEN)[None])
 
 
-def test_the_hook_is_the_ablation_of_its_features_with_all_else_kept(
-    model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch], repair: Repair, hook: Edit
+def test_the_hook_sets_its_features_to_their_references_and_leaves_all_else(
+    model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch], repair: Repair, hook: Ablations
 ) -> None:
     names = [ablation.nodes.name(int(node)) for node in CHOSEN]
     assert [f"{site.split('.')[1]}/F{n}" for site, of in repair.features.items() for n in of.tolist()] == [
         f"{name.split('.')[1].split('/')[0]}/{name.split('/')[1]}" for name in names
     ]
-    keep = torch.ones(1, ablation.nodes.n_nodes)
-    keep[0, CHOSEN] = 0
-    scores = edited_scores(model, score, PromptRuns.of(model, batches, SITES[0]), hook)
+    scores = engine.scores(prepared(model, PromptRuns.of(model, batches, SITES[0])), score, hook)[0]
     for batch in batches:
-        circuit = torch.zeros(len(batch.prompts), dtype=torch.long)
-        expected = score(last_logits(model, batch, ablation.interventions(keep, circuit, batch)))
+
+        def at_site(site: str, features: torch.Tensor, batch: Batch = batch) -> Intervention:
+            """Token by token, with dense features."""
+            dictionary, reference = ablation.dictionaries[site], ablation.reference.features[site]
+
+            def act(activation: torch.Tensor) -> torch.Tensor:
+                changed = activation.clone()
+                for row, position in batch.touchable.nonzero().tolist():
+                    x, slot = activation[row, position], batch.slots[row, position]
+                    for feature in features.tolist():
+                        moved = dictionary.encode(x[None])[0, feature] - reference[slot, feature]
+                        changed[row, position] -= moved * dictionary.W_dec[feature]
+                return changed
+
+            return act
+
+        with torch.no_grad():
+            by_hand = {site: at_site(site, features) for site, features in repair.features.items()}
+            expected = score(last_logits(model, batch, by_hand))
+            of_file = score(last_logits(model, batch, repair.interventions(ablation.dictionaries, batch)))
         np.testing.assert_allclose(scores[batch.prompts.numpy()], expected, atol=1e-4)
+        np.testing.assert_allclose(of_file, expected, atol=1e-4)
         plain = score(last_logits(model, batch))
         assert (expected - plain).abs().max() > 1e-3
 
 
 def test_replies_are_those_of_the_hook_on_each_prompt_alone(
     model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout,
-    repair: Repair, hook: Edit,
+    repair: Repair, hook: Ablations,
 ) -> None:  # fmt: skip
-    replies = edited_replies(model, score, prompts, layout, hook, 4)
-    for prompt, text in zip(prompts, replies.texts, strict=True):
+    some = PreparedPrompts.of(model, make_batches(prompts, layout, 200, model.device))
+    [replies] = engine.replies(some, score, hook, 4).texts
+    for prompt, text in zip(prompts, replies, strict=True):
         ids = torch.from_numpy(prompt.ids)[None]
         for _ in range(4):
-            slots = torch.full_like(ids, -1)
-            slots[0, : len(prompt.ids)] = torch.from_numpy(layout.slots(prompt))
-            batch = Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots)
+            batch = _with_slots(prompt, ids, layout)
             with torch.no_grad(), intervening(model, repair.interventions(ablation.dictionaries, batch)):
                 newest = model.hf(input_ids=ids).logits[0, -1].argmax()
             ids = torch.cat([ids, newest[None, None]], dim=1)
         assert model.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True).startswith(text)
-    unedited = edited_replies(model, score, prompts, layout, NO_EDIT, 4)
-    assert unedited.texts == generate_replies(model, prompts, 4, 200)
+    assert engine.replies(some, score, NO_EDIT, 4).texts == [generate_replies(model, prompts, 4, 200)]
+
+
+def _with_slots(prompt: TokenizedPrompt, ids: torch.Tensor, layout: SlotLayout) -> Batch:
+    """A prompt that has been continued; what came after it stands in no slot."""
+    slots = torch.full_like(ids, -1)
+    slots[0, : len(prompt.ids)] = torch.from_numpy(layout.slots(prompt))
+    return Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots, torch.zeros_like(ids))
 
 
 def test_losses_of_given_replies_are_those_of_one_run_each(
-    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, hook: Edit
-) -> None:
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, repair: Repair,
+    hook: Ablations,
+) -> None:  # fmt: skip
     reply = np.array([5, 9, 7], dtype=prompts[0].ids.dtype)
     replied = [
         TokenizedPrompt(np.append(p.ids, reply[:n]), np.append(p.roles, np.full(n, Role.REPLY)))
         for n, p in enumerate(prompts[:3], start=1)
     ]
-    losses = reply_losses(model, replied, layout, hook)
+    given = PreparedPrompts.of(model, make_batches(replied, layout, 1000, model.device))
+    [losses] = engine.losses(given, hook).losses
     expected = []
-    for n, (full, prompt) in enumerate(zip(replied, prompts, strict=False), start=1):
-        slots = torch.full((1, len(full.ids)), -1)
-        slots[0, :-n] = torch.from_numpy(layout.slots(prompt))
+    for full, prompt in zip(replied, prompts, strict=False):
         ids = torch.from_numpy(full.ids)[None]
-        batch = Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots)
-        with torch.no_grad(), intervening(model, hook.in_prompt(batch)):
+        batch = _with_slots(prompt, ids, layout)
+        with torch.no_grad(), intervening(model, repair.interventions(ablation.dictionaries, batch)):
             log_p = model.hf(input_ids=ids).logits[0].log_softmax(-1)
         expected += [-log_p[i - 1, full.ids[i]].item() for i in range(len(prompt.ids), len(full.ids))]
     np.testing.assert_allclose(sorted(losses), sorted(expected), atol=1e-4)
@@ -138,7 +158,8 @@ def test_changed_weights_do_exactly_what_projecting_the_outputs_does(architectur
     ids = torch.from_numpy(changed.tokenize(TEXTS[:1])[0].ids)[None]
     with torch.no_grad():
         plain = changed.hf(input_ids=ids).logits
-        with intervening(changed, projecting(subspaces)):
+        [whole] = make_batches(changed.tokenize(TEXTS[:1]), SlotLayout(9, 9), 1000, changed.device)
+        with intervening(changed, Projections([subspaces]).interventions(whole, [0]).in_prompt):
             hooked = changed.hf(input_ids=ids).logits
         project_weights(changed, subspaces)
         torch.testing.assert_close(changed.hf(input_ids=ids).logits, hooked, atol=2e-5, rtol=1e-4)

@@ -15,9 +15,9 @@ from sfc.models.loading import load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.stats import wilson
 from sfc.studies.repair.edits import load_repair, project_weights
-from sfc.studies.train.train import load_dictionaries
 
 SIZES = (2, 5)
 # A random model refuses nothing, so that nothing may be asked of its scores.

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from sfc.evaluation import replies
 
+from sfc.circuits import replies
 from sfc.circuits.methods import METHODS
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem
@@ -39,7 +39,7 @@ def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
     for row in answered.to_dict("records"):
         kept = np.isin(np.arange(n_nodes), ranking[: int(row["size"])])
         for part, mask in (("circuit", kept), ("complement", ~kept), ("model", kept | True), ("empty", kept & False)):
-            (said,) = ablated_replies(problem.model, problem.ablation, some.batches, mask[None], 5)
+            (said,) = ablated_replies(problem.model, problem.score, problem.ablation, some, mask[None], 5)
             refusals = sum(len(reply) % 2 for reply in said)
             assert row[f"refused_{part}"] == refusals / 4
             if part in ("circuit", "complement"):

@@ -17,12 +17,11 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
-from sfc.saes.format import fetch_pretrained
-from sfc.saes.source import CONFIG_FILE, WEIGHTS_FILE
+from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
+from sfc.saes.format import fetch_pretrained, load_dictionaries
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
-from sfc.studies.train.rows import Measured
-from sfc.studies.train.train import load_dictionaries
+from sfc.studies.train.rows import HeldOutBlock
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32
@@ -54,8 +53,8 @@ def copied(trained: Run, tmp_path: Path) -> Path:
     return tmp_path / "copied"
 
 
-def measured(rows: torch.Tensor) -> list[Measured]:
-    return [Measured(part, np.ones(len(part), dtype=int)) for part in rows.split(2)]
+def measured(rows: torch.Tensor) -> list[HeldOutBlock]:
+    return [HeldOutBlock(part, np.ones(len(part), dtype=int)) for part in rows.split(2)]
 
 
 def save_perfect(folder: Path, site: str, normalisation: str) -> None:

@@ -1,5 +1,6 @@
 """The trainer on synthetic activations whose sparse directions are known."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -7,13 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
 from sfc.saes.checkpoint import steps_done
+from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
-from sfc.saes.train import Progress, finish, geometric_median, sae_loss, schedule, start, train_saes, train_step
+from sfc.saes.train import (
+    Progress,
+    SiteStats,
+    finish,
+    geometric_median,
+    sae_loss,
+    schedule,
+    start,
+    train_saes,
+    train_step,
+)
 
 D_IN, PLANTED = 32, 48
 CONFIG = SaeConfig.model_validate(
@@ -193,12 +206,29 @@ def test_a_checkpoint_of_other_sites_or_damaged_is_refused(tmp_path: Path) -> No
     train(config, checkpoint=checkpoint)
     with pytest.raises(UserError, match="cannot be used"):
         train_saes(stream(batches(config)), rows(9, 0)[None], config, sites=["other"], checkpoint=checkpoint)
-    checkpoint.write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="delete it"):
-        train(config, checkpoint=checkpoint)
-    with pytest.raises(UserError, match="delete it"):
-        steps_done(checkpoint)
     assert steps_done(tmp_path / "none") == 0
+    save_file({"a": torch.zeros(1)}, tmp_path / "of_a_model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "scale.safetensors", metadata={"step": "3", "scale a": "nan"})
+    (tmp_path / "text.safetensors").write_bytes(b"nothing of the kind")
+    for name, problem in {"of_a_model": "step is missing", "scale": "scales.a: ", "text": ""}.items():
+        damaged = tmp_path / f"{name}.safetensors"
+        for use in (lambda path: train(config, checkpoint=path), steps_done):
+            with pytest.raises(
+                UserError, match=rf"{name}.safetensors cannot be used \({problem}.*; delete it"
+            ) as error:
+                use(damaged)
+            assert "\n" not in str(error.value)
+
+
+def test_a_log_that_is_continued_drops_steps_to_be_done_again_and_is_checked(tmp_path: Path) -> None:
+    log = tmp_path / "a" / LOG_FILE
+    log.parent.mkdir()
+    log.write_text('{"step": 10}\n{"step": 20}\n{"step": 30}\n{"ste')
+    json_lines(tmp_path, ["a"], first_step=20)(Progress(30, 40, 1.0, [SiteStats("a", 0.5, 0.4, 8.0, 3)]))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [10, 20, 30]
+    log.write_text('{"step": 10}\n{"step": "many"}\n')
+    with pytest.raises(UserError, match=rf"{LOG_FILE} is damaged \(step: .*\); delete it"):
+        json_lines(tmp_path, ["a"], first_step=20)
 
 
 def test_the_l1_norm_makes_features_smaller() -> None:

@@ -6,7 +6,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfc.prompts import similarity
 
 from sfc.data.similarity import Pair, grams, near_duplicates
 
@@ -48,8 +47,8 @@ def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(rng.choices(vocabulary, k=5)) for _ in range(150)]
     expected = oracle(texts, 0.3)
     assert len(expected) > 100
-    monkeypatch.setattr(similarity, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(similarity, "_BLOCK_PAIRS", 5)
+    monkeypatch.setattr("sfc.data.similarity._BLOCK_ROWS", 7)
+    monkeypatch.setattr("sfc.data.similarity._BLOCK_PAIRS", 5)
     assert_same(near_duplicates(texts, 0.3), expected)
 
 

@@ -1,6 +1,7 @@
 """Steering against slow oracles: one prompt at a time, whole runs, no cache."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,18 +13,10 @@ from hypothesis import strategies as st
 
 from sfc.core.errors import UserError
 from sfc.data.render import Role, TokenizedPrompt
+from sfc.models import engine
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.bench import (
-    Bench,
-    effect_on_replies,
-    last_token_kl,
-    make_bench,
-    plain_replies,
-    plain_scores,
-    steered_replies,
-    steered_scores,
-)
-from sfc.models.edits import Edit, editing, residual_sites
+from sfc.models.edits import Steering, SteeringEdit, residual_sites, steering
+from sfc.models.engine import NO_EDIT, PreparedPrompts, prepare_suffixes
 from sfc.models.generation import end_tokens
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model
@@ -47,7 +40,7 @@ REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")
 
 
-def _edits(model: Model) -> list[Edit]:
+def _edits(model: Model) -> list[SteeringEdit]:
     sites = [
         "blocks.0.hook_resid_pre",
         "blocks.0.hook_resid_mid",
@@ -56,15 +49,27 @@ def _edits(model: Model) -> list[Edit]:
     ]
     vectors = random_directions(len(sites) + 1, model.d_model, 0)
     edits = [
-        Edit(kind, (site,), 3 * vector, amount)  # pyright: ignore[reportArgumentType]
+        SteeringEdit(kind, (site,), 3 * vector, amount)  # pyright: ignore[reportArgumentType]
         for (site, vector), (kind, amount) in itertools.product(
             zip(sites, vectors, strict=False), (("add", 4.0), ("add", -2.0), ("clamp", 5.0), ("project-out", 1.0))
         )
     ]
-    return [*edits, Edit("project-out", residual_sites(model), vectors[-1], 1.0)]
+    return [*edits, SteeringEdit("project-out", residual_sites(model), vectors[-1], 1.0)]
 
 
-def _by_hand(model: Model, edit: Edit, prompt: TokenizedPrompt, ids: torch.Tensor, steered: np.ndarray) -> torch.Tensor:
+def _prepared(model: Model, prompts: list[TokenizedPrompt], positions: str, batch_tokens: int) -> PreparedPrompts:
+    return prepare_suffixes(model, prompts, partial(steered_tokens, positions), batch_tokens)
+
+
+def _steered(positions: str, prompt: TokenizedPrompt, during_reply: bool) -> np.ndarray:
+    steered = steered_tokens(positions, prompt.roles) | (during_reply & (prompt.roles == Role.REPLY))
+    steered[0] = False
+    return steered
+
+
+def _by_hand(
+    model: Model, edit: SteeringEdit, prompt: TokenizedPrompt, ids: torch.Tensor, steered: np.ndarray
+) -> torch.Tensor:
     """Logits [pos, vocab] of one sequence in one whole run, edited token by token."""
     u = (edit.direction / edit.direction.norm()).float()
 
@@ -80,10 +85,12 @@ def _by_hand(model: Model, edit: Edit, prompt: TokenizedPrompt, ids: torch.Tenso
         return model.hf(input_ids=ids[None]).logits[0]
 
 
-def _greedy_by_hand(model: Model, edit: Edit, prompt: TokenizedPrompt, positions: str, during_reply: bool) -> str:
+def _greedy_by_hand(
+    model: Model, edit: SteeringEdit, prompt: TokenizedPrompt, positions: str, during_reply: bool
+) -> str:
     ids, roles = torch.from_numpy(prompt.ids), prompt.roles
     for _ in range(REPLY):
-        steered = steered_tokens(positions, TokenizedPrompt(ids.numpy(), roles), during_reply)
+        steered = _steered(positions, TokenizedPrompt(ids.numpy(), roles), during_reply)
         newest = _by_hand(model, edit, prompt, ids, steered)[-1].argmax()
         ids, roles = torch.cat([ids, newest[None]]), np.append(roles, Role.REPLY)
         if int(newest) in end_tokens(model):
@@ -96,12 +103,12 @@ def test_scores_are_those_of_whole_runs_edited_token_by_token(
     model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], positions: str
 ) -> None:
     edits = _edits(model)
-    bench = make_bench(model, prompts, positions, False, batch_tokens=100)
-    assert len(bench.groups) > 1 and bench.n_prompts == len(prompts)
-    scores = steered_scores(bench, edits)
+    prepared = _prepared(model, prompts, positions, 100)
+    assert len(prepared.batches) > 1 and prepared.n_prompts == len(prompts)
+    scores = engine.scores(prepared, score, Steering(edits, positions, False), batch_tokens=100)
     for i, edit in enumerate(edits):
         for j, prompt in enumerate(prompts):
-            steered = steered_tokens(positions, prompt, False)
+            steered = _steered(positions, prompt, False)
             logits = _by_hand(model, edit, prompt, torch.from_numpy(prompt.ids), steered)
             assert scores[i, j] == pytest.approx(float(score(logits[-1:])), abs=1e-4)
     assert np.ptp(scores, axis=0).min() > 0.01, "the edits do something"
@@ -110,14 +117,14 @@ def test_scores_are_those_of_whole_runs_edited_token_by_token(
 @pytest.mark.parametrize("during_reply", [False, True])
 @pytest.mark.parametrize("positions", ["last", "suffix", "prompt"])
 def test_replies_are_those_of_whole_runs_without_a_cache(
-    model: Model, prompts: list[TokenizedPrompt], positions: str, during_reply: bool
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], positions: str, during_reply: bool
 ) -> None:
     edits = _edits(model)[::3]
-    bench = make_bench(model, prompts, positions, during_reply, batch_tokens=300)
-    replies = steered_replies(bench, edits, REPLY)
+    prepared, steered = _prepared(model, prompts, positions, 300), Steering(edits, positions, during_reply)
+    replies = engine.replies(prepared, score, steered, REPLY, batch_tokens=300)
     expected = [[_greedy_by_hand(model, edit, p, positions, during_reply) for p in prompts] for edit in edits]
     assert replies.texts == expected
-    np.testing.assert_allclose(replies.scores, steered_scores(bench, edits), atol=1e-4)
+    np.testing.assert_allclose(replies.scores, engine.scores(prepared, score, steered), atol=1e-4)
     assert len({tuple(texts) for texts in expected}) > 2, "the edits do something"
 
 
@@ -126,36 +133,37 @@ def test_without_an_edit_nothing_changes(
 ) -> None:
     (batch,) = make_batches(prompts, layout, 10_000, model.device)
     expected = score_batch(model, score, batch).numpy()[np.argsort(batch.prompts.numpy())]
-    nothing = [Edit("add", ("blocks.0.hook_resid_post",), torch.ones(32), 0.0)]
+    nothing = [SteeringEdit("add", ("blocks.0.hook_resid_post",), torch.ones(32), 0.0)]
     for positions in POSITIONS:
-        bench = make_bench(model, prompts, positions, True, 200)
-        np.testing.assert_allclose(plain_scores(bench), expected, atol=1e-4)
-        np.testing.assert_allclose(steered_scores(bench, nothing)[0], expected, atol=1e-4)
-        assert steered_replies(bench, nothing, REPLY).texts == plain_replies(bench, REPLY).texts
+        prepared, steered = _prepared(model, prompts, positions, 200), Steering(nothing, positions, True)
+        np.testing.assert_allclose(engine.scores(prepared, score, NO_EDIT)[0], expected, atol=1e-4)
+        np.testing.assert_allclose(engine.scores(prepared, score, steered)[0], expected, atol=1e-4)
+        replies, plain = (engine.replies(prepared, score, each, REPLY) for each in (steered, NO_EDIT))
+        assert replies.texts == plain.texts
 
 
 @pytest.mark.parametrize("during_reply", [False, True])
 def test_the_cost_on_given_replies_is_that_of_whole_runs(model: Model, during_reply: bool) -> None:
     prompts = [_with_reply(p, n) for p, n in zip(model.tokenize(TEXTS), (4, 1, 6, 2, 3, 5), strict=True)]
     edits = _edits(model)[::4]
-    bench = make_bench(model, prompts, "suffix", during_reply, batch_tokens=120)
-    effect = effect_on_replies(bench, edits)
+    prepared = _prepared(model, prompts, "suffix", 120)
+    effect = engine.losses(prepared, Steering(edits, "suffix", during_reply))
     expected: list[list[list[float]]] = [[] for _ in range(1 + len(edits))]
-    firsts, order = [], [int(i) for group in bench.groups for i in group.prompts]
+    firsts, order = [], [int(i) for batch in prepared.batches for i in batch.prompts]
     for prompt in (prompts[i] for i in order):
         where = np.flatnonzero(prompt.roles == Role.REPLY)
         ids = torch.from_numpy(prompt.ids)
         with torch.no_grad():
             plain = model.hf(input_ids=ids[None]).logits[0].log_softmax(-1)[where - 1]
-        steered = steered_tokens("suffix", prompt, during_reply)
+        steered = _steered("suffix", prompt, during_reply)
         runs = [plain, *(_by_hand(model, e, prompt, ids, steered).log_softmax(-1)[where - 1] for e in edits)]
         for row, log_p in zip(expected, runs, strict=True):
             divergence = torch.nn.functional.kl_div(log_p, plain, reduction="none", log_target=True).sum(-1)
             row.append(torch.stack([-log_p.gather(1, ids[where][:, None])[:, 0], divergence]).T.tolist())
         firsts += [True] + [False] * (len(where) - 1)
     joined = np.array([np.concatenate(row) for row in expected])
-    np.testing.assert_allclose(effect.losses, joined[:, :, 0], atol=1e-4)
-    np.testing.assert_allclose(effect.divergence, joined[:, :, 1], atol=1e-4)
+    np.testing.assert_allclose([effect.plain_losses, *effect.losses], joined[:, :, 0], atol=1e-4)
+    np.testing.assert_allclose(effect.divergence, joined[1:, :, 1], atol=1e-4)
     assert effect.is_first.tolist() == firsts
 
 
@@ -165,12 +173,13 @@ def _with_reply(prompt: TokenizedPrompt, length: int) -> TokenizedPrompt:
 
 
 def test_kl_of_the_next_token(model: Model, prompts: list[TokenizedPrompt]) -> None:
-    edits = [*_edits(model)[:3], Edit("add", ("blocks.0.hook_resid_post",), torch.ones(32), 0.0)]
-    found = last_token_kl(make_bench(model, prompts, "last", False, 150), edits)
+    edits = [*_edits(model)[:3], SteeringEdit("add", ("blocks.0.hook_resid_post",), torch.ones(32), 0.0)]
+    prepared = _prepared(model, prompts, "last", 150)
+    found = engine.next_token_kl(prepared, Steering(edits, "last", False), batch_tokens=150)
     for i, edit in enumerate(edits):
         for j, prompt in enumerate(prompts):
             ids = torch.from_numpy(prompt.ids)
-            steered = steered_tokens("last", prompt, False)
+            steered = _steered("last", prompt, False)
             p = _by_hand(model, edit._replace(amount=0.0, kind="add"), prompt, ids, steered)[-1].softmax(-1)
             q = _by_hand(model, edit, prompt, ids, steered)[-1].softmax(-1)
             assert found[i, j] == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-4)
@@ -189,11 +198,11 @@ def test_steered_tokens_are_those_named_and_never_the_first(model: Model) -> Non
         "prompt": [1, 2, 3, 4, 5],
     }
     for name, positions in expected.items():
-        assert np.flatnonzero(steered_tokens(name, prompt, False)).tolist() == positions
-        assert np.flatnonzero(steered_tokens(name, prompt, True)).tolist() == [*positions, 6, 7]
+        assert np.flatnonzero(_steered(name, prompt, False)).tolist() == positions
+        assert np.flatnonzero(_steered(name, prompt, True)).tolist() == [*positions, 6, 7]
     for wrong in ("lst", "last-0", "content", ""):
         with pytest.raises(UserError, match="unknown positions"):
-            steered_tokens(wrong, prompt, False)
+            _steered(wrong, prompt, False)
 
 
 def test_what_an_edit_does_to_the_component_along_its_direction() -> None:
@@ -201,14 +210,15 @@ def test_what_an_edit_does_to_the_component_along_its_direction() -> None:
     x, direction = torch.randn(4, 3, 8, generator=random), torch.randn(8, generator=random)
     u = direction / direction.norm()
     where = torch.tensor([[True, False, True], [True, True, False]])
+    of_both = where.repeat(2, 1)
     components = {
         "add": lambda c: c + 2.5,
         "clamp": lambda c: torch.full_like(c, 2.5),
         "project-out": lambda c: -1.5 * c,
     }
     for kind, expected in components.items():
-        edits = [Edit(kind, ("s",), direction, 2.5), Edit(kind, ("s",), direction, 0.0)]  # pyright: ignore
-        edited = editing(edits, where)(x)
+        edits = [SteeringEdit(kind, ("s",), direction, 2.5), SteeringEdit(kind, ("s",), direction, 0.0)]  # pyright: ignore
+        edited = steering(edits, 2, of_both)(x)
         assert edited is not None
         torch.testing.assert_close((edited @ u)[:2][where], expected((x @ u)[:2][where]))
         torch.testing.assert_close(
@@ -340,13 +350,13 @@ def test_the_best_alpha_is_within_the_limit_where_one_is() -> None:
 
 
 def test_only_changes_in_the_intended_direction_count(model: Model, prompts: list[TokenizedPrompt]) -> None:
-    bench: Bench = make_bench(model, prompts, "last", False, 1000)
-    vector = random_directions(1, 32, 0)[0]
+    config = SteeringOptions(positions="last", reply_tokens=3)
+    vector, site = random_directions(1, 32, 0)[0], "blocks.0.hook_resid_post"
     settings = [
-        Setting("d", "blocks.0.hook_resid_post", -1, alpha, Edit("add", ("blocks.0.hook_resid_post",), vector, alpha))
-        for alpha in (-1.0, 0.0, 1.0)
+        Setting("d", site, -1, alpha, SteeringEdit("add", (site,), vector, alpha)) for alpha in (-1.0, 0.0, 1.0)
     ]
-    rows = sweep(bench, pd.DataFrame({"prompt": TEXTS}), settings, 3, lambda _: None)
+    prepared = _prepared(model, prompts, "last", 1000)
+    rows = sweep(prepared, pd.DataFrame({"prompt": TEXTS}), settings, config, lambda _: None)
     assert len(rows) == 3 * len(TEXTS) and not rows["refused"].any(), "this model says nothing sensible"
     assert rows.groupby("intent")["eligible"].sum().to_dict() == {"": 0, FORCE: len(TEXTS), SUPPRESS: 0}
     rows["unsteered_refused"] = [True, True, False, False, False, False] * 3
@@ -362,7 +372,7 @@ def test_only_changes_in_the_intended_direction_count(model: Model, prompts: lis
 
 def test_intents_of_edits() -> None:
     def intent(kind: str, alpha: float) -> str:
-        return Setting("d", "s", None, alpha, Edit(kind, ("s",), torch.ones(2), alpha)).intent  # pyright: ignore
+        return Setting("d", "s", None, alpha, SteeringEdit(kind, ("s",), torch.ones(2), alpha)).intent  # pyright: ignore
 
     assert [intent("add", alpha) for alpha in (-1, 0, 1)] == [SUPPRESS, "", FORCE]
     assert [intent("clamp", alpha) for alpha in (-1, 0, 1)] == [SUPPRESS, SUPPRESS, FORCE]

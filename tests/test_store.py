@@ -6,17 +6,19 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from sfc.core.errors import UserError
+from sfc.data.schema import with_ids
 from sfc.models.batches import Batch
 from sfc.saes.plan import PlannedBatch, TokenTable
-from sfc.saes.shard import CHUNK_BYTES, shard_in_the_making
-from sfc.saes.store import Store
+from sfc.saes.shard import CHUNK_BYTES, unfinished_shard
+from sfc.saes.store import Store, read_prompts, write_prompts
 
 SITE = "blocks.0.hook_resid_post"
-NOTHING: Any = Batch(*[torch.zeros(0)] * 4)
+NOTHING: Any = Batch(*[torch.zeros(0)] * 5)
 
 
 def planned(first: int, count: int) -> PlannedBatch:
@@ -30,7 +32,7 @@ def make_shard(
     """A shard of these values, written in batches that do not end where chunks do."""
     starts = range(0, len(values), batch_rows)
     batches = [planned(first + start, min(batch_rows, len(values) - start)) for start in starts]
-    with shard_in_the_making(path, batches, {site: values.shape[1]}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {site: values.shape[1]}, values.dtype) as shard:
         for number, start in enumerate(starts):
             shard.write(number, {site: values[start : start + batch_rows]})
         shard.finish(gzip)
@@ -63,6 +65,15 @@ def test_many_chunks_of_about_a_mebibyte(tmp_path: Path, gzip: bool) -> None:
         assert data.compression == ("gzip" if gzip else None)
         assert torch.equal(torch.from_numpy(data[()]), values)
     Store(tmp_path).verify(SITE)
+
+
+def test_the_table_of_prompts_comes_back_as_it_was(tmp_path: Path) -> None:
+    texts = ["007", "NA", "", 'a "quoted"\r\nline, and\u2028more', "=1+1"]
+    prompts = with_ids(pd.DataFrame({"prompt": texts, "split": "test"}, index=range(5, 10)))
+    write_prompts(tmp_path, prompts)
+    back = read_prompts(tmp_path)
+    assert back.index.tolist() == [0, 1, 2, 3, 4] and back.index.name == "store_index"
+    assert back.to_dict("list") == prompts.to_dict("list")
 
 
 def test_missing_and_corrupt_stores_say_so(tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
     values = torch.randn(20, 4)
     path = tmp_path / "shard-00000.h5"
     batches = [planned(0, 12), planned(12, 8)]
-    with shard_in_the_making(path, batches, {SITE: 4}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
         assert shard.done == set()
         shard.write(1, {SITE: values[12:]})
         shard.close()
@@ -127,8 +138,27 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
         journal.write(b"0")  # a line that a kill cut short
     with pytest.raises(UserError, match="no activations"):
         Store(tmp_path)
-    with shard_in_the_making(path, batches, {SITE: 4}, values.dtype) as shard:
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
         assert shard.done == {1}
         shard.write(0, {SITE: values[:12]})
         shard.finish(gzip=False)
     assert torch.equal(Store(tmp_path).read(SITE, 0, 20), values)
+
+
+@pytest.mark.parametrize("damage", ["journal: not a number", "journal: no such batch", "partial"])
+def test_a_damaged_unfinished_shard_is_told_with_what_to_do(tmp_path: Path, damage: str) -> None:
+    path, values = tmp_path / "shard-00000.h5", torch.randn(12, 4)
+    with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype) as shard:
+        shard.close()
+    damaged = path.with_suffix(".partial" if damage == "partial" else ".journal")
+    damaged.write_bytes({"journal: not a number": b"\xff\n", "journal: no such batch": b"0\n1\n"}.get(damage, b""))
+    with (
+        pytest.raises(UserError, match=rf"{damaged.name} is .*delete it and run the same command$"),
+        unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype),
+    ):
+        pass
+    damaged.unlink()
+    with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype) as shard:
+        shard.write(0, {SITE: values})
+        shard.finish(gzip=False)
+    assert torch.equal(Store(tmp_path).read(SITE, 0, 12), values)

@@ -21,15 +21,15 @@ from sfc.saes.collect import collect
 from sfc.saes.plan import plan_batches
 from sfc.saes.shard import CHUNK_BYTES
 from sfc.saes.store import Store
-from sfc.saes.stream import Source, live_source, shuffled_batches, stored_source
+from sfc.saes.stream import RowSource, live_source, shuffled_batches, stored_source
 
 M_MMAP_THRESHOLD = -3
 
 
-def counted(n_rows: int, block_rows: int, width: int = 1) -> Source:
+def counted(n_rows: int, block_rows: int, width: int = 1) -> RowSource:
     """Rows that hold their own number."""
     starts = np.append(np.arange(0, n_rows, block_rows), n_rows)
-    return Source(
+    return RowSource(
         starts, lambda i: torch.arange(float(starts[i]), float(starts[i + 1]))[None, :, None].repeat(1, 1, width)
     )
 

@@ -11,7 +11,7 @@ from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
-from sfc.models.running import every_prefix, last_logits, prefix_after
+from sfc.models.running import last_logits, prefix_after
 from sfc.models.tails import flush_right, make_tails
 
 
@@ -30,7 +30,9 @@ def test_the_logits_of_tails_are_those_of_the_prompts(
     assert tails.ids.shape[1] == n_tail
     torch.testing.assert_close(last_logits(model, tails), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last_logits(model, tails), expected, atol=1e-5, rtol=1e-5)  # a run leaves no trace
-    for layer, prefix in every_prefix(model, tails).items():
+    prefix = None
+    for layer in range(-1, model.n_layers):
+        prefix = prefix_after(model, tails, layer, prefix)
         assert torch.equal(prefix.residual, prefix_after(model, tails, layer).residual)
         torch.testing.assert_close(last_logits(model, tails, prefix=prefix), expected, atol=1e-5, rtol=1e-5)
         rows = torch.tensor([3, 0, 3])
@@ -43,7 +45,7 @@ def test_the_logits_of_tails_are_those_of_the_prompts(
 def test_whole_prompts_flush_right_run_like_those_flush_left(model: Model, prompts: list[TokenizedPrompt]) -> None:
     whole = _whole(model, prompts)
     tails, longest = flush_right(whole), make_tails(model, prompts, max(len(prompt.ids) for prompt in prompts))
-    for name in ("ids", "slots", "positions", "touchable", "lengths"):
+    for name in ("ids", "slots", "roles", "positions", "touchable", "lengths"):
         assert torch.equal(getattr(tails, name), getattr(longest, name))
     torch.testing.assert_close(last_logits(model, tails.repeat(2)), last_logits(model, whole).repeat(2, 1))
 
@@ -73,7 +75,8 @@ def test_tails_run_exactly_on_every_architecture(architecture: str, tmp_path: Pa
         logits = last_logits(model, tails, {site: recorder(of_tails, site) for site in sites})
         expected = last_logits(model, whole, {site: recorder(of_whole, site) for site in sites})
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
-        for prefix in every_prefix(model, tails).values():
+        for layer in range(-1, model.n_layers):
+            prefix = prefix_after(model, tails, layer)
             torch.testing.assert_close(last_logits(model, tails, prefix=prefix), expected, atol=1e-5, rtol=1e-4)
         for site in sites:
             for row, prompt in enumerate(prompts):

@@ -9,7 +9,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -103,29 +102,6 @@ def test_without_a_store_training_gives_the_same_weights(undisturbed: Path, tmp_
     train(tmp_path, "--set", "corpus.stored=never")
     assert weights(tmp_path) == weights(undisturbed)
     assert not list(tmp_path.glob("activations/**/*.h5"))
-
-
-def test_a_corpus_of_texts(tmp_path: Path) -> None:
-    texts = [f"A sentence about the number {n}, which is neither long nor short." for n in range(60)]
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    train(tmp_path, "--set", f"corpus.source={tmp_path / 'texts.txt'}", "--set", "corpus.context=32")
-    (table,) = tmp_path.glob("activations/tiny-corpus-*/prompts.csv")
-    pieces = pd.read_csv(table)
-    assert len(pieces) >= 120 and set(pieces["split"]) == {"corpus"}
-    assert "".join(pieces["prompt"][:3]).count("sentence about the number 0") == 1
-    assert len(weights(tmp_path)) == 8
-
-
-def test_a_corpus_of_replies_has_their_rows(tmp_path: Path) -> None:
-    import h5py
-    import numpy as np
-
-    train(tmp_path, "--set", "corpus.source=replies", "--set", "corpus.reply_tokens=5")
-    (path,) = tmp_path.glob("activations/tiny-corpus-*/shard-*.h5")
-    with h5py.File(path) as file:
-        prompt, role = np.asarray(file["tokens/prompt"]), np.asarray(file["tokens/role"])
-    replies = np.bincount(prompt[role == 3])
-    assert replies.max() == 5 and (replies > 0).all()
 
 
 def test_loggers_that_are_unknown_or_not_installed_are_told(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@ r"""Faithfulness and completeness of a circuit, from the scores of four models.
 
 F(M) is the full model, F(C) has everything outside the circuit mean-ablated, F(M\C) the circuit, F(0) everything.
 
-Scores of many circuits on the same prompts, in packed batches that share their cached prefixes.
+Scores of many circuits on the same prompts.
 
 Random circuits to hold a circuit against: as many features at each site, and as often active.
 
 The curve of a ranking: how good its best n nodes are as a circuit, for many n.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,13 @@ from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.models.batches import PACKED_TOKENS
+from sfc.models import engine
+from sfc.models.batches import Batch
+from sfc.models.engine import NO_EDIT, Alike, Edits, PreparedPrompts, Progress
+from sfc.models.interventions import Interventions
 from sfc.models.loading import Model
-from sfc.models.score import Score, score_batch
+from sfc.models.running import Prefix
+from sfc.models.score import Score
 from sfc.stats import resampled_means
 
 _TAILS = (0.025, 0.975)
@@ -87,46 +92,64 @@ def _fractions(f: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(f.circuit - f.empty, span), (f.complement, f.model), (f.complement - f.empty, span)]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Ablations(Edits):
+    """Circuits as edits: everything outside each one is ablated at the tokens of the prompt.
+
+    Tokens of a reply are not: no prompt says what a reply's reference would be.
+    """
+
+    ablation: Ablation
+    keep: Bool[np.ndarray, "circuits nodes"]
+    """the nodes of each circuit"""
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def alike(self) -> Sequence[Alike]:
+        """All of them."""
+        return [Alike(range(len(self.keep)), self.ablation.nodes.sites[0])]
+
+    def for_batch(self, model: Model, batch: Batch, start: Prefix | None) -> "Ablations":
+        """See `Edits`."""
+        return replace(self, ablation=self.ablation.for_batch(model, batch, start))
+
+    def interventions(self, batch: Batch, members: Sequence[int]) -> Interventions:
+        """See `Edits`."""
+        keep = torch.from_numpy(self.keep[members]).to(batch.ids.device)
+        circuit = torch.arange(len(keep), device=keep.device).repeat_interleave(len(batch.lengths) // len(keep))
+        acting = self.ablation.interventions(keep.float(), circuit, batch)
+        if self.ablation.error_mode == "node":
+            # Where all nodes of a site are kept, what would be put there is what is there.
+            acting = {site: acting[site] for site, kept in self.ablation.nodes.split(keep).items() if not kept.all()}
+        return Interventions(acting)
+
+
+def prepared(model: Model, runs: PromptRuns) -> PreparedPrompts:
+    """The prompts of the runs for the engine, with their cached residual streams."""
+    return PreparedPrompts.of(model, runs.batches, runs.prefixes)
+
+
 def ablated_scores(
     model: Model,
     score: Score,
     ablation: Ablation,
     runs: PromptRuns,
     keep: Bool[np.ndarray, "circuits nodes"],
-    progress: Callable[[int], None] = lambda _steps: None,
+    progress: Progress = lambda _runs: None,
 ) -> Float[np.ndarray, "circuits prompts"]:
     """The score of every prompt with everything outside each circuit ablated.
 
-    Several circuits go through in one batch, `PACKED_TOKENS` tokens at a time.
-
     Args:
         keep: the nodes of each circuit.
-        progress: called with the number of circuit-and-batch pairs done since the last call.
+        progress: called with the number of pairs of a circuit and a prompt that are done since the last call.
     """
-    scores = np.full((len(keep), runs.n_prompts), np.nan)
-    for batch, prefix in runs:
-        at_once = batch.copies_in(PACKED_TOKENS)
-        of_batch = ablation.for_batch(model, batch, prefix)
-        for first in range(0, len(keep), at_once):
-            masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
-            packed = batch.repeat(len(masks))
-            circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(batch.lengths))
-            interventions = of_batch.interventions(masks, circuit, packed)
-            result = score_batch(model, score, packed, interventions, prefix.repeat(len(masks)))
-            columns = batch.prompts.cpu().numpy()
-            scores[first : first + len(masks), columns] = result.view(len(masks), -1).cpu().numpy()
-            progress(len(masks))
-    return scores
+    return engine.scores(prepared(model, runs), score, Ablations(ablation, keep), progress)
 
 
-@torch.no_grad()
 def full_scores(model: Model, score: Score, runs: PromptRuns) -> Float[np.ndarray, " prompts"]:
     """The score of every prompt in the model as it is."""
-    scores = np.full(runs.n_prompts, np.nan)
-    for batch, prefix in runs:
-        scores[batch.prompts.cpu().numpy()] = score_batch(model, score, batch, prefix=prefix).cpu().numpy()
-    return scores
+    return engine.scores(prepared(model, runs), score, NO_EDIT)[0]
 
 
 FIRING_RATES = (0.0, 0.01, 0.05, 0.2, 0.5)
@@ -158,9 +181,6 @@ def matching_strata(nodes: Nodes, firing_rates: Float[np.ndarray, " nodes"] | No
     within = np.searchsorted(FIRING_RATES, rates, side="left")
     strata = nodes.site_numbers * (len(FIRING_RATES) + 1) + within
     return np.where(nodes.is_error, -1, strata)
-
-
-Progress = Callable[[int], None]
 
 
 def curve_sizes(wanted: Sequence[int], n_ranked: int) -> list[int]:

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError
 from sfc.core.sites import layer_of, short_site
-from sfc.saes.source import CONFIG_FILE, for_layer
+from sfc.saes.architectures import CONFIG_FILE
+from sfc.saes.source import for_layer
 
 _NAME_KEYS = ("node", "name", "id")
 _SOURCE_KEYS = ("source", "sourceId", "layer")

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
 from sfc.core.config import Experiment, ModelConfig
-from sfc.core.options import Options, Share
+from sfc.core.options import Options, Share, option
 from sfc.core.registry import known_to
 
 EdgeKind = Literal["attribution", "correlation"]
@@ -26,9 +26,12 @@ class DiscoveryOptions(Options):
     nodes: Annotated[str, known_to(NODES)] = Field(
         "features", description="what circuits are made of; heads and MLPs need no SAEs"
     )
-    method: Annotated[str, known_to(METHODS)] = "learned-mask"
-    population: Population = Field("toxic", description="prompts the circuit explains; the others give the reference")
-    contrast: PromptContrast = Field(
+    category: str | None = option(
+        None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
+    )
+    method: Annotated[str, known_to(METHODS)] = option("learned-mask", description="how nodes are scored")
+    population: Population = option("toxic", description="prompts to explain; the others give the reference")
+    contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
         " (population safe: hard ones alone), those refused against those answered; model-base: the model against the"
@@ -139,7 +142,9 @@ def discovery_identity(experiment: Experiment) -> dict[str, Any]:
     """What circuits depend on of how they are discovered: the section, and the settings of its method."""
     discovery = DiscoveryOptions.of(experiment)
     options = METHODS[discovery.method].options
-    return discovery.model_dump() | ({options.section: options.of(experiment).model_dump()} if options else {})
+    return discovery.model_dump(exclude={"category"}) | (
+        {options.section: options.of(experiment).model_dump()} if options else {}
+    )
 
 
 def base_model(experiment: Experiment) -> ModelConfig:

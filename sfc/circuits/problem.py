@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import Reference
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
@@ -166,3 +167,19 @@ class Problem:
         """For each feature the share of the prompts in which it is active at all; 1 for errors and components."""
         shares = ((values > 0).mean(0) for values in self.features.values())
         return self.ablation.nodes.of_features(shares, elsewhere=1.0)
+
+
+class Task(NamedTuple):
+    """Everything that discovery and evaluation must be told beside the model and its dictionaries."""
+
+    score: Score
+    reference: Reference
+    discovery: list[Batch]
+    """the prompts that the circuit explains"""
+    test: list[Batch]
+    labelled: pd.DataFrame
+    """all discovery prompts, those explained and others: columns `prompt`, `refusal_label`"""
+    population: str
+    """what the prompts explained are called"""
+    facts: dict[str, Any]
+    """for the manifest: `prompts` (a frame), `score_auroc`, and what else there is to say"""

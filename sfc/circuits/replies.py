@@ -9,22 +9,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Int
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.faithfulness import top_circuits
+from sfc.circuits.faithfulness import Ablations, prepared, top_circuits
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.progress import progress_bar
 from sfc.data.read import LABELS, UNLABELLED
-from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
-from sfc.models.generation import continue_tails, generate_replies
+from sfc.models import engine
+from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
-from sfc.models.score import RefusalScore, auroc, score_prompts
-from sfc.models.tails import flush_right
+from sfc.models.score import RefusalScore, Score, auroc, score_prompts
 from sfc.stats import wilson
+
+_PACKED_TOKENS = 2 * PACKED_TOKENS  # those of the replies count too
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Behaviour:
     """What a model did with a set of prompts."""
 
     replies: pd.DataFrame
-    """one row per prompt: `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
+    """one row per prompt: `id`, `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
     groups: pd.DataFrame
     """one row per category and label: `category`, `label`, `n`, `refusals`, `rate`, `low`, `high` (Wilson, 95 %)"""
     auroc: float | None
@@ -42,7 +43,7 @@ class Behaviour:
 def measure_behaviour(
     model: Model, prompts: pd.DataFrame, reply_tokens: int = 24, batch_tokens: int = 2048
 ) -> Behaviour:
-    """Score, answer and judge each prompt of a frame with columns `prompt`, `category` and `label`.
+    """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
     A refusal shows in its first words: `reply_tokens` need not let the reply end.
     """
@@ -52,38 +53,24 @@ def measure_behaviour(
     with progress_bar("replies", len(tokenized), "prompts") as progress:
         texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
     refused = [is_refusal(text) for text in texts]
-    replies = prompts[["prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
+    replies = prompts[["id", "prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
     return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
 
 
-@torch.no_grad()
 def ablated_replies(
     model: Model,
+    score: Score,
     ablation: Ablation,
-    batches: Sequence[Batch],
+    runs: PromptRuns,
     keep: Bool[np.ndarray, "circuits nodes"],
     reply_tokens: int,
 ) -> list[list[str]]:
-    """For each circuit the greedy replies to all prompts, in the order of their numbers, with everything outside it
-    ablated.
+    """For each circuit the greedy replies to all prompts, with everything outside it ablated in the prompt.
 
-    The prompt's tokens are ablated, as they are for scores; those of the reply are not, since no prompt says what a
-    reply's reference would be. Several circuits go through in one batch, `PACKED_TOKENS` tokens at a time.
+    Tokens of the reply are not ablated, since no prompt says what a reply's reference would be.
     """
-    replies = [[""] * sum(len(batch.prompts) for batch in batches) for _ in keep]
-    for batch in batches:
-        prompts, numbers = flush_right(batch), batch.prompts.tolist()
-        at_once, of_batch = prompts.copies_in(PACKED_TOKENS), ablation.for_batch(model, prompts, None)
-        for first in range(0, len(keep), at_once):
-            masks = torch.from_numpy(keep[first : first + at_once]).to(model.device, torch.float32)
-            packed = prompts.repeat(len(masks))
-            circuit = torch.arange(len(masks), device=model.device).repeat_interleave(len(numbers))
-            in_prompt = of_batch.interventions(masks, circuit, packed)
-            continued = continue_tails(model, packed, reply_tokens, in_prompt).ids
-            for row, ids in enumerate(continued):
-                text = model.tokenizer.decode(ids, skip_special_tokens=True)
-                replies[first + row // len(numbers)][numbers[row % len(numbers)]] = text
-    return replies
+    circuits = Ablations(ablation, keep)
+    return engine.replies(prepared(model, runs), score, circuits, reply_tokens, batch_tokens=_PACKED_TOKENS).texts
 
 
 def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +107,7 @@ def ablated_refusals(
     problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], reply_tokens: int
 ) -> list[RefusalRate]:
     """For each circuit, how many of the prompts are refused with everything outside it ablated."""
-    replies = ablated_replies(problem.model, problem.ablation, runs.batches, keep, reply_tokens)
+    replies = ablated_replies(problem.model, problem.score, problem.ablation, runs, keep, reply_tokens)
     refusals = [sum(map(is_refusal, of_circuit)) for of_circuit in replies]
     return [RefusalRate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in refusals]
 

@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sfc.core.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from sfc.core.errors import UserError, first_problem
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Kind = TypeVar("Kind", bound=BaseModel)
 
 MANIFEST = "manifest.json"
 Json = Mapping[str, Any]
@@ -67,12 +70,9 @@ class Artifact:
         """
         return read_json(self.folder / MANIFEST)
 
-    def finish(self, **facts: Any) -> None:
-        """Write the manifest, which declares the folder complete. `facts` are its figures, files and times.
-
-        Beside them it has the versions of packages and the command that is running.
-        """
-        manifest = {
+    def described(self, **facts: Any) -> dict[str, Any]:
+        """A manifest: `facts` (figures, files, times), the inputs, versions of packages and the command that runs."""
+        return {
             "fingerprint": self.fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["sfc", *sys.argv[1:]]),
@@ -80,7 +80,10 @@ class Artifact:
             **facts,
             "inputs": self.inputs,
         }
-        write_json(self.folder / MANIFEST, manifest)
+
+    def finish(self, **facts: Any) -> None:
+        """Write the manifest (see `described`), which declares the folder complete."""
+        write_json(self.folder / MANIFEST, self.described(**facts))
 
     @contextmanager
     def being_made(self, rebuild: bool = False) -> Iterator[Path]:
@@ -170,6 +173,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}); delete it, or run again with --rebuild") from None
 
 
+def read_model(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file that describes a `kind`.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or describes something else.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)}") from None
+
+
 def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> None:
     """Write a table whole or not at all, without its index.
 
@@ -184,6 +199,12 @@ def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> N
         table = table.assign(**rounded)
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
+def json_records(table: "pd.DataFrame", digits: int = 4) -> list[dict[str, Any]]:
+    """The rows of a table for JSON, floats rounded to so many decimals; what is missing is None."""
+    records = table.round(digits).astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in record.items()} for record in records]
 
 
 def hash_of_file(path: Path) -> str:

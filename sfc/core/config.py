@@ -170,6 +170,7 @@ class Experiment(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     seed: int = 0
+    behavior: str = Field("refusal", description="what is explained: the name of a registered behavior")
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()  # pyright: ignore[reportCallIssue]
     activations: ActivationsConfig

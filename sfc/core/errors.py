@@ -2,6 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class UserError(Exception):
@@ -21,3 +25,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def first_problem(error: "ValidationError") -> str:
+    """What pydantic objects to first, in one line: `key: what is wrong (got the value)`."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    what = problem["msg"].removeprefix("Value error, ")
+    return " ".join(f"{where}{': ' if where else ''}{what} (got {problem['input']!r})"[:400].split())

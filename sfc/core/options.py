@@ -53,15 +53,18 @@ SECTIONS: dict[str, type[Options]] = {}
 """the registered sections by their names"""
 
 
-def option(default: Any = ..., *, flag: str | None = None, positional: bool = False, **field: Any) -> Any:
+def option(
+    default: Any = ..., *, flag: str | None = None, positional: bool = False, implies: str | None = None, **field: Any
+) -> Any:
     """A field that commands offer as an option.
 
     Args:
         flag: the option's name where it is not the field's own with dashes, such as `--component`.
+        implies: an override `section.key=value` that giving the option brings along.
         positional: the command takes the values without a flag.
         field: what pydantic's `Field` takes: `description` is the option's help, and constraints are checked.
     """
-    return Field(default, json_schema_extra={"flag": flag, "positional": positional}, **field)
+    return Field(default, json_schema_extra={"flag": flag, "positional": positional, "implies": implies}, **field)
 
 
 class Flag(NamedTuple):
@@ -73,7 +76,10 @@ class Flag(NamedTuple):
     """what the command line gives: bool, int, float, str or Path"""
     is_list: bool
     positional: bool
+    implies: str
     help: str
+    default: str
+    """as the help shows it; empty where there is none"""
     info: FieldInfo
 
     def parse(self, value: Any) -> Any:
@@ -86,12 +92,12 @@ class Flag(NamedTuple):
             return [str(path) for path in value]
         if not self.is_list:
             return str(value) if isinstance(value, Path) else value
-        item = _item_type(self.info.annotation)
+        text, item = ",".join(value), _item_type(self.info.annotation)
         if item is int:
-            return numbers_of(value)
+            return numbers_of(text)
         if item is float:
-            return [_number(part) for part in value.split(",")]
-        return [part.strip() for part in value.split(",")]
+            return [_number(part) for part in text.split(",")]
+        return [part.strip() for part in text.split(",")]
 
 
 def flags_of(section: type[Options]) -> list[Flag]:
@@ -107,7 +113,8 @@ def overrides_of(section: type[Options], values: Mapping[str, Any]) -> list[str]
     """Options as overrides `section.field=value`; those that were not given (None, or False) are left out."""
     flags = {flag.field: flag for flag in flags_of(section)}
     given = {name: value for name, value in values.items() if value not in (None, False, [])}
-    return [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
+    overrides = [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
+    return [*overrides, *(flags[name].implies for name in given if flags[name].implies)]
 
 
 def numbers_of(text: str) -> list[int]:
@@ -142,21 +149,34 @@ def _flag(name: str, info: FieldInfo) -> Flag:
     is_list = get_origin(kind) is list
     scalar = str if is_list or kind not in (bool, int, float, Path) else kind
     flag = extra["flag"] or f"--{name.replace('_', '-')}"
-    return Flag(name, str(flag), scalar, is_list, bool(extra["positional"]), _help(info, is_list), info)
+    return Flag(
+        name,
+        str(flag),
+        scalar,
+        is_list,
+        bool(extra["positional"]),
+        str(extra["implies"] or ""),
+        _help(info),
+        _default(info),
+        info,
+    )
 
 
-def _help(info: FieldInfo, is_list: bool) -> str:
-    """The description, the choices where there are few, and the default."""
-    text = (info.description or "").strip()
+def _help(info: FieldInfo) -> str:
+    """The description, and the choices where it does not name them."""
+    text = (info.description or "").strip().rstrip(".")
     text = f"{text[:1].upper()}{text[1:]}"
     choices = _choices(info.annotation)
     if choices and choices[0] not in text:
         text = f"{text}{': ' if text else ''}{', '.join(choices)}"
+    return f"{text}." if text else ""
+
+
+def _default(info: FieldInfo) -> str:
     default = info.get_default(call_default_factory=True)
     if default in (None, False, [], "") or default is ...:
-        return f"{text.rstrip('.')}." if text else ""
-    shown = ",".join(map(str, default)) if is_list and isinstance(default, list) else default
-    return f"{text.rstrip('.')}. [default: {shown}]"
+        return ""
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -14,31 +14,35 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import AfterValidator
 
 from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
-    "sfc.circuits.options", "sfc.studies.compare.options", "sfc.studies.patch.options", "sfc.studies.steer.options",
+    "sfc.saes.architectures",
+    "sfc.circuits.options",
+    "sfc.behaviors.refusal",
+    "sfc.behaviors.pairs",
+    "sfc.studies.compare.options",
+    "sfc.studies.patch.options",
+    "sfc.studies.steer.options",
     "sfc.studies.repair.options",
-)  # fmt: skip
+    "sfc.studies.collect.study",
+    "sfc.studies.train.study",
+    "sfc.studies.discover.study",
+    "sfc.studies.evaluate.study",
+    "sfc.studies.probe.study",
+)
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 
 
-class Named(Protocol):
-    """Whatever a registry holds."""
-
-    @property
-    def name(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=Named)
+Item = TypeVar("Item")
 
 
 class Registry(Generic[Item]):
-    """Things of one kind by name, in the order in which they were registered."""
+    """Things of one kind by their attribute `name`, in the order in which they were registered."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -50,9 +54,10 @@ class Registry(Generic[Item]):
         Raises:
             UserError: another item has its name.
         """
-        if self._items.get(item.name, item) is not item:
-            raise UserError(f"two things are registered as {self.kind} {item.name!r}: rename one of them")
-        self._items[item.name] = item
+        name: str = item.name  # pyright: ignore[reportAttributeAccessIssue]
+        if self._items.get(name, item) is not item:
+            raise UserError(f"two things are registered as {self.kind} {name!r}: rename one of them")
+        self._items[name] = item
         return item
 
     def __getitem__(self, name: str) -> Item:
@@ -76,7 +81,8 @@ class Registry(Generic[Item]):
 
     def names(self) -> list[str]:
         """All names, in the order in which they were registered."""
-        return [item.name for item in self]
+        load_plugins()
+        return list(self._items)
 
 
 def known_to(registry: Registry[Any]) -> AfterValidator:

@@ -1,8 +1,8 @@
 """Balance toxic against safe prompts, category by category and split by split.
 
 All toxic prompts are taken and as many safe ones, of which a stated share is hard. Where one safe kind runs short the
-other fills in; where both together do, toxic prompts are left out as well, because two equal sides matter more than
-size: means over toxic and over safe prompts are compared everywhere. All of it is reported.
+other fills in; where both together do, toxic prompts are left out as well, because equal sides matter more than size:
+means over toxic and over safe prompts are compared everywhere. All of it is reported.
 """
 
 import math

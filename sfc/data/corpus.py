@@ -1,6 +1,5 @@
 """Ordinary texts for SAEs to learn from: a file or a Hugging Face data set, cut into pieces of tokens."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.data.read import read_table
+from sfc.data.read import read_table, read_text
 from sfc.data.render import Role, TokenizedPrompt
 
 _HUB = "hf:"
@@ -36,16 +35,14 @@ def read_texts(source: str) -> Iterator[str]:
     `text` of a data set (a local folder works too), streamed, of the split `train` unless another is named.
 
     Raises:
-        UserError: the file is malformed or of another kind, or the data set cannot be had.
+        UserError: the file is malformed or of another kind, the data set cannot be read, or a row's text is missing.
     """
     if source.startswith(_HUB):
         texts = _from_hub(source.removeprefix(_HUB))
     elif source.endswith(".txt"):
-        texts = _read_utf8(Path(source)).split("\n\n")
-    elif source.endswith(".csv"):
+        texts = read_text(Path(source)).replace("\r\n", "\n").split("\n\n")
+    elif source.endswith((".csv", ".jsonl")):
         texts = read_table(Path(source), ("text",))["text"]
-    elif source.endswith(".jsonl"):
-        texts = _from_json_lines(Path(source))
     else:
         raise UserError(f"corpus {source}: give a .txt, .csv or .jsonl file")
     return (text.strip() for text in texts if text.strip())
@@ -83,26 +80,13 @@ def _from_hub(name: str) -> Iterator[str]:
 
     name, _, split = name.partition(":")
     try:
-        for row in load_dataset(name, split=split or "train", streaming=True):
+        for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True), start=1):
+            if not isinstance(row["text"], str):
+                raise UserError(f"row {number} of data set {name!r} has no text in its column 'text'")
             yield row["text"]
     except KeyError:
         raise UserError(f"data set {name!r} has no column 'text'") from None
+    except UserError:
+        raise
     except Exception as error:  # the library raises a dozen kinds for what is not there
         raise UserError(f"cannot read data set {name!r}: {str(error).splitlines()[0]}") from None
-
-
-def _from_json_lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_utf8(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{path} line {number} is not a JSON object with a key 'text'") from None
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from None

@@ -58,9 +58,11 @@ SOURCES = (
 def download(folder: Path, endpoint: str | None = None) -> list[Downloaded]:
     """Put every file of `SOURCES` below `folder`; files that are there and complete are left alone.
 
-    A connection that breaks is taken up where it stopped; a run that was cut short goes on with the first file that is
-    missing (the hub's client keeps no partial files between runs). `endpoint` is another address of the hub, as a
-    mirror or a test has one; without it the hub's own applies, or `HF_ENDPOINT`.
+    A broken connection is resumed where it stopped; a run that was cut short goes on with the first missing file (the
+    hub's client keeps no partial files between runs).
+
+    Args:
+        endpoint: another address of the hub, of a mirror or a test; None: the hub's own, or `HF_ENDPOINT`.
 
     Raises:
         UserError: a file could not be fetched or is not what was expected; the message says where to put it by hand.
@@ -74,8 +76,8 @@ def _provide(source: Source, folder: Path, endpoint: str | None) -> Downloaded:
         return Downloaded(target, source.rows, fetched=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Fetched and checked apart, so that a file under its final name is always a whole one, and a file that a user
-        # put there is replaced by a right one only.
+        # Fetched and checked elsewhere, so that a file under its final name is always whole, and a user's own file is
+        # only ever replaced by one that passed the check.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as staging:
             fetched = _fetch(source, Path(staging), target, endpoint)
             if problem := _problem(source, fetched):
@@ -108,7 +110,7 @@ def _fetch(source: Source, staging: Path, target: Path, endpoint: str | None) ->
             local_dir=staging,
             endpoint=endpoint,
         )
-    except Exception as error:  # the hub, its HTTP library and the disk have no type in common
+    except Exception as error:  # errors of the hub, its HTTP library and the disk have no type in common
         raise UserError(
             f"could not fetch {source.file} ({_reason(error)}): try again when there is a network, "
             f"or get {source.url(endpoint)} with a browser and save it as {target}"
@@ -117,7 +119,7 @@ def _fetch(source: Source, staging: Path, target: Path, endpoint: str | None) ->
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the hub wraps what happened in general advice of several lines
+    while error.__cause__ is not None:  # the hub's client wraps what happened in several lines of general advice
         error = error.__cause__
     first_line = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first_line}"[:160]

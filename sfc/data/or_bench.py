@@ -1,15 +1,13 @@
-"""Clean the three files together: tidy texts, drop what is empty or said twice, and count all of it.
+"""Load the three OR-Bench files of a folder as one clean table: tidy texts, no blanks, no copies, all of it counted.
 
-A prompt belongs to one kind only. Where files share a prompt the rarer and more telling kind keeps it:
+A prompt belongs to one kind only. Where files share a prompt, the rarer and more telling kind keeps it:
 
-- toxic before safe: a prompt that stands on both sides would have two labels; toxic prompts are the scarce side and
-  were singled out by the data set's moderators, so the safe copy goes.
+- toxic before safe: a prompt on both sides would have two labels; toxic prompts are the scarce side and were singled
+  out by the data set's moderators, so the safe copy goes.
 - hard before 80k: the hard file is (all but one row) a selection from the 80k file, not further prompts.
 
 Of copies within a file the first in alphabetical order of category and text is kept, so that reordering a file never
-changes which prompts there are.
-
-Load the three OR-Bench files of a folder into one clean table.
+changes which prompts there are. Copies are rows with the same id: in the clean table every id is there once.
 """
 
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ import pandas as pd
 
 from sfc.core.errors import UserError
 from sfc.data.read import read_table
-from sfc.data.schema import COLUMNS, FILES, canonical_category, comparison_key, normalise
+from sfc.data.schema import COLUMNS, FILES, canonical_category, normalise, with_ids
 
 _PRECEDENCE = ("toxic", "hard", "safe_80k")
 
@@ -58,60 +56,6 @@ class CleaningReport(NamedTuple):
     def lines(self) -> list[str]:
         """One line per file, for people."""
         return [_line(counts) for counts in self.files]
-
-
-def clean(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, CleaningReport]:
-    """Clean and join tables (columns `prompt`, `category`, `original_source`) given by `dataset_type`.
-
-    The rows keep the order of the files and of the rows in them; the index is new.
-    """
-    kept: dict[str, pd.DataFrame] = {}
-    counts: dict[str, FileCounts] = {}
-    for kind in (kind for kind in _PRECEDENCE if kind in tables):
-        table = _tidied(tables[kind])
-        filled = table[table["prompt"] != ""]
-        unique = _without_copies(filled)
-        in_toxic = _is_in(unique, kept.get("toxic"))
-        in_hard = _is_in(unique, kept.get("hard")) & ~in_toxic
-        rest = unique[~(in_toxic | in_hard)]
-        kept[kind] = rest.assign(dataset_type=kind, refusal_label=kind == "toxic")
-        counts[kind] = FileCounts(
-            file=FILES[kind],
-            read=len(table),
-            empty=len(table) - len(filled),
-            duplicates=len(filled) - len(unique),
-            also_toxic=int(in_toxic.sum()),
-            also_hard=int(in_hard.sum()),
-            kept=len(rest),
-        )
-    order = [kind for kind in FILES if kind in kept]
-    frame = pd.concat([kept[kind] for kind in order], ignore_index=True)[list(COLUMNS)]
-    return frame, CleaningReport(tuple(counts[kind] for kind in order))
-
-
-def _tidied(table: pd.DataFrame) -> pd.DataFrame:
-    prompts = [normalise(text) for text in table["prompt"]]
-    return table.assign(prompt=prompts, key=[comparison_key(text) for text in prompts])
-
-
-def _without_copies(table: pd.DataFrame) -> pd.DataFrame:
-    copies = table[table["key"].duplicated(keep=False)].sort_values(["key", "category", "prompt"], kind="stable")
-    return table.drop(index=copies.index[copies["key"].duplicated()])
-
-
-def _is_in(table: pd.DataFrame, other: pd.DataFrame | None) -> "pd.Series[bool]":
-    return table["key"].isin(other["key"] if other is not None else [])
-
-
-def _line(counts: FileCounts) -> str:
-    dropped = {
-        "empty": counts.empty,
-        "duplicates": counts.duplicates,
-        "also in the toxic file": counts.also_toxic,
-        "also in the hard file": counts.also_hard,
-    }
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
-    return f"{counts.file}: {counts.kept:,} of {counts.read:,} rows kept" + (f" ({reasons})" if reasons else "")
 
 
 def load_prompts(folder: Path) -> tuple[pd.DataFrame, CleaningReport]:
@@ -156,3 +100,56 @@ def _category_at(path: Path, row: int, category: str) -> str:
         return canonical_category(category)
     except UserError as error:
         raise UserError(f"{path} row {row}: {error}") from None
+
+
+def clean(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, CleaningReport]:
+    """Clean and join tables (columns `prompt`, `category`, `original_source`) given by `dataset_type`.
+
+    The rows keep the order of the files and of the rows in them; the index is new.
+    """
+    kept: dict[str, pd.DataFrame] = {}
+    counts: dict[str, FileCounts] = {}
+    for kind in (kind for kind in _PRECEDENCE if kind in tables):
+        table = _tidied(tables[kind])
+        filled = table[table["prompt"] != ""]
+        unique = _without_copies(filled)
+        in_toxic = _is_in(unique, kept.get("toxic"))
+        in_hard = _is_in(unique, kept.get("hard")) & ~in_toxic
+        rest = unique[~(in_toxic | in_hard)]
+        kept[kind] = rest.assign(dataset_type=kind, refusal_label=kind == "toxic")
+        counts[kind] = FileCounts(
+            file=FILES[kind],
+            read=len(table),
+            empty=len(table) - len(filled),
+            duplicates=len(filled) - len(unique),
+            also_toxic=int(in_toxic.sum()),
+            also_hard=int(in_hard.sum()),
+            kept=len(rest),
+        )
+    order = [kind for kind in FILES if kind in kept]
+    frame = pd.concat([kept[kind] for kind in order], ignore_index=True)[list(COLUMNS)]
+    return frame, CleaningReport(tuple(counts[kind] for kind in order))
+
+
+def _tidied(table: pd.DataFrame) -> pd.DataFrame:
+    return with_ids(table.assign(prompt=[normalise(text) for text in table["prompt"]]))
+
+
+def _without_copies(table: pd.DataFrame) -> pd.DataFrame:
+    copies = table[table["id"].duplicated(keep=False)].sort_values(["id", "category", "prompt"], kind="stable")
+    return table.drop(index=copies.index[copies["id"].duplicated()])
+
+
+def _is_in(table: pd.DataFrame, other: pd.DataFrame | None) -> "pd.Series[bool]":
+    return table["id"].isin(other["id"] if other is not None else [])
+
+
+def _line(counts: FileCounts) -> str:
+    dropped = {
+        "empty": counts.empty,
+        "duplicates": counts.duplicates,
+        "also in the toxic file": counts.also_toxic,
+        "also in the hard file": counts.also_hard,
+    }
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items() if number)
+    return f"{counts.file}: {counts.kept:,} of {counts.read:,} rows kept" + (f" ({reasons})" if reasons else "")

@@ -1,8 +1,6 @@
-"""Split prompts into discovery, reference and test.
+"""The prompts of an experiment: loaded, limited, and split into discovery, reference and test.
 
 Prompts are split, never tokens or pairs, and within each category and kind, so that the three splits are alike.
-
-The prompts of an experiment, in one step: load, limit, split.
 """
 
 import hashlib
@@ -17,6 +15,25 @@ from sfc.data.or_bench import CleaningReport, load_prompts
 from sfc.data.schema import keyed_ranks
 
 _STRATUM = ["category", "dataset_type"]
+
+
+class Prepared(NamedTuple):
+    """Clean prompts with their splits, and what cleaning did."""
+
+    frame: pd.DataFrame
+    report: CleaningReport
+
+
+def prepare_prompts(folder: Path, config: PromptsConfig, seed: int) -> Prepared:
+    """Load a folder, keep at most `config.limit` prompts per category and kind, and split what is left.
+
+    Raises:
+        UserError: the folder or a file in it is missing or malformed.
+    """
+    frame, report = load_prompts(folder)
+    if config.limit is not None:
+        frame = frame[keyed_ranks(frame, _STRATUM, f"limit {seed}") < config.limit].reset_index(drop=True)
+    return Prepared(add_splits(frame, config, seed), report)
 
 
 def add_splits(frame: pd.DataFrame, config: PromptsConfig, seed: int) -> pd.DataFrame:
@@ -41,26 +58,14 @@ def _rounded(numbers: pd.Series) -> pd.Series:
     return np.floor(numbers + 0.5 + 1e-9)
 
 
-_KINDS = ["category", "dataset_type"]
+def add_two_splits(frame: pd.DataFrame, config: PromptsConfig, seed: int) -> pd.DataFrame:
+    """Like `add_splits`, but without `reference`: for pairs, each of which brings its own.
 
-
-class Prepared(NamedTuple):
-    """Clean prompts with their splits, and what cleaning did."""
-
-    frame: pd.DataFrame
-    report: CleaningReport
-
-
-def prepare_prompts(folder: Path, config: PromptsConfig, seed: int) -> Prepared:
-    """Load a folder, keep at most `config.limit` prompts per category and kind, and split what is left.
-
-    Raises:
-        UserError: the folder or a file in it is missing or malformed.
+    The shares of discovery and test keep their ratio.
     """
-    frame, report = load_prompts(folder)
-    if config.limit is not None:
-        frame = frame[keyed_ranks(frame, _KINDS, f"limit {seed}") < config.limit].reset_index(drop=True)
-    return Prepared(add_splits(frame, config, seed), report)
+    share = config.discovery / (config.discovery + config.test)
+    shares = config.model_copy(update={"discovery": share, "reference": 0.0, "test": 1 - share})
+    return add_splits(frame, shares, seed)
 
 
 def prompts_fingerprint(frame: pd.DataFrame) -> str:

@@ -1,63 +1,92 @@
-"""Read one CSV file of prompts, and say exactly what is wrong with it when something is.
+"""Tables of texts from CSV files and JSON lines; when something is wrong with a file, the error says exactly what.
 
-Read a table of texts from a CSV file or from JSON lines, with required columns and ones that may be missing.
-
-Read a prompt file of anyone's: a CSV with a column `prompt` (or `goal`), and `category` and `label` if there.
+CSV is parsed by `csv` and not by pandas, which fills up rows that are too short without a word.
 """
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel, ValidationError, create_model
 
 from sfc.core.errors import UserError, suggestion
+from sfc.core.progress import say
+from sfc.data.schema import with_ids
+
+LABELS = ("toxic", "hard", "safe")
+UNLABELLED = "unlabelled"
+UNCATEGORISED = "all"
+# XSTest (Röttger et al. 2024) calls what a prompt is about its type, and what should be refused unsafe.
+_XSTEST_COLUMNS = {"id", "prompt", "type", "label", "focus", "note"}
+_XSTEST_LABELS = {"safe": "safe", "unsafe": "toxic"}
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs"}
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a UTF-8 CSV file as text: the columns asked for, in that order, others being ignored.
+def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """Read the columns asked for, as text and in this order; an optional one that is not there is blank.
 
-    The index is the row number as a spreadsheet counts: the header is row 1, the first prompt row 2, and a quoted
-    line break does not start a row. Lines without anything in them are counted but left out.
+    A name that ends with `.jsonl` is read as JSON lines, any other as CSV. The index is the row number: the line's in
+    JSON lines; in CSV as a spreadsheet counts, where the header is row 1, the first row after it row 2, and a line
+    break within quotes does not start a row. Empty lines are counted but left out.
 
     Raises:
-        UserError: the file is missing, not UTF-8, not CSV or empty, a column is missing, or a row is ragged.
+        UserError: the file is missing, not UTF-8, malformed or empty, a column is missing, or a row is ragged.
     """
-    records = _records(path)
-    if not records:
-        raise UserError(f"{path} is empty: it must hold a header with {_quoted(columns)} and at least one row")
-    header, *rows = [field.strip() for field in records[0]], *records[1:]
-    positions = [_position(path, header, column) for column in columns]
-    numbers, values = [], []
-    for number, row in enumerate(rows, start=2):
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise UserError(
-                f"{path} row {number} has {len(row)} fields where the header has {len(header)}: "
-                "quote texts that contain commas or line breaks"
-            )
-        numbers.append(number)
-        values.append([row[position] for position in positions])
-    if not values:
-        raise UserError(f"{path} has a header but no rows: add prompts, or fetch the file again")
-    return pd.DataFrame(values, columns=list(columns), index=pd.Index(numbers, name="row"), dtype=object)
+    if path.suffix == ".jsonl":
+        return _json_lines(path, required, optional)
+    return _columns(path, *_csv(path), required, optional)
 
 
-def _records(path: Path) -> list[list[str]]:
-    text = _decoded(path)
-    if "\0" in text:
-        raise UserError(f"{path} is not a CSV file (it holds binary zeros): fetch it again or export it as CSV")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise UserError(f"{path} is not a CSV file (line {reader.line_num}: {error}): mend the quotes there") from None
+def read_records(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """Like `read_table`, but a blank text in a required column is an error, and rows are numbered from 0.
+
+    Raises:
+        UserError: as `read_table`, or a required text is blank.
+    """
+    table = read_table(path, required, optional)
+    for column in required:
+        for row in table.index[table[column].str.strip() == ""]:
+            raise UserError(f"{path} row {row}: {column!r} is blank")
+    return table.reset_index(drop=True)
 
 
-def _decoded(path: Path) -> str:
+def load_prompt_file(path: Path) -> pd.DataFrame:
+    """Read anyone's prompts: `id`, `prompt`, `category` and `label` (`toxic`, `hard` or `safe`), one row per prompt.
+
+    Blank prompts are left out, and so are copies (rows with an id that an earlier row has), which is said.
+
+    A file without categories has the one category `all`; a file without labels, or a row whose label is blank, the
+    label `unlabelled`. XSTest's own columns `id,prompt,type,label,focus,note` are understood, and AdvBench's `goal` in
+    place of `prompt`.
+
+    Raises:
+        UserError: the file is missing or malformed, holds no prompts, names an unknown label, or has two labels for one
+            prompt.
+    """
+    header, rows = _csv(path)
+    is_xstest = set(header) >= _XSTEST_COLUMNS and "category" not in header
+    text = "goal" if "goal" in header and "prompt" not in header else "prompt"
+    table = _columns(path, header, rows, (text,), ("type" if is_xstest else "category", "label"))
+    table = table.set_axis(["prompt", "category", "label"], axis=1).apply(lambda column: column.str.strip())
+    table = table[table["prompt"] != ""]
+    if table.empty:
+        raise UserError(f"{path} holds no prompts: its column 'prompt' is blank in every row")
+    prompts = table.assign(
+        category=table["category"].mask(table["category"] == "", UNCATEGORISED),
+        label=_canonical_labels(path, table["label"], _XSTEST_LABELS if is_xstest else {}),
+    )
+    return _without_copies(path, with_ids(prompts)).reset_index(drop=True)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; line breaks are as they are in the file.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -73,126 +102,98 @@ def _decoded(path: Path) -> str:
         ) from None
 
 
-def _position(path: Path, header: list[str], column: str) -> int:
-    if header.count(column) > 1:
-        raise UserError(f"{path} has the column {column!r} more than once: rename all but one")
-    if column not in header:
-        found = [name for name in header if name] or ["none"]
-        close = suggestion(column, found)
-        hint = f" ({close.replace('did you mean', 'is it')})" if close.startswith("did") else ""
-        raise UserError(f"{path} has no column {column!r}; columns found: {_quoted(found)[:200]}{hint}")
-    return header.index(column)
+def _csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, and the fields of every row after them; a line without anything in it has none."""
+    text = read_text(path)
+    if "\0" in text:
+        raise UserError(f"{path} is not a CSV file (it holds binary zeros): fetch it again or export it as CSV")
+    first_line = text.partition("\n")[0]
+    for separator, name in _OTHER_SEPARATORS.items():
+        if separator in first_line and "," not in first_line:
+            raise UserError(f"{path} has {name} between its columns: export it with commas")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        records = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file (line {reader.line_num}: {error}): fix the quotes there") from None
+    if not records:
+        raise UserError(f"{path} is empty: it must hold a header and at least one row")
+    return [field.strip() for field in records[0]], records[1:]
 
 
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def read_records(path: Path, required: Sequence[str], optional: Sequence[str]) -> pd.DataFrame:
-    """The columns asked for, as text, a row per record; an optional column that is not there is blank.
-
-    A name that ends with `.jsonl` is read as JSON lines, any other as CSV.
-
-    Raises:
-        UserError: the file is missing or malformed, holds no record, or a required column is missing or blank.
-    """
-    frame = (_json_lines if path.suffix == ".jsonl" else _csv)(path, required, optional)
+def _columns(
+    path: Path, header: list[str], rows: list[list[str]], required: Sequence[str], optional: Sequence[str]
+) -> pd.DataFrame:
+    """The columns asked for, of rows that must all be as long as the header."""
     for column in required:
-        for row in frame.index[frame[column].str.strip() == ""]:
-            raise UserError(f"{path} row {row}: {column!r} is blank")
-    return frame.reset_index(drop=True)
+        _check_is_there(path, header, column)
+    columns = [*required, *optional]
+    for column in columns:
+        if header.count(column) > 1:
+            raise UserError(f"{path} has the column {column!r} more than once: rename all but one")
+    places = [header.index(column) if column in header else None for column in columns]
+    texts = {}
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise UserError(
+                f"{path} row {number} has {len(row)} fields where the header has {len(header)}: "
+                "quote texts that contain commas or line breaks"
+            )
+        texts[number] = ["" if place is None else row[place] for place in places]
+    if not texts:
+        raise UserError(f"{path} has a header but no rows: add some, or fetch the file again")
+    return _frame(texts, columns)
 
 
-def _csv(path: Path, required: Sequence[str], optional: Sequence[str]) -> pd.DataFrame:
-    read_table(path, required)  # says what is wrong with a file that is no such table at all
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        header = [name.strip() for name in next(csv.reader(handle))]
-    present = [column for column in optional if column in header]
-    return read_table(path, [*required, *present]).reindex(columns=[*required, *optional], fill_value="")
+def _check_is_there(path: Path, header: list[str], column: str) -> None:
+    if column in header:
+        return
+    found = [name for name in header if name] or ["none"]
+    close = suggestion(column, found)
+    hint = f" ({close.replace('did you mean', 'is it')})" if close.startswith("did") else ""
+    raise UserError(f"{path} has no column {column!r}; columns found: {_quoted(found)[:200]}{hint}")
 
 
 def _json_lines(path: Path, required: Sequence[str], optional: Sequence[str]) -> pd.DataFrame:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    rows = {number: _record(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()}
-    if not rows:
-        raise UserError(f"{path} is empty: write one JSON object a line, with {', '.join(map(repr, required))}")
+    fields: dict[str, Any] = {**dict.fromkeys(required, (str, ...)), **dict.fromkeys(optional, (str, ""))}
+    record: type[BaseModel] = create_model("Record", **fields)
     texts = {}
-    for number, row in rows.items():
-        missing = [column for column in required if column not in row]
-        if missing:
-            raise UserError(
-                f"{path} row {number} has no {missing[0]!r}; it has {', '.join(map(repr, row)) or 'nothing'}"
-            )
-        texts[number] = [row.get(column, "") for column in (*required, *optional)]
-        if not all(isinstance(text, str) for text in texts[number]):
-            raise UserError(f"{path} row {number}: every value must be a text in quotes")
-    return pd.DataFrame.from_dict(texts, orient="index", columns=[*required, *optional], dtype=object)
+    # Not `splitlines`: it also splits at characters such as U+2028, which may be inside a JSON string.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                texts[number] = list(record.model_validate_json(line).model_dump().values())
+            except ValidationError as error:
+                raise UserError(f"{path} row {number}{_first_problem(error, required)}") from None
+    if not texts:
+        raise UserError(f"{path} is empty: write one JSON object a line, with {_quoted(required)}")
+    return _frame(texts, [*required, *optional])
 
 
-def _record(path: Path, number: int, line: str) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} row {number} is not JSON ({error.msg}): write one object a line") from None
-    if not isinstance(record, dict):
-        raise UserError(f'{path} row {number} is not a JSON object such as {{"toxic": …, "safe": …}}')
-    return record
+def _first_problem(error: ValidationError, required: Sequence[str]) -> str:
+    """What is wrong with a line, as the end of a sentence that began with the row's number."""
+    first = error.errors()[0]
+    match first["type"]:
+        case "json_invalid":
+            return f" is not JSON ({first['ctx']['error']}): write one object a line"  # pyright: ignore
+        case "missing":
+            return f" has no {first['loc'][0]!r}; it has {_quoted(first['input']) or 'nothing'}"
+        case "string_type":
+            return f": {first['loc'][0]!r} must be a text in quotes"
+        case _:
+            example = ", ".join(f'"{column}": "…"' for column in required)
+            return f" is not a JSON object: write {{{example}}}"
 
 
-LABELS = ("toxic", "hard", "safe")
-UNLABELLED = "unlabelled"
-UNCATEGORISED = "all"
-# XSTest (Röttger et al. 2024) calls what a prompt is about its type, and what should be refused unsafe.
-_XSTEST_COLUMNS = {"id", "prompt", "type", "label", "focus", "note"}
-_XSTEST_LABELS = {"safe": "safe", "unsafe": "toxic"}
+def _frame(texts: dict[int, list[str]], columns: list[str]) -> pd.DataFrame:
+    rows = pd.Index(list(texts), name="row")
+    return pd.DataFrame(list(texts.values()), columns=columns, index=rows, dtype=object)
 
 
-def load_prompt_file(path: Path) -> pd.DataFrame:
-    """Read `prompt`, `category` and `label` (`toxic`, `hard` or `safe`), one row per prompt that is not blank.
-
-    A file without categories has the one category `all`; a file without labels, or a row whose label is blank, the
-    label `unlabelled`. XSTest's own columns `id,prompt,type,label,focus,note` are understood, and AdvBench's `goal` in
-    place of `prompt`.
-
-    Raises:
-        UserError: the file is missing or malformed, holds no prompts, or names an unknown label.
-    """
-    header = _header(path)
-    text = "goal" if "goal" in header and "prompt" not in header else "prompt"
-    read_table(path, (text,))  # says what is wrong with a file that is no prompt file at all
-    xstest = set(header) >= _XSTEST_COLUMNS and "category" not in header
-    columns = {"prompt": text, "category": "type" if xstest else "category", "label": "label"}
-    present = {ours: theirs for ours, theirs in columns.items() if theirs in header or ours == "prompt"}
-    table = read_table(path, tuple(present.values())).rename(columns={theirs: ours for ours, theirs in present.items()})
-    table = table.apply(lambda column: column.str.strip())
-    table = table[table["prompt"] != ""]
-    if table.empty:
-        raise UserError(f"{path} holds no prompts: its column 'prompt' is blank in every row")
-    labels = table["label"] if "label" in table else pd.Series("", index=table.index, dtype=object)
-    categories = table["category"] if "category" in table else pd.Series("", index=table.index, dtype=object)
-    return pd.DataFrame(
-        {
-            "prompt": table["prompt"],
-            "category": categories.mask(categories == "", UNCATEGORISED),
-            "label": _canonical_labels(path, labels, _XSTEST_LABELS if xstest else {}),
-        }
-    ).reset_index(drop=True)
-
-
-def _header(path: Path) -> list[str]:
-    """The names of the columns; none where the file cannot be read, and `read_table` says why."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
-        try:
-            return [name.strip() for name in next(csv.reader(handle), [])]
-        except csv.Error:
-            return []
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _canonical_labels(path: Path, labels: pd.Series, translation: dict[str, str]) -> pd.Series:
@@ -201,3 +202,16 @@ def _canonical_labels(path: Path, labels: pd.Series, translation: dict[str, str]
     for row, label in labels[canonical.isna()].items():
         raise UserError(f"{path} row {row}: unknown label {label!r}; {suggestion(label.lower(), LABELS)}")
     return canonical
+
+
+def _without_copies(path: Path, prompts: pd.DataFrame) -> pd.DataFrame:
+    """Each prompt once, where it comes first."""
+    first_label = prompts.groupby("id")["label"].transform("first")
+    for row in prompts.index[prompts["label"] != first_label]:
+        raise UserError(
+            f"{path} row {row}: an earlier row has the same prompt with the label {first_label[row]!r}: remove one"
+        )
+    is_copy = prompts.duplicated("id")
+    if is_copy.any():
+        say(f"left out: {is_copy.sum():,} copies of other prompts in {path}")
+    return prompts[~is_copy]

@@ -1,26 +1,22 @@
-"""The vocabulary of the data: categories, columns, and which file holds which kind of prompt.
+"""The vocabulary of the data, and what a prompt is known by.
 
-What a prompt's text looks like after cleaning, and what it is compared by.
+Categories, columns, and which file holds which kind of prompt come first; then what a prompt's text looks like after
+cleaning, what it is compared by, and the id and the random numbers that follow from that.
 
-The two are different on purpose. The prompt itself is brought to NFC, which only picks one spelling of the same
-characters: the compatibility form NFKC would rewrite what the model is asked (`x²` to `x2`, `½` to `1⁄2`), and how
-odd characters influence a refusal is a fair thing to study. For comparing prompts NFKC is right: a full-width or
-ligatured copy of a prompt is the same prompt, and must not stand in two splits.
-
-Chance that sticks to the prompt: the same text gets the same number wherever it stands in a file.
-
-Splits, balancing and limits choose by these numbers and never by position or by a generator's state, so that
-reordering the files changes nothing. Different purposes use different keys: choices are independent of each other.
+The cleaned text and the text that is compared differ on purpose. The prompt itself is brought to NFC, which only picks
+one spelling of the same characters: the compatibility form NFKC would rewrite what the model is asked (`x²` to `x2`,
+`½` to `1⁄2`), and how odd characters influence a refusal is a fair thing to study. For comparing prompts NFKC is right:
+a full-width or ligatured copy of a prompt is the same prompt, and must not be in two splits.
 """
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from jaxtyping import UInt64
 
 from sfc.core.errors import UserError, suggestion
 
@@ -37,7 +33,7 @@ CATEGORIES = (
     "violence",
 )
 ALL = "all"  # every category
-COLUMNS = ("prompt", "category", "refusal_label", "dataset_type", "original_source")
+COLUMNS = ("id", "prompt", "category", "refusal_label", "dataset_type", "original_source")
 FILES = {"safe_80k": "or-bench-80k.csv", "hard": "or-bench-hard-1k.csv", "toxic": "or-bench-toxic.csv"}
 TOPICS_FILE = "topics.csv"
 SPLITS = ("discovery", "reference", "test")
@@ -85,15 +81,40 @@ def comparison_key(text: str) -> str:
     return " ".join(folded.split())
 
 
-def keyed_numbers(texts: Iterable[str], key: str) -> NDArray[np.uint64]:
-    """One uniform 64-bit number per text, from the SHA-256 of the key and of what the text is compared by."""
-    prefix = hashlib.sha256(f"{key}\n".encode())
-    digests = bytearray()
-    for text in texts:
-        digest = prefix.copy()
-        digest.update(comparison_key(text).encode())
-        digests += digest.digest()[:8]
-    return np.frombuffer(bytes(digests), dtype=">u8").astype(np.uint64)
+def prompt_ids(texts: Iterable[str]) -> list[str]:
+    """The id of each prompt: `p` and the first 12 hexadecimal digits of the SHA-256 of what it is compared by.
+
+    Texts with the same id are the same prompt. The letter keeps spreadsheets and pandas from reading ids as numbers.
+    """
+    return [f"p{digest.hex()[:12]}" for digest in _digests(texts)]
+
+
+def with_ids(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The table with the `id` of each `prompt` as its first column."""
+    others = [name for name in prompts.columns if name != "id"]
+    return prompts.assign(id=prompt_ids(prompts["prompt"]))[["id", *others]]
+
+
+def looked_up(ids: Iterable[str], prompts: pd.DataFrame, column: str) -> np.ndarray:
+    """For each id the value of a column in the row of `prompts` that has the id.
+
+    Raises:
+        ValueError: two rows have the same id.
+        KeyError: no row has one of the ids.
+    """
+    if not prompts["id"].is_unique:
+        raise ValueError(f"{column!r} cannot be looked up: two rows have the same id")
+    return prompts.set_index("id").loc[list(ids), column].to_numpy()
+
+
+def keyed_numbers(texts: Iterable[str], key: str) -> UInt64[np.ndarray, " texts"]:
+    """One uniform 64-bit number per text: the same text gets the same number wherever it is in a file.
+
+    Splits, balancing and limits choose by these numbers and never by position or by a generator's state, so that
+    reordering the files changes nothing. Different purposes use different keys: their choices are independent.
+    """
+    first_bytes = b"".join(digest[:8] for digest in _digests(texts, f"{key}\n"))
+    return np.frombuffer(first_bytes, dtype=">u8").astype(np.uint64)
 
 
 def keyed_ranks(frame: pd.DataFrame, by: list[str], key: str) -> pd.Series:
@@ -101,3 +122,12 @@ def keyed_ranks(frame: pd.DataFrame, by: list[str], key: str) -> pd.Series:
     numbers = pd.Series(keyed_numbers(frame["prompt"], key), index=frame.index)
     groups = [frame[column] for column in by]
     return numbers.groupby(groups).rank(method="first").astype(int) - 1
+
+
+def _digests(texts: Iterable[str], salt: str = "") -> Iterator[bytes]:
+    """For each text the SHA-256 of the salt and of what the text is compared by."""
+    salted = hashlib.sha256(salt.encode())
+    for text in texts:
+        digest = salted.copy()
+        digest.update(comparison_key(text).encode())
+        yield digest.digest()

@@ -4,7 +4,7 @@ Texts are compared as sets of 5-grams by their Jaccard similarity. The obvious w
 avoid that without missing any:
 
 1. Candidates. Order each set's grams from rare to common. A set of n grams shares at least `a = ceil(t n)` of them with
-   any set of Jaccard similarity t or more. The l-th rarest shared gram has a - l shared ones behind it, so it stands
+   any set of Jaccard similarity t or more. The l-th rarest shared gram has a - l shared ones behind it, so it is
    among the first n - a + l: two similar sets share l grams within these prefixes (prefix filtering, Chaudhuri et
    al. 2006). One sparse product of the prefixes counts what they share and never touches the common grams, which
    cost the most.
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 def grams(text: str) -> set[str]:
-    """The character 5-grams of a text in lower case, where any run of other than letters and digits is one space.
+    """The character 5-grams of a text in lower case, where each run of anything but letters and digits is one space.
 
     The text is padded by a space on each side; one that is shorter than a gram counts as one gram.
     """

@@ -1,4 +1,4 @@
-"""Pairs of a toxic and a safe prompt on the same topic: as the data set lists its topics, else as far as words tell."""
+"""Pairs of a toxic and a safe prompt on the same topic, as the data set lists its topics, or else by shared words."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _STEM = 5  # letters: "threat" and "threatening" are the same topic
 
 
 def listed_topics(folder: Path, sources: Sequence[str]) -> list[int] | None:
-    """The topic of each prompt, by its number in `topics.csv`; None where a data set has no such file.
+    """The number in `topics.csv` of each prompt's topic; None where a data set has no such file.
 
     The n-th topic owns the n-th block of rows of each file; the blocks of a file are equally long.
 

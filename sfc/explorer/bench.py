@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sfc.api import open_model, steer
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.experiments import experiment_of
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, Probe

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from dash import Dash, Input, Output, dcc, html, set_props
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.pages.circuit import NO_CARDS, page_html
+from sfc.pages.circuit import NO_CARDS
+from sfc.pages.circuit import circuit_page as page_of_circuit
+from sfc.pages.html import page_html
 
 
 class Shelved(NamedTuple):
@@ -65,7 +67,7 @@ def circuit_page(folder: Path, marked: Collection[str]) -> str:
     has_cards = (folder / CARDS_FILE).is_file()
     cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
     graph, curve = load_circuit(folder / "circuit.json"), pd.read_csv(folder / "curve.csv")
-    return page_html(graph, curve, read_json(folder / "result.json"), cards, marked)
+    return page_html(page_of_circuit(graph, curve, read_json(folder / "result.json"), cards, marked))
 
 
 SIDES, CHOICE = ("first", "second"), ("preset", "category", "method")

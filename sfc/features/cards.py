@@ -30,10 +30,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sfc.behaviors.behavior import Words
 from sfc.core.sites import short_site
 from sfc.data.render import Role
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, Activity, activity
-from sfc.features.labels import Peak, automatic_label
+from sfc.features.labels import ADDRESS, Peak, automatic_label
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
@@ -61,7 +62,6 @@ def nearest_neighbours(
     ]
 
 
-ADDRESS = "https://www.neuronpedia.org/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -105,8 +105,6 @@ def _texts(model: Model, ids: Tensor) -> list[str]:
     return [model.tokenizer.decode([token]) for token in tokens]
 
 
-POPULATIONS = {"toxic": "toxic", "hard": "hard", "safe_80k": "safe"}
-"""a data set's kinds of prompts as the cards name them; hard prompts are safe ones that look toxic"""
 _PREFERENCE = 2.0
 
 
@@ -117,14 +115,16 @@ def feature_cards(
     names: Sequence[str],
     prompts: pd.DataFrame,
     token_text: Callable[[int], str],
+    words: Words,
 ) -> dict[str, Any]:
     """The cards of the features named, of a circuit of these dictionaries.
 
     Args:
         prompts: the store's prompt table, with `category` and `dataset_type`.
         token_text: the text of a token id.
+        words: what the two sides of the prompts are called.
     """
-    groups, group_of_prompt = _groups(prompts)
+    groups, group_of_prompt = _groups(prompts, words)
     cards: dict[str, Any] = {}
     for site, dictionary in dictionaries.items():
         of_site = [n for n in names if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
@@ -138,37 +138,41 @@ def feature_cards(
             for context in card["contexts"]:
                 context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
-            card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")))
+            card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
             card["label"] = _label(card)
             card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
             cards[name] = card
     return {"groups": groups, "features": {name: cards[name] for name in names if name in cards}}
 
 
-def fires_on(mean_peak: Sequence[float] | np.ndarray, groups: Sequence[Mapping[str, Any]], category: str) -> str:
-    """`toxic` or `safe` where the feature's peaks are on average twice as high on the category's prompts of that side.
+def fires_on(
+    mean_peak: Sequence[float] | np.ndarray, groups: Sequence[Mapping[str, Any]], category: str, words: Words
+) -> str:
+    """The side on whose prompts, of this category, the feature's peaks are on average twice as high.
 
-    Else `shared`, also where one side has no prompts. Safe are all prompts that are not toxic, hard ones among them.
+    Else `shared`, also where one side has no prompts. All prompts that are not positive count as negative, hard ones
+    among them.
     """
-    sums, counts = {"toxic": 0.0, "safe": 0.0}, {"toxic": 0, "safe": 0}
+    positive, negative = words.positive, words.negative
+    sums, counts = {positive: 0.0, negative: 0.0}, {positive: 0, negative: 0}
     for peak, group in zip(mean_peak, groups, strict=True):
         if category in ("all", group["category"]):
-            side = "toxic" if group["population"] == "toxic" else "safe"
+            side = positive if group["population"] == positive else negative
             sums[side] += float(peak) * group["n_prompts"]
             counts[side] += group["n_prompts"]
     if not all(counts.values()):
         return "shared"
-    toxic, safe = sums["toxic"] / counts["toxic"], sums["safe"] / counts["safe"]
-    if toxic >= _PREFERENCE * safe and toxic > 0:
-        return "toxic"
-    return "safe" if safe >= _PREFERENCE * toxic and safe > 0 else "shared"
+    on_positive, on_negative = (sums[side] / counts[side] for side in (positive, negative))
+    if on_positive >= _PREFERENCE * on_negative and on_positive > 0:
+        return positive
+    return negative if on_negative >= _PREFERENCE * on_positive and on_negative > 0 else "shared"
 
 
-def _groups(prompts: pd.DataFrame) -> tuple[list[dict[str, Any]], np.ndarray]:
+def _groups(prompts: pd.DataFrame, words: Words) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The groups of prompts, a population of a category each, and the number of each prompt's group."""
-    populations = [POPULATIONS.get(kind, kind) for kind in prompts["dataset_type"]]
+    populations = [words.kinds.get(kind, kind) for kind in prompts["dataset_type"]]
     keys = list(zip(populations, prompts["category"], strict=True))
-    order = list(POPULATIONS.values())
+    order = list(words.kinds.values())
     known = sorted(set(keys), key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key))
     number = {key: i for i, key in enumerate(known)}
     group_of_prompt = np.array([number[key] for key in keys])

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError
 
+ADDRESS = "https://www.neuronpedia.org/"
 CARDS_FILE, LABELS_FILE = "features.json", "labels.json"
 _MOST_TOKENS, _MOST_RAISED = 3, 2
 _SIGNS = {"\n": "↵", "\t": "⇥"}

@@ -6,22 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.circuits.nodes import Nodes
-from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
-from sfc.models.edits import Steering, editing
-from sfc.models.generation import generate_replies
-from sfc.models.interventions import Intervention, recorder
+from sfc.core.sites import in_order
+from sfc.models import engine
+from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
+from sfc.models.edits import Steering
+from sfc.models.engine import Alike, Edits, PreparedPrompts
+from sfc.models.interventions import Intervention, Interventions, recorder
 from sfc.models.loading import Model
-from sfc.models.positions import steered_tokens
-from sfc.models.running import Prefix, every_prefix, layer_before, run_to
-from sfc.models.score import RefusalScore, score_batch
+from sfc.models.running import run_to
+from sfc.models.score import RefusalScore
 from sfc.saes.dictionary import Dictionary
-
-_BATCH_TOKENS = 4096
 
 
 class Firing(NamedTuple):
@@ -29,17 +27,6 @@ class Firing(NamedTuple):
 
     tokens: list[str]
     values: Float[np.ndarray, "tokens features"]
-
-
-class _Plain(NamedTuple):
-    """A prompt's run with nothing changed, stopped after each layer."""
-
-    batch: Batch
-    prefixes: dict[int, Prefix]
-
-    def before(self, sites: Sequence[str]) -> Prefix:
-        """The last prefix that changes at these sites leave as it is."""
-        return self.prefixes[min(map(layer_before, sites), default=max(self.prefixes))]
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class Probe:
     model: Model
     score: RefusalScore
     dictionaries: Mapping[str, Dictionary]
-    _kept: dict[str, _Plain] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[str, PreparedPrompts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @torch.no_grad()
     def fires(self, prompt: str, features: Sequence[str]) -> Firing:
@@ -64,22 +51,22 @@ class Probe:
         Raises:
             UserError: there is no such feature.
         """
-        plain = self._plain(prompt)
+        prepared = self._prepared(prompt)
+        [batch] = prepared.batches
         activations: dict[str, Tensor] = {}
         by_site = self._by_site(dict.fromkeys(features, 1.0))
         values = {}
         if by_site:
             recorders = {site: recorder(activations, site) for site in by_site}
-            run_to(self.model, plain.batch, recorders, list(by_site)[-1], plain.before(list(by_site)))
+            run_to(self.model, batch, recorders, list(by_site)[-1], prepared.start(0, next(iter(by_site))))
         for site, of_site in by_site.items():
             dense = self.dictionaries[site].encode(activations[site][0].float())
             values |= {name: dense[:, feature].cpu().numpy() for feature, (name, _) in of_site.items()}
-        tokens = [self.model.tokenizer.decode([token]) for token in plain.batch.ids[0].tolist()]
+        tokens = [self.model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
         table = np.stack([values[name] for name in features], axis=1) if features else np.zeros((len(tokens), 0))
         table[0] = 0  # the attention sink is no token that features are about
         return Firing(tokens, table)
 
-    @torch.no_grad()
     def score_of(
         self, prompt: str, factors: Mapping[str, float] | None = None, steering: Steering | None = None
     ) -> float:
@@ -88,8 +75,7 @@ class Probe:
         Raises:
             UserError: there is no such feature.
         """
-        plain, changes = self._plain(prompt), self._changes(prompt, factors or {}, steering)
-        return float(score_batch(self.model, self.score, plain.batch, changes, plain.before(list(changes)))[0])
+        return float(engine.scores(self._prepared(prompt), self.score, self._edits(factors or {}, steering))[0, 0])
 
     def reply(
         self,
@@ -103,17 +89,23 @@ class Probe:
         Raises:
             UserError: there is no such feature.
         """
-        prompts, changes = self.model.tokenize([prompt]), self._changes(prompt, factors or {}, steering)
-        return generate_replies(self.model, prompts, max_new_tokens, _BATCH_TOKENS, changes)[0]
+        edits = self._edits(factors or {}, steering)
+        return engine.replies(self._prepared(prompt), self.score, edits, max_new_tokens).texts[0][0]
 
-    def _plain(self, prompt: str) -> _Plain:
+    def _prepared(self, prompt: str) -> PreparedPrompts:
         if prompt not in self._kept:
             prompts = self.model.tokenize([prompt])
-            [batch] = make_batches(prompts, SlotLayout.of(prompts), _BATCH_TOKENS, self.model.device)
-            prefixes = every_prefix(self.model, batch)
+            batches = make_batches(prompts, SlotLayout.of(prompts), PACKED_TOKENS, self.model.device)
             self._kept.clear()
-            self._kept[prompt] = _Plain(batch, prefixes)
+            self._kept[prompt] = PreparedPrompts.of(self.model, batches)
         return self._kept[prompt]
+
+    def _edits(self, factors: Mapping[str, float], steering: Steering | None) -> Edits:
+        by_site = {
+            site: {feature: factor for feature, (_, factor) in of_site.items()}
+            for site, of_site in self._by_site(factors).items()
+        }
+        return Scaling(self.dictionaries, by_site, steering)
 
     def _by_site(self, factors: Mapping[str, float]) -> dict[str, dict[int, tuple[str, float]]]:
         """By site and number within it, in the order of the sites: the feature's name and its factor."""
@@ -127,57 +119,58 @@ class Probe:
                 by_site.setdefault(site, {})[feature] = (name, factors[name])
         return by_site
 
-    def _changes(self, prompt: str, factors: Mapping[str, float], steering: Steering | None) -> dict[str, Intervention]:
-        changes = self._scaling(factors)
-        if steering is not None:
-            [tokenized] = self.model.tokenize([prompt])
-            edit = _edit(steering, tokenized, self.model.device)
-            for site in steering.edit.sites:
-                changes[site] = _one_after_another(changes[site], edit) if site in changes else edit
-        return changes
 
-    def _scaling(self, factors: Mapping[str, float]) -> dict[str, Intervention]:
-        return {
-            site: _scale(self.dictionaries[site], {feature: factor for feature, (_, factor) in of_site.items()})
-            for site, of_site in self._by_site(factors).items()
-        }
+@dataclass(frozen=True)
+class Scaling(Edits):
+    """One edit: features are scaled at every token of prompt and reply, and the result is steered."""
+
+    dictionaries: Mapping[str, Dictionary]
+    factors: Mapping[str, Mapping[int, float]]
+    """by site and feature"""
+    steering: Steering | None = None
+    """a single edit"""
+
+    def __len__(self) -> int:
+        return 1
+
+    def alike(self) -> Sequence[Alike]:
+        """See `Edits`."""
+        sites = [*self.factors, *(self.steering.edits[0].sites if self.steering else ())]
+        return [Alike([0], in_order(sites)[0] if sites else None)]
+
+    def interventions(self, batch: Batch, members: Sequence[int]) -> Interventions:
+        """See `Edits`."""
+        steered = self.steering.interventions(batch, members) if self.steering else Interventions()
+        scaled = (
+            {site: _scaling(self.dictionaries[site], factors, where) for site, factors in self.factors.items()}
+            for where in (batch.touchable, None)
+        )
+        return Interventions(*(_one_after_another(*both) for both in zip(scaled, steered, strict=True)))
 
 
-def _scale(dictionary: Dictionary, factors: Mapping[int, float]) -> Intervention:
+def _scaling(
+    dictionary: Dictionary, factors: Mapping[int, float], where: Bool[Tensor, "batch pos"] | None
+) -> Intervention:
+    """Scale features at some tokens, or at all."""
     change = torch.zeros(dictionary.d_sae, device=dictionary.W_dec.device)
     for feature, factor in factors.items():
         change[feature] = factor - 1
 
     def scale(activation: Tensor) -> Tensor:
-        # A pass over several positions begins with the prompt's first token; a step of generation has one position.
-        first = 1 if activation.shape[1] > 1 else 0
-        x = activation[:, first:].float()
-        values, indices = dictionary.encode_sparse(x.flatten(0, 1))
+        scaled = activation.new_ones(activation.shape[:2], dtype=torch.bool) if where is None else where
+        x = activation[scaled].float()
+        values, indices = dictionary.encode_sparse(x)
         added = dictionary.decode_sparse(values * change[indices], indices) - dictionary.b_dec
-        scaled = (x + added.view_as(x)).to(activation.dtype)
-        return torch.cat([activation[:, :first], scaled], dim=1)
+        return activation.masked_scatter(scaled[..., None], (x + added).to(activation.dtype))
 
     return scale
 
 
-def _edit(steering: Steering, prompt: TokenizedPrompt, device: torch.device) -> Intervention:
-    where = torch.from_numpy(steered_tokens(steering.positions, prompt, during_reply=False))[None].to(device)
-    in_prompt, in_reply = editing([steering.edit], where), editing([steering.edit], None)
+def _one_after_another(
+    first: Mapping[str, Intervention], second: Mapping[str, Intervention]
+) -> dict[str, Intervention]:
+    def both(one: Intervention, other: Intervention) -> Intervention:
+        return lambda activation: other(activation if (changed := one(activation)) is None else changed)
 
-    def edit(activation: Tensor) -> Tensor | None:
-        # As above: one position is a step of generation.
-        if activation.shape[1] > 1:
-            return in_prompt(activation)
-        return in_reply(activation) if steering.during_reply else None
-
-    return edit
-
-
-def _one_after_another(first: Intervention, second: Intervention) -> Intervention:
-    def both(activation: Tensor) -> Tensor | None:
-        changed = first(activation)
-        between = activation if changed is None else changed
-        last = second(between)
-        return between if last is None else last
-
-    return both
+    at_both = {site: both(first[site], second[site]) for site in first if site in second}
+    return {**first, **second, **at_both}

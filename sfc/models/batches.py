@@ -5,8 +5,8 @@ start) and of its suffix (counted from its end) has its own, and all content and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from sfc.data.render import Role, TokenizedPrompt
 
 PAD_SLOT = -1
+PAD_ROLE = -1
 PACKED_TOKENS = 2048
 """tokens, padding included, of a batch that is repeated to carry several interventions at once"""
 
@@ -60,6 +61,8 @@ class Batch:
     lengths: Int[Tensor, " batch"]
     slots: Int[Tensor, "batch pos"]
     """slot of each token, which is its row in the reference's tables; `PAD_SLOT` for padding"""
+    roles: Int[Tensor, "batch pos"]
+    """`Role` of each token; `PAD_ROLE` for padding"""
 
     @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
@@ -73,9 +76,16 @@ class Batch:
         """What the model's forward pass must be told beside the tokens."""
         return {"use_cache": False}
 
-    def select(self, rows: Int[Tensor, " rows"]) -> "Batch":
-        """Some rows of the batch, with its padding."""
-        return Batch(self.prompts[rows], self.ids[rows], self.lengths[rows], self.slots[rows])
+    def select(self, rows: Int[Tensor, " rows"]) -> Self:
+        """Some rows, in the order given, with their padding; a row may come more than once."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, Tensor)})
+
+    def repeat(self, times: int) -> Self:
+        """The batch stacked on itself, first all rows once, then all again."""
+        if times == 1:
+            return self
+        return self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat(times))
 
     def with_tables(self, tables: Int[Tensor, " batch"], layout: SlotLayout) -> "Batch":
         """The same prompts with slots of their own: those of the n-th of several tables, one below the other."""
@@ -87,21 +97,12 @@ class Batch:
         return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, self.slots % layout.n_slots))
 
     def tables(self, layout: SlotLayout) -> Int[Tensor, " batch"]:
-        """Which table each row's slots are of, as `with_tables` was told. The first token is never padding."""
-        return self.slots[:, 0] // layout.n_slots
+        """Which table each row's slots are of, as `with_tables` was told."""
+        return self.slots.amax(1) // layout.n_slots
 
     def copies_in(self, tokens: int) -> int:
         """How many times the batch can be repeated within so many tokens, at least once."""
         return max(1, tokens // self.ids.numel())
-
-    def repeat(self, times: int) -> "Batch":
-        """The batch stacked on itself, first all rows once, then all again."""
-        return Batch(
-            self.prompts.repeat(times),
-            self.ids.repeat(times, 1),
-            self.lengths.repeat(times),
-            self.slots.repeat(times, 1),
-        )
 
 
 def make_batches(
@@ -111,28 +112,35 @@ def make_batches(
 
     A prompt longer than the budget gets a batch of its own. Every prompt is in exactly one batch.
     """
+    return [
+        replace(pad([prompts[i] for i in group], layout, device), prompts=torch.tensor(group, device=device))
+        for group in similar_lengths(prompts, batch_tokens)
+    ]
+
+
+def similar_lengths(prompts: Sequence[TokenizedPrompt], batch_tokens: int, new_tokens: int = 0) -> list[list[int]]:
+    """Places of prompts, sorted by length, in groups of at most `batch_tokens` tokens, padding included.
+
+    Args:
+        new_tokens: what is generated after each prompt, and counts too.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     groups: list[list[int]] = []
     for i in order:
-        if groups and len(prompts[i].ids) * (len(groups[-1]) + 1) <= batch_tokens:
+        if groups and (len(prompts[i].ids) + new_tokens) * (len(groups[-1]) + 1) <= batch_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return [_pad(group, prompts, layout, device) for group in groups]
+    return groups
 
 
-def _pad(group: list[int], prompts: Sequence[TokenizedPrompt], layout: SlotLayout, device: torch.device) -> Batch:
-    longest = max(len(prompts[i].ids) for i in group)
-    ids = np.zeros((len(group), longest), dtype=np.int64)
-    slots = np.full((len(group), longest), PAD_SLOT, dtype=np.int64)
-    for row, i in enumerate(group):
-        length = len(prompts[i].ids)
-        ids[row, :length] = prompts[i].ids
-        slots[row, :length] = layout.slots(prompts[i])
-    lengths = torch.tensor([len(prompts[i].ids) for i in group], device=device)
-    return Batch(
-        torch.tensor(group, device=device),
-        torch.from_numpy(ids).to(device),
-        lengths,
-        torch.from_numpy(slots).to(device),
-    )
+def pad(prompts: Sequence[TokenizedPrompt], layout: SlotLayout, device: torch.device, width: int = 0) -> Batch:
+    """All prompts in one batch, in the order given, as wide as the longest or as `width`."""
+    shape = len(prompts), max(width, *(len(prompt.ids) for prompt in prompts))
+    ids, slots, roles = np.zeros(shape, dtype=np.int64), np.full(shape, PAD_SLOT), np.full(shape, PAD_ROLE)
+    for row, prompt in enumerate(prompts):
+        real = slice(len(prompt.ids))
+        ids[row, real], slots[row, real], roles[row, real] = prompt.ids, layout.slots(prompt), prompt.roles
+    lengths = np.array([len(prompt.ids) for prompt in prompts])
+    rows = (np.arange(len(prompts)), ids, lengths, slots, roles)
+    return Batch(*(torch.from_numpy(values).to(device) for values in rows))

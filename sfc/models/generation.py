@@ -12,11 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.data.render import TokenizedPrompt
+from sfc.models.batches import SlotLayout, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
-from sfc.models.tails import Tails
-
-Interventions = Mapping[str, Intervention]
+from sfc.models.tails import Tails, flush_right
 
 
 class Continuations(NamedTuple):
@@ -33,21 +32,18 @@ def generate_replies(
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
     batch_tokens: int,
-    interventions: Interventions | None = None,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[str]:
     """The model's greedy reply to each prompt as text, without special tokens; arguments as `generate_ids`."""
-    replies = generate_ids(model, prompts, max_new_tokens, batch_tokens, interventions, progress)
+    replies = generate_ids(model, prompts, max_new_tokens, batch_tokens, progress)
     return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
 
 
-@torch.no_grad()
 def generate_ids(
     model: Model,
     prompts: Sequence[TokenizedPrompt],
     max_new_tokens: int,
     batch_tokens: int,
-    interventions: Interventions | None = None,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[int]]:
     """The tokens of the model's greedy reply to each prompt, in the order of the prompts.
@@ -57,16 +53,13 @@ def generate_ids(
     Args:
         max_new_tokens: at most this many tokens per reply.
         batch_tokens: tokens per batch, padding and the longest reply included.
-        interventions: act at their sites in the pass over the prompt and in every step after it, in which they see
-            activations of one position.
         progress: called with the number of prompts done since the last call.
     """
     replies: list[list[int]] = [[] for _ in prompts]
-    everywhere = interventions or {}
-    for group in _groups(prompts, max_new_tokens, batch_tokens):
-        inputs = _pad_left([prompts[i] for i in group], model.device)
-        continuations = _continue(model, inputs, max_new_tokens, everywhere, everywhere)
-        for i, ids in zip(group, continuations.ids, strict=True):
+    for group in similar_lengths(prompts, batch_tokens, max_new_tokens):
+        some = [prompts[i] for i in group]
+        whole = flush_right(pad(some, SlotLayout.of(some), model.device))
+        for i, ids in zip(group, continue_tails(model, whole, max_new_tokens).ids, strict=True):
             replies[i] = ids
         progress(len(group))
     return replies
@@ -77,18 +70,33 @@ def continue_tails(
     model: Model,
     tails: Tails,
     max_new_tokens: int,
-    in_prompt: Interventions | None = None,
-    in_reply: Interventions | None = None,
+    in_prompt: Mapping[str, Intervention] | None = None,
+    in_reply: Mapping[str, Intervention] | None = None,
 ) -> Continuations:
     """The model's greedy replies to prompts of which all but the tails was run before; the tails stay what they were.
+
+    A step is one column for the whole batch, until every reply has ended.
 
     Args:
         max_new_tokens: at most this many tokens per reply, at least one.
         in_prompt: act in the pass over the tails, whose activations are [batch, pos, …].
         in_reply: act in every step after it, on the token just added: activations are [batch, 1, …].
     """
-    inputs = {"input_ids": tails.ids, **tails.run_arguments}
-    return _continue(model, inputs, max_new_tokens, in_prompt or {}, in_reply or {})
+    ends = torch.tensor(sorted(end_tokens(model)), device=tails.ids.device)
+    first, cache = _step(model, {"input_ids": tails.ids, **tails.run_arguments}, in_prompt or {})
+    newest, mask, positions = first.argmax(-1, keepdim=True), tails.mask, tails.positions[:, -1:]
+    new, ended = [newest], torch.isin(newest[:, 0], ends)
+    while len(new) < max_new_tokens and not ended.all():
+        mask = torch.cat([mask, torch.ones_like(newest)], dim=1)
+        positions = positions + 1
+        step = {"input_ids": newest, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        logits, cache = _step(model, {**step, "past_key_values": cache}, in_reply or {})
+        newest = logits.argmax(-1, keepdim=True)
+        new.append(newest)
+        ended |= torch.isin(newest[:, 0], ends)
+    # What follows a row's end means nothing: its column had to be filled while others went on.
+    replies = [_with_end(ids, end_tokens(model)) for ids in torch.cat(new, dim=1).tolist()]
+    return Continuations(replies, first)
 
 
 def end_tokens(model: Model) -> set[int]:
@@ -98,59 +106,8 @@ def end_tokens(model: Model) -> set[int]:
     return {int(i) for i in ids if i is not None}
 
 
-def _groups(prompts: Sequence[TokenizedPrompt], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Indices of prompts of similar length; a prompt longer than the budget gets a group of its own."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(prompts[i].ids) + max_new_tokens) * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _pad_left(prompts: Sequence[TokenizedPrompt], device: torch.device) -> dict[str, Any]:
-    """What the model is called with to run these prompts, and to keep their keys and values."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    real = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.ids) :] = torch.from_numpy(prompt.ids)
-        real[row, longest - len(prompt.ids) :] = 1
-    positions = (real.cumsum(-1) - 1).clamp_min(0)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": real.to(device),
-        "position_ids": positions.to(device),
-        "past_key_values": None,
-        "use_cache": True,
-    }
-
-
-def _continue(
-    model: Model, inputs: dict[str, Any], max_new_tokens: int, in_prompt: Interventions, in_reply: Interventions
-) -> Continuations:
-    """The replies, until every one has ended; a step is one column for the whole batch."""
-    ends = torch.tensor(sorted(end_tokens(model)), device=inputs["input_ids"].device)
-    first, cache = _step(model, inputs, in_prompt)
-    newest, mask, positions = first.argmax(-1, keepdim=True), inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    new, ended = [newest], torch.isin(newest[:, 0], ends)
-    while len(new) < max_new_tokens and not ended.all():
-        mask = torch.cat([mask, torch.ones_like(newest)], dim=1)
-        positions = positions + 1
-        step = {"input_ids": newest, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-        logits, cache = _step(model, {**step, "past_key_values": cache}, in_reply)
-        newest = logits.argmax(-1, keepdim=True)
-        new.append(newest)
-        ended |= torch.isin(newest[:, 0], ends)
-    # What follows a row's end means nothing: its column had to be filled while others went on.
-    replies = [_with_end(ids, end_tokens(model)) for ids in torch.cat(new, dim=1).tolist()]
-    return Continuations(replies, first)
-
-
 def _step(
-    model: Model, inputs: dict[str, Any], interventions: Interventions
+    model: Model, inputs: dict[str, Any], interventions: Mapping[str, Intervention]
 ) -> tuple[Float[Tensor, "batch vocab"], Any]:
     """Logits after the last column, and the cache with these columns' keys and values."""
     last_only = {"unembed.hook_in": lambda hidden: hidden[:, -1:]}

@@ -15,11 +15,11 @@ _SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "token
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
-    """A JSON value that changes when the model that `config` names changes.
+    """A JSON value that changes when the model that `config` names changes; the tokens of its score are no part of it.
 
     Of a model in a folder, the small files count by content and the weights by name, size and time.
     """
-    identity: dict[str, Any] = {"config": config.model_dump()}
+    identity: dict[str, Any] = {"config": config.model_dump(exclude={"refusal_tokens", "against_tokens"})}
     if config.source == "embedded":
         identity["source"] = embedded.identity()
     elif config.source == "tiny":

@@ -7,6 +7,7 @@ seen at an earlier site) it holds in a closure.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,16 @@ from sfc.models.loading import Model
 
 Intervention = Callable[[Tensor], Tensor | None]
 """Takes the activation [batch, pos, …] at a site; returns what replaces it, or None to leave it as it is."""
+
+
+class Interventions(NamedTuple):
+    """What acts in a run of prompts and in what is generated after them, by site."""
+
+    in_prompt: Mapping[str, Intervention] = {}
+    """act on activations [batch, pos, …] of the prompts"""
+    in_reply: Mapping[str, Intervention] = {}
+    """act on activations of tokens that the model generates: [batch, 1, …] at each step of generation, and all
+    positions at once where a reply is given; then only what stands at its tokens counts"""
 
 
 @contextmanager

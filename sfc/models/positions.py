@@ -5,17 +5,17 @@
     suffix    the template after the user's text
     prompt    every token
 
-The first token of a sequence, an attention sink, is in no set. Tokens of a reply are steered only where asked for.
+The first token of a sequence is an attention sink: whoever steers leaves it out. Asking for a name imports no torch.
 """
 
 import re
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from sfc.core.errors import UserError
-from sfc.data.render import Role, TokenizedPrompt
+from sfc.data.render import Role
 
 EditKind = Literal["add", "project-out", "clamp"]
 """how an activation is edited along a direction"""
@@ -34,21 +34,17 @@ def check_positions(name: str) -> str:
     raise UserError(f"unknown positions {name!r}: write last, last-K, suffix or prompt")
 
 
-def steered_tokens(name: str, prompt: TokenizedPrompt, during_reply: bool) -> Bool[np.ndarray, " pos"]:
-    """Which tokens of a prompt, and of the reply that follows it, are steered.
+def steered_tokens(name: str, roles: Int[np.ndarray, "*batch pos"]) -> Bool[np.ndarray, "*batch pos"]:
+    """Which tokens of prompts a position set names, given their roles (negative for padding); none of a reply.
 
     Raises:
         UserError: the name is no position set.
     """
     check_positions(name)
-    is_reply = prompt.roles == Role.REPLY
-    steered = ~is_reply
+    of_prompt = (roles >= 0) & (roles != Role.REPLY)
     if name == "suffix":
-        steered = prompt.roles == Role.SUFFIX
-    elif match := _LAST.fullmatch(name):
-        end = int((~is_reply).sum())
-        steered = np.arange(len(is_reply)) >= end - int(match[1] or 1)
-        steered &= ~is_reply
-    steered = steered | is_reply if during_reply else steered
-    steered[0] = False
-    return steered
+        return roles == Role.SUFFIX
+    if match := _LAST.fullmatch(name):
+        still_to_come = np.flip(np.flip(of_prompt, -1).cumsum(-1), -1)
+        return of_prompt & (still_to_come <= int(match[1] or 1))
+    return of_prompt

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.sites import layer_of
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, intervening, recorder
+from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
 
 
@@ -38,7 +39,7 @@ class Prefix:
 
     def repeat(self, times: int) -> "Prefix":
         """The prefix of `batch.repeat(times)`."""
-        return replace(self, residual=self.residual.repeat(times, 1, 1))
+        return replace(self, residual=repeat(self.residual, "batch ... -> (times batch) ...", times=times))
 
 
 class _Stop(Exception):
@@ -173,17 +174,6 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
     if isinstance(kept[0], tuple):
         return Prefix(layer, kept[0][0], len(kept[0]))
     return Prefix(layer, kept[0])
-
-
-@torch.no_grad()
-def every_prefix(model: Model, batch: Batch) -> dict[int, Prefix]:
-    """What `prefix_after` gives for each layer, -1 included, from one run of the whole batch."""
-    residuals: dict[str, Tensor] = {}
-    sites = {f"blocks.{layer}.hook_resid_post": layer for layer in range(model.n_layers)}
-    last_logits(model, batch, {site: recorder(residuals, site) for site in sites})
-    outputs = prefix_after(model, batch, 0).outputs
-    prefixes = {layer: Prefix(layer, residuals[site], outputs) for site, layer in sites.items()}
-    return {-1: prefix_after(model, batch, -1), **prefixes}
 
 
 @contextmanager

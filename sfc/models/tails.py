@@ -6,8 +6,8 @@ then costs the tail alone, which for a chat template's suffix is a fifth of a pr
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
+from sfc.models.batches import PAD_SLOT, Batch, SlotLayout, pad
 from sfc.models.loading import Model
 
 
@@ -35,8 +35,8 @@ class Tails(Batch):
 
     @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
-        """Tokens of the tail that are neither padding nor a prompt's first token (both have position 0)."""
-        return self.positions > 0
+        """Tokens of the tail that are neither padding nor a prompt's first token (which has position 0)."""
+        return (self.positions > 0) & (self.slots != PAD_SLOT)
 
     @property
     def run_arguments(self) -> dict[str, Any]:
@@ -48,23 +48,11 @@ class Tails(Batch):
             "use_cache": True,
         }
 
-    def select(self, rows: Int[Tensor, " rows"]) -> "Tails":
+    def select(self, rows: Int[Tensor, " rows"]) -> Self:
         """Some rows, in the order given; a row may come more than once."""
         cache = _own_copy(self.cache)
         cache.batch_select_indices(rows)
-        return Tails(
-            self.prompts[rows],
-            self.ids[rows],
-            self.lengths[rows],
-            self.slots[rows],
-            self.mask[rows],
-            self.positions[rows],
-            cache,
-        )
-
-    def repeat(self, times: int) -> "Tails":
-        """The tails stacked on themselves, first all rows once, then all again."""
-        return self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat(times))
+        return replace(super().select(rows), cache=cache)
 
 
 @torch.no_grad()
@@ -73,44 +61,36 @@ def make_tails(model: Model, prompts: Sequence[TokenizedPrompt], n_tail: int) ->
 
     A prompt of at most `n_tail` tokens is all tail.
     """
-    layout = SlotLayout.of(prompts)
-    width = max(n_tail + 1, *(len(prompt.ids) for prompt in prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    slots = torch.full((len(prompts), width), PAD_SLOT)
-    for row, prompt in enumerate(prompts):
-        ids[row, -len(prompt.ids) :] = torch.from_numpy(prompt.ids)
-        slots[row, -len(prompt.ids) :] = torch.from_numpy(layout.slots(prompt))
-    ids, slots = ids.to(model.device), slots.to(model.device)
-    mask = (slots != PAD_SLOT).long()
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    whole = flush_right(pad(prompts, SlotLayout.of(prompts), model.device, n_tail))
+    if whole.ids.shape[1] == n_tail:
+        return whole
     before = model.hf.base_model(
-        input_ids=ids[:, :-n_tail],
-        attention_mask=mask[:, :-n_tail],
-        position_ids=positions[:, :-n_tail],
+        input_ids=whole.ids[:, :-n_tail],
+        attention_mask=whole.mask[:, :-n_tail],
+        position_ids=whole.positions[:, :-n_tail],
         use_cache=True,
     )
-    return Tails(
-        prompts=torch.arange(len(prompts), device=ids.device),
-        ids=ids[:, -n_tail:],
-        lengths=torch.full((len(prompts),), n_tail, device=ids.device),
-        slots=slots[:, -n_tail:],
-        mask=mask,
-        positions=positions[:, -n_tail:],
-        cache=before.past_key_values,
-    )
+    tail = {name: getattr(whole, name)[:, -n_tail:] for name in ("ids", "slots", "roles", "positions")}
+    return replace(whole, **tail, lengths=torch.full_like(whole.lengths, n_tail), cache=before.past_key_values)
 
 
 def flush_right(batch: Batch) -> Tails:
-    """The same prompts whole, padded on the left, with nothing run before them: generation can go on from there."""
+    """The same prompts whole, padded on the left, with nothing run before them: generation can go on from there.
+
+    Tails stay as they are.
+    """
+    if isinstance(batch, Tails):
+        return batch
     width = batch.ids.shape[1]
     columns = (torch.arange(width, device=batch.ids.device) + batch.lengths[:, None]) % width
-    slots = batch.slots.gather(1, columns)
+    ids, slots, roles = (values.gather(1, columns) for values in (batch.ids, batch.slots, batch.roles))
     mask = (slots != PAD_SLOT).long()
     return Tails(
         prompts=batch.prompts,
-        ids=batch.ids.gather(1, columns),
+        ids=ids,
         lengths=torch.full_like(batch.lengths, width),
         slots=slots,
+        roles=roles,
         mask=mask,
         positions=(mask.cumsum(-1) - 1).clamp_min(0),
         cache=DynamicCache(),

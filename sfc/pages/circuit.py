@@ -1,129 +1,359 @@
-"""The page of a circuit: its picture, its figures, and how to read them."""
+"""The page of a circuit: its picture to explore, its figures, and how to read them."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import pandas as pd
 
-from sfc.core.artifacts import write_text
+from sfc.behaviors.behavior import Words
+from sfc.pages.blocks import (
+    Block,
+    Figure,
+    Formula,
+    Page,
+    Pair,
+    Section,
+    Table,
+    Tile,
+    Tiles,
+    Widget,
+    cell,
+    figure_cell,
+    interval_cell,
+    records_table,
+)
 from sfc.pages.curve import curve_figure
-from sfc.pages.document import document_html, figure_html, guide_html, header_html
+from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
-from sfc.pages.style import signs
-from sfc.pages.tables import audit_html, nodes_table, roles_html, tiles_html
-from sfc.pages.text import count_text, printable
+from sfc.pages.style import signs, words_of
+from sfc.pages.text import count_text, number_text, printable, tokens_text
 
 NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
-_LISTED_NODES, _DRAWN_NODES = 30, 300
+_LISTED_NODES, _DRAWN_NODES, _TOKENS = 30, 300, 5
 
 
-def write_page(
-    path: Path, graph: nx.DiGraph, curve: pd.DataFrame, result: Mapping[str, Any], cards: Mapping[str, Any] = NO_CARDS
-) -> None:
-    """Write a circuit's page, whole or not at all; arguments as `page_html`."""
-    write_text(path, page_html(graph, curve, result, cards))
-
-
-def page_html(
+def circuit_page(
     graph: nx.DiGraph,
     curve: pd.DataFrame,
     result: Mapping[str, Any],
     cards: Mapping[str, Any] = NO_CARDS,
     marked: Collection[str] = (),
-) -> str:
-    """A circuit's page; equal input makes equal text.
+) -> Page:
+    """What there is to show of a circuit.
 
     Args:
         graph: the circuit; of the facts about it (`graph.graph`) `sites`, `method` and `effect_unit` are used, and
-            where they are given `population`, `edge_weight`, `audit`, `roles`, `fingerprint`, `created`, `command` and
-            `versions`.
+            where they are given `words`, `population`, `edge_weight`, `approximation`, `roles`, `fingerprint`,
+            `created`, `command` and `versions`.
         curve: as `curve_figure` takes it.
         result: what `discover --json` prints: `preset`, `category`, `method` and the figures of the circuit.
         cards: what its features mean, as `sfc.features.cards` describes it.
         marked: nodes that are ringed: those that another circuit has as well.
     """
-    title = " · ".join(str(result[key]) for key in ("category", "method", "preset"))
+    words, features = words_of(graph), cards["features"]
     listed = min(_LISTED_NODES, len(graph))
+    nodes = _nodes_table(graph, features)
+    picture = Widget(lambda: _picture(graph, curve, cards, marked), ("circuit.js",))
+    checks = [block for block in (_approximation(graph), _roles(graph)) if block is not None]
+    return Page(
+        title=" · ".join(str(result[key]) for key in ("category", "method", "preset")),
+        sentence=_sentence(graph, result, words),
+        summary=[_tiles(result, words)],
+        sections=[
+            Section("", [picture]),
+            Section("", [Pair(
+                Figure("curve", lambda: curve_figure(curve, len(graph)), _curve_table(curve)),
+                Figure("layers", lambda: layers_figure(graph, features), _layers_table(graph)),
+            )]),
+            Section("", [Pair(*checks)] if len(checks) == 2 else checks),
+            Section("Every figure, test prompts", [_figures_table(result, words), *_sites(result)]),
+            Section(
+                f"The {count_text(listed, 'node')} with the largest |effect|",
+                [Widget(lambda: _nodes_html(nodes), (), nodes)],
+            ),
+        ],
+        guide=_guide(graph, bool(features), words),
+        findings=[
+            ("nodes", cell(result.get("n_nodes"))),
+            ("faithfulness", figure_cell(result, "faithfulness")),
+            ("completeness, normalised", figure_cell(result, "completeness_normalised")),
+            ("faithfulness of random circuits", cell(result.get("random_faithfulness"))),
+        ],
+        methods=_methods(words),
+        limits=_limits(result),
+        foot=_foot(graph, result),
+    )  # fmt: skip
+
+
+def _picture(graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], marked: Collection[str]) -> str:
     drawn = strongest_nodes(graph, _DRAWN_NODES)
-    features = cards["features"]
-    picture = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, features, marked))
-    body = f"""{header_html(title, _sentence(graph, result))}
-{tiles_html(result)}
-<section class="card">{explorable_html(picture, graph, drawn, curve, cards)}</section>
-<div class="pair">
-<section class="card">{figure_html("curve", curve_figure(curve, len(graph)))}</section>
-<section class="card">{figure_html("layers", layers_figure(graph, features))}</section>
-</div>
-<div class="pair">
-{audit_html(graph)}
-{roles_html(graph)}
-</div>
-<section class="card"><h2>How to read this page</h2>{_guide(graph, bool(features))}</section>
-<section class="card scroll"><h2>The {count_text(listed, "node")} with the largest |effect|</h2>
-{nodes_table(graph, _LISTED_NODES, features)}</section>
-<footer>{_foot(graph, result)}</footer>"""
-    return document_html(title, body, ["circuit.js"])
+    figure = figure_html("circuit", circuit_figure(graph, _DRAWN_NODES, cards["features"], marked))
+    return explorable_html(figure, graph, drawn, curve, cards)
 
 
-def _sentence(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
-    errors = sum(data["kind"] == "error" for _, data in graph.nodes(data=True))
-    population, reference = graph.graph.get("population", "toxic"), graph.graph.get("reference")
-    against = f" against {reference}" if reference else ""
-    parts = f"{count_text(len(graph) - errors, 'SAE feature')} and {count_text(errors, 'error node')}"
+def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str:
+    kinds = pd.Series([data["kind"] for _, data in graph.nodes(data=True)], dtype=str).value_counts()
+    named = {"feature": "SAE feature", "error": "error node", "head": "head", "mlp": "MLP"}
+    parts = (
+        " and ".join(count_text(int(count), named.get(str(kind), str(kind))) for kind, count in kinds.items())
+        or "no node"
+    )
+    against = f" against {graph.graph['reference']}" if graph.graph.get("reference") else ""
     return (
-        f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found "
-        f"behind {graph.graph.get('behaviour', 'refusals')} (category {result['category']}, {population} prompts"
-        f"{against}, preset {result['preset']}). "
-        "All scores are from the test split, which discovery never saw."
+        f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found"
+        f" behind {words.behind} ({words.group} {result['category']},"
+        f" {graph.graph.get('population', words.positive)} prompts{against}, preset {result['preset']})."
+        " All scores are from the test split, which discovery never saw."
     )
 
 
-def _guide(graph: nx.DiGraph, has_cards: bool) -> str:
-    positive, negative, _ = signs(graph.graph.get("method", ""))
-    unit = escape(printable(str(graph.graph.get("effect_unit", "")))) or "no unit given"
-    weight = graph.graph.get("edge_weight", "")
-    weight = f" ({escape(printable(str(weight)))})" if weight else ""
+def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
+    """The figures that matter most, with the share of replies under the same ablation beside each score."""
+
+    def note(text: str, refused: str) -> str:
+        share = result.get(refused)
+        return text if share is None else f"{text} · {100 * share:.0f} % of replies {words.acts}"
+
+    def interval(name: str, text: str) -> str:
+        low, high = result.get(f"{name}_low"), result.get(f"{name}_high")
+        return text if low is None or high is None else f"{interval_cell(low, high)} · {text}"
+
+    by_chance = "faithfulness at the same size"
+    if result.get("p_value") is not None:
+        by_chance += f" · p = {result['p_value']:.2g}"
+    share = result.get("error_share")
+    return Tiles(
+        [
+            Tile("faithfulness", cell(result.get("faithfulness")), interval("faithfulness", "1: the circuit suffices")),
+            Tile(
+                "completeness, normalised",
+                cell(result.get("completeness_normalised")),
+                interval("completeness_normalised", "0: nothing works without it"),
+            ),
+            Tile("random circuits", cell(result.get("random_faithfulness")), by_chance),
+            Tile("nodes", cell(result.get("n_nodes")), "of all kinds"),
+            Tile("edges", cell(result.get("n_edges")), "between its nodes"),
+            Tile("F(M)", cell(result.get("f_model")), note("mean score, full model", "refused_model")),
+            Tile("F(C)", cell(result.get("f_circuit")), note("the circuit alone", "refused_circuit")),
+            Tile("F(M\\C)", cell(result.get("f_complement")), note("all but the circuit", "refused_complement")),
+            Tile("F(0)", cell(result.get("f_empty")), note("everything ablated", "refused_empty")),
+            Tile(
+                "error share",
+                cell(None) if share is None else f"{100 * share:.0f} %",
+                "of all effects: what SAEs miss",
+            ),
+        ]
+    )
+
+
+_FIGURES = {
+    "completeness, as published": "completeness",
+    "p, against random circuits": "p_value",
+    "CPR": "cpr",
+    "CPR, sizes on a logarithmic axis": "cpr_log",
+    "CMD": "cmd",
+    "CMD, sizes on a logarithmic axis": "cmd_log",
+    "overlap of two halves of the prompts": "halves_jaccard",
+    "overlap of halves, by chance": "halves_chance",
+    "faithfulness of the edges drawn": "edge_faithfulness",
+}
+_BASE_FIGURES = {
+    "F(base)": "f_base", "F(base with the circuit)": "f_base_with_circuit", "F(base with all nodes)": "f_base_with_all",
+}  # fmt: skip
+
+
+def _figures_table(result: Mapping[str, Any], words: Words) -> Table:
+    """What the tiles do not show."""
+    rows = [(name, figure_cell(result, field)) for name, field in _FIGURES.items() if field in result]
+    for name, field in (("the circuit alone", "refused_circuit"), ("without the circuit", "refused_complement")):
+        if result.get(field) is not None:
+            rows.append((f"replies that {words.acts}, {name}", figure_cell(result, field)))
+    if base := result.get("base"):
+        rows += [(name, cell(base[field])) for name, field in _BASE_FIGURES.items()]
+        rows += [(f"nodes: {change}", cell(count)) for change, count in base["changes"].items()]
+    return Table("", ("figure", "value (95 %)"), rows)
+
+
+def _sites(result: Mapping[str, Any]) -> list[Block]:
+    """What each site is worth alone, where that was measured."""
+    alone, nodes = result.get("single_site_faithfulness", {}), result.get("nodes_per_site", {})
+    rows = [(site, cell(nodes.get(site)), cell(value)) for site, value in alone.items()]
+    columns = ("site", "nodes of the circuit", "faithfulness of as many nodes there")
+    return [Table("One site alone", columns, rows)] if rows else []
+
+
+def _curve_table(curve: pd.DataFrame) -> Table:
+    fields = {
+        "nodes": "size", "faithfulness": "faithfulness", "from": "faithfulness_low", "to": "faithfulness_high",
+        "on discovery prompts": "discovery_faithfulness", "completeness, normalised": "completeness_normalised",
+        "random circuits": "random_faithfulness", "random from": "random_low", "random to": "random_high",
+    }  # fmt: skip
+    present = {title: field for title, field in fields.items() if field in curve}
+    records = [{str(name): value for name, value in row.items()} for row in curve.to_dict("records")]
+    return records_table("Evaluation by circuit size", present, records)
+
+
+def _layers_table(graph: nx.DiGraph) -> Table:
+    layers = pd.Series([data["layer"] for _, data in graph.nodes(data=True)], dtype=int).value_counts().sort_index()
+    return Table("Nodes per layer", ("layer", "nodes"), [(str(layer), cell(int(n))) for layer, n in layers.items()])
+
+
+def _approximation(graph: nx.DiGraph) -> Table | None:
+    """How the method's effects compare with exact ones, one node at a time."""
+    check = graph.graph.get("audit")
+    if not check:
+        return None
+    rows = []
+    for group, name in (("top", "nodes of largest |effect|"), ("random", "random active nodes")):
+        figures = check[group]
+        signs_text = (
+            f"{number_text(figures['sign_agreement'])} of {figures['n_signed']:,}"
+            if figures["n_signed"]
+            else "none to compare"
+        )
+        correlation = number_text(figures["rank_correlation"], signed=True)
+        rows.append((f"{figures['n_nodes']:,} {name}", correlation, signs_text))
+    rows += [
+        (f"worst: {miss['node']}", number_text(miss["fast"], signed=True), number_text(miss["exact"], signed=True))
+        for miss in check["worst_misses"]
+    ]
+    title = (
+        f"Effects against exact ablation of single nodes, means over {check['n_prompts']:,} discovery prompts; signs"
+        f" are compared where the exact effect exceeds {number_text(check['noise_floor'])} nats"
+    )
+    return Table(title, ("measured", "rank correlation, or effect", "equal signs, or exact effect"), rows)
+
+
+def _roles(graph: nx.DiGraph) -> Table | None:
+    """Where in the prompt the circuit's nodes matter; None where its method does not say."""
+    roles = graph.graph.get("roles")
+    if not roles:
+        return None
+    parts = {key: [data[key] for _, data in graph.nodes(data=True) if key in data] for key in roles}
+    # fsum, so that the order of the nodes does not matter.
+    sizes = {key: math.fsum(map(abs, values)) for key, values in parts.items()}
+    total = math.fsum(sizes.values())
+    rows = [
+        (
+            name,
+            number_text(math.fsum(parts[key]), signed=True),
+            f"{100 * sizes[key] / total:.0f} %" if total > 0 else cell(None),
+        )
+        for key, name in roles.items()
+    ]
+    return Table("Where in the prompt", ("tokens", "sum of effects", "share of |effects|"), rows)
+
+
+def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
+    """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
+    names = strongest_nodes(graph, _LISTED_NODES)
+    labels = {name: {"label": card["label"]} for name, card in cards.items()}
+    nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
+    columns = {
+        "label": ("label", str),
+        "layer": ("layer", str),
+        "effect": ("effect", lambda value: number_text(value, signed=True)),
+        "mean |effect|": ("absolute_effect", number_text),
+        "p": ("p_value", number_text),
+        "q": ("q_value", number_text),
+        "raises the tokens": ("raises", lambda tokens: tokens_text(tokens, _TOKENS)),
+        "lowers the tokens": ("lowers", lambda tokens: tokens_text(tokens, _TOKENS)),
+    }
+    columns = {title: what for title, what in columns.items() if any(what[0] in node for node in nodes.values())}
+    rows = [
+        [name, *(text(node[key]) if key in node else "" for key, text in columns.values())]
+        for name, node in nodes.items()
+    ]
+    return Table("", ["node", *columns], rows, texts=("label", "raises the tokens", "lowers the tokens"))
+
+
+def _nodes_html(table: Table) -> str:
+    """The table of nodes whose names can be clicked (see `circuit.js`)."""
+    styles = ["tokens" if title in table.texts else "number" for title in table.columns[1:]]
+    head = "".join(
+        f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True)
+    )
+    rows = ""
+    for name, *cells in table.rows:
+        shown = escape(printable(name))
+        of_row = "".join(f'<td class="{s}">{escape(printable(c))}</td>' for s, c in zip(styles, cells, strict=True))
+        rows += f'<tr><td><code data-node="{shown}">{shown}</code></td>{of_row}</tr>'
+    return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
+    positive, negative, _ = signs(graph)
+    unit = graph.graph.get("effect_unit") or "no unit given"
+    weight = f" ({graph.graph['edge_weight']})" if graph.graph.get("edge_weight") else ""
     colours = (
-        "Colours say what a feature fires on: orange, peaks on average twice as high on the category's toxic prompts "
-        "as on its safe ones; blue, the reverse; grey, neither."
+        f"Colours say what a feature fires on: orange, peaks on average twice as high on the {words.group}'s"
+        f" {words.positive} prompts as on its {words.negative} ones; blue, the reverse; grey, neither."
         if has_cards
         else f"Orange: {positive.words}. Blue: {negative.words}."
     )
-    paragraphs = (
-        f"<b>Nodes.</b> A column is a layer. Circles are features of its sparse autoencoder (SAE), diamonds stand for "
+    return (
+        f"**Nodes.** A column is a layer. Circles are features of its sparse autoencoder (SAE), diamonds stand for "
         f"what the SAE misses. The area is the size of the effect ({unit}). Above the line: "
         f"{positive.words}. Below it: {negative.words}. The strongest stand next to the line. {colours}",
-        f"<b>Edges.</b> A line joins two nodes, drawn thicker and darker with its weight{weight}, green where it is "
+        f"**Edges.** A line joins two nodes, drawn thicker and darker with its weight{weight}, green where it is "
         "positive and purple where it is negative. Point half-way along a line to see what it joins.",
-        "<b>Exploring.</b> The slider shows the circuit's best n nodes, and moves the marker on the curve. Click on a "
+        "**Exploring.** The slider shows the circuit's best n nodes, and moves the marker on the curve. Click on a "
         "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
         "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
         "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
-        "<b>Faithfulness</b> = (F(C) − F(0)) / (F(M) − F(0)). F is the mean score: of the full model M, of the "
+        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)). F is the mean score: of the full model M, of the "
         "circuit C alone, of the model without it (M\\C), and with everything ablated (0), that is, set to its mean "
         "on reference prompts. 1 means that the circuit alone does what the model does; random circuits of the "
         "same size per layer show what size alone would give.",
-        "<b>Completeness</b>, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
+        "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
         "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
         "Where a denominator is too small to divide by, a figure is not measurable.",
     )
-    return guide_html(paragraphs)
 
 
-def _foot(graph: nx.DiGraph, result: Mapping[str, Any]) -> str:
+def _methods(words: Words) -> Sequence[Formula]:
+    return (
+        Formula(words.score[:1].upper() + words.score[1:] + " s", words.score_formula),
+        Formula(
+            "Ablation",
+            "x <- x_hat(f_ref) + sum over kept features (f_i - f_ref_i) d_i + error, f_ref the mean over reference"
+            " prompts at the same place of the template",
+        ),
+        Formula("Effect of a feature by attribution", "sum over positions (ds/dx . d_i)(f_i - f_ref_i)"),
+        Formula(
+            "F(M), F(C), F(M\\C), F(0)",
+            "mean s of the full model; with all but the circuit ablated; with the circuit ablated; with everything"
+            " ablated",
+        ),
+        Formula("Faithfulness (Marks et al. 2024)", "(F(C) - F(0)) / (F(M) - F(0))"),
+        Formula(
+            "CPR, CMD (Mueller et al. 2025)",
+            "area under the curve of faithfulness by size, nodes ranked by effect; area between it and 1, by |effect|",
+        ),
+        Formula("Completeness, normalised", "(F(M\\C) - F(0)) / (F(M) - F(0)); as published, F(M\\C) / F(M)"),
+    )
+
+
+def _limits(result: Mapping[str, Any]) -> Sequence[str]:
+    where, limits = f"The circuit of {result.get('category')} ({result.get('method')})", []
+    if result.get("faithfulness") is None:
+        limits.append(f"{where}: F(M) - F(0) is too small to divide by, so that nothing is said of its faithfulness.")
+    if (share := result.get("error_share")) is not None:
+        limits.append(
+            f"{where}: {cell(share)} of the absolute effects flow through what the autoencoders miss, which no feature"
+            " explains."
+        )
+    return limits
+
+
+def _foot(graph: nx.DiGraph, result: Mapping[str, Any]) -> Sequence[str]:
     """Where the circuit comes from, as far as the circuit or else the result says."""
     facts = {**result, **graph.graph}
-    lines = [
-        f"{key}: <code>{_fact(facts[key])}</code>" for key in ("fingerprint", "created", "command") if facts.get(key)
-    ]
+    lines = [f"{key}: `{facts[key]}`" for key in ("fingerprint", "created", "command") if facts.get(key)]
     if facts.get("versions"):
-        lines.append("made with " + _fact(", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
-    return "".join(f"<p>{line}</p>" for line in lines)
-
-
-def _fact(value: object) -> str:
-    return escape(printable(str(value)))
+        lines.append("made with " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    return lines

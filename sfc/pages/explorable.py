@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from sfc.features.cards import ADDRESS
+from sfc.features.labels import ADDRESS
 from sfc.pages.document import data_html
 from sfc.pages.graph import columns_of, groups_of
 from sfc.pages.style import sign_of, signs
@@ -28,7 +28,7 @@ def explorable_html(
     Args:
         figure: the HTML of the graph.
         drawn: the nodes that the graph draws.
-        cards: as `write_page` takes them.
+        cards: as `circuit_page` takes them.
     """
     sizes = shown_sizes(curve, len(graph))
     return f"""{_controls(graph, drawn, sizes, cards["features"])}
@@ -50,7 +50,7 @@ def shown_sizes(curve: pd.DataFrame, n_nodes: int) -> list[dict[str, Any]]:
 def _controls(
     graph: nx.DiGraph, drawn: Sequence[str], sizes: Sequence[Mapping[str, Any]], cards: Mapping[str, Any]
 ) -> str:
-    by_sign = {str(sign.number): sign.words for sign in signs(graph.graph.get("method", ""))}
+    by_sign = {str(sign.number): sign.words for sign in signs(graph)}
     present = {str(sign_of(graph.nodes[name]["effect"])) for name in drawn}
     columns = columns_of(graph)
     layers = {site: label.replace("<br>", " ") for site, label in zip(columns.sites, columns.labels, strict=True)}
@@ -93,7 +93,7 @@ def _data(
     """Everything that the cards show. Text is made printable here, and stays text: the script only sets it as such."""
     groups, group_of_node = groups_of(graph, cards["features"])
     shown = set(drawn)
-    words = {sign.number: sign.words for sign in signs(graph.graph.get("method", ""))}
+    words = {sign.number: sign.words for sign in signs(graph)}
     return {
         "sizes": sizes,
         "unit": printable(str(graph.graph.get("effect_unit", ""))),

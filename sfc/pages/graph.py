@@ -18,8 +18,23 @@ from typing import Any, NamedTuple
 import networkx as nx
 import plotly.graph_objects as go
 
+from sfc.behaviors.behavior import Words
 from sfc.pages.placement import Placement, place
-from sfc.pages.style import BAND, BLUE, INK, LINE, QUIET, VERMILION, Sign, axis, remark, sign_of, signs, styled_figure
+from sfc.pages.style import (
+    BAND,
+    BLUE,
+    INK,
+    LINE,
+    QUIET,
+    VERMILION,
+    Sign,
+    axis,
+    remark,
+    sign_of,
+    signs,
+    styled_figure,
+    words_of,
+)
 from sfc.pages.text import count_text, hover_text, number_text, tokens_text
 
 _SITE = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
@@ -65,15 +80,6 @@ class Group(NamedTuple):
     colour: str
 
 
-_SIDES = (
-    Group("toxic", "fires on toxic prompts", VERMILION),
-    Group("safe", "fires on safe prompts", BLUE),
-    Group("shared", "fires on both", "#949ba4"),
-    Group("error", "error node", INK),
-    Group("unknown", "not looked at", QUIET),
-)
-
-
 def groups_of(graph: nx.DiGraph, cards: Mapping[str, Any]) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups there may be, and each node's key among them.
 
@@ -85,11 +91,21 @@ def groups_of(graph: nx.DiGraph, cards: Mapping[str, Any]) -> tuple[tuple[Group,
             name: "error" if data["kind"] == "error" else cards[name]["fires_on"] if name in cards else "unknown"
             for name, data in graph.nodes(data=True)
         }
-        return _SIDES, keys
-    by_sign = signs(graph.graph.get("method", ""))
+        return _sides(words_of(graph)), keys
+    by_sign = signs(graph)
     place = {1: " (above the line)", -1: " (below)", 0: ""}
     groups = tuple(Group(str(sign.number), sign.words + place[sign.number], sign.colour) for sign in by_sign)
     return groups, {name: str(sign_of(data["effect"])) for name, data in graph.nodes(data=True)}
+
+
+def _sides(words: Words) -> tuple[Group, ...]:
+    return (
+        Group(words.positive, f"fires on {words.positive} prompts", VERMILION),
+        Group(words.negative, f"fires on {words.negative} prompts", BLUE),
+        Group("shared", "fires on both", "#949ba4"),
+        Group("error", "error node", INK),
+        Group("unknown", "not looked at", QUIET),
+    )
 
 
 _SIGNS = (
@@ -223,7 +239,7 @@ def circuit_figure(
     figure = styled_figure(_title(graph, len(drawn)), height)
     _draw_columns(figure, columns, placement)
     if drawn:
-        _name_sides(figure, signs(graph.graph.get("method", "")))
+        _name_sides(figure, signs(graph))
     positions = dict(zip(drawn, zip(placement.x, placement.y, strict=True), strict=True))
     figure.add_traces(list(edge_traces(graph, positions, edge_signs)))
     figure.add_traces(list(edge_hovers(graph, positions, edge_signs)))
@@ -363,7 +379,7 @@ def _kind(node: dict[str, Any]) -> str:
 def _hover(name: str, graph: nx.DiGraph, cards: Mapping[str, Any]) -> str:
     """The most important of what is known about a node, escaped, a line each."""
     node, unit = graph.nodes[name], graph.graph.get("effect_unit", "")
-    words = {sign.number: sign.words for sign in signs(graph.graph.get("method", ""))}
+    words = {sign.number: sign.words for sign in signs(graph)}
     rank = f" · rank {node['rank'] + 1:,}" if "rank" in node else ""
     label = [hover_text(cards[name]["label"])] if name in cards else []
     lines = [

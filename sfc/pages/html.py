@@ -1,41 +1,124 @@
-"""A report as one HTML page that needs nothing else."""
+"""Pages and reports as HTML: one file that needs nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
 
-from sfc.pages.blocks import Block, Commands, Figure, Formula, Paragraph, Section, Table
-from sfc.pages.document import figure_html, header_html, write_document
-from sfc.pages.tables import figures_table
-from sfc.pages.text import printable
+from sfc.pages.blocks import (
+    Block,
+    Commands,
+    Figure,
+    Formula,
+    Page,
+    Pair,
+    Paragraph,
+    Section,
+    Table,
+    Tiles,
+    Widget,
+    spans,
+)
+from sfc.pages.document import document_html, figure_html, header_html
+from sfc.pages.text import NOT_MEASURABLE, printable
+
+_TAGS = {"strong": "b", "code": "code"}
 
 
-def write_report_page(path: Path, title: str, sentence: str, sections: Sequence[Section]) -> None:
-    """Write the page, whole or not at all; equal input makes equal bytes."""
-    cards = "\n".join(_section(number, section) for number, section in enumerate(sections))
+def page_html(page: Page) -> str:
+    """The page of an artifact; equal input makes equal text."""
+    body = [header_html(page.title, page.sentence), *(_bare(f"summary-{i}", b) for i, b in enumerate(page.summary))]
+    body += [_card(f"s{number}", section) for number, section in enumerate(page.sections)]
+    if page.guide:
+        paragraphs = "".join(f"<p>{_marked(text)}</p>" for text in page.guide)
+        body.append(
+            f'<section class="card"><h2>How to read this page</h2><div class="guide">{paragraphs}</div></section>'
+        )
+    if page.foot:
+        body.append(f"<footer>{''.join(f'<p>{_marked(line)}</p>' for line in page.foot)}</footer>")
+    return document_html(page.title, "\n".join(body), _scripts(page))
+
+
+def report_html(title: str, sentence: str, sections: Sequence[Section]) -> str:
+    """A report with its contents; equal input makes equal text."""
     contents = "".join(f'<a href="#s{n}">{_text(section.title)}</a><br>' for n, section in enumerate(sections))
-    write_document(path, title, f'{header_html(title, sentence)}\n<section class="card">{contents}</section>\n{cards}')
+    cards = [_card(f"s{number}", section) for number, section in enumerate(sections)]
+    body = [header_html(title, sentence), f'<section class="card">{contents}</section>', *cards]
+    return document_html(title, "\n".join(body))
 
 
-def _section(number: int, section: Section) -> str:
-    blocks = "\n".join(_block(f"s{number}-{i}", block) for i, block in enumerate(section.blocks))
-    return f'<section class="card scroll" id="s{number}"><h2>{_text(section.title)}</h2>\n{blocks}</section>'
+def _card(name: str, section: Section) -> str:
+    heading = f"<h2>{_text(section.title)}</h2>\n" if section.title else ""
+    blocks = "\n".join(_block(f"{name}-{i}", block) for i, block in enumerate(section.blocks))
+    return f'<section class="card scroll" id="{name}">{heading}{blocks}</section>'
+
+
+def _bare(name: str, block: Block) -> str:
+    """A block of the summary: tiles are cards themselves."""
+    if isinstance(block, Tiles):
+        return _block(name, block)
+    return f'<section class="card scroll">{_block(name, block)}</section>'
 
 
 def _block(name: str, block: Block) -> str:
     match block:
         case Paragraph(text):
-            return f"<p>{_text(text)}</p>"
+            return f"<p>{_marked(text)}</p>"
         case Formula(term, text):
             return f"<p>{_text(term)}: <code>{_text(text)}</code></p>"
         case Commands(lines):
             return "".join(f"<p><code>{_text(line)}</code></p>" for line in lines)
-        case Figure(figure, _):
-            return figure_html(name, figure)
-        case Table(title, columns, rows):
-            heading = f"<p><b>{_text(title)}</b></p>" if title else ""
-            return heading + figures_table(columns, [[printable(cell) for cell in row] for row in rows])
+        case Figure(own_name, draw, _):
+            return figure_html(f"{name}-{own_name}", draw())
+        case Pair(left, right):
+            return (
+                f'<div class="pair"><div>{_block(f"{name}-l", left)}</div><div>{_block(f"{name}-r", right)}</div></div>'
+            )
+        case Widget(html, _, _):
+            return html()
+        case Tiles(tiles):
+            return f'<dl class="tiles">{"".join(map(_tile, tiles))}</dl>'
+        case Table():
+            return table_html(block)
+
+
+def table_html(table: Table) -> str:
+    """A table with its title above it."""
+    styles = ["tokens" if i == 0 or title in table.texts else "number" for i, title in enumerate(table.columns)]
+    head = "".join(f'<th scope="col" class="{s}">{_text(t)}</th>' for s, t in zip(styles, table.columns, strict=True))
+    rows = "".join(
+        "<tr>" + "".join(f'<td class="{s}">{_text(t)}</td>' for s, t in zip(styles, row, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    title = f"<p><b>{_text(table.title)}</b></p>" if table.title else ""
+    return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _tile(tile: tuple[str, str, str]) -> str:
+    name, value, note = tile
+    style = "none" if value == NOT_MEASURABLE else "value"
+    return (
+        f'<div class="tile"><dt>{_text(name)}</dt><dd class="{style}">{_text(value)}</dd>'
+        f'<dd class="note">{_text(note)}</dd></div>'
+    )
+
+
+def _marked(text: str) -> str:
+    parts = ((_TAGS.get(style), _text(part)) for style, part in spans(text))
+    return "".join(f"<{tag}>{part}</{tag}>" if tag else part for tag, part in parts)
 
 
 def _text(text: str) -> str:
     return escape(printable(text))
+
+
+def _scripts(page: Page) -> list[str]:
+    blocks = [*page.summary, *(block for section in page.sections for block in section.blocks)]
+    return list(dict.fromkeys(script for block in blocks for script in _scripts_of(block)))
+
+
+def _scripts_of(block: Block) -> Iterator[str]:
+    match block:
+        case Widget(_, scripts, _):
+            yield from scripts
+        case Pair(left, right):
+            yield from _scripts_of(left)
+            yield from _scripts_of(right)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from sfc.pages.blocks import Block, Commands, Figure, Formula, Paragraph, Section, Table
+from sfc.pages.blocks import Block, Commands, Figure, Formula, Pair, Paragraph, Section, Table, Tiles, Widget, spans
 from sfc.pages.text import printable
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -34,13 +34,17 @@ def _block(block: Block) -> str:
     match block:
         case Paragraph(text):
             # A number, a dash or the like at its beginning would make a list or a heading of it.
-            return _LINE_STARTS.sub(lambda found: f"{_NOTHING}{found[0]}", markdown_text(text))
+            return _LINE_STARTS.sub(lambda found: f"{_NOTHING}{found[0]}", _marked(text))
         case Formula(name, text):
             return f"{markdown_text(name)}:\n\n{_code([text])}"
         case Commands(lines):
             return _code(lines)
-        case Figure(_, table):
+        case Figure(_, _, table) | Widget(_, _, table):
             return _table(table) if table else ""
+        case Pair(left, right):
+            return "\n\n".join(filter(None, (_block(left), _block(right))))
+        case Tiles(tiles):
+            return _table(Table("", ("figure", "value", ""), tiles, texts=("",)))
         case Table():
             return _table(block)
 
@@ -50,9 +54,19 @@ def _code(lines: Sequence[str]) -> str:
     return "\n".join(f"    {printable(line)}" for line in lines)
 
 
+def _rule(is_text: bool) -> str:
+    return " --- " if is_text else " ---: "
+
+
+def _marked(text: str) -> str:
+    """A paragraph's text; its strong words and its code stay marked."""
+    marks = {"plain": "", "strong": "**", "code": ""}
+    return "".join(f"{marks[style]}{markdown_text(part)}{marks[style]}" for style, part in spans(text))
+
+
 def _table(table: Table) -> str:
     head = f"| {' | '.join(map(markdown_text, table.columns))} |"
-    rule = f"| --- |{' ---: |' * (len(table.columns) - 1)}"
+    rule = f"|{'|'.join(_rule(i == 0 or title in table.texts) for i, title in enumerate(table.columns))}|"
     rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in table.rows]
     title = [f"**{markdown_text(table.title)}**", ""] if table.title else []
     return "\n".join([*title, head, rule, *rows])

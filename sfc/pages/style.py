@@ -7,8 +7,10 @@ What the sign of an effect means, and the colour that stands for it.
 
 from typing import Any, NamedTuple
 
+import networkx as nx
 import plotly.graph_objects as go
 
+from sfc.behaviors.behavior import Words
 from sfc.circuits.methods import METHODS
 
 PLOTLY_CONFIG = {
@@ -103,14 +105,21 @@ class Sign(NamedTuple):
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
 _COLOURS = {1: "#d55e00", -1: "#0072b2", 0: "#7a828c"}
-_CAUSAL = ("raises the refusal score", "lowers the refusal score", "no effect")
 
 
-def signs(method: str) -> tuple[Sign, Sign, Sign]:
-    """Positive, negative and zero, in the words of a method: most effects are causal, a correlation is not."""
-    words = (METHODS[method].signs if method in METHODS else None) or _CAUSAL
+def words_of(graph: nx.DiGraph) -> Words:
+    """How a circuit's behavior is spoken of; circuits of others do not say, and are taken to be of refusal."""
+    return Words(**graph.graph["words"]) if "words" in graph.graph else Words()
+
+
+def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
+    """Positive, negative and zero, in the words of a circuit's method: most are causal, a correlation is not."""
+    words, method = words_of(graph), graph.graph.get("method", "")
+    own = METHODS[method].signs if method in METHODS else None
+    told = own or ("{raises}", "{lowers}", "no effect")
+    named = {"raises": words.raises, "lowers": words.lowers, "positive": words.positive, "negative": words.negative}
     positive, negative, zero = (
-        Sign(number, word, _COLOURS[number]) for number, word in zip((1, -1, 0), words, strict=True)
+        Sign(number, text.format(**named), _COLOURS[number]) for number, text in zip((1, -1, 0), told, strict=True)
     )
     return positive, negative, zero
 

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sfc.core.artifacts import replacing
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, first_problem
 
 
 class Parameters(NamedTuple):
@@ -40,7 +42,7 @@ def save(path: Path, trainings: Sequence[Training], step: int) -> float:
     """Write the state after `step` steps, whole or not at all; the seconds it took."""
     began = time.perf_counter()
     tensors = {f"{t.site}/{name}": tensor.cpu() for t in trainings for name, tensor in _state(t)}
-    metadata = {"step": str(step)} | {f"scale {t.site}": t.scale.hex() for t in trainings}
+    metadata = {"step": str(step)} | {f"{_SCALE}{t.site}": t.scale.hex() for t in trainings}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return time.perf_counter() - began
@@ -54,11 +56,8 @@ def steps_done(path: Path) -> int:
     """
     if not path.exists():
         return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise _unusable(path, error) from None
+    with _opened(path) as (header, _):
+        return header.step
 
 
 def restore(path: Path, trainings: Sequence[Training]) -> int:
@@ -67,18 +66,41 @@ def restore(path: Path, trainings: Sequence[Training]) -> int:
     Raises:
         UserError: the file is damaged, or of other sites.
     """
+    with _opened(path) as (header, file):
+        for training in trainings:
+            training.scale = header.scales[training.site]
+            _make_optimizer_state(training)
+            with torch.no_grad():
+                for name, tensor in _state(training):
+                    tensor.copy_(file.get_tensor(f"{training.site}/{name}"))
+        return header.step
+
+
+_SCALE = "scale "
+
+
+class _Header(BaseModel):
+    """What a checkpoint says beside its tensors."""
+
+    step: int = Field(ge=0)
+    scales: dict[str, Annotated[float, BeforeValidator(float.fromhex), Field(gt=0, allow_inf_nan=False)]]
+
+    @classmethod
+    def of(cls, metadata: dict[str, str]) -> "_Header":
+        """From the strings, the only values that safetensors has there."""
+        scales = {key.removeprefix(_SCALE): value for key, value in metadata.items() if key.startswith(_SCALE)}
+        return cls.model_validate({"scales": scales} | metadata)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[_Header, Any]]:
+    """A checkpoint open for reading; whatever is wrong with it is explained."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata()
-            for training in trainings:
-                training.scale = float.fromhex(metadata[f"scale {training.site}"])
-                _make_optimizer_state(training)
-                with torch.no_grad():
-                    for name, tensor in _state(training):
-                        tensor.copy_(file.get_tensor(f"{training.site}/{name}"))
-            return int(metadata["step"])
+            yield _Header.of(file.metadata() or {}), file
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise _unusable(path, error) from None
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"the checkpoint {path} cannot be used ({reason}); delete it to start over") from None
 
 
 def _state(training: Training) -> Iterator[tuple[str, Tensor]]:
@@ -100,7 +122,3 @@ def _make_optimizer_state(training: Training) -> None:
     with torch.no_grad():
         for parameter, value in zip(training.parameters, before, strict=True):
             parameter.copy_(value)
-
-
-def _unusable(path: Path, error: Exception) -> UserError:
-    return UserError(f"the checkpoint {path} cannot be used ({error}); delete it to begin anew")

@@ -1,7 +1,7 @@
 """Fill a store: run prompts up to the last wanted site and keep what passes the sites.
 
 The plan of batches and shards follows from the prompts alone, so that a run that was interrupted goes on with the
-first batch that is missing. Conversion and writing happen on a thread beside the model's.
+first batch that is missing. A thread beside the model's converts and writes.
 """
 
 from collections import deque
@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sfc.core.config import ActivationsConfig
@@ -20,10 +21,8 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.plan import PlannedBatch, plan_batches, plan_shards
-from sfc.saes.shard import open_shard, shard_in_the_making
+from sfc.saes.shard import open_shard, unfinished_shard
 
-Progress = Callable[[int], None]
-"""Called with the number of steps (tokens, batches, …) done since the last call."""
 _BATCHES_IN_FLIGHT = 2
 
 
@@ -33,14 +32,14 @@ def collect(
     sites: Sequence[str],
     config: ActivationsConfig,
     folder: Path,
-    progress: Progress,
+    progress: Callable[[int], None],
 ) -> int:
     """Write the activations of all prompts at the sites to shards in `folder`.
 
     Shards that have the sites are kept; those that lack some are run again for these alone and keep the others.
 
     Args:
-        progress: called with the number of tokens run, padding not counted.
+        progress: called with the number of tokens run since the last call, padding not counted.
 
     Returns:
         The number of rows in the store.
@@ -65,7 +64,7 @@ def activations_of(model: Model, planned: PlannedBatch, sites: Sequence[str], dt
     row_of = {int(prompt): row for row, prompt in enumerate(planned.batch.prompts)}
     rows = torch.tensor([row_of[int(prompt)] for prompt in planned.tokens.prompt], device=model.device)
     positions = torch.from_numpy(planned.tokens.position).to(model.device)
-    return {site: seen[site][rows, positions].flatten(1).to(dtype) for site in sites}
+    return {site: rearrange(seen[site][rows, positions], "rows ... -> rows (...)").to(dtype) for site in sites}
 
 
 def _collect_shard(
@@ -74,16 +73,16 @@ def _collect_shard(
     sites: Sequence[str],
     config: ActivationsConfig,
     path: Path,
-    progress: Progress,
+    progress: Callable[[int], None],
 ) -> None:
-    there = _finished_sites(path)
-    missing = [site for site in sites if site not in there]
+    finished = _finished_sites(path)
+    missing = [site for site in sites if site not in finished]
     if not missing:
         progress(sum(batch.n_tokens for batch in batches))
         return
-    widths = {site: model.width(site) for site in in_order([*there, *missing])}
+    widths = {site: model.width(site) for site in in_order([*finished, *missing])}
     dtype = getattr(torch, config.dtype)
-    with shard_in_the_making(path, batches, widths, dtype) as shard:
+    with unfinished_shard(path, batches, widths, dtype) as shard:
         with ThreadPoolExecutor(1) as writer:
             pending: deque[Future[None]] = deque()
             for number, batch in enumerate(batches):

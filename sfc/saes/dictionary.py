@@ -3,15 +3,15 @@
 A dictionary always works in the model's own units: any scaling that training used is folded into its weights, so that
 `x_hat = f @ W_dec + b_dec` is comparable with the activation x itself and the error is simply `x - x_hat`.
 
-Dictionaries in which a feature is active above a threshold of its own: JumpReLU, standard and gated SAEs.
-
-Dictionaries that see each activation normalised by statistics of its own.
+There are dictionaries whose k largest features are active, dictionaries whose features are active above a threshold
+(JumpReLU, standard and gated SAEs), and both of them behind a normalisation of each activation.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from einops import pack, unpack
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -144,9 +144,10 @@ class TopKDictionary(LinearDecoder):
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense: zero for all but the k features that are active."""
-        values, indices = self.encode_sparse(x.reshape(-1, self.d_in))
+        rows, shape = pack([x], "* d_in")
+        values, indices = self.encode_sparse(rows)
         dense = values.new_zeros(len(values), self.d_sae).scatter(1, indices, values)
-        return dense.reshape(*x.shape[:-1], self.d_sae)
+        return unpack(dense, shape, "* d_sae")[0]
 
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
         """Values and indices of the k active features of each row; differentiable with respect to x."""
@@ -161,8 +162,8 @@ class JumpReLUDictionary(LinearDecoder):
     """A JumpReLU SAE (Rajamanoharan et al. 2024): a pre-activation above its threshold is the value, others are 0.
 
     With `pre = (x - b_dec) @ W_enc + b_enc`, `encode(x)` is pre where `pre > threshold` and 0 elsewhere; without
-    `apply_b_dec_to_input`, b_dec is not subtracted. A standard SAE is one whose thresholds are 0, and a gated SAE is
-    one as well (see `gated_weights`). The weights are frozen: gradients flow to x and to feature values only.
+    `apply_b_dec_to_input`, b_dec is not subtracted. Standard and gated SAEs are JumpReLU SAEs as well (see
+    `sfc.saes.architectures`). The weights are frozen: gradients flow to x and to feature values only.
     """
 
     W_enc: nn.Parameter  # [d_in, d_sae], in memory a row per feature: single features are read
@@ -199,28 +200,6 @@ class JumpReLUDictionary(LinearDecoder):
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
 
-def standard_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The JumpReLU weights of a standard SAE, `relu(x @ W_enc + b_enc)`."""
-    return {**weights, "threshold": torch.zeros_like(weights["b_enc"])}
-
-
-def gated_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The JumpReLU weights of a gated SAE, which shares its encoder between gate and magnitude.
-
-    With `pre = x @ W_enc`, its features are `relu(exp(r_mag) pre + b_mag)` where `pre + b_gate > 0`. Scaled by
-    exp(r_mag) and moved by b_mag, the gate is `magnitude > b_mag - exp(r_mag) b_gate` (Rajamanoharan et al. 2024,
-    Improving Dictionary Learning with Gated Sparse Autoencoders).
-    """
-    gain = weights["r_mag"].exp()
-    return {
-        "W_enc": weights["W_enc"] * gain,
-        "b_enc": weights["b_mag"],
-        "threshold": weights["b_mag"] - gain * weights["b_gate"],
-        "W_dec": weights["W_dec"],
-        "b_dec": weights["b_dec"],
-    }
-
-
 RowNormalisation = Literal["constant_norm_rescale", "layer_norm"]
 _LAYER_NORM_EPSILON = 1e-5
 
@@ -241,7 +220,7 @@ class NormalisedDictionary(LinearDecoder):
     own features differ from SAELens', by the factor `scale`.
     """
 
-    def __init__(self, inner: TopKDictionary | JumpReLUDictionary, normalisation: RowNormalisation) -> None:
+    def __init__(self, inner: Dictionary, normalisation: RowNormalisation) -> None:
         """`inner` encodes normalised rows; its decoder weights move into this one's."""
         ones = torch.ones_like(inner.b_dec)[None]
         of_the_row = [inner.b_dec[None], ones, -ones] if normalisation == "layer_norm" else [inner.b_dec[None]]

@@ -1,40 +1,31 @@
-"""SAELens' own files: a folder per dictionary with `cfg.json` and `sae_weights.safetensors`.
+"""Dictionaries in SAELens' own format: a folder for each, with `cfg.json` and `sae_weights.safetensors`.
 
-`sae_lens.SAE.load_from_disk(folder)` reads what is written here, and what SAELens writes is read here, without
-importing sae_lens, which takes seconds. Whatever SAELens computes after loading is folded into the weights where it can
-be: the decoder norms by which a top-k SAE may rescale its features, the gate of a gated SAE.
-
-Pretrained dictionaries that SAELens knows how to fetch from a model hub.
+`sae_lens.SAE.load_from_disk(folder)` reads what is written here, and what SAELens writes is read here without importing
+sae_lens, which takes seconds: only pretrained dictionaries from a model hub are fetched by SAELens itself. Whatever it
+computes after loading is folded into the weights where it can be (see `sfc.saes.architectures`).
 """
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sfc.core.artifacts import Json, replacing, write_json
 from sfc.core.errors import UserError
-from sfc.saes.dictionary import (
-    WEIGHTS,
-    Dictionary,
-    JumpReLUDictionary,
-    NormalisedDictionary,
-    TopKDictionary,
-    gated_weights,
-    standard_weights,
-)
-from sfc.saes.source import CONFIG_FILE, WEIGHTS_FILE, read_config
+from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, read_config
+from sfc.saes.dictionary import WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
 
-_ENCODER_VECTORS = {
-    "topk": ("b_enc",),
-    "standard": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "b_mag", "r_mag"),
-}
+
+def load_dictionaries(folder: Path, sites: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
+    """The dictionaries of a folder, one per site, in the order of the sites.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return {site: load_dictionary(folder / site, device) for site in sites}
 
 
 def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) -> None:
@@ -64,7 +55,7 @@ def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) ->
 
 
 def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Dictionary:
-    """Read a top-k, JumpReLU, standard or gated dictionary in SAELens' format, as float32.
+    """Read a dictionary of any registered architecture, as float32.
 
     Feature values and reconstructions are SAELens' own; where the input normalisation depends on the row, they are in
     the model's units, and features for the row's scale and mean follow (see `NormalisedDictionary`).
@@ -73,39 +64,25 @@ def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Diction
         UserError: a file is missing, damaged, describes what cannot be used here, or does not fit the other file.
     """
     config = read_config(folder)
-    weights = _read_weights(folder / WEIGHTS_FILE, config, device)
-    dictionary = _dictionary(config, weights)
-    if config["normalize_activations"] in ("constant_norm_rescale", "layer_norm"):
-        return NormalisedDictionary(dictionary, config["normalize_activations"])
+    architecture = ARCHITECTURES[config.architecture]
+    weights = _read_weights(folder / WEIGHTS_FILE, config.architecture, architecture.shapes(config), device)
+    dictionary = architecture.build(config, weights)
+    if config.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        return NormalisedDictionary(dictionary, config.normalize_activations)
     return dictionary
 
 
-def _dictionary(config: dict[str, Any], weights: dict[str, Tensor]) -> TopKDictionary | JumpReLUDictionary:
-    site, apply_b_dec_to_input = config["metadata"]["hook_name"], config["apply_b_dec_to_input"]
-    if config["architecture"] == "topk":
-        if config["rescale_acts_by_decoder_norm"]:  # features are then in units of decoder rows of length one
-            norm = weights["W_dec"].norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-            weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
-            weights["W_dec"] = weights["W_dec"] / norm[:, None]
-        return TopKDictionary(weights, k=config["k"], site=site, apply_b_dec_to_input=apply_b_dec_to_input)
-    as_jumprelu = {"standard": standard_weights, "gated": gated_weights, "jumprelu": dict}[config["architecture"]]
-    return JumpReLUDictionary(as_jumprelu(weights), site=site, apply_b_dec_to_input=apply_b_dec_to_input)
-
-
-def _read_weights(path: Path, config: dict[str, Any], device: torch.device | str) -> dict[str, Tensor]:
+def _read_weights(path: Path, architecture: str, shapes: Shapes, device: torch.device | str) -> Weights:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it anew") from None
-    d_in, d_sae = config["d_in"], config["d_sae"]
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= dict.fromkeys(_ENCODER_VECTORS[config["architecture"]], (d_sae,))
+        raise UserError(f"{path} cannot be read ({error}); make it again") from None
     for name, shape in shapes.items():
         if name not in weights:
-            raise UserError(f"{path} has no tensor {name}: it is not a {config['architecture']} dictionary")
+            raise UserError(f"{path} has no tensor {name}: it is not a {architecture} dictionary")
         if tuple(weights[name].shape) != shape or not weights[name].is_floating_point():
             found = f"{weights[name].dtype} {list(weights[name].shape)}"
             raise UserError(f"{path}: {name} is {found}, {CONFIG_FILE} asks for {list(shape)}")
@@ -114,7 +91,7 @@ def _read_weights(path: Path, config: dict[str, Any], device: torch.device | str
     for name in weights.keys() - shapes.keys():
         # Early versions of SAELens wrote a scaling factor of ones that does nothing.
         if name != "scaling_factor" or not bool((weights[name] == 1).all()):
-            raise UserError(f"{path} has a tensor {name} that is not part of a {config['architecture']} dictionary")
+            raise UserError(f"{path} has a tensor {name} that is not part of a {architecture} dictionary")
     return {name: weights[name].float() for name in shapes}
 
 
@@ -137,6 +114,6 @@ def fetch_pretrained(name: str, folder: Path) -> None:
         raise UserError(f"saes.source: {name} is neither a folder nor a dictionary of a release that SAELens knows")
     try:
         SAE.from_pretrained(release, sae_id).save_model(folder)
-    except Exception as error:  # whatever its many loaders and the network raise, the user must hear of it
+    except Exception as error:  # whatever its many loaders and the network raise, the user has to know
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"saes.source: SAELens cannot fetch {sae_id!r} of {release!r} ({reason})") from error

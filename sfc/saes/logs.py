@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from sfc.core.artifacts import write_text
-from sfc.core.errors import UserError, suggestion
+from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.saes.train import Progress
 
 LOG_FILE = "training.jsonl"
@@ -14,12 +16,16 @@ Log = Callable[[Progress], None]
 
 
 def json_lines(folder: Path, sites: Sequence[str], first_step: int) -> Log:
-    """Append each report to `SITE/training.jsonl`; lines of steps after `first_step`, to be done again, are dropped."""
+    """Append each report to `SITE/training.jsonl`; lines of steps after `first_step`, to be done again, are dropped.
+
+    Raises:
+        UserError: a log that is there already is damaged.
+    """
     for site in sites:
         path = folder / site / LOG_FILE
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        write_text(path, "".join(kept))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        whole = text.split("\n")[:-1]  # a kill may have cut short what follows the last of them
+        write_text(path, "".join(f"{line}\n" for line in whole if _step(line, path) <= first_step))
 
     def log(progress: Progress) -> None:
         for stats in progress.sites:
@@ -28,6 +34,19 @@ def json_lines(folder: Path, sites: Sequence[str], first_step: int) -> Log:
                 file.write(json.dumps(line | stats._asdict()) + "\n")
 
     return log
+
+
+class _Line(BaseModel):
+    """What has to be known of a line to keep or drop it."""
+
+    step: int = Field(ge=1)
+
+
+def _step(line: str, path: Path) -> int:
+    try:
+        return _Line.model_validate_json(line).step
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({first_problem(error)}); delete it and run the same command") from None
 
 
 def loggers(names: Sequence[str], folder: Path, experiment: dict[str, Any]) -> list[Log]:

@@ -1,4 +1,8 @@
-"""What a store will hold, known before anything is run: its batches, their rows, and the shards they lie in."""
+"""What a store will hold, known before anything is run: its batches, their rows, and the shards they are in.
+
+Kept are content, suffix and reply tokens: the fixed template prefix is the same in every prompt, the first token is an
+attention sink, and padding is nothing.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,19 +1,20 @@
-"""One shard of a store: how it lies in its HDF5 file, and how it is written so that a kill costs one batch at most.
+"""One shard of a store: what its HDF5 file holds, and how it is written so that a kill costs one batch at most.
 
 `shard-00000.h5` holds `activations/SITE` [rows, d] in chunks of about 1 MiB, the CRC-32 of every chunk in
 `checksums/SITE`, row by row `tokens/prompt`, `tokens/position`, `tokens/token` and `tokens/role`, and in `batches` the
 first row of each batch. bfloat16, which HDF5 does not have, is kept as uint16 with the attribute `dtype`.
 
-A shard in the making is `shard-00000.partial`. Everything but the activations and their checksums is in it from the
-start, with a place in the file for every chunk. Batches are written to those places past HDF5, whose own tables, which
-a kill would tear, never change again. A journal beside it lists the batches that are on the disk. When all are, the
-checksums are filled in and the file gets its name.
+An unfinished shard is `shard-00000.partial`. Everything but the activations and their checksums is in it from the
+start, with a place in the file for every chunk. Batches are written to those places without HDF5, whose own tables,
+which a kill would tear, never change again. `shard-00000.journal` lists the batches that are on the disk. When all are,
+the checksums are filled in and the file gets its name.
 """
 
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,32 @@ import h5py
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from sfc.core.artifacts import replacing
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, first_problem
 from sfc.saes.plan import PlannedBatch, TokenTable, joined
 
 CHUNK_BYTES = 1 << 20
+_REBUILD = "run `sfc collect --rebuild`"
+_NUMBERS = TypeAdapter(set[NonNegativeInt])
+_DELETE = "delete it and run the same command"
 
 
-class ShardInTheMaking:
-    """A partial shard, open for the batches it still lacks."""
+class UnfinishedShard:
+    """A partial shard, open for the batches that it still lacks."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` (the finished shard's), of which `start_shard` has made the partial file."""
+        """Open the partial file of `path` (the finished shard's)."""
         self.path = path
-        with h5py.File(_partial(path), "r") as file:
+        with _opened(_partial(path), _DELETE) as file:
             self._starts = np.asarray(file["batches"])
             self._places = {site: _Place.of(file, site) for site in _sites(file)}
+        self.done = _journalled(path, len(self._starts))
+        """numbers, within the shard, of the batches that are on the disk"""
         self._file = os.open(_partial(path), os.O_RDWR)
         self._journal = _journal(path).open("ab", buffering=0)
-        self.done = _journalled(path)
-        """numbers, within the shard, of the batches that are on the disk"""
 
     def write(self, number: int, activations: Mapping[str, Tensor]) -> None:
         """Put one batch, [rows, d] per site in the dtype of the store, on the disk."""
@@ -72,21 +77,21 @@ class ShardInTheMaking:
 
 
 @contextmanager
-def shard_in_the_making(
+def unfinished_shard(
     path: Path, batches: Sequence[PlannedBatch], widths: Mapping[str, int], dtype: torch.dtype
-) -> Iterator[ShardInTheMaking]:
+) -> Iterator[UnfinishedShard]:
     """Go on with the partial shard of `path`, or start it; sites that a finished `path` has are copied from it.
 
     Args:
         widths: dimensions of each site that the finished shard shall have.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or the partial shard or its journal is damaged.
     """
-    with explained_disk_errors(path):
-        if not _can_go_on(path, widths):
+    with _explained_disk_errors(path):
+        if not _has_partial(path, widths):
             _start(path, batches, widths, dtype)
-        shard = ShardInTheMaking(path)
+        shard = UnfinishedShard(path)
         try:
             yield shard
         except BaseException:
@@ -95,14 +100,14 @@ def shard_in_the_making(
 
 
 @contextmanager
-def explained_disk_errors(path: Path) -> Iterator[None]:
+def _explained_disk_errors(path: Path) -> Iterator[None]:
     """Say what an error of the file system means for the store."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
-            f"cannot write {path} ({reason}); what is finished stays valid: mend that and run the same command,"
+            f"cannot write {path} ({reason}); what is finished stays valid: solve that and run the same command,"
             " which goes on where it was"
         ) from None
 
@@ -113,13 +118,17 @@ def open_shard(path: Path) -> h5py.File:
     Raises:
         UserError: it is not HDF5, or parts of it are missing.
     """
+    return _opened(path, _REBUILD)
+
+
+def _opened(path: Path, remedy: str) -> h5py.File:
     try:
         file = h5py.File(path, "r")
         if {"activations", "checksums", "batches", *(f"tokens/{name}" for name in TokenTable._fields)} <= _names(file):
             return file
         raise OSError("parts of it are missing")
     except OSError as error:
-        raise UserError(f"{path} is corrupt or no shard ({error}); run `sfc collect --rebuild`") from None
+        raise UserError(f"{path} is corrupt or not a shard ({error}); {remedy}") from None
 
 
 def read_rows(file: h5py.File, site: str, start: int, stop: int) -> Float[Tensor, "rows d"]:
@@ -132,7 +141,7 @@ def read_rows(file: h5py.File, site: str, start: int, stop: int) -> Float[Tensor
     try:
         values = torch.from_numpy(data[start:stop])
     except OSError as error:
-        raise UserError(f"{file.filename} is corrupt ({error}); run `sfc collect --rebuild`") from None
+        raise UserError(f"{file.filename} is corrupt ({error}); {_REBUILD}") from None
     return values.view(torch.bfloat16) if data.attrs["dtype"] == "bfloat16" else values
 
 
@@ -148,17 +157,20 @@ def verify_shard(file: h5py.File, site: str) -> None:
         values = read_rows(file, site, start, min(start + data.chunks[0], len(data)))
         where = f"{file.filename}: {site}, rows {start} to {start + len(values) - 1}"
         if zlib.crc32(_bytes(values)) != checksums[chunk]:
-            raise UserError(f"{where}: the checksum is wrong; run `sfc collect --rebuild`")
+            raise UserError(f"{where}: the checksum is wrong; {_REBUILD}")
         if not values.isfinite().all():
-            raise UserError(f"{where}: values that are not finite; run `sfc collect --rebuild`")
+            raise UserError(f"{where}: values that are not finite; {_REBUILD}")
 
 
+@dataclass(frozen=True)
 class _Place:
-    """Where the chunks of one site and their checksums lie in a partial file."""
+    """Where the chunks of one site and their checksums are in a partial file, in bytes from its start."""
 
-    def __init__(self, offsets: list[int], checksums: int, chunk_rows: int, row_bytes: int, n_rows: int) -> None:
-        self.offsets, self.checksums = offsets, checksums
-        self.chunk_rows, self.row_bytes, self.n_rows = chunk_rows, row_bytes, n_rows
+    offsets: list[int]
+    checksums: int
+    chunk_rows: int
+    row_bytes: int
+    n_rows: int
 
     @classmethod
     def of(cls, file: h5py.File, site: str) -> "_Place":
@@ -252,18 +264,25 @@ def _copy_chunks(source: Any, target: Any) -> None:
         target[start : start + source.chunks[0]] = source[start : start + source.chunks[0]]
 
 
-def _can_go_on(path: Path, widths: Mapping[str, int]) -> bool:
-    """Whether there is a partial file that will have exactly these sites."""
+def _has_partial(path: Path, widths: Mapping[str, int]) -> bool:
+    """Whether there is a partial file of exactly these sites."""
     if not _partial(path).exists():
         return False
-    with h5py.File(_partial(path), "r") as file:
+    with _opened(_partial(path), _DELETE) as file:
         return set(_sites(file)) == set(widths)
 
 
-def _journalled(path: Path) -> set[int]:
+def _journalled(path: Path, n_batches: int) -> set[int]:
     """The batches that the journal lists; a line that a kill cut short does not count."""
-    lines = _journal(path).read_bytes().split(b"\n")[:-1] if _journal(path).exists() else []
-    return {int(line) for line in lines}
+    journal = _journal(path)
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    try:
+        done = _NUMBERS.validate_python([line.decode(errors="replace") for line in lines])
+    except ValidationError as error:
+        raise UserError(f"{journal} is damaged ({first_problem(error)}); {_DELETE}") from None
+    if max(done, default=0) >= n_batches:
+        raise UserError(f"{journal} is damaged (there is no batch {max(done)}); {_DELETE}")
+    return done
 
 
 def _sites(file: h5py.File) -> list[str]:

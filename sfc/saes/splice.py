@@ -17,7 +17,7 @@ from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, layer_before, losses_and_last_logits, prefix_after
-from sfc.models.score import RefusalScore
+from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 
 MIN_DAMAGE = 0.01
@@ -75,7 +75,7 @@ class CleanRuns:
 
 
 @torch.no_grad()
-def run_clean(model: Model, score: RefusalScore, batches: Sequence[Batch], sites: Sequence[str]) -> CleanRuns:
+def run_clean(model: Model, score: Score, batches: Sequence[Batch], sites: Sequence[str]) -> CleanRuns:
     """Run the prompts as they are, and take the mean activation at each site."""
     prefixes = [prefix_after(model, batch, min(map(layer_before, sites))) for batch in batches]
     sums: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ def run_clean(model: Model, score: RefusalScore, batches: Sequence[Batch], sites
 
 
 @torch.no_grad()
-def splicing_quality(model: Model, score: RefusalScore, dictionary: Dictionary, clean: CleanRuns) -> SplicingQuality:
+def splicing_quality(model: Model, score: Score, dictionary: Dictionary, clean: CleanRuns) -> SplicingQuality:
     """Run the prompts with the dictionary spliced in at its site, and with the site's mean and zero in its place."""
     mean = clean.means[dictionary.site]
 
@@ -127,10 +127,10 @@ def splicing_quality(model: Model, score: RefusalScore, dictionary: Dictionary, 
 
 
 def _outcome(
-    model: Model, score: RefusalScore, batch: Batch, prefix: Prefix, interventions: Mapping[str, Intervention]
+    model: Model, score: Score, batch: Batch, prefix: Prefix, interventions: Mapping[str, Intervention]
 ) -> Outcome:
     losses, logits = losses_and_last_logits(model, batch, interventions, prefix)
-    return Outcome(losses, score(logits))
+    return Outcome(losses, score(logits, batch))
 
 
 def _joined(outcomes: Sequence[Outcome]) -> Outcome:

@@ -1,23 +1,47 @@
-"""What a store will hold, known before anything is run: its batches, their rows, and the shards they lie in.
-
-Kept are content, suffix and reply tokens: the fixed template prefix is the same in every prompt, the first token is an
-attention sink, and padding is nothing.
-
-A finished store of activations, open for reading.
-"""
+"""A finished store of activations, open for reading, and the table of its prompts."""
 
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
+from pydantic import BaseModel
 from torch import Tensor
 
+from sfc.core.artifacts import MANIFEST, Artifact, read_model, write_csv
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order
 from sfc.saes.plan import TokenTable, joined
 from sfc.saes.shard import open_shard, read_rows, verify_shard
+
+_PROMPTS_FILE = "prompts.csv"
+
+
+def write_prompts(folder: Path, prompts: pd.DataFrame) -> None:
+    """Write the table of a store's prompts: columns `store_index` (the number that rows of activations have), `id`,
+    `prompt`, `split`, and what else is known of them."""
+    write_csv(folder / _PROMPTS_FILE, prompts.reset_index(drop=True).reset_index(names="store_index"))
+
+
+def read_prompts(folder: Path) -> pd.DataFrame:
+    """The table of a store's prompts; `store_index` is its index."""
+    texts = {"id": str, "prompt": str}
+    return pd.read_csv(folder / _PROMPTS_FILE, index_col="store_index", keep_default_na=False, dtype=texts)
+
+
+def stored_sites(artifact: Artifact) -> list[str]:
+    """The sites that a store has, in the order in which they were collected; none where it is not complete.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    return read_model(artifact.folder / MANIFEST, _Manifest).sites if artifact.is_complete() else []
+
+
+class _Manifest(BaseModel):
+    sites: list[str]
 
 
 class Store:

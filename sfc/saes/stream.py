@@ -1,7 +1,7 @@
 """A shuffled, endless stream of activations for training, whose memory is bounded.
 
-Where the rows come from is a *source*: blocks of rows that can be had one by one, read from a store or made by running
-the model again. Both have the same blocks, so that training sees the same batches either way.
+A `RowSource` has the rows in blocks, which are read from a store or made by running the model again. Both have the same
+blocks, so that training sees the same batches either way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -23,7 +24,7 @@ BLOCKS_PER_BUFFER = 16
 
 
 @dataclass(frozen=True)
-class Source:
+class RowSource:
     """Rows in blocks: how many there are, and how to get those of one block."""
 
     starts: Int[np.ndarray, " blocks+1"]
@@ -36,7 +37,7 @@ class Source:
         return int(self.starts[-1])
 
 
-def stored_source(store: Store, sites: Sequence[str], block_rows: int) -> Source:
+def stored_source(store: Store, sites: Sequence[str], block_rows: int) -> RowSource:
     """The rows of a store, in blocks of whole batches."""
     starts = _block_starts(np.append(store.batch_starts, store.n_tokens), block_rows)
 
@@ -44,12 +45,12 @@ def stored_source(store: Store, sites: Sequence[str], block_rows: int) -> Source
         ranges = store.ranges(int(starts[block]), int(starts[block + 1]))
         return torch.stack([torch.cat([store.read(site, *rows) for rows in ranges]) for site in sites])
 
-    return Source(starts, read)
+    return RowSource(starts, read)
 
 
 def live_source(
     model: Model, batches: Sequence[PlannedBatch], sites: Sequence[str], dtype: torch.dtype, block_rows: int
-) -> Source:
+) -> RowSource:
     """The rows that a store of these batches would hold, made by running the model whenever they are asked for."""
     first_rows = np.cumsum([0, *(batch.n_rows for batch in batches)])
     starts = _block_starts(first_rows, block_rows)
@@ -59,11 +60,16 @@ def live_source(
         runs = [activations_of(model, batch, sites, dtype) for batch in batches[first:last]]
         return torch.stack([torch.cat([run[site] for run in runs]).float().cpu() for site in sites])
 
-    return Source(starts, read)
+    return RowSource(starts, read)
 
 
 def shuffled_batches(
-    source: Source, wanted: Bool[np.ndarray, " rows"], batch_size: int, seed: int, buffer_rows: int, first_step: int = 0
+    source: RowSource,
+    wanted: Bool[np.ndarray, " rows"],
+    batch_size: int,
+    seed: int,
+    buffer_rows: int,
+    first_step: int = 0,
 ) -> Iterator[Float[Tensor, "sites batch d"]]:
     """Random batches of the wanted rows, epoch after epoch, without end.
 
@@ -94,7 +100,7 @@ def shuffled_batches(
 
 
 def _endless_buffers(
-    source: Source, wanted: np.ndarray, batch_size: int, seed: int, buffer_rows: int
+    source: RowSource, wanted: np.ndarray, batch_size: int, seed: int, buffer_rows: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each buffer its blocks, and the rows of each batch from it: a function of the arguments alone."""
     counts = np.add.reduceat(wanted, source.starts[:-1], dtype=np.int64)
@@ -102,7 +108,8 @@ def _endless_buffers(
         random = np.random.default_rng([seed, epoch])
         for blocks in _groups(random.permutation(len(counts)), counts, batch_size, buffer_rows):
             rows = random.permutation(counts[blocks].sum())
-            yield blocks, rows[: len(rows) - len(rows) % batch_size].reshape(-1, batch_size)
+            whole = rows[: len(rows) - len(rows) % batch_size]
+            yield blocks, rearrange(whole, "(batches rows) -> batches rows", rows=batch_size)
 
 
 def _groups(order: np.ndarray, counts: np.ndarray, batch_size: int, buffer_rows: int) -> list[np.ndarray]:
@@ -126,7 +133,7 @@ def _from_step(buffers: Iterator[tuple[np.ndarray, np.ndarray]], step: int) -> I
         step = max(step - len(batches), 0)
 
 
-def _read(source: Source, wanted: np.ndarray, blocks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+def _read(source: RowSource, wanted: np.ndarray, blocks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
     """The wanted rows of the blocks in one tensor, which is filled block by block so that none is held twice."""
     keep = [torch.from_numpy(wanted[source.starts[block] : source.starts[block + 1]]) for block in blocks]
     ends = np.cumsum([int(rows.sum()) for rows in keep])

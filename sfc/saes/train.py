@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,11 +99,7 @@ def train_saes(
     k = config.active_features(len(trainings[0].parameters.b_enc))
     reported, reported_at, checkpoint_at = first, time.perf_counter(), time.perf_counter() + config.checkpoint_seconds
     step = first
-    for step, batch in enumerate(stream(first), start=first + 1):
-        if step > config.steps:
-            break
-        if batch.shape[0] != len(sites):
-            raise ValueError(f"a batch has {batch.shape[0]} sites, {len(sites)} are to be trained")
+    for step, batch in enumerate(islice(stream(first), config.steps - first), start=first + 1):
         batch = batch.to(device, torch.float32, non_blocking=True)
         learning_rate = config.learning_rate * schedule(step, config)
         losses = [
@@ -117,8 +115,6 @@ def train_saes(
         if checkpoint is not None and time.perf_counter() >= checkpoint_at and step < config.steps:
             seconds = save(checkpoint, trainings, step)
             checkpoint_at = time.perf_counter() + max(config.checkpoint_seconds, CHECKPOINT_SHARE * seconds)
-        if step == config.steps:
-            break
     if step < config.steps:
         raise UserError(f"SAE training: the activations ended after {step} of {config.steps} steps; lower saes.steps")
     return [finish(training, k) for training in trainings]
@@ -232,10 +228,6 @@ def schedule(step: int, config: SaeConfig) -> float:
     return min(1.0, warmup, decay)
 
 
-def _mean(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
-    return rows.mean(dim=0)
-
-
 @torch.no_grad()
 def geometric_median(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
     """The point with the least mean distance to the rows (Weiszfeld 1937): a mean that outliers do not pull."""
@@ -247,7 +239,7 @@ def geometric_median(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]
     return median
 
 
-_CENTRES = {"median": geometric_median, "mean": _mean}
+_CENTRES = {"median": geometric_median, "mean": partial(torch.mean, dim=0)}
 
 
 def _generator(seed: int, site: str) -> torch.Generator:
@@ -258,7 +250,7 @@ def _generator(seed: int, site: str) -> torch.Generator:
 
 @torch.no_grad()
 def _remove_parallel_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Leave of each row's gradient what turns the row: its length is fixed, so Adam shall not see the rest."""
+    """Keep only what turns the row of each row's gradient: its length is fixed, and Adam must not see the rest."""
     assert W_dec.grad is not None
     along = torch.bmm(W_dec.grad[:, None, :], W_dec[:, :, None])[:, 0]  # vecdot would store the product
     W_dec.grad.addcmul_(W_dec, along, value=-1)

@@ -14,7 +14,7 @@ from sfc.circuits.replies import Behaviour, measure_behaviour
 from sfc.core.artifacts import Artifact, write_csv, write_text
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import UNLABELLED, load_prompt_file
-from sfc.data.schema import keyed_ranks
+from sfc.data.schema import keyed_ranks, looked_up
 from sfc.models.identity import model_identity
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pages.style import PLOTLY_CONFIG
@@ -127,5 +127,4 @@ def judged(run: Run, model: Model, prompts: pd.DataFrame, name: str) -> pd.DataF
         with artifact.being_made() as folder:
             finish_behaviour(artifact, folder, measure_behaviour(model, labelled(prompts)), run.experiment.name)
     replies = pd.read_csv(artifact.folder / FILES["replies"], keep_default_na=False)
-    refused = dict(zip(replies["prompt"], replies["refused"], strict=True))
-    return prompts.assign(refused=prompts["prompt"].map(refused).astype(bool))
+    return prompts.assign(refused=looked_up(prompts["id"], replies, "refused").astype(bool))

@@ -78,7 +78,7 @@ def _near_duplicates(frame: pd.DataFrame, threshold: float) -> pd.DataFrame:
     table = pd.DataFrame({"similarity": [round(pair.similarity, 3) for pair in pairs]})
     for side, places in (("first", [pair.first for pair in pairs]), ("second", [pair.second for pair in pairs])):
         rows = frame.iloc[places]
-        for column in ("prompt", "category", "dataset_type", "original_source"):
+        for column in ("id", "prompt", "category", "dataset_type", "original_source"):
             table[f"{side}_{column}"] = rows[column].to_numpy()
     return table
 

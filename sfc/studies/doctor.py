@@ -111,7 +111,7 @@ def _store(run: Run) -> str:
 def _saes(run: Run) -> str:
     if not run.saes.is_complete():
         return f"not trained yet ({run.saes.folder})"
-    from sfc.studies.train.train import load_dictionaries
+    from sfc.saes.format import load_dictionaries
 
     dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
     unexplained = run.saes.manifest()["variance_unexplained"]
@@ -119,7 +119,7 @@ def _saes(run: Run) -> str:
 
 
 def _circuits(run: Run) -> Iterator[Check]:
-    from sfc.circuits.circuit import load_circuit
+    from sfc.circuits.files import load_circuit
 
     def sound(artifact: Artifact) -> str:
         graph = load_circuit(artifact.folder / "circuit.json")

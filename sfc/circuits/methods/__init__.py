@@ -58,7 +58,8 @@ class Method:
     reads_topics: bool = False
     """whether the result depends on the topics of the prompts"""
     signs: tuple[str, str, str] | None = None
-    """what an effect above, below and equal to 0 means, unless it is a change of the score"""
+    """what an effect above, below and equal to 0 means, unless it is a change of the score; `{positive}` and
+    `{negative}` stand for the two sides of the prompts"""
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -116,7 +117,7 @@ METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=
 METHODS.register(
     Method(
         "correlation", _rank("correlation"), CorrelationOptions, causal=False, per_prompt=False, reads_topics=True,
-        signs=("fires more on toxic prompts", "fires more on safe prompts", "no correlation"),
+        signs=("fires more on {positive} prompts", "fires more on {negative} prompts", "no correlation"),
     )
 )  # fmt: skip
 METHODS.register(

@@ -14,11 +14,13 @@ from sfc.core.artifacts import Artifact, write_csv, write_json, write_text
 from sfc.core.errors import CannotLoadModel, UserError, suggestion
 from sfc.core.progress import say
 from sfc.pipeline import ensure_circuit
-from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching, ensure_probe
+from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching
 from sfc.run import Run
 from sfc.studies.batch.depth import frequencies
 from sfc.studies.batch.page import write_batch_page
 from sfc.studies.batch.tables import critical_table, model_row, probe_table
+from sfc.studies.probe.study import ProbeOptions
+from sfc.studies.study import STUDIES, ensure
 
 FILES = {
     "page": "batch.html",
@@ -31,11 +33,17 @@ _TRACEBACKS = "tracebacks.txt"
 
 STAGES: dict[str, Callable[[Run, str, int | None], Artifact]] = {
     "behaviour": lambda run, _category, limit: ensure_behaviour(run, None, "test", limit),
-    "probe": lambda run, category, _limit: ensure_probe(run, category),
+    "probe": lambda run, category, _limit: _probed(run, category),
     "logits": lambda run, category, _limit: ensure_logit_attribution(run, category),
     "patching": lambda run, _category, _limit: ensure_patching(run),
     "circuit": lambda run, category, _limit: ensure_circuit(run, category),
 }
+
+
+def _probed(run: Run, category: str) -> Artifact:
+    run = run.having(ProbeOptions, category=category)
+    ensure(STUDIES["probe"], run)
+    return STUDIES["probe"].artifact(run)
 
 
 class Failure(NamedTuple):

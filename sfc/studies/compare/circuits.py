@@ -21,6 +21,7 @@ from sfc.core.artifacts import read_json, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import say
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
@@ -67,7 +68,7 @@ def _problems(
         names = [category, f"{category}-half-0", f"{category}-half-1"]
         if missing.isdisjoint(names):
             continue
-        problem, _, _ = prepare_problem(run, category)
+        problem, _, _ = prepare_problem(Session(run), category)
         parts = [problem.runs, *problem.runs.halves(seed)]
         yield from (
             (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
@@ -76,7 +77,7 @@ def _problems(
         names = [f"{a}-{b}-half-{half}" for half in (0, 1)]
         if missing.isdisjoint(names):
             continue
-        problem, other = (prepare_problem(run, category)[0] for category in (a, b))
+        problem, other = (prepare_problem(Session(run), category)[0] for category in (a, b))
         # Half of each category's prompts, so that a shuffled half has as many as any other.
         size = (problem.runs.n_prompts + other.runs.n_prompts) // 4
         pool = problem.runs.joined(other.runs).sample(2 * size, seed)

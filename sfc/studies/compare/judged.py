@@ -21,6 +21,7 @@ from sfc.circuits.replies import ablated_refusals
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.progress import progress_bar
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.discover.problem import prepare_problem
 
@@ -59,7 +60,7 @@ def _judged(
     run: Run, category: str, circuits: Mapping[str, Weights], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """What is written for one category: rows of `transfer` and `core`, and the nodes."""
-    problem, runs, _ = prepare_problem(run, category)
+    problem, runs, _ = prepare_problem(Session(run), category)
     names, listed = [*circuits, *parts], [*map(list, circuits.values()), *parts.values()]
     keep = masks(problem.ablation.nodes, listed)
     rows = [

@@ -18,12 +18,12 @@ from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import attribution
 from sfc.circuits.options import base_model
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.spaces import NodeSpace
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.models.batches import Batch, SlotLayout
-from sfc.models.loading import Model, load_model
-from sfc.run import Run
-from sfc.saes.dictionary import Dictionary
+from sfc.models.loading import Model
+from sfc.session import Session
 
 BASE_FILE = "base.csv"
 TIMES = 5.0
@@ -31,9 +31,8 @@ TIMES = 5.0
 
 
 def against_base(
-    run: Run,
-    model: Model,
-    dictionaries: Mapping[str, Dictionary],
+    session: Session,
+    spaces: Mapping[str, NodeSpace],
     parts: Sequence[list[Batch]],
     layout: SlotLayout,
 ) -> tuple[Reference, list[list[Batch]]]:
@@ -42,22 +41,22 @@ def against_base(
     Raises:
         UserError: the base model is of other sizes, or reads the tokens differently.
     """
-    base = load_base(run, model)
+    base = load_base(session)
     with_tables, n_before = [], 0
     for part in parts:
         with_tables.append([batch.with_tables(batch.prompts + n_before, layout) for batch in part])
         n_before += sum(len(batch.prompts) for batch in part)
     say(f"reference: the same prompts in the base model, {base.config.source}")
-    return reference_in_tables(base, dictionaries, list(chain(*with_tables)), layout), with_tables
+    return reference_in_tables(base, spaces, list(chain(*with_tables)), layout), with_tables
 
 
-def load_base(run: Run, model: Model) -> Model:
-    """The model that `model` was trained from.
+def load_base(session: Session) -> Model:
+    """The model that the session's model was trained from.
 
     Raises:
         UserError: it is of other sizes, or reads the tokens differently.
     """
-    base = load_model(base_model(run.experiment), model.device)
+    model, base = session.model, session.load(base_model(session.run.experiment))
     if (base.n_layers, base.d_model) != (model.n_layers, model.d_model):
         raise UserError(
             f"discovery.base: {base.config.source} has {base.n_layers} layers of width {base.d_model}, the model"
@@ -69,7 +68,7 @@ def load_base(run: Run, model: Model) -> Model:
 
 
 def base_changes(
-    run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int]
+    session: Session, problem: Problem, test_runs: PromptRuns, members: Sequence[int]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """What the circuit's nodes were before training, and what they do when they are put into the base model.
 
@@ -86,7 +85,7 @@ def base_changes(
     layout, before = problem.ablation.reference.layout, problem.ablation.reference
     batches = [*problem.runs.batches, *test_runs.batches]
     now = reference_in_tables(problem.model, dictionaries, batches, layout)
-    base = load_base(run, problem.model)
+    base = load_base(session)
     first = nodes.sites[0]
     swapped = replace(
         problem,

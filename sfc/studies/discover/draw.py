@@ -1,40 +1,42 @@
-"""Stage: a circuit's page, made from the files beside it."""
+"""A circuit's page drawn again from the files beside it, and its feature cards where they are missing."""
 
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import pandas as pd
 
-from sfc.circuits.circuit import load_circuit
-from sfc.core.artifacts import read_json
-from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.models.loading import load_outline
-from sfc.pages.circuit import write_page
-from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
+from sfc.circuits.files import load_circuit
+from sfc.core.artifacts import read_json, write_text
+from sfc.features.labels import CARDS_FILE
+from sfc.pages.html import page_html
 from sfc.run import Run
-from sfc.studies.discover.discover import write_cards
-from sfc.studies.train.train import load_dictionaries
+from sfc.session import Session
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.discover.study import DISCOVER, circuit_of
+from sfc.studies.study import ensure
+from sfc.studies.train.study import TRAIN
 
 
-def ensure_cards(run: Run, category: str) -> tuple[Path, nx.DiGraph, dict[str, Any]]:
-    """The folder, the graph and the cards of a category's circuit; what is not there is made.
+def ensure_cards(run: Run, category: str | None) -> tuple[Path, nx.DiGraph, dict[str, Any]]:
+    """The folder, the graph and the cards of a category's circuit; whatever is missing is made.
 
     Raises:
         UserError: as discovery.
     """
-    folder = ensure_circuit(run, category).folder
-    graph = load_circuit(folder / "circuit.json")
+    session = Session(run)
+    folder = circuit_of(run, category, session).folder
+    graph = load_circuit(folder / DISCOVER.files["circuit"])
     if (folder / CARDS_FILE).is_file():
         return folder, graph, read_json(folder / CARDS_FILE)
-    ensure_saes(run)
-    ensure_store(run)
-    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
-    return folder, graph, write_cards(run, graph, dictionaries, load_outline(run.experiment.model).tokenizer, folder)
+    for study in (TRAIN, COLLECT):
+        ensure(study, run, session=session)
+    from sfc.studies.discover.measure import write_cards
+
+    return folder, graph, write_cards(session, graph, session.dictionaries, folder)
 
 
-def draw_circuit(run: Run, category: str) -> dict[str, str]:
-    """Draw the circuit of a category anew, with the labels of `labels.json`; cards are made where there are none.
+def draw_circuit(run: Run, category: str | None) -> dict[str, str]:
+    """Draw the page of a category's circuit again, with the labels of `labels.json`; missing cards are made.
 
     Returns:
         The files by name.
@@ -42,7 +44,7 @@ def draw_circuit(run: Run, category: str) -> dict[str, str]:
     Raises:
         UserError: as discovery, or `labels.json` is not valid.
     """
-    folder, graph, cards = ensure_cards(run, category)
-    page, curve = folder / "circuit.html", pd.read_csv(folder / "curve.csv")
-    write_page(page, graph, curve, read_json(folder / "result.json"), with_own_labels(cards, folder))
+    folder, *_ = ensure_cards(run, category)
+    page = folder / DISCOVER.files["page"]
+    write_text(page, page_html(DISCOVER.page(circuit_of(run, category))))
     return {"page": str(page), "features": str(folder / CARDS_FILE)}

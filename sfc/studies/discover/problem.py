@@ -1,12 +1,8 @@
-"""A task: what a circuit is to explain. Refusing the prompts of a category is one, a file of pairs sets another.
+"""The question that circuits are found and judged by: model, node spaces, prompts and reference of one task.
 
-Paired references: the prompts of `pairs.csv`, each held against its own partner and not against a mean.
-
-The task that a category of the data set sets: what makes the model refuse its prompts?
-
-The task that behaviour sets: among prompts of one label, what makes the model refuse those that it refuses?
-
-The question that circuits are found and judged by: model, dictionaries, prompts and references of one task.
+A behavior may set a task of its own. Others have two sides: prompts of one are explained, and the reference is a mean
+over those of the other, their partners in `pairs.csv`, those that the model answered, or the same prompts in the base
+model.
 """
 
 from collections.abc import Mapping
@@ -17,30 +13,27 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 
+from sfc.behaviors.behavior import Words
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
 from sfc.circuits.nodes import NODES, Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
-from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.spaces import checked
+from sfc.circuits.problem import Problem, PromptRuns, Task
+from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
 from sfc.data.pairs import load_pairs
-from sfc.data.schema import ALL
+from sfc.data.schema import ALL, looked_up, with_ids
 from sfc.data.topics import listed_topics
 from sfc.models.batches import Batch, SlotLayout, make_batches
-from sfc.models.loading import Model, choose_device, load_model
-from sfc.models.score import RefusalScore, auroc, score_prompts
+from sfc.models.score import auroc, score_prompts
 from sfc.run import Run
-from sfc.saes.dictionary import Dictionary
-from sfc.saes.store import Store
+from sfc.saes.store import read_prompts
+from sfc.session import Session
 from sfc.studies.behaviour import judged
-from sfc.studies.collect import PROMPTS_FILE, short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
-from sfc.studies.discover.pairs import pairs_task
-from sfc.studies.discover.task import Task
-from sfc.studies.train.train import load_dictionaries
 
 
 class Paired(NamedTuple):
@@ -50,15 +43,16 @@ class Paired(NamedTuple):
     discovery: list[Batch]
     test: list[Batch]
     prompts: pd.DataFrame
-    """columns `prompt`, `category`, `refusal_label`, `dataset_type`, `split`; partners are of the split `reference`"""
+    """columns `id`, `prompt`, `category`, `refusal_label`, `dataset_type`, `split` (partners: `reference`)"""
 
 
-def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Paired:
+def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Paired:
     """The category's pairs: those of the population are explained, the others give the reference.
 
     Raises:
         UserError: there are too few pairs, or none short enough.
     """
+    run, model = session.run, session.model
     experiment, population = run.experiment, DiscoveryOptions.of(run.experiment).population
     pairs = load_pairs(run.data_folder, category, experiment.prompts, experiment.seed)
     partner = "safe" if population == "toxic" else "toxic"
@@ -78,7 +72,7 @@ def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[
         tables = torch.from_numpy(chosen).to(model.device)
         return [batch.with_tables(tables[batch.prompts], layout) for batch in plain]
 
-    reference = paired_reference(model, dictionaries, make_batches(partners, layout, tokens, model.device), layout)
+    reference = paired_reference(model, spaces, make_batches(partners, layout, tokens, model.device), layout)
     discovery, test = (batches(of_split[split]) for split in ("discovery", "test"))
     check_covered(reference, [*discovery, *test])
     kept = pairs[fits]
@@ -86,7 +80,7 @@ def paired_prompts(run: Run, category: str, model: Model, dictionaries: Mapping[
         pd.DataFrame({"prompt": kept[population], "refusal_label": population == "toxic", "split": kept["split"]}),
         pd.DataFrame({"prompt": kept[partner], "refusal_label": partner == "toxic", "split": "reference"}),
     ]
-    prompts = pd.concat(frames).assign(category=category, dataset_type="pair")
+    prompts = with_ids(pd.concat(frames).assign(category=category, dataset_type="pair"))
     return Paired(reference, discovery, test, prompts)
 
 
@@ -103,12 +97,13 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
 """which prompts of the reference split are averaged, by their expected label"""
 
 
-def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
+def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Task:
     """The prompts of one category, or of `ALL`, against the reference that the configuration names.
 
     Raises:
         UserError: the category lacks prompts.
     """
+    run, model = session.run, session.model
     experiment, config = run.experiment, DiscoveryOptions.of(run.experiment)
     frame = run.prompts.frame
     if config.contrast == "toxic-hard":
@@ -138,36 +133,36 @@ def refusal_task(run: Run, category: str, model: Model, dictionaries: Mapping[st
     hard = ", its safe prompts being hard ones" if config.contrast == "toxic-hard" else ""
     say(f"reference: {config.reference_choice}{hard}")
     if config.reference_choice == "paired":
-        paired = paired_prompts(run, category, model, dictionaries)
+        paired = paired_prompts(session, category, spaces)
         reference, to_explain = paired.reference, [paired.discovery, paired.test]
         facts["prompts"] = pd.concat([used[discovery], paired.prompts])
     elif config.reference_choice == "base":
-        reference, to_explain = against_base(run, model, dictionaries, to_explain, layout)
+        reference, to_explain = against_base(session, spaces, to_explain, layout)
     elif config.reference_choice == "zero":
-        reference = zero_reference(dictionaries, layout)
+        reference = zero_reference(spaces, layout)
     else:
-        reference = mean_reference(model, dictionaries, batches(in_reference), layout)
-    score = RefusalScore.of(model)
-    facts["score_auroc"] = _score_separation(model, score, batches(discovery), used[discovery])
+        reference = mean_reference(model, spaces, batches(in_reference), layout)
+    score = session.metric
+    separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
+    facts["score_auroc"] = None if separation is None else round(separation, 4)
+    _warn_of_low(separation, run.behavior.words)
     return Task(score, reference, to_explain[0], to_explain[1], used[discovery], config.population, facts)
 
 
-def _score_separation(model: Model, score: RefusalScore, batches: list[Batch], prompts: pd.DataFrame) -> float | None:
-    """AUROC of the score between toxic and safe discovery prompts; low values are warned of."""
-    separation = auroc(score_prompts(model, score, batches), prompts["refusal_label"].to_numpy(dtype=bool))
+def _warn_of_low(separation: float | None, words: Words) -> None:
     if separation is not None and separation < LOW_AUROC:
         say(
-            f"warning: the refusal score tells toxic from safe prompts with AUROC {separation:.2f} only (below"
-            f" {LOW_AUROC}); this model may hardly refuse, or model.refusal_tokens may not be how it opens a refusal"
+            f"warning: the {words.score} tells {words.positive} from {words.negative} prompts with AUROC"
+            f" {separation:.2f} only (below {LOW_AUROC}); this model may hardly show the behavior, or the score's"
+            " tokens may not be how it opens such replies"
         )
-    return None if separation is None else round(separation, 4)
 
 
 FEWEST = {"discovery": 8, "reference": 4, "test": 4}
 """prompts that each split must have of the sides that it is used for"""
 
 
-def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
+def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Task:
     """The refused prompts of one category, or of `ALL`, against the mean of those of the same label that are answered.
 
     The label is `toxic`, or `hard` where the population is safe. Sides are judged replies, never labels.
@@ -175,6 +170,7 @@ def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[
     Raises:
         UserError: a side has too few prompts in some split.
     """
+    run, model = session.run, session.model
     experiment = run.experiment
     kind = "toxic" if DiscoveryOptions.of(experiment).population == "toxic" else "hard"
     frame = run.prompts.frame
@@ -192,11 +188,11 @@ def behaviour_task(run: Run, category: str, model: Model, dictionaries: Mapping[
 
     refused = prompts["refused"].to_numpy(dtype=bool)
     discovery, reference, test = (prompts["split"].eq(split).to_numpy() for split in ("discovery", "reference", "test"))
-    score, labelled = RefusalScore.of(model), prompts[discovery]
+    score, labelled = session.metric, prompts[discovery]
     separation = auroc(score_prompts(model, score, batches(discovery)), refused[discovery])
     return Task(
         score=score,
-        reference=mean_reference(model, dictionaries, batches(reference & ~refused), layout),
+        reference=mean_reference(model, spaces, batches(reference & ~refused), layout),
         discovery=batches(discovery & refused),
         test=batches(test & refused),
         # The two sides of this task are the judged ones.
@@ -227,44 +223,41 @@ def _check_sides(prompts: pd.DataFrame, kind: str, category: str) -> None:
         )
 
 
-def prepare_problem(run: Run, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
+def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
     """Everything discovery and evaluation need: the problem on discovery prompts, the runs of the test prompts, and the
     facts for the manifest: `prompts` (a frame), `population`, `score_auroc`, and what else the task has to say.
 
     Raises:
-        UserError: the task lacks prompts, or an artifact it needs is corrupt.
+        UserError: the task lacks prompts, or an artifact it needs is damaged.
     """
-    experiment = run.experiment
-    model = load_model(experiment.model, choose_device(run.device))
-    kind, activations = NODES[DiscoveryOptions.of(experiment).nodes], experiment.activations
-    store = Store(run.store.folder)
-    saes = load_dictionaries(run.saes.folder, activations.sites, model.device) if kind.needs_saes else {}
-    sources = Sources(model, activations.sites, activations.layers, saes, store)
-    dictionaries = checked(kind.spaces(sources), model)
-    if run.pairs:
-        task = pairs_task(run, run.pairs, model, dictionaries)
-    elif DiscoveryOptions.of(experiment).contrast == "refused-complied":
-        task = behaviour_task(run, category, model, dictionaries)
-    else:
-        task = refusal_task(run, category, model, dictionaries)
-    nodes = Nodes.of_spaces(dictionaries)
+    run, model = session.run, session.model
+    config, activations = DiscoveryOptions.of(run.experiment), run.experiment.activations
+    kind = NODES[config.nodes]
+    saes = session.dictionaries if kind.needs_saes else {}
+    sources = Sources(model, activations.sites, activations.layers, saes, session.store)
+    spaces = checked(kind.spaces(sources), model)
+    task = run.behavior.task(run.experiment, category, model, spaces)
+    if task is None:
+        task = (judged_task if config.contrast == "refused-complied" else sides_task)(session, category, spaces)
+    nodes = Nodes.of_spaces(spaces)
     first = nodes.sites[0]
     problem = Problem(
         model=model,
         score=task.score,
-        ablation=Ablation(nodes, dictionaries, task.reference, EvaluationOptions.of(experiment).error_mode),
+        ablation=Ablation(nodes, spaces, task.reference, EvaluationOptions.of(run.experiment).error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
-        store=store,
+        store=session.store,
         prompts=with_store_index(run, task.labelled),
-        experiment=experiment,
+        experiment=run.experiment,
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 
 
 def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompts with their numbers in the store and, where the data set lists them, their topics."""
-    stored = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
-    index = dict(zip(stored["prompt"], stored["store_index"], strict=True))
-    topics = None if run.pairs else listed_topics(run.data_folder, prompts["original_source"].tolist())
-    listed = {} if topics is None else {"topic": topics}
-    return prompts.assign(store_index=prompts["prompt"].map(index), **listed).reset_index(drop=True)
+    stored = read_prompts(run.store.folder).reset_index()
+    prompts = prompts.assign(store_index=looked_up(prompts["id"], stored, "store_index")).reset_index(drop=True)
+    if "original_source" not in prompts:
+        return prompts
+    topics = listed_topics(run.data_folder, prompts["original_source"].tolist())
+    return prompts if topics is None else prompts.assign(topic=topics)

@@ -33,7 +33,7 @@ from sfc.models.running import last_logits
 from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats.formats import Formats, Version
 from sfc.studies.formats.page import write_formats_page
 
@@ -127,7 +127,7 @@ def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path |
         harmful_z = np.stack([values[harmful] for values in z.values()], 1)
         test, pairs = friedman(harmful_z), pairwise_wilcoxon(harmful_z, list(formats))
         long = pd.concat(
-            [frame[["prompt", "category", "label"]].assign(format=name, logit_difference=scores[name], z=z[name])
+            [frame[["id", "prompt", "category", "label"]].assign(format=name, logit_difference=scores[name], z=z[name])
              for name in formats]
         )  # fmt: skip
         for name, table in {"scores": long, "formats": summary, "pairs": pairs}.items():
@@ -159,7 +159,7 @@ def _instructions(run: Run, prompts: Path | None, category: str, limit: int | No
     most = min(limit or len(harmful), len(harmful))
     frame = pd.concat([harmful, harmless], ignore_index=True)
     chosen = keyed_ranks(frame, ["label"], f"formats {run.experiment.seed}") < most
-    return frame.loc[chosen, ["prompt", "category", "label"]].reset_index(drop=True)
+    return frame.loc[chosen, ["id", "prompt", "category", "label"]].reset_index(drop=True)
 
 
 def _check_sides(harmful: Bool[np.ndarray, " n"]) -> None:

@@ -16,7 +16,7 @@ from sfc.models.loading import Model, choose_device, load_model
 from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.stats import bootstrap_means
-from sfc.studies.collect import short_enough
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.logits.attribution import LogitAttribution, attribute_logits, by_layer, refusal_logit_difference
 from sfc.studies.logits.page import write_logits_page
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest_heads
@@ -53,7 +53,7 @@ def make_logit_attribution(run: Run, artifact: Artifact, category: str, rebuild:
         tables = {
             "components": components,
             "groups": group_table(attribution, prompts, experiment.seed),
-            "prompts": prompts[["prompt", "category", "label", "logit_difference", "score"]],
+            "prompts": prompts[["id", "prompt", "category", "label", "logit_difference", "score"]],
         }
         for name, table in tables.items():
             write_csv(folder / FILES[name], table, digits=6)

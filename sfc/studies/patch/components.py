@@ -38,12 +38,6 @@ class Patch(NamedTuple):
         """The hook points where it acts, in the order in which the model passes them."""
         return [site_of(_WHERE[self.kind], layer) for layer in range(self.first_layer, self.layer + 1)]
 
-    @property
-    def starts_after(self) -> int:
-        """The last block that a run with this patch need not run."""
-        # The residual stream after a block is replaced in what a run that starts behind it is given.
-        return self.first_layer if self.kind == "resid" else self.first_layer - 1
-
 
 def single_patches(kinds: Sequence[ComponentKind], layers: Sequence[int], n_heads: int) -> list[Patch]:
     """Every component of these kinds and layers by itself; `head` is every head of a layer."""

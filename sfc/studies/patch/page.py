@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,7 +17,7 @@ from sfc.pages.text import hover_text, number_text, printable
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}
 _DIRECTIONS = {"denoise": "Denoising: clean into corrupted", "noise": "Noising: corrupted into clean"}
-_RAISES, _LOWERS, _ = (sign.colour for sign in signs(""))
+_RAISES, _LOWERS, _ = (sign.colour for sign in signs(nx.DiGraph()))
 _SCALE = [[0, _LOWERS], [0.5, "#ffffff"], [1, _RAISES]]
 _COLOURS = dict(zip(_KINDS, (INK, "#009e73", "#cc79a7", _LOWERS), strict=True))
 _SIGNIFICANT = 0.05

@@ -12,7 +12,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import pairs_file
 from sfc.run import Run
-from sfc.studies.discover.discover import Clock
+from sfc.session import Clock
 from sfc.studies.patch.alignment import expand
 from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
 from sfc.studies.patch.options import PatchingOptions

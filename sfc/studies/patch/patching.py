@@ -8,8 +8,8 @@ that here a *base* run is patched with activations of a *source* run, and the ef
 
 which is 0 where nothing changes and 1 where the score becomes the source's (Heimersheim and Nanda 2024).
 
-Three things make it fast. Only the tokens from the first patched one on are run (`Tails`); only the blocks from the
-first patched one on (`Prefix`); and many patches, of one component or of several, go through in one packed batch.
+Only the tokens from the first patched one on are run (`Tails`), and patches are packed as all edits are
+(`sfc.models.engine`).
 
 Attribution patching: every patch's effect to first order, from one backward pass (Nanda 2023; Kramár et al. 2024).
 
@@ -20,35 +20,34 @@ score is linear between the two runs; `sfc patch` shows it beside the exact effe
 Patch many pairs, in one direction and at one set of positions: exactly, and to first order beside it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.data.render import TokenizedPrompt
-from sfc.models.interventions import Intervention, leaf_recorder, recorder
+from sfc.models import engine
+from sfc.models.edits import Replacement, Replacements
+from sfc.models.engine import PreparedPrompts, Progress
+from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, every_prefix
 from sfc.models.score import RefusalScore, score_batch
-from sfc.models.tails import Tails, make_tails
+from sfc.models.tails import make_tails
 from sfc.studies.patch.alignment import align
 from sfc.studies.patch.components import Patch
 from sfc.studies.patch.ranking import PatchRuns
 from sfc.studies.patch.selection import TokenizedPair, unaligned
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Transplant:
     """Runs ready to be patched at one set of positions, and the activations to put there."""
 
-    base: Tails
-    prefixes: Mapping[int, Prefix]
-    """the base runs, stopped after each layer"""
+    base: PreparedPrompts
+    """one batch of tails"""
     replaced: Bool[Tensor, "pair pos"]
     """the positions of the base tails where activations are replaced"""
     values: Mapping[str, Float[Tensor, "pair pos width"]]
@@ -91,8 +90,7 @@ def make_transplant(
     source_score = score_batch(model, score, source, {site: recorder(activations, site) for site in sites})
     rows, read = torch.arange(len(pairs), device=model.device)[:, None], read.to(model.device)
     return Transplant(
-        base=base,
-        prefixes=every_prefix(model, base),
+        base=PreparedPrompts.of(model, [base]),
         replaced=replaced.to(model.device),
         values={site: activation[rows, read] for site, activation in activations.items()},
         base_score=score_batch(model, score, base),
@@ -100,7 +98,6 @@ def make_transplant(
     )
 
 
-@torch.no_grad()
 def patched_scores(
     model: Model,
     score: RefusalScore,
@@ -115,17 +112,12 @@ def patched_scores(
         batch_tokens: tokens per packed run, padding included; at least one patch goes through at a time.
         progress: called with the number of patched runs done since the last call, one per patch and pair.
     """
-    base = transplant.base
-    scores = np.full((len(patches), len(base.lengths)), np.nan)
-    for start, group in _packs(patches, base.copies_in(batch_tokens)):
-        packed = [patches[i] for i in group]
-        sites = dict.fromkeys(site for patch in packed for site in patch.sites)
-        interventions = {site: _replacing(model, transplant, site, packed) for site in sites}
-        prefix = transplant.prefixes[start].repeat(len(group))
-        of_group = score_batch(model, score, base.repeat(len(group)), interventions, prefix)
-        scores[group] = of_group.view(len(group), -1).cpu().numpy()
-        progress(len(of_group))
-    return scores
+    replacements = [
+        Replacement(patch.sites, part_of(model, patch, transplant.values[patch.sites[0]].shape[-1]))
+        for patch in patches
+    ]
+    edits = Replacements(replacements, transplant.replaced, transplant.values)
+    return engine.scores(transplant.base, score, edits, progress, batch_tokens)
 
 
 def part_of(model: Model, patch: Patch, width: int) -> slice:
@@ -134,31 +126,6 @@ def part_of(model: Model, patch: Patch, width: int) -> slice:
         return slice(None)
     d_head = width // model.bridge.cfg.n_heads
     return slice(patch.head * d_head, (patch.head + 1) * d_head)
-
-
-def _packs(patches: Sequence[Patch], size: int) -> Iterator[tuple[int, Int[np.ndarray, " packed"]]]:
-    """Patches by index, at most `size` at a time, all of which start after the same block."""
-    starts = np.array([patch.starts_after for patch in patches])
-    for start in np.unique(starts).tolist():
-        together = np.flatnonzero(starts == start)
-        for i in range(0, len(together), size):
-            yield start, together[i : i + size]
-
-
-def _replacing(model: Model, transplant: Transplant, site: str, packed: Sequence[Patch]) -> Intervention:
-    """Replace the activation at a site, in the rows of each patch of a packed run, by the source's."""
-    values, where = transplant.values[site], transplant.replaced[..., None]
-
-    def replace(activation: Tensor) -> Tensor:
-        per_patch = activation.unflatten(0, (len(packed), -1)).clone()
-        for number, patch in enumerate(packed):
-            if site in patch.sites:
-                part = part_of(model, patch, activation.shape[-1])
-                rows = per_patch[number]
-                rows[..., part] = torch.where(where, values[..., part], rows[..., part])
-        return per_patch.flatten(0, 1)
-
-    return replace
 
 
 def first_order_changes(
@@ -172,7 +139,7 @@ def first_order_changes(
     sites = dict.fromkeys(patch.sites[0] for patch in patches if not patch.is_range)
     with torch.enable_grad():
         interventions = {site: leaf_recorder(seen, site) for site in sites}
-        score_batch(model, score, transplant.base, interventions).sum().backward()
+        score_batch(model, score, transplant.base.batches[0], interventions).sum().backward()
     products = {site: _product(transplant, site, x) for site, x in seen.items()}
     changes = np.full((len(patches), len(transplant.base_score)), np.nan)
     for row, patch in enumerate(patches):

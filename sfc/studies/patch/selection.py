@@ -16,6 +16,7 @@ import pandas as pd
 
 from sfc.core.config import Experiment
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import prompt_ids
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal, refuses_somewhere
@@ -77,9 +78,9 @@ class Selection(NamedTuple):
     pairs: list[TokenizedPair]
     """those used, in the order of the table"""
     table: pd.DataFrame
-    """one row per clean prompt: `category, wrapper, clean, corrupted, prefill, used, lost` (why it was lost, else
-    blank), and for either side, as `clean_…` and `corrupted_…`, `refused, complied, score, reply` (missing where nobody
-    asked)"""
+    """one row per clean prompt: `category, wrapper, clean, corrupted, prefill, clean_id, corrupted_id, used, lost` (why
+    it was lost, else blank), and for either side, as `clean_…` and `corrupted_…`, `refused, complied, score, reply`
+    (missing where the model was not asked)"""
 
 
 @dataclass
@@ -176,5 +177,6 @@ def _row(case: _Case) -> dict[str, object]:
     measured = {
         f"{side}_{field}": getattr(conduct, field) for field in Conduct._fields for side, conduct in conducts.items()
     }
+    texts["clean_id"], texts["corrupted_id"] = prompt_ids([pair.clean, pair.corrupted])
     used = {"used": case.lost is None, "lost": case.lost or ""}
     return {"category": pair.category, "wrapper": pair.wrapper, **texts, **used, **measured}

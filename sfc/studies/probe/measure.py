@@ -1,12 +1,13 @@
 """Where the model tells toxic from safe prompts: the refusal direction of each layer, and a linear probe beside it.
 
 The direction is the difference of the two sides' mean residual streams at the last prompt position, where the model
-decides (Arditi et al. 2024). It is taken from one set of prompts and held against another. The probe says what any
+decides (Arditi et al. 2024). It is taken from one set of prompts and judged on another. The probe says what any
 direction could do: ridge regression on labels of -1 and 1, always judged on prompts it was not fitted to. With labels
 shuffled, the same procedure says what it finds where there is nothing (Hewitt and Liang 2019).
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +16,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.core.artifacts import json_records, write_csv
+from sfc.core.errors import UserError
+from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
-from sfc.models.batches import Batch
+from sfc.data.balance import balance
+from sfc.data.schema import ALL
+from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import auroc
+from sfc.session import Session
 from sfc.stats import Interval, resampled_counts, wilson
+from sfc.studies.collect.fill import short_enough
+from sfc.studies.study import Made
 
 SHUFFLES = 200
 _FOLDS, _DRAWS = 5, 2000
@@ -30,6 +39,46 @@ _PENALTY = 1.0
 
 
 @torch.no_grad()
+def measure(session: Session, category: str, file: Path) -> Made:
+    """Run one category's prompts, or all, once, and measure every layer; the table goes into `file`.
+
+    Raises:
+        UserError: a side lacks prompts.
+    """
+    experiment, model = session.run.experiment, session.model
+    of = None if category == ALL else category
+    balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
+    prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
+    _check_sides(prompts)
+    batches = make_batches(tokenized, SlotLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
+    with progress_bar("running", len(prompts), "prompts") as progress:
+        residuals = last_residuals(model, batches, progress)
+    positive = prompts["refusal_label"].to_numpy(dtype=bool)
+    layers = probe_table(residuals, positive, prompts["split"].tolist(), experiment.seed)
+    write_csv(file, layers, digits=6)
+    counts = prompts["split"].value_counts()
+    return Made(
+        {
+            "preset": experiment.name,
+            "category": category,
+            "n_prompts": len(prompts),
+            "n_discovery": int(counts["discovery"]),
+            "n_test": int(counts["test"]),
+            "n_folds": n_folds(positive),
+            "n_shuffles": SHUFFLES,
+            "layers": json_records(layers),
+        }
+    )
+
+
+def _check_sides(prompts: pd.DataFrame) -> None:
+    for split in ("discovery", "test"):
+        toxic = prompts.loc[prompts["split"] == split, "refusal_label"]
+        for side, count in (("toxic", toxic.sum()), ("safe", (~toxic.astype(bool)).sum())):
+            if count < 2:
+                raise UserError(f"a direction needs two {side} {split} prompts that are short enough, not {count}")
+
+
 def last_residuals(
     model: Model, batches: Sequence[Batch], progress: Callable[[int], None]
 ) -> Float[np.ndarray, "layers prompts d_model"]:

@@ -1,35 +1,45 @@
 """The page of the refusal direction and the probe: layers against separation, accuracy and the shuffled control."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from sfc.pages.document import figure_html, guide_html, header_html, write_document
+from sfc.behaviors.behavior import Words
+from sfc.pages.blocks import Figure, Formula, Page, Section, cell, records_table
 from sfc.pages.style import BLUE, QUIET, VERMILION, axis, styled_figure
-from sfc.pages.tables import figures_table
-from sfc.pages.text import number_text
+from sfc.studies.study import Finished
 
 _HEIGHT = 420
 _BAND = "rgba(122,130,140,0.22)"
 
 
-def write_probe_page(path: Path, layers: pd.DataFrame, result: Mapping[str, Any]) -> None:
-    """Write the page, whole or not at all; equal input makes equal bytes.
-
-    Args:
-        layers: as `probe_table` gives it.
-        result: what `probe --json` prints.
-    """
-    title = f"Refusal direction and probe · {result['category']} · {result['preset']}"
-    body = f"""{header_html(title, _sentence(result))}
-<section class="card">{figure_html("separation", separation_figure(layers))}</section>
-<section class="card">{figure_html("accuracy", accuracy_figure(layers))}</section>
-<section class="card"><h2>How to read this page</h2>{guide_html(_guide(result))}</section>
-<section class="card scroll"><h2>Every layer</h2>{_table(layers)}</section>"""
-    write_document(path, title, body)
+def page(finished: Finished) -> Page:
+    """The page of a finished probe."""
+    layers = finished.table("layers.csv")
+    result, words = finished.result, finished.words
+    best = max(result["layers"], key=lambda row: (row["separation"] is not None, row["separation"]))
+    place = f"layer {best['layer']}, where separation is largest"
+    named = {"separation": "separation", "probe accuracy": "accuracy", "with shuffled labels": "control"}
+    title = (
+        f"{result['category']}: refusal direction (separation in pooled standard deviations on {result['n_test']} test"
+        f" prompts) and linear probe ({result['n_folds']}-fold accuracy on {result['n_prompts']})"
+    )
+    table = records_table("Every layer", _COLUMNS, finished.records("layers.csv"))
+    return Page(
+        title=f"Refusal direction and probe · {result['category']} · {result['preset']}",
+        sentence=_sentence(result, words),
+        summary=[records_table(title, _SUMMARY, result["layers"])],
+        sections=[
+            Section("", [Figure("separation", lambda: separation_figure(layers), table)]),
+            Section("", [Figure("accuracy", lambda: accuracy_figure(layers))]),
+        ],
+        guide=_guide(result, words),
+        findings=[(f"{name}, {place}", cell(best[field])) for name, field in named.items()],
+        methods=_METHODS,
+        limits=["That a probe can read a layer does not mean that the model reads it."],
+    )
 
 
 def separation_figure(layers: pd.DataFrame) -> go.Figure:
@@ -98,44 +108,49 @@ def _error_bars(layers: pd.DataFrame, name: str) -> dict[str, Any]:
     return {"type": "data", "array": above.tolist(), "arrayminus": below.tolist(), "thickness": 1, "width": 0}
 
 
-def _sentence(result: Mapping[str, Any]) -> str:
+def _sentence(result: Mapping[str, Any], words: Words) -> str:
     return (
-        f"At which layers can {result['n_prompts']} toxic and safe prompts be told apart, from the residual stream at "
-        f"the last position? The direction comes from {result['n_discovery']} discovery prompts and is held against "
-        f"{result['n_test']} test prompts; the probe is judged by {result['n_folds']}-fold cross-validation over all."
+        f"At which layers can {result['n_prompts']} {words.positive} and {words.negative} prompts be told apart from"
+        f" the residual stream at the last position? The direction comes from {result['n_discovery']} discovery prompts"
+        f" and is judged on {result['n_test']} test prompts; the probe is judged by {result['n_folds']}-fold"
+        " cross-validation over all."
     )
 
 
-def _guide(result: Mapping[str, Any]) -> tuple[str, ...]:
+def _guide(result: Mapping[str, Any], words: Words) -> tuple[str, ...]:
+    positive, negative = words.positive, words.negative
     return (
-        "<b>Direction.</b> The difference of the means over toxic and over safe discovery prompts. Separation = "
-        "(mean of toxic − mean of safe projections on it) / pooled standard deviation, on test prompts. AUROC is the "
-        "chance that a toxic prompt lies further along it than a safe one.",
-        "<b>Probe.</b> Ridge regression on the standardised residual stream, fitted to all folds but one and judged on "
+        f"**Direction.** The difference of the means over {positive} and over {negative} discovery prompts. Separation"
+        f" = (mean of {positive} − mean of {negative} projections on it) / pooled standard deviation, on test prompts."
+        f" AUROC is the chance that a {positive} prompt lies further along it than a {negative} one.",
+        "**Probe.** Ridge regression on the standardised residual stream, fitted to all folds but one and judged on "
         "that one: no prompt is judged by a probe that was fitted to it.",
-        f"<b>Control.</b> The same with labels shuffled within folds, {result['n_shuffles']} times. What lies within "
+        f"**Control.** The same with labels shuffled within folds, {result['n_shuffles']} times. What lies within "
         "the grey band, the procedure would find where there is nothing; p is the share of shuffles that do as well.",
-        "<b>What it does not say.</b> That a layer can be read does not mean that the model reads it. Labels are the "
-        "data set's (toxic or safe), not what the model did. Activation patching asks what is used.",
+        "**What it does not say.** That a layer can be read does not mean that the model reads it. Labels are the "
+        f"data set's ({positive} or {negative}), not what the model did. Activation patching asks what is used.",
     )
 
 
-def _table(layers: pd.DataFrame) -> str:
-    titles = ("layer", "norm", "of mean norm", "separation", "95 %", "AUROC", "probe", "95 %", "shuffled", "95th", "p")
-    rows = [
-        (
-            str(row["layer"]),
-            number_text(row["norm"]),
-            number_text(row["relative_norm"]),
-            number_text(row["separation"]),
-            f"{number_text(row['separation_low'])} to {number_text(row['separation_high'])}",
-            number_text(row["auroc"]),
-            number_text(row["accuracy"]),
-            f"{number_text(row['accuracy_low'])} to {number_text(row['accuracy_high'])}",
-            number_text(row["control"]),
-            number_text(row["control_high"]),
-            number_text(row["p_value"]),
-        )
-        for row in layers.to_dict("records")
-    ]
-    return figures_table(titles, rows)
+_SUMMARY = {
+    "layer": "layer", "norm": "norm", "separation": "separation", "AUROC": "auroc", "probe": "accuracy",
+    "shuffled": "control", "p": "p_value",
+}  # fmt: skip
+_COLUMNS = {
+    "layer": "layer", "norm": "norm", "of mean norm": "relative_norm", "separation": "separation",
+    "from": "separation_low", "to": "separation_high", "AUROC": "auroc", "probe": "accuracy",
+    "probe from": "accuracy_low", "probe to": "accuracy_high", "shuffled": "control",
+    "shuffled, 95th percentile": "control_high", "p": "p_value",
+}  # fmt: skip
+_METHODS = (
+    Formula(
+        "Refusal direction (Arditi et al. 2024)",
+        "mean over toxic - mean over safe discovery prompts, residual stream at the last position",
+    ),
+    Formula("Separation", "(mean of toxic - mean of safe projections) / pooled standard deviation, test prompts"),
+    Formula(
+        "Probe",
+        "ridge regression on the standardised residual stream, accuracy by cross-validation; the control is the same"
+        " with labels shuffled within folds (Hewitt and Liang 2019)",
+    ),
+)

@@ -1,8 +1,7 @@
-"""A repair as a hook: some features set to their reference at every token of the prompt.
+"""A repair as a hook: some features are ablated at every token of the prompt, with all other nodes kept.
 
-`x <- x - sum_i (f_i(x) - f_ref_i) d_i`, i over the repair's features at a site, f_ref the role-aligned mean: what
-`sfc.ablation` does where all other nodes are kept. A feature of a top-k dictionary depends on which others are active,
-so that no fixed weights do the same.
+`x <- x - sum_i (f_i(x) - f_ref_i) d_i`, i over the repair's features at a site, f_ref the role-aligned mean. A feature
+of a top-k dictionary depends on which others are active, so that no fixed weights do the same.
 
 A repair as a change of weights: what features write is projected out of what heads and MLPs write.
 
@@ -10,17 +9,13 @@ Every attention and MLP output before a feature's site loses its component along
 U^T U)`, the rows of U an orthonormal basis (Arditi et al. 2024, for one direction). It is exactly the hook that
 projects at these outputs, at every token. It is not the ablation of the features: it removes the component and not the
 feature's value, leaves what the embedding writes, and puts no mean in its place.
-
-What an edit does to prompts: their refusal scores, their replies, and the cross-entropy of given replies.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -28,20 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sfc.circuits.baselines import Reference
+from sfc.circuits.ablation import Ablation
+from sfc.circuits.baselines import Reference, zero_reference
+from sfc.circuits.faithfulness import Ablations
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.problem import PromptRuns
 from sfc.core.artifacts import replacing
 from sfc.core.errors import UserError
-from sfc.core.sites import kind_of, layer_of, site_of
-from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS, PAD_SLOT, Batch, SlotLayout, make_batches
-from sfc.models.generation import continue_tails
-from sfc.models.interventions import Intervention
+from sfc.core.sites import in_order, kind_of, layer_of, site_of
+from sfc.models.batches import Batch, SlotLayout
+from sfc.models.engine import Alike, Edits
+from sfc.models.interventions import Intervention, Interventions
 from sfc.models.loading import Model
-from sfc.models.running import logits_at
-from sfc.models.score import Score, score_batch
-from sfc.models.tails import flush_right
 from sfc.saes.dictionary import Dictionary
 
 _META = "repair"
@@ -71,7 +63,7 @@ class Repair:
         values = {site: reference.features[site][:, of_site].cpu() for site, of_site in features.items()}
         return cls(reference.layout, features, values, dictionaries)
 
-    def interventions(self, dictionaries: Mapping[str, Dictionary], batch: Batch) -> dict[str, Intervention]:
+    def interventions(self, dictionaries: Mapping[str, Dictionary], batch: Batch) -> Mapping[str, Intervention]:
         """What acts in a run of the batch; its slots must be those of the repair's layout.
 
         Raises:
@@ -80,20 +72,16 @@ class Repair:
         for site, features in self.features.items():
             if site not in dictionaries or int(features.max()) >= dictionaries[site].d_sae:
                 raise UserError(f"this repair is of the dictionaries {self.dictionaries}; those given do not fit it")
-        return {site: self._at_site(site, dictionaries[site], batch) for site in self.features}
-
-    def _at_site(self, site: str, dictionary: Dictionary, batch: Batch) -> Intervention:
-        touched = batch.touchable
-        features = self.features[site].to(touched.device)
-        reference = self.reference[site].to(touched.device)[batch.slots[touched]]
-        rows = dictionary.W_dec[features]
-
-        def act(activation: Tensor) -> Tensor:
-            x = activation[touched].float()
-            replaced = x - (dictionary.encode(x)[:, features] - reference) @ rows
-            return activation.masked_scatter(touched[..., None], replaced.to(activation.dtype))
-
-        return act
+        here = {site: dictionaries[site] for site in self.features}
+        # Values of nodes that are kept do not matter.
+        reference, ablated = zero_reference(here, self.layout), []
+        for site, features in self.features.items():
+            reference.features[site][:, features] = self.reference[site].to(batch.ids.device)
+            of_site = torch.zeros(here[site].d_sae + here[site].n_parts, dtype=torch.bool)
+            ablated.append(of_site.index_fill(0, features, True))
+        ablation = Ablation(Nodes.of_spaces(here), here, reference, "node")
+        keep = ~torch.cat(ablated)[None].numpy()
+        return Ablations(ablation, keep).interventions(batch, [0]).in_prompt
 
 
 def save_repair(repair: Repair, path: Path) -> None:
@@ -155,18 +143,34 @@ def written_subspaces(
     return {writer: _basis(torch.cat(parts)) for writer, parts in rows.items()}
 
 
-def projecting(subspaces: Subspaces) -> dict[str, Intervention]:
-    """Interventions that project the subspaces out, at every token."""
+@dataclass(frozen=True)
+class Projections(Edits):
+    """Subspaces projected out at every token of prompt and reply, as `project_weights` does it in the weights."""
 
-    def at_site(basis: Tensor) -> Intervention:
-        def act(activation: Tensor) -> Tensor:
-            u = basis.to(activation.device, torch.float32)
-            x = activation.float()
-            return (x - (x @ u.T) @ u).to(activation.dtype)
+    subspaces: Sequence[Subspaces]
 
-        return act
+    def __len__(self) -> int:
+        return len(self.subspaces)
 
-    return {site: at_site(basis) for site, basis in subspaces.items()}
+    def alike(self) -> Sequence[Alike]:
+        """Each by itself."""
+        return [Alike([number], in_order(list(each))[0]) for number, each in enumerate(self.subspaces)]
+
+    def interventions(self, batch: Batch, members: Sequence[int]) -> Interventions:
+        """See `Edits`."""
+        [number] = members
+        acting = {site: _projecting(basis.to(batch.ids.device)) for site, basis in self.subspaces[number].items()}
+        return Interventions(acting, acting)
+
+
+def _projecting(basis: Float[Tensor, "directions d_model"]) -> Intervention:
+    u = basis.float()
+
+    def project(activation: Tensor) -> Tensor:
+        x = activation.float()
+        return (x - (x @ u.T) @ u).to(activation.dtype)
+
+    return project
 
 
 @torch.no_grad()
@@ -199,77 +203,3 @@ def save_subspaces(subspaces: Subspaces, path: Path) -> None:
 def _basis(rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "directions d_model"]:
     _, singular, directions = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
     return directions[singular > 1e-6 * singular[0]]
-
-
-class Edit(NamedTuple):
-    """What acts in a run."""
-
-    in_prompt: Callable[[Batch], Mapping[str, Intervention]]
-    """given the batch, whose replies, if any, stand in no slot"""
-    in_reply: Mapping[str, Intervention]
-    """at every token that is generated"""
-
-
-NO_EDIT = Edit(lambda _: {}, {})
-
-
-class Replies(NamedTuple):
-    """What edited prompts are answered, in the order of the prompts."""
-
-    scores: Float[np.ndarray, " prompts"]
-    texts: list[str]
-
-
-@torch.no_grad()
-def edited_scores(model: Model, score: Score, runs: PromptRuns, edit: Edit) -> Float[np.ndarray, " prompts"]:
-    """The refusal score of every prompt, from its first token on, in nats."""
-    scores = np.full(runs.n_prompts, np.nan)
-    for batch, _ in runs:
-        scores[batch.prompts.cpu().numpy()] = score_batch(model, score, batch, edit.in_prompt(batch)).cpu().numpy()
-    return scores
-
-
-@torch.no_grad()
-def edited_replies(
-    model: Model,
-    score: Score,
-    prompts: Sequence[TokenizedPrompt],
-    layout: SlotLayout,
-    edit: Edit,
-    reply_tokens: int,
-) -> Replies:
-    """The greedy reply to every prompt, with the score from the same run."""
-    scores, texts = np.full(len(prompts), np.nan), [""] * len(prompts)
-    for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
-        places = batch.prompts.tolist()
-        tails = flush_right(batch)
-        continued = continue_tails(model, tails, reply_tokens, edit.in_prompt(tails), edit.in_reply)
-        scores[places] = score(continued.first_logits, tails).cpu().numpy()
-        decoded = model.tokenizer.batch_decode(continued.ids, skip_special_tokens=True)
-        for place, text in zip(places, decoded, strict=True):
-            texts[place] = text
-    return Replies(scores, texts)
-
-
-@torch.no_grad()
-def reply_losses(
-    model: Model, prompts: Sequence[TokenizedPrompt], layout: SlotLayout, edit: Edit
-) -> Float[np.ndarray, " tokens"]:
-    """The cross-entropy of each token of the replies that come with the prompts, in nats."""
-    losses = []
-    for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
-        is_reply = _is_reply([prompts[i] for i in batch.prompts.tolist()], batch)
-        before = torch.roll(is_reply, -1, dims=1)
-        without_replies = replace(batch, slots=torch.where(is_reply, PAD_SLOT, batch.slots))
-        # What acts at generated tokens acts at these.
-        logits = logits_at(model, batch, before, {**edit.in_prompt(without_replies), **edit.in_reply})
-        targets = batch.ids[is_reply]
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu().numpy())
-    return np.concatenate(losses)
-
-
-def _is_reply(prompts: Sequence[TokenizedPrompt], batch: Batch) -> Tensor:
-    marked = torch.zeros(batch.ids.shape, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        marked[row, : len(prompt.ids)] = torch.from_numpy(prompt.roles == Role.REPLY)
-    return marked.to(batch.ids.device)

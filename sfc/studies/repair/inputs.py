@@ -19,12 +19,12 @@ from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model, without_adapter
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
-from sfc.studies.collect import Corpus, short_enough
+from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
 from sfc.studies.repair.options import RepairOptions
 from sfc.studies.steer.sweep import with_replies
-from sfc.studies.train.train import load_dictionaries
 
 KINDS = {"hard": "hard", "toxic": "toxic", "safe": "safe_80k"}
 """groups of prompts, by the `dataset_type` they are of"""

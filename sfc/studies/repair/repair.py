@@ -10,28 +10,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from einops import rearrange
+from jaxtyping import Bool, Int
 
-from sfc.circuits.faithfulness import matching_strata, random_circuits
+from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, random_circuits, top_circuits
 from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.data.render import TokenizedPrompt
+from sfc.models import engine
+from sfc.models.batches import PACKED_TOKENS, make_batches
+from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts
 from sfc.models.judge import is_refusal
 from sfc.models.loading import choose_device, load_model
 from sfc.run import Run
+from sfc.session import Clock
 from sfc.stats import wilson
-from sfc.studies.discover.discover import Clock
 from sfc.studies.repair.choose import best_size, mean_effects, qualified, shares_refused
 from sfc.studies.repair.edits import (
-    NO_EDIT,
-    Edit,
+    Projections,
     Repair,
     Subspaces,
-    edited_replies,
-    edited_scores,
     project_weights,
-    projecting,
-    reply_losses,
     save_repair,
     save_subspaces,
     written_subspaces,
@@ -55,14 +55,23 @@ _LISTED = 500  # features in the table
 _MOST_DIFFERENT = 0.01  # nats between changed weights and the hook that they stand for
 
 
-class Setting(NamedTuple):
-    """One edit, and what is said of it."""
+class Settings(NamedTuple):
+    """Edits of one kind, and what is said of each."""
 
     kind: str
-    size: int
-    draw: int | None
-    """of random features; None for the chosen ones"""
-    edit: Edit
+    sizes: Sequence[int]
+    draws: Sequence[int]
+    """of random features; -1 for the chosen ones"""
+    edits: Edits
+
+    def about(self) -> list[dict[str, Any]]:
+        """The columns that tell them apart, for each."""
+        return [
+            {"kind": self.kind, "size": size, "draw": draw} for size, draw in zip(self.sizes, self.draws, strict=True)
+        ]
+
+
+UNEDITED = Settings("none", [0], [-1], NO_EDIT)
 
 
 def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = False) -> None:
@@ -83,16 +92,13 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
             raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
         sizes = sorted({min(size, len(ranking)) for size in config.sizes})
         clock.lap("effects")
-        settings = [
-            Setting(kind, size, None, make(run, inputs, ranking[:size]))
-            for kind, make in _EDITS.items()
-            for size in sizes
-        ]
-        tried = _tried(inputs, settings, config.refused_above)
+        best = top_circuits(ranking, sizes, nodes.n_nodes)
+        settings = [Settings(kind, sizes, [-1] * len(sizes), make(inputs, best)) for kind, make in _EDITS.items()]
+        tried = _tried(inputs, [UNEDITED, *settings], config.refused_above)
         chosen = {kind: best_size(_with_plain(tried, kind), config.most_lost) for kind in _EDITS}
         clock.lap("choice")
-        by_chance = _random_settings(run, inputs, ranking, sizes)
-        replies, losses = _measured(inputs, [Setting("none", 0, None, NO_EDIT), *settings, *by_chance], config)
+        by_chance = _random_settings(run, inputs, best, sizes)
+        replies, losses = _measured(inputs, [UNEDITED, *settings, *by_chance], config)
         rates = _rates(replies).merge(losses, on=["kind", "size", "draw"])
         clock.lap("test prompts")
         features = _features(inputs, on_hard, on_toxic, ranking)
@@ -131,11 +137,6 @@ def _hook(run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) ->
     return Repair.of(torch.from_numpy(chosen.copy()), ablation.nodes, ablation.reference, run.saes.folder.name)
 
 
-def _hook_edit(run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Edit:
-    repair, dictionaries = _hook(run, inputs, chosen), inputs.problem.ablation.dictionaries
-    return Edit(lambda batch: repair.interventions(dictionaries, batch), {})
-
-
 def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subspaces:
     ablation, by_site = inputs.problem.ablation, {}
     starts = np.cumsum([0, *ablation.nodes.sizes[:-1]])
@@ -145,41 +146,51 @@ def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subs
     return written_subspaces(by_site, ablation.dictionaries)
 
 
-def _weights_edit(_run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Edit:
-    """The projection that changed weights would do, as a hook: what many edits can be tried by."""
-    act = projecting(_subspaces(inputs, chosen))
-    return Edit(lambda _: act, act)
+Masks = Bool[np.ndarray, "edits nodes"]
+"""the features of each edit"""
 
 
-_EDITS: Mapping[str, Callable[[Run, RepairInputs, np.ndarray], Edit]] = {HOOK: _hook_edit, WEIGHTS: _weights_edit}
+def _hooks(inputs: RepairInputs, features: Masks) -> Edits:
+    return Ablations(inputs.problem.ablation, ~features)
 
 
-def _random_settings(run: Run, inputs: RepairInputs, ranking: np.ndarray, sizes: Sequence[int]) -> list[Setting]:
+def _projections(inputs: RepairInputs, features: Masks) -> Edits:
+    """The projections that changed weights would do: what many edits can be tried by."""
+    return Projections([_subspaces(inputs, np.flatnonzero(mask)) for mask in features])
+
+
+_EDITS: Mapping[str, Callable[[RepairInputs, np.ndarray], Edits]] = {HOOK: _hooks, WEIGHTS: _projections}
+
+
+def _random_settings(run: Run, inputs: RepairInputs, best: Masks, sizes: Sequence[int]) -> list[Settings]:
     """For each kind and size, edits by as many features of the same sites and ranges of firing rates."""
-    problem, config = inputs.problem, RepairOptions.of(run.experiment)
-    masks = np.zeros((len(sizes), problem.ablation.nodes.n_nodes), dtype=bool)
-    for row, size in enumerate(sizes):
-        masks[row, ranking[:size]] = True
+    problem, n_draws = inputs.problem, RepairOptions.of(run.experiment).random_draws
     strata = matching_strata(problem.ablation.nodes, problem.firing_rates)
-    drawn = random_circuits(masks, strata, config.random_draws, run.experiment.seed)
+    drawn = random_circuits(best, strata, n_draws, run.experiment.seed)
+    masks = rearrange(drawn, "draws sizes nodes -> (sizes draws) nodes")
+    draws = list(range(n_draws)) * len(sizes)
     return [
-        Setting(kind, size, draw, make(run, inputs, np.flatnonzero(drawn[draw, row])))
-        for kind, make in _EDITS.items()
-        for row, size in enumerate(sizes)
-        for draw in range(config.random_draws)
+        Settings(kind, np.repeat(sizes, n_draws).tolist(), draws, make(inputs, masks)) for kind, make in _EDITS.items()
     ]
 
 
-def _tried(inputs: RepairInputs, settings: Sequence[Setting], above: float) -> pd.DataFrame:
+def _tried(inputs: RepairInputs, settings: Sequence[Settings], above: float) -> pd.DataFrame:
     """Scores of the discovery prompts that features were not scored on, under every edit: a row per kind and size."""
     model, score = inputs.problem.model, inputs.problem.score
+    prompts = {kind: prepared(model, runs) for kind, runs in inputs.tried.items()}
     rows = []
-    with progress_bar("trying sizes", len(settings) + 1, "edits") as progress:
-        for setting in (Setting("none", 0, None, NO_EDIT), *settings):
-            scores = {kind: edited_scores(model, score, runs, setting.edit) for kind, runs in inputs.tried.items()}
-            rows.append({"kind": setting.kind, "size": setting.size, **shares_refused(scores, above)})
-            progress(1)
+    with progress_bar("trying sizes", _n_runs(settings, prompts), "runs") as progress:
+        for each in settings:
+            scores = {kind: engine.scores(some, score, each.edits, progress) for kind, some in prompts.items()}
+            rows += [
+                {"kind": each.kind, "size": size, **shares_refused({kind: s[i] for kind, s in scores.items()}, above)}
+                for i, size in enumerate(each.sizes)
+            ]
     return pd.DataFrame(rows)
+
+
+def _n_runs(settings: Sequence[Settings], prompts: Mapping[str, PreparedPrompts]) -> int:
+    return sum(len(each.edits) for each in settings) * sum(some.n_prompts for some in prompts.values())
 
 
 def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -187,24 +198,37 @@ def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
 
 
 def _measured(
-    inputs: RepairInputs, settings: Sequence[Setting], config: RepairOptions
+    inputs: RepairInputs, settings: Sequence[Settings], config: RepairOptions
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per edit and test prompt, with score and reply; and per edit the cross-entropy of ordinary replies."""
-    model, score, layout = inputs.problem.model, inputs.problem.score, inputs.layout
+    model, score = inputs.problem.model, inputs.problem.score
+
+    def prompts(sequences: Sequence[TokenizedPrompt]) -> PreparedPrompts:
+        return PreparedPrompts.of(model, make_batches(sequences, inputs.layout, PACKED_TOKENS, model.device))
+
+    tested = {group: prompts(corpus.sequences) for group, corpus in inputs.test.items()}
+    ordinary = prompts(inputs.ordinary)
     tables, losses = [], []
-    with progress_bar("test prompts", len(settings), "edits") as progress:
-        for kind, size, draw, edit in settings:
-            about = {"kind": kind, "size": size, "draw": -1 if draw is None else draw}
-            for group, corpus in inputs.test.items():
-                replied = edited_replies(model, score, corpus.sequences, layout, edit, config.reply_tokens)
-                prompts = corpus.table[["prompt", "category", "dataset_type"]]
-                refused = [is_refusal(text) for text in replied.texts]
-                of_group = {"group": group, "score": replied.scores, "refused": refused, "reply": replied.texts}
-                tables.append(prompts.assign(**about, **of_group))
-            losses.append({**about, "loss": float(reply_losses(model, inputs.ordinary, layout, edit).mean())})
-            progress(1)
+    with progress_bar("test prompts", _n_runs(settings, {**tested, "ordinary": ordinary}), "runs") as progress:
+        for each in settings:
+            replied = {
+                group: engine.replies(some, score, each.edits, config.reply_tokens, progress)
+                for group, some in tested.items()
+            }
+            given = engine.losses(ordinary, each.edits, progress).losses.mean(1)
+            for i, about in enumerate(each.about()):
+                tables += [_replied(inputs, about, group, of.scores[i], of.texts[i]) for group, of in replied.items()]
+                losses.append({**about, "loss": float(given[i])})
     table = pd.DataFrame(losses)
     return pd.concat(tables, ignore_index=True), table.assign(loss_rise=table["loss"] / table["loss"].iloc[0] - 1)
+
+
+def _replied(
+    inputs: RepairInputs, about: Mapping[str, Any], group: str, scores: np.ndarray, texts: list[str]
+) -> pd.DataFrame:
+    prompts = inputs.test[group].table[["id", "prompt", "category", "dataset_type"]]
+    refused = [is_refusal(text) for text in texts]
+    return prompts.assign(**about, group=group, score=scores, refused=refused, reply=texts)
 
 
 def _rates(replies: pd.DataFrame) -> pd.DataFrame:
@@ -242,15 +266,15 @@ def _export_weights(inputs: RepairInputs, subspaces: Subspaces, folder: Path) ->
 
     None where the model has no weights that could be changed so. The model is not to be used after this.
     """
-    model, score, runs = inputs.problem.model, inputs.problem.score, inputs.tried["hard"]
-    act = projecting(subspaces)
-    hooked = edited_scores(model, score, runs, Edit(lambda _: act, {}))
+    model, score, batches = inputs.problem.model, inputs.problem.score, inputs.tried["hard"].batches
+    hooked = engine.scores(PreparedPrompts.of(model, batches), score, Projections([subspaces]))
     try:
         project_weights(model, subspaces)
     except UserError as error:
         say(f"no weights: {error}")
         return None
-    difference = float(np.abs(edited_scores(model, score, runs, NO_EDIT) - hooked).max())
+    # What was cached before is of other weights.
+    difference = float(np.abs(engine.scores(PreparedPrompts.of(model, batches), score, NO_EDIT) - hooked).max())
     if difference <= _MOST_DIFFERENT:
         save_subspaces(subspaces, folder / FILES["weights"])
     else:

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import Artifact, read_json, write_csv, write_json
 from sfc.core.progress import progress_bar
 from sfc.models.loading import choose_device
+from sfc.pipeline import circuit_artifact
 from sfc.run import Run
 from sfc.saes.format import load_dictionary
 from sfc.studies.replicate.matching import (
@@ -42,7 +43,9 @@ def make_replication(run: Run, other: Run, artifact: Artifact, category: str, re
     began = time.perf_counter()
     with artifact.being_made(rebuild) as folder:
         matchings = _matchings(run, other)
-        original, replication = (load_circuit(each.circuit(category).folder / "circuit.json") for each in (run, other))
+        original, replication = (
+            load_circuit(circuit_artifact(each, category).folder / "circuit.json") for each in (run, other)
+        )
         nodes = matched_nodes(original, replication, matchings)
         sites = site_counts(nodes, matchings)
         result = {
@@ -83,7 +86,7 @@ def _matchings(run: Run, other: Run) -> Matchings:
 
 def _figures(run: Run, category: str) -> dict[str, Any]:
     """What a circuit's own result says of it, and where it lies."""
-    folder = run.circuit(category).folder
+    folder = circuit_artifact(run, category).folder
     result = read_json(folder / "result.json")
     return {"circuit": folder.name, **{name: result[name] for name in _FIGURES}}
 

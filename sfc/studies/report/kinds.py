@@ -14,7 +14,8 @@ import networkx as nx
 import pandas as pd
 
 from sfc.core.artifacts import read_json
-from sfc.pages.blocks import Block, Figure, Formula, Paragraph, Table, cell, interval_cell
+from sfc.pages import blocks
+from sfc.pages.blocks import Block, Formula, Paragraph, Table, cell, interval_cell
 from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
 from sfc.pages.text import tokens_text
@@ -23,6 +24,10 @@ from sfc.studies.logits.page import heads_figure as written_heads_figure
 from sfc.studies.patch.page import agreement_figure, cumulative_figure, heads_figure, positions_figure
 from sfc.studies.probe.page import accuracy_figure, separation_figure
 from sfc.studies.report.found import Found
+
+
+def Figure(figure, table=None):
+    return blocks.Figure("figure", lambda: figure, table)
 
 
 class Kind(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sfc.core.artifacts import Artifact, write_text
 from sfc.core.errors import UserError
 from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell
-from sfc.pages.html import write_report_page
+from sfc.pages.html import report_html
 from sfc.pages.markdown import markdown_report
 from sfc.run import Run
 from sfc.studies.report.found import Found
@@ -152,6 +152,6 @@ def make_report(
     with artifact.being_made(rebuild) as folder:
         sections = report_sections(found, left_out, description)
         write_text(folder / FILES["markdown"], markdown_report(title, sections))
-        write_report_page(folder / FILES["page"], title, description, sections)
+        write_text(folder / FILES["page"], report_html(title, description, sections))
         result = {"preset": run.experiment.name, "artifacts": [each.place for each in found]}
         artifact.finish(result=result, files=FILES)

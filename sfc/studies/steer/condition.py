@@ -8,14 +8,15 @@ import pandas as pd
 
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, site_from_short
+from sfc.data.schema import looked_up
 from sfc.models.loading import Model
 from sfc.pipeline_study import BEST
 from sfc.run import Run
+from sfc.saes.format import load_dictionaries
 from sfc.studies.steer.conditional import TOXIC, Condition, best_condition, conditional_table, largest_values, matched
 from sfc.studies.steer.inputs import Learned
 from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.select import Candidate
-from sfc.studies.train.train import load_dictionaries
 
 
 class Conditioned(NamedTuple):
@@ -70,9 +71,9 @@ def conditioned(
 
     tables, at_equal = [], {}
     for data, of_data in rows.items():
-        texts = of_data["prompt"].unique().tolist()
-        held = of_data["prompt"].map(dict(zip(texts, holds(texts), strict=True)))
-        table = conditional_table(of_data, held.to_numpy(dtype=bool))
+        prompts = of_data.drop_duplicates("id")
+        prompts = prompts.assign(holds=holds(prompts["prompt"].tolist()))
+        table = conditional_table(of_data, looked_up(of_data["id"], prompts, "holds"))
         tables.append(table.assign(data=data))
         at_equal[data] = [
             {name: None if share is None else round(share, 4) for name, share in row.items()}

@@ -28,13 +28,13 @@ from sfc.core.artifacts import MANIFEST, read_json
 from sfc.core.errors import UserError
 from sfc.core.sites import site_from_short
 from sfc.data.schema import keyed_numbers
-from sfc.models.edits import Edit, Steering
+from sfc.models.edits import Steering, SteeringEdit
 from sfc.models.identity import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
+from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
-from sfc.studies.train.train import load_dictionaries
 
 _FEWEST = 4
 
@@ -215,8 +215,8 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
     if direction in finished_directions(run):
         folder = run.root / "circuits" / run.experiment.name / direction
         result, vectors = read_json(folder / "result.json"), load_file(folder / "vectors.safetensors")
-        edit = Edit("add", (site_from_short(result["site"]),), vectors["chosen"], alpha * result["norm"])
-        return Steering(edit, result["positions"], result["during_reply"])
+        edit = SteeringEdit("add", (site_from_short(result["site"]),), vectors["chosen"], alpha * result["norm"])
+        return Steering([edit], result["positions"], result["during_reply"])
     if "/F" not in direction:
         known = ", ".join(finished_directions(run)) or "none"
         raise UserError(
@@ -225,7 +225,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
     site, vector = direction_of_feature(run, direction)
     config = SteeringOptions.of(run.experiment)
     amount = alpha * _mean_norm(run.store.folder, site)
-    return Steering(Edit("add", (site,), vector, amount), config.positions, config.during_reply)
+    return Steering([SteeringEdit("add", (site,), vector, amount)], config.positions, config.during_reply)
 
 
 def finished_directions(run: Run) -> list[str]:

@@ -1,6 +1,7 @@
 """What a steering run is made from: its prompts, the recording, the candidates, and the prompts to try them on."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sfc.circuits.circuit import load_circuit
+from sfc.circuits.files import load_circuit
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import in_order, short_site, site_from_short, site_of
@@ -19,13 +20,16 @@ from sfc.data.read import load_prompt_file
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.models.batches import PACKED_TOKENS
-from sfc.models.bench import Bench, make_bench
+from sfc.models.engine import PreparedPrompts, prepare_suffixes
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, without_adapter
+from sfc.models.positions import steered_tokens
+from sfc.pipeline import circuit_artifact
 from sfc.pipeline_study import BEST, direction_source
 from sfc.run import Run
-from sfc.studies.collect import Corpus, short_enough
+from sfc.saes.format import load_dictionaries
+from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.steer.directions import (
     Contrast,
     Vector,
@@ -38,7 +42,6 @@ from sfc.studies.steer.directions import (
 from sfc.studies.steer.options import ContrastKind, SteeringOptions
 from sfc.studies.steer.select import Candidate, Fold, Recording, record
 from sfc.studies.steer.sweep import with_replies
-from sfc.studies.train.train import load_dictionaries
 
 _SPREAD_LAYERS = 10
 _LABELS = ("safe", "toxic")
@@ -48,7 +51,7 @@ class Side(NamedTuple):
     """Prompts of one label, ready to be steered."""
 
     prompts: pd.DataFrame
-    bench: Bench
+    prepared: PreparedPrompts
 
 
 Tested = Mapping[str, Side]
@@ -112,17 +115,17 @@ def folds_of(run: Run, model: Model, learned: Learned) -> list[Fold]:
     # Prompts are dealt to folds by place, so that the first places hold equally many of each fold.
     tried = place < max(config.tried_prompts, config.folds)
 
-    def bench(side: np.ndarray, number: int) -> Bench:
+    def prepared(side: np.ndarray, number: int) -> PreparedPrompts:
         chosen = np.flatnonzero(side & tried & (learned.fold == number))
-        return _bench(model, [learned.recording.tokenized[i] for i in chosen], config)
+        return _prepared(model, [learned.recording.tokenized[i] for i in chosen], config)
 
-    return [Fold(bench(~toxic, number), bench(toxic, number)) for number in range(config.folds)]
+    return [Fold(prepared(~toxic, number), prepared(toxic, number)) for number in range(config.folds)]
 
 
 def test_prompts(run: Run, model: Model) -> Tested:
     """Prompts of the test split, as many toxic as safe, ready to be steered."""
     frame = _test_frame(run)
-    columns = ["prompt", "category", "dataset_type", "label"]
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
     return _by_label(run, model, frame.assign(label=np.where(frame["refusal_label"], "toxic", "safe"))[columns])
 
 
@@ -172,8 +175,8 @@ def hard_prompts(run: Run, model: Model) -> Side:
     if chosen.empty:
         raise UserError(f"--when is tried on hard prompts too, and the test split has none of {config.category!r}")
     corpus = short_enough(model.tokenize, chosen.assign(label="safe"), run.experiment.prompts.max_tokens)
-    columns = ["prompt", "category", "dataset_type", "label"]
-    return Side(corpus.table[columns], _bench(model, corpus.sequences, config))
+    columns = ["id", "prompt", "category", "dataset_type", "label"]
+    return Side(corpus.table[columns], _prepared(model, corpus.sequences, config))
 
 
 def _by_label(run: Run, model: Model, frame: pd.DataFrame) -> Tested:
@@ -182,12 +185,12 @@ def _by_label(run: Run, model: Model, frame: pd.DataFrame) -> Tested:
         for label in _LABELS
     }
     return {
-        label: Side(corpus.table, _bench(model, corpus.sequences, SteeringOptions.of(run.experiment)))
+        label: Side(corpus.table, _prepared(model, corpus.sequences, SteeringOptions.of(run.experiment)))
         for label, corpus in corpora.items()
     }
 
 
-def ordinary_benches(run: Run, model: Model) -> dict[str, Bench]:
+def ordinary_prompts(run: Run, model: Model) -> dict[str, PreparedPrompts]:
     """For the splits `reference` and `test`, safe prompts with replies of the model without its adapter."""
     config, seed = SteeringOptions.of(run.experiment), run.experiment.seed
     frame = _balanced(run)
@@ -200,13 +203,13 @@ def ordinary_benches(run: Run, model: Model) -> dict[str, Bench]:
     }
     base = without_adapter(model)
     return {
-        split: _bench(model, with_replies(base, chosen, config.ordinary_tokens), config)
+        split: _prepared(model, with_replies(base, chosen, config.ordinary_tokens), config)
         for split, chosen in prompts.items()
     }
 
 
-def _bench(model: Model, prompts: list[TokenizedPrompt], config: SteeringOptions) -> Bench:
-    return make_bench(model, prompts, config.positions, config.during_reply, PACKED_TOKENS)
+def _prepared(model: Model, prompts: list[TokenizedPrompt], config: SteeringOptions) -> PreparedPrompts:
+    return prepare_suffixes(model, prompts, partial(steered_tokens, config.positions))
 
 
 def _balanced(run: Run) -> pd.DataFrame:
@@ -308,7 +311,9 @@ def _fixed_directions(run: Run, model: Model) -> dict[str, Vector]:
         return {}
     sites = run.experiment.activations.sites
     if name == "circuit":
-        circuit = load_circuit(run.circuit(SteeringOptions.of(run.experiment).category).folder / "circuit.json")
+        circuit = load_circuit(
+            circuit_artifact(run, SteeringOptions.of(run.experiment).category).folder / "circuit.json"
+        )
         return circuit_directions(circuit, load_dictionaries(run.saes.folder, sites))
     site, vector = direction_of_feature(run, name)
     return {site: vector}

@@ -22,9 +22,10 @@ from torch import Tensor
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of, layer_of
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS
-from sfc.models.bench import Bench, Progress, last_token_kl, plain_scores, steered_scores
-from sfc.models.edits import Edit, residual_sites
+from sfc.models import engine
+from sfc.models.batches import PACKED_TOKENS, similar_lengths
+from sfc.models.edits import Steering, SteeringEdit, residual_sites
+from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -58,7 +59,6 @@ class Recording:
         return float(self.activations[site].double().norm(dim=-1).mean())
 
 
-@torch.no_grad()
 def record(
     model: Model,
     prompts: pd.DataFrame,
@@ -75,21 +75,39 @@ def record(
     Raises:
         UserError: the model has no such site.
     """
+    scores, activations = last_tokens(model, tokenized, sites, n_tokens, progress)
+    return Recording(prompts.reset_index(drop=True), list(tokenized), scores, activations)
+
+
+@torch.no_grad()
+def last_tokens(
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    sites: Sequence[str],
+    n_tokens: int,
+    progress: Callable[[int], object] = lambda prompts: None,
+) -> tuple[Float[np.ndarray, " prompts"], dict[str, Float[Tensor, "prompts token width"]]]:
+    """Refusal scores of the prompts, and activations at their last tokens by site, in float32, on the CPU.
+
+    Args:
+        progress: called with the number of prompts done since the last call.
+
+    Raises:
+        UserError: the model has no such site.
+    """
+    model.check_sites(sites)
     score = RefusalScore.of(model)
-    scores = np.empty(len(tokenized))
-    kept = {site: torch.empty(len(tokenized), n_tokens, model.d_model) for site in sites}
-    rows = max(1, PACKED_TOKENS // max(len(prompt.ids) for prompt in tokenized))
-    order = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].ids))
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
+    scores = np.empty(len(prompts))
+    kept = {site: torch.empty(len(prompts), n_tokens, model.width(site)) for site in sites}
+    for group in similar_lengths(prompts, PACKED_TOKENS):
         seen: dict[str, Tensor] = {}
-        tails = make_tails(model, [tokenized[i] for i in part], n_tokens)
+        tails = make_tails(model, [prompts[i] for i in group], n_tokens)
         logits = last_logits(model, tails, {site: recorder(seen, site) for site in sites})
-        scores[part] = score(logits).cpu().numpy()
+        scores[group] = score(logits).cpu().numpy()
         for site, activation in seen.items():
-            kept[site][part] = activation.float().cpu()
-        progress(len(part))
-    return Recording(prompts.reset_index(drop=True), list(tokenized), scores, kept)
+            kept[site][group] = activation.float().cpu()
+        progress(len(group))
+    return scores, kept
 
 
 class Candidate(NamedTuple):
@@ -114,8 +132,8 @@ class Candidate(NamedTuple):
 class Fold(NamedTuple):
     """Prompts that a direction was not learned from."""
 
-    safe: Bench
-    toxic: Bench
+    safe: PreparedPrompts
+    toxic: PreparedPrompts
 
 
 def candidate_table(
@@ -131,14 +149,17 @@ def candidate_table(
     Args:
         progress: called with the number of runs done since the last call: `3 * candidates * prompts per side`.
     """
+    score = RefusalScore.of(folds[0].safe.model)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("induced", "removed", "kl")}
-    answered = np.concatenate([plain_scores(fold.safe) for fold in folds]) < 0
+    answered = plain_scores([fold.safe for fold in folds], score) < 0
     for number, (safe, toxic) in enumerate(folds):
-        up = [_tried(safe.model, candidate, number, config, up=True) for candidate in candidates]
-        down = [_tried(safe.model, candidate, number, config, up=False) for candidate in candidates]
-        columns["induced"].append(steered_scores(safe, up, progress))
-        columns["removed"].append(steered_scores(toxic, down, progress))
-        columns["kl"].append(last_token_kl(safe, down, progress))
+        up, down = (
+            steering([_tried(safe.model, each, number, config, up) for each in candidates], config)
+            for up in (True, False)
+        )
+        columns["induced"].append(engine.scores(safe, score, up, progress))
+        columns["removed"].append(engine.scores(toxic, score, down, progress))
+        columns["kl"].append(engine.next_token_kl(safe, down, progress))
     joined = {name: np.concatenate(parts, axis=1) for name, parts in columns.items()}
     figures = {name: values[:, answered if name == "kl" else slice(None)].mean(1) for name, values in joined.items()}
     facts = [
@@ -157,22 +178,30 @@ def candidate_table(
     return table.assign(rejected=[_reason(row, n_layers, config) for row in table.to_dict("records")])
 
 
-def _tried(model: Model, candidate: Candidate, fold: int, config: SteeringOptions, up: bool) -> Edit:
+def _tried(model: Model, candidate: Candidate, fold: int, config: SteeringOptions, up: bool) -> SteeringEdit:
     """The edit that turns a candidate's dial up or down; up is an addition also where down is a projection."""
     vector, sites = candidate.by_fold[fold], (candidate.site,)
     if config.edit == "project-out" and not up:
-        return Edit("project-out", residual_sites(model) if config.everywhere else sites, vector, 1.0)
+        return SteeringEdit("project-out", residual_sites(model) if config.everywhere else sites, vector, 1.0)
     amount = config.tried_alpha * candidate.norm
-    return Edit("clamp" if config.edit == "clamp" else "add", sites, vector, amount if up else -amount)
+    return SteeringEdit("clamp" if config.edit == "clamp" else "add", sites, vector, amount if up else -amount)
+
+
+def steering(edits: Sequence[SteeringEdit], config: SteeringOptions) -> Steering:
+    """Edits at the tokens that the configuration names, which are those that prompts are prepared for."""
+    return Steering(edits, config.positions, config.during_reply)
+
+
+def plain_scores(prompts: Sequence[PreparedPrompts], score: RefusalScore) -> Float[np.ndarray, " prompts"]:
+    """Scores of all these prompts in the model as it is."""
+    return np.concatenate([engine.scores(some, score, NO_EDIT)[0] for some in prompts])
 
 
 def plain_means(folds: Sequence[Fold]) -> dict[str, float]:
     """Mean scores of the folds' prompts as they are, per side."""
+    score = RefusalScore.of(folds[0].safe.model)
     sides = {"safe": [fold.safe for fold in folds], "toxic": [fold.toxic for fold in folds]}
-    return {
-        side: float(np.concatenate([plain_scores(bench) for bench in benches]).mean())
-        for side, benches in sides.items()
-    }
+    return {side: float(plain_scores(prompts, score).mean()) for side, prompts in sides.items()}
 
 
 def ranked(table: pd.DataFrame) -> pd.DataFrame:

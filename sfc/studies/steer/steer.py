@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from sfc.core.artifacts import Artifact, replacing, write_csv, write_json
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
-from sfc.models.bench import Bench
+from sfc.models.engine import PreparedPrompts
 from sfc.models.loading import Model, choose_device, load_model
 from sfc.pipeline_study import BEST
 from sfc.run import Run
-from sfc.studies.discover.discover import Clock
+from sfc.saes.format import load_dictionaries
+from sfc.session import Clock
 from sfc.studies.steer.condition import conditioned, found_condition, grouped, named_condition
 from sfc.studies.steer.directions import Vector
 from sfc.studies.steer.inputs import (
@@ -22,7 +23,7 @@ from sfc.studies.steer.inputs import (
     folds_of,
     hard_prompts,
     learn,
-    ordinary_benches,
+    ordinary_prompts,
     test_corpus,
     test_prompts,
     xstest_prompts,
@@ -49,7 +50,6 @@ from sfc.studies.steer.sweep import (
     trade_off,
 )
 from sfc.studies.steer.writers import feature_cosines, writers_table
-from sfc.studies.train.train import load_dictionaries
 
 FILES = {
     "page": "steering.html",
@@ -91,7 +91,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
         if config.when == BEST:
             condition = found_condition(run, model, learned, chosen)
         clock.lap("selection")
-        ordinary = ordinary_benches(run, model)
+        ordinary = ordinary_prompts(run, model)
         held_out = _held_out(chosen, folds, ordinary["reference"], config)
         alphas = best_alphas(held_out, config.max_loss)
         clock.lap("alphas")
@@ -123,7 +123,7 @@ def make_steering(run: Run, artifact: Artifact, rebuild: bool = False) -> None:
                 losses, on=["site", "alpha"]
             ),
             "controls": rates(chance, ["direction", "alpha", "intent", "label"]),
-            "directions": subspace_table(vectors, chosen, folds, config.tried_alpha),
+            "directions": subspace_table(vectors, chosen, folds, config),
             "writers": writers,
             "sweep": pd.concat([rows, chance]),
         }
@@ -156,20 +156,21 @@ def _tried(learned: Learned, folds: list[Fold], config: SteeringOptions) -> pd.D
         return candidate_table(learned.candidates, folds, config, progress)
 
 
-def _held_out(chosen: Candidate, folds: list[Fold], ordinary: Bench, config: SteeringOptions) -> pd.DataFrame:
+def _held_out(chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts, config: SteeringOptions) -> pd.DataFrame:
     """Changed replies per alpha on prompts that the direction was not learned from, with the cost beside them."""
-    tries: list[tuple[Bench, pd.DataFrame, list[Setting]]] = []
+    model = ordinary.model
+    tries: list[tuple[PreparedPrompts, pd.DataFrame, list[Setting]]] = []
     for number, fold in enumerate(folds):
-        for intent, bench in ((FORCE, fold.safe), (SUPPRESS, fold.toxic)):
-            settings = [setting(bench, chosen, alpha, config, chosen.by_fold[number]) for alpha in config.dial]
+        for intent, prompts in ((FORCE, fold.safe), (SUPPRESS, fold.toxic)):
+            settings = [setting(model, chosen, alpha, config, chosen.by_fold[number]) for alpha in config.dial]
             wanted = [each for each in settings if each.intent == intent]
             if wanted:
-                tries.append((bench, pd.DataFrame({"fold": number}, index=range(bench.n_prompts)), wanted))
-    dial = [setting(ordinary, chosen, alpha, config) for alpha in config.dial]
-    total = sum(bench.n_prompts * len(wanted) for bench, _, wanted in tries) + len(dial) * ordinary.n_prompts
+                tries.append((prompts, pd.DataFrame({"fold": number}, index=range(prompts.n_prompts)), wanted))
+    dial = [setting(model, chosen, alpha, config) for alpha in config.dial]
+    total = sum(prompts.n_prompts * len(wanted) for prompts, _, wanted in tries) + len(dial) * ordinary.n_prompts
     with progress_bar("choosing alphas", total, "runs") as progress:
-        parts = [sweep(*each, config.reply_tokens, progress) for each in tries]
-        losses = ordinary_effect(ordinary, dial, progress)[["alpha", "loss_rise"]]
+        parts = [sweep(*each, config, progress) for each in tries]
+        losses = ordinary_effect(ordinary, dial, config, progress)[["alpha", "loss_rise"]]
     return rates(pd.concat(parts), ["alpha", "intent"]).merge(losses, on="alpha")
 
 
@@ -180,23 +181,23 @@ def _swept(tested: Tested, candidates: list[Candidate], config: SteeringOptions)
         return pd.concat(
             [
                 sweep(
-                    bench,
+                    prepared,
                     prompts,
-                    [setting(bench, *pair, config, name=config.direction) for pair in pairs],
-                    config.reply_tokens,
+                    [setting(prepared.model, *pair, config, name=config.direction) for pair in pairs],
+                    config,
                     progress,
                 )
-                for prompts, bench in tested.values()
+                for prompts, prepared in tested.values()
             ],
             ignore_index=True,
         )
 
 
-def _costs(ordinary: Bench, candidates: list[Candidate], config: SteeringOptions) -> pd.DataFrame:
+def _costs(ordinary: PreparedPrompts, candidates: list[Candidate], config: SteeringOptions) -> pd.DataFrame:
     """What the same settings cost on ordinary text."""
-    settings = [setting(ordinary, candidate, alpha, config) for candidate in candidates for alpha in config.dial]
+    settings = [setting(ordinary.model, candidate, alpha, config) for candidate in candidates for alpha in config.dial]
     with progress_bar("ordinary text", len(settings) * ordinary.n_prompts, "runs") as progress:
-        return ordinary_effect(ordinary, settings, progress).drop(columns="direction")
+        return ordinary_effect(ordinary, settings, config, progress).drop(columns="direction")
 
 
 def _by_chance(
@@ -209,16 +210,16 @@ def _by_chance(
 ) -> pd.DataFrame:
     """Control directions at the chosen alphas, each on the prompts that its turn of the dial is meant for."""
     settings = {
-        intent: control_settings(tested[INTENDED_LABEL[intent]].bench, chosen, shuffled, [alpha], config, seed)
+        intent: control_settings(tested[INTENDED_LABEL[intent]].prepared.model, chosen, shuffled, [alpha], config, seed)
         for intent, alpha in alphas.items()
     }
     total = sum(len(of_intent) * len(tested[INTENDED_LABEL[intent]].prompts) for intent, of_intent in settings.items())
     with progress_bar("controls", total, "replies") as progress:
         return pd.concat(
             [
-                sweep(bench, prompts, of_intent, config.reply_tokens, progress)
+                sweep(prepared, prompts, of_intent, config, progress)
                 for intent, of_intent in settings.items()
-                for prompts, bench in [tested[INTENDED_LABEL[intent]]]
+                for prompts, prepared in [tested[INTENDED_LABEL[intent]]]
             ],
             ignore_index=True,
         )
@@ -230,9 +231,9 @@ def _generalised_chance(
     """Random directions at the chosen alphas, on some prompts of both kinds."""
     parts = []
     with progress_bar("chance", len(alphas) * config.random_directions * _n_prompts(fewer), "replies") as progress:
-        for prompts, bench in fewer.values():
-            settings = control_settings(bench, chosen, [], list(alphas.values()), config, seed)
-            parts.append(sweep(bench, prompts, settings, config.reply_tokens, progress))
+        for prompts, prepared in fewer.values():
+            settings = control_settings(prepared.model, chosen, [], list(alphas.values()), config, seed)
+            parts.append(sweep(prepared, prompts, settings, config, progress))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -21,25 +21,18 @@ import pandas as pd
 
 from sfc.core.sites import layer_of
 from sfc.data.render import Role, TokenizedPrompt
+from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
-from sfc.models.bench import (
-    Bench,
-    Progress,
-    SteeredReplies,
-    effect_on_replies,
-    plain_replies,
-    plain_scores,
-    steered_replies,
-    steered_scores,
-)
-from sfc.models.edits import Edit, residual_sites
+from sfc.models.edits import SteeringEdit, residual_sites
+from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress, Replies
 from sfc.models.generation import generate_ids
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
+from sfc.models.score import RefusalScore
 from sfc.stats import wilson
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
 from sfc.studies.steer.options import SteeringOptions
-from sfc.studies.steer.select import Candidate, Fold
+from sfc.studies.steer.select import Candidate, Fold, plain_scores, steering
 
 FORCE, SUPPRESS, NONE = "force", "suppress", ""
 INTENDED_LABEL = {FORCE: "safe", SUPPRESS: "toxic"}
@@ -54,7 +47,7 @@ class Setting(NamedTuple):
     site: str
     token: int | None
     alpha: float
-    edit: Edit
+    edit: SteeringEdit
 
     @property
     def intent(self) -> Intent:
@@ -67,7 +60,7 @@ class Setting(NamedTuple):
 
 
 def setting(
-    bench: Bench,
+    model: Model,
     candidate: Candidate,
     alpha: float,
     config: SteeringOptions,
@@ -76,13 +69,18 @@ def setting(
 ) -> Setting:
     """The dial at an alpha; another `vector` takes the place of the candidate's at an equal amount."""
     everywhere = config.edit == "project-out" and config.everywhere
-    sites = residual_sites(bench.model) if everywhere else (candidate.site,)
-    edit = Edit(config.edit, sites, candidate.vector if vector is None else vector, candidate.amount(alpha, config))
+    sites = residual_sites(model) if everywhere else (candidate.site,)
+    amount = candidate.amount(alpha, config)
+    edit = SteeringEdit(config.edit, sites, candidate.vector if vector is None else vector, amount)
     return Setting(name, candidate.site, candidate.token, alpha, edit)
 
 
 def sweep(
-    bench: Bench, prompts: pd.DataFrame, settings: Sequence[Setting], reply_tokens: int, progress: Progress
+    prepared: PreparedPrompts,
+    prompts: pd.DataFrame,
+    settings: Sequence[Setting],
+    config: SteeringOptions,
+    progress: Progress,
 ) -> pd.DataFrame:
     """One row per setting and prompt.
 
@@ -91,10 +89,12 @@ def sweep(
     False where there is none), `eligible` (a prompt on which one was possible) and `reply`.
 
     Args:
-        prompts: what is on the bench, in its order.
+        prompts: what was prepared, in the same order.
     """
-    plain = plain_replies(bench, reply_tokens)
-    steered = steered_replies(bench, [each.edit for each in settings], reply_tokens, progress)
+    score = RefusalScore.of(prepared.model)
+    plain = engine.replies(prepared, score, NO_EDIT, config.reply_tokens)
+    edits = steering([each.edit for each in settings], config)
+    steered = engine.replies(prepared, score, edits, config.reply_tokens, progress)
     before = _judged(plain)[0]
     tables = []
     for each, scores, refused, replies in zip(settings, steered.scores, _judged(steered), steered.texts, strict=True):
@@ -119,7 +119,7 @@ def sweep(
     return pd.concat(tables, ignore_index=True)
 
 
-def _judged(replies: SteeredReplies) -> np.ndarray:
+def _judged(replies: Replies) -> np.ndarray:
     return np.array([[is_refusal(text) for text in texts] for texts in replies.texts], dtype=bool)
 
 
@@ -166,7 +166,7 @@ SHUFFLED, RANDOM = "shuffled labels", "random"
 
 
 def control_settings(
-    bench: Bench,
+    model: Model,
     candidate: Candidate,
     shuffled: Sequence[Vector],
     alphas: Sequence[float],
@@ -178,7 +178,7 @@ def control_settings(
     drawn = random_directions(config.random_directions, len(candidate.vector), seed)
     others |= {f"{RANDOM} {number}": vector for number, vector in enumerate(drawn)}
     return [
-        setting(bench, candidate, alpha, config, vector, name) for alpha in alphas for name, vector in others.items()
+        setting(model, candidate, alpha, config, vector, name) for alpha in alphas for name, vector in others.items()
     ]
 
 
@@ -201,17 +201,18 @@ def band(table: pd.DataFrame, control: str, column: str) -> Band:
 
 
 def subspace_table(
-    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], alpha: float
+    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], config: SteeringOptions
 ) -> pd.DataFrame:
     """How much of each direction, and of its effect, lies in the span of the others.
 
     Columns: `direction`, `cosine` with the candidate's, `length` in units of the residual norm, `span_share` (of its
-    squared length), `effect` (mean change of the safe prompts' score, in nats, with the whole added at `alpha`),
+    squared length), `effect` (mean change of the safe prompts' score, in nats, with the whole added at `tried_alpha`),
     `effect_in_span` and `effect_outside` (with its part in the span, and with the rest, each at its share of the
     amount). The two parts' effects need not sum to the whole's: the model is not linear.
     """
-    rows = []
-    plain = np.concatenate([plain_scores(fold.safe) for fold in folds])
+    rows, safe = [], [fold.safe for fold in folds]
+    score = RefusalScore.of(safe[0].model)
+    plain = plain_scores(safe, score)
     for name, vector in directions.items():
         others = [other for key, other in directions.items() if key != name]
         inside = in_span(vector, others)
@@ -219,10 +220,12 @@ def subspace_table(
         lengths = [float(part.norm() / vector.norm()) for part in parts]
         edits = [
             # A part of no length has no direction, and an amount of zero along any other.
-            Edit("add", (candidate.site,), part if length else vector, alpha * candidate.norm * length)
+            SteeringEdit(
+                "add", (candidate.site,), part if length else vector, config.tried_alpha * candidate.norm * length
+            )
             for part, length in zip(parts, lengths, strict=True)
         ]
-        scores = np.concatenate([steered_scores(fold.safe, edits) for fold in folds], axis=1)
+        scores = np.concatenate([engine.scores(some, score, steering(edits, config)) for some in safe], axis=1)
         effects = (scores - plain).mean(1)
         rows.append(
             {
@@ -288,7 +291,9 @@ def with_replies(base: Model, prompts: Sequence[TokenizedPrompt], reply_tokens: 
     ]
 
 
-def ordinary_effect(bench: Bench, settings: Sequence[Setting], progress: Progress) -> pd.DataFrame:
+def ordinary_effect(
+    prepared: PreparedPrompts, settings: Sequence[Setting], config: SteeringOptions, progress: Progress
+) -> pd.DataFrame:
     """One row per setting.
 
     Columns: `direction`, `site`, `alpha`; `loss`, the mean cross-entropy of reply tokens in nats, and `plain_loss` of
@@ -296,19 +301,20 @@ def ordinary_effect(bench: Bench, settings: Sequence[Setting], progress: Progres
     tokens; `kl`, the mean divergence per token.
 
     Args:
-        bench: prompts with replies, as `with_replies` makes them.
+        prepared: prompts with replies, as `with_replies` makes them.
     """
-    effect = effect_on_replies(bench, [each.edit for each in settings], progress)
+    effect = engine.losses(prepared, steering([each.edit for each in settings], config), progress)
+    plain, plain_later = effect.plain_losses.mean(), effect.plain_losses[~effect.is_first].mean()
     losses, later = effect.losses.mean(1), effect.losses[:, ~effect.is_first].mean(1)
     return pd.DataFrame(
         {
             "direction": [each.name for each in settings],
             "site": [each.site for each in settings],
             "alpha": [each.alpha for each in settings],
-            "loss": losses[1:],
-            "plain_loss": losses[0],
-            "loss_rise": losses[1:] / losses[0] - 1,
-            "later_loss_rise": later[1:] / later[0] - 1,
-            "kl": effect.divergence[1:].mean(1),
+            "loss": losses,
+            "plain_loss": plain,
+            "loss_rise": losses / plain - 1,
+            "later_loss_rise": later / plain_later - 1,
+            "kl": effect.divergence.mean(1),
         }
     )

@@ -6,12 +6,14 @@ cancel, and the differences of heads and MLPs sum to the difference at the site.
 what others wrote before it: the table therefore has for the strongest parts also what is lost when each is ablated.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control, ttest_ind
 from torch import Tensor
@@ -19,15 +21,18 @@ from torch import Tensor
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of, layer_of, short_site, site_of
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS
+from sfc.models.batches import Batch
+from sfc.models.edits import Replacement, Replacements
+from sfc.models.engine import packed_runs, prepare_suffixes
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import last_logits
+from sfc.models.positions import steered_tokens
+from sfc.models.running import Prefix, last_logits
 from sfc.models.score import RefusalScore
-from sfc.models.tails import Tails, make_tails
 from sfc.saes.dictionary import Dictionary
 from sfc.studies.logits.attribution import MOST_ERROR
 from sfc.studies.steer.directions import Vector
+from sfc.studies.steer.select import last_tokens
 
 
 class Part(NamedTuple):
@@ -79,104 +84,95 @@ def writers_table(
         UserError: the blocks of this model do not simply add what they write.
     """
     parts, u = parts_before(model, site), direction / direction.norm()
-    batches = list(_tails(model, prompts, token))
-    seen = [_record(model, tails, [*dict.fromkeys(part.site for part in parts), site]) for _, tails in batches]
-    order = np.concatenate([rows for rows, _ in batches])
-    outputs = {name: torch.cat([run[name][:, token] for run in seen]) for name in seen[0]}
+    _, seen = last_tokens(model, prompts, [*dict.fromkeys(part.site for part in parts), site], -token)
+    outputs = {name: activation[:, token] for name, activation in seen.items()}
     written = _written(model, parts, outputs, u)
-    at_site, is_toxic = (outputs[site].double() @ u.to(model.device)).cpu().numpy(), toxic[order]
-    difference = at_site[is_toxic].mean() - at_site[~is_toxic].mean()
-    differences = written[is_toxic].mean(0) - written[~is_toxic].mean(0)
+    at_site = (outputs[site].double() @ u).numpy()
+    difference = at_site[toxic].mean() - at_site[~toxic].mean()
+    differences = written[toxic].mean(0) - written[~toxic].mean(0)
     if not abs(differences.sum() - difference) <= MOST_ERROR[model.dtype] * np.abs(differences).sum():
         raise UserError(
             f"what writes the direction cannot be said for {model.config.source!r}: the parts' outputs do not sum to"
             " the residual stream; perhaps its blocks norm or scale what they write"
         )
-    p_values = np.nan_to_num(np.asarray(ttest_ind(written[is_toxic], written[~is_toxic], equal_var=False)[1]), nan=1.0)
+    p_values = np.nan_to_num(np.asarray(ttest_ind(written[toxic], written[~toxic], equal_var=False)[1]), nan=1.0)
     table = pd.DataFrame(parts).rename(columns={"name": "component"}).astype({"head": "Int64"})
     table = table.assign(
-        toxic=written[is_toxic].mean(0),
-        safe=written[~is_toxic].mean(0),
+        toxic=written[toxic].mean(0),
+        safe=written[~toxic].mean(0),
         difference=differences,
         share=differences / difference,
         q_value=false_discovery_control(p_values),
     )
     table = table.sort_values("share", key=lambda values: -values.abs(), kind="stable")
-    safe_means = {name: values[torch.from_numpy(~is_toxic)].float().mean(0) for name, values in outputs.items()}
     strongest = [parts[i] for i in table.index[:n_ablated]]
-    ablated = [_ablated(model, batches, toxic, part, safe_means[part.site], site, token, u) for part in strongest]
-    table.loc[table.index[:n_ablated], "lost_share"] = [lost / difference for lost, _ in ablated]
-    table.loc[table.index[:n_ablated], "score_change"] = [change for _, change in ablated]
+    safe_means = {name: values[torch.from_numpy(~toxic)].mean(0) for name, values in outputs.items()}
+    of_toxic = [prompt for prompt, one in zip(prompts, toxic, strict=True) if one]
+    lost, changes = _ablated(model, of_toxic, strongest, safe_means, site, token, u)
+    table.loc[table.index[:n_ablated], "lost_share"] = lost / difference
+    table.loc[table.index[:n_ablated], "score_change"] = changes
     return table.drop(columns="site").reset_index(drop=True)
-
-
-def _tails(model: Model, prompts: Sequence[TokenizedPrompt], token: int) -> Iterator[tuple[np.ndarray, Tails]]:
-    """The last tokens of the prompts, from `token` on, a batch at a time, and which prompts are in it."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    rows = max(1, PACKED_TOKENS // len(prompts[order[-1]].ids))
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
-        yield np.array(batch), make_tails(model, [prompts[i] for i in batch], -token)
-
-
-def _record(model: Model, tails: Tails, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos width"]]:
-    seen: dict[str, Tensor] = {}
-    last_logits(model, tails, {name: recorder(seen, name) for name in sites})
-    return {name: activation.flatten(2) for name, activation in seen.items()}
 
 
 def _written(model: Model, parts: Sequence[Part], outputs: Mapping[str, Tensor], u: Vector) -> np.ndarray:
     """What each part writes along u [prompts, parts], in float64."""
     columns: list[Tensor] = []
-    u = u.to(model.device)
     for part in parts:
         output = outputs[part.site].double()
         if part.head is not None:
-            w_o = model.bridge.blocks[part.layer].attn.W_O[part.head].double()
+            w_o = model.bridge.blocks[part.layer].attn.W_O[part.head].double().cpu()
             columns.append(output[:, _of_head(part.head, len(w_o))] @ (w_o @ u))
         else:
             columns.append(output @ u)
-    return torch.stack(columns, dim=1).cpu().numpy()
+    return torch.stack(columns, dim=1).numpy()
 
 
 def _of_head(head: int, d_head: int) -> slice:
     return slice(head * d_head, (head + 1) * d_head)
 
 
+@torch.no_grad()
 def _ablated(
     model: Model,
-    batches: Sequence[tuple[np.ndarray, Tails]],
-    toxic: Bool[np.ndarray, " prompts"],
-    part: Part,
-    mean: Float[Tensor, " width"],
+    prompts: Sequence[TokenizedPrompt],
+    parts: Sequence[Part],
+    means: Mapping[str, Float[Tensor, " width"]],
     site: str,
     token: int,
     u: Vector,
-) -> tuple[float, float]:
-    """On toxic prompts, how much of the component at the site is lost without a part, and the change of the score."""
-    score, lost, changes = RefusalScore.of(model), [], []
-    width = len(mean) // model.bridge.cfg.n_heads
-    wanted = slice(None) if part.head is None else _of_head(part.head, width)
+) -> tuple[Float[np.ndarray, " parts"], Float[np.ndarray, " parts"]]:
+    """How much of the component at the site is lost without each part, and the change of the score: means.
 
-    def ablate(activation: Tensor) -> Tensor:
-        flat = activation.flatten(2).clone()
-        flat[:, token, wanted] = mean[wanted].to(flat.dtype)
-        return flat.view_as(activation)
+    A part is ablated by setting what it writes at the token to its mean.
+    """
+    score, n_heads = RefusalScore.of(model), model.bridge.cfg.n_heads
 
-    for rows, tails in batches:
-        of_toxic = tails.select(torch.from_numpy(np.flatnonzero(toxic[rows])).to(model.device))
-        if len(of_toxic.lengths) == 0:
-            continue
-        figures = []
-        for interventions in ({}, {part.site: ablate}):
-            seen: dict[str, Tensor] = {}
-            both: dict[str, Intervention] = {**interventions, site: recorder(seen, site)}
-            of_run = score(last_logits(model, of_toxic, both))
-            figures.append((seen[site][:, token].double() @ u.to(model.device), of_run))
-        (before, score_before), (after, score_after) = figures
-        lost += (before - after).tolist()
-        changes += (score_after - score_before).tolist()
-    return float(np.mean(lost)), float(np.mean(changes))
+    def measure(batch: Batch, start: Prefix | None, acting: Mapping[str, Intervention]) -> tuple[Tensor, Tensor]:
+        """The component, and the score."""
+        seen: dict[str, Tensor] = {}
+        of_run = score(last_logits(model, batch, {**acting, site: recorder(seen, site)}, start))
+        return seen[site][:, token].double() @ u.to(model.device), of_run
+
+    outputs = [
+        Replacement(
+            [part.site],
+            slice(None) if part.head is None else _of_head(part.head, len(means[part.site]) // n_heads),
+        )
+        for part in parts
+    ]
+    here = torch.arange(token, 0, device=model.device)[None] == token
+    edits = Replacements(outputs, here, {name: mean.to(model.device, model.dtype) for name, mean in means.items()})
+    lost, changes = np.zeros((len(parts), len(prompts))), np.zeros((len(parts), len(prompts)))
+    for one in prepare_suffixes(model, prompts, partial(steered_tokens, f"last-{-token}")).each():
+        before = measure(one.batches[0], None, {})
+        for run in packed_runs(one, edits):
+            after = measure(run.batch, run.start, run.acting.in_prompt)
+            component, of_run = (
+                repeat(plain, "prompts -> (edits prompts)", edits=len(run.members)) for plain in before
+            )
+            run.fill(lost, component - after[0])
+            run.fill(changes, after[1] - of_run)
+    return lost.mean(1), changes.mean(1)
 
 
 def feature_cosines(direction: Vector, dictionaries: Mapping[str, Dictionary]) -> pd.DataFrame:

@@ -1,26 +1,19 @@
-"""How often the features of a run's dictionaries fire: a histogram for each site and role.
+"""The page of a run's dictionaries: what they reconstruct, how often their features fire, what splicing them costs."""
 
-The figures of a run's dictionaries by site: reconstruction for each role, and what splicing them in costs.
-
-The page of a run's dictionaries: what they reconstruct, how often their features fire, what splicing them costs.
-"""
-
-import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sfc.pages.document import figure_html, guide_html, header_html, write_document
+from sfc.pages.blocks import Figure, Formula, Page, Section, Table, cell, records_table
 from sfc.pages.graph import Columns, columns_of_sites
 from sfc.pages.style import BLUE, INK, PINK, QUIET, ROLE_COLOURS, VERMILION, axis, styled_figure
-from sfc.pages.text import NOT_MEASURABLE, count_text, hover_text, number_text, printable
+from sfc.pages.text import count_text, hover_text
+from sfc.studies.study import Finished
 
 _HEIGHT = 470
 _BINS_PER_DECADE = 5
@@ -32,7 +25,7 @@ def density_figure(density: pd.DataFrame, dense_rate: float) -> go.Figure:
     Features that never fire have no logarithm; the title counts them.
 
     Args:
-        density: `density.csv` as `write_quality_page` takes it.
+        density: a row per `site` and `feature`, a column per role: the share of rows in which it is active.
         dense_rate: where the line stands beyond which features are dense.
     """
     roles = [column for column in density.columns if column not in ("site", "feature")]
@@ -158,7 +151,7 @@ def reconstruction_figure(quality: pd.DataFrame) -> go.Figure:
     """Small multiples: one figure per panel, sites from left to right, a line for each role.
 
     Args:
-        quality: `quality.csv` as `write_quality_page` takes it.
+        quality: a row per `site` and `role`, with `fvu`, `cosine`, `l0`, `dead_share`, `dense_share`.
     """
     figure = styled_figure("Reconstruction of held-out rows, by site and role of the token", 560)
     make_subplots(
@@ -251,28 +244,67 @@ def _site_axis(columns: Columns) -> dict:
     return axis(columns.title, tickvals=places[::step], ticktext=columns.labels[::step], tickangle=0, showgrid=False)
 
 
-def write_quality_page(
-    path: Path, preset: str, quality: pd.DataFrame, density: pd.DataFrame, dense_rate: float
-) -> None:
-    """Write the page, whole or not at all; equal input makes equal bytes.
+def quality_page(finished: Finished) -> Page:
+    """The page of a run's dictionaries."""
+    quality, density = finished.table("quality.csv"), finished.table("density.csv")
+    score = finished.words.score
+    of_all = [row for row in finished.result["quality"] if row["role"] == _ALL]
+    fvu = [row["fvu"] for row in of_all if row["fvu"] is not None]
+    return Page(
+        title=f"SAE quality · {finished.result['preset']}",
+        sentence=_sentence(quality, density),
+        summary=[records_table("SAEs on held-out rows (loss, score: share recovered)", _SUMMARY, of_all)],
+        sections=[
+            Section("", [Figure("reconstruction", lambda: reconstruction_figure(quality))]),
+            Section("", [Figure("density", lambda: density_figure(density, finished.result["dense_rate"]))]),
+            Section("", [Figure("splicing", lambda: splicing_figure(quality))]),
+            Section("Spliced into the model", [
+                records_table("Cross-entropy (nats), and the share recovered of each ablation", _LOSSES, of_all),
+                records_table(f"{score[:1].upper()}{score[1:]} (nats), and the share recovered", _SCORES, of_all),
+            ]),
+            Section("Reconstruction", [_reconstruction_table(finished.result["quality"])]),
+        ],
+        guide=_guide(finished.result["dense_rate"]),
+        findings=[("fraction of variance unexplained, mean over sites", cell(sum(fvu) / len(fvu) if fvu else None))],
+        methods=(
+            Formula("Variance unexplained", "sum |x - x_hat|^2 / sum |x - mean x|^2, over held-out rows"),
+            Formula("Recovered", "share of what ablating the site to its mean costs that the reconstruction wins back"),
+        ),
+    )  # fmt: skip
 
-    Args:
-        quality: a row per `site` and `role`, the role `all` first: `rows`, `fvu`, `cosine`, `l0`, `dead_share`,
-            `dense_share`, and in the rows of `all` the figures of `sfc.saes.splice.SplicingQuality`. NaN is not
-            measurable.
-        density: a row per `site` and `feature`, a column per role: the share of rows in which the feature is active.
-        dense_rate: above this share a feature counts as dense.
-    """
-    title = f"SAE quality · {preset}"
-    of_all = quality[quality["role"] == "all"]
-    body = f"""{header_html(title, _sentence(quality, density))}
-<section class="card graph">{figure_html("reconstruction", reconstruction_figure(quality))}</section>
-<section class="card graph">{figure_html("density", density_figure(density, dense_rate))}</section>
-<section class="card graph">{figure_html("splicing", splicing_figure(quality))}</section>
-<section class="card"><h2>How to read this page</h2>{guide_html(_guide(dense_rate))}</section>
-<section class="card scroll"><h2>Spliced into the model</h2>{_table(of_all, ["site"], _SPLICING)}</section>
-<section class="card scroll"><h2>Reconstruction</h2>{_table(quality, ["site", "role"], _RECONSTRUCTION)}</section>"""
-    write_document(path, title, body)
+
+_SUMMARY = {
+    "site": "site", "FVU": "fvu", "cosine": "cosine", "L0": "l0", "dead": "dead_share", "loss": "loss_recovered",
+    "score": "score_recovered",
+}  # fmt: skip
+_LOSSES = {
+    "site": "site", "as it is": "cross_entropy", "spliced": "cross_entropy_spliced",
+    "mean": "cross_entropy_mean_ablated", "zero": "cross_entropy_zero_ablated", "recovered of mean": "loss_recovered",
+    "of zero": "loss_recovered_zero",
+}  # fmt: skip
+_SCORES = {
+    "site": "site", "as it is": "score", "spliced": "score_spliced", "mean": "score_mean_ablated",
+    "zero": "score_zero_ablated", "|change|": "score_change_spliced", "recovered of mean": "score_recovered",
+    "of zero": "score_recovered_zero",
+}  # fmt: skip
+
+
+def _reconstruction_table(quality: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (
+            row["site"],
+            row["role"],
+            *(cell(row[name]) for name in ("rows", "fvu", "cosine", "l0")),
+            *(_percent(row[name]) for name in ("dead_share", "dense_share")),
+        )
+        for row in quality
+    ]
+    columns = ("site", "role", "rows", "variance unexplained", "cosine", "L0", "dead", "dense")
+    return Table("", columns, rows, texts=("role",))
+
+
+def _percent(share: float | None) -> str:
+    return cell(share) if share is None else f"{100 * share:.2f} %"
 
 
 def _sentence(quality: pd.DataFrame, density: pd.DataFrame) -> str:
@@ -288,92 +320,18 @@ def _sentence(quality: pd.DataFrame, density: pd.DataFrame) -> str:
 
 def _guide(dense_rate: float) -> tuple[str, ...]:
     return (
-        "<b>Variance unexplained</b> = squared error over squared distance from the mean of the same rows: of all of "
+        "**Variance unexplained** = squared error over squared distance from the mean of the same rows: of all of "
         "them, or of those of one role around that role's own mean. 0 is perfect, 1 no better than the mean. The "
         "figure of all rows counts the variance between the roles as well, and is no average of the roles'.",
-        "<b>Roles.</b> Content is the user's text; the suffix is the template after it, a handful of tokens that are "
+        "**Roles.** Content is the user's text; the suffix is the template after it, a handful of tokens that are "
         "the same in every prompt, at whose end the model decides; a reply is what the model wrote after that. The "
         "fewer kinds of rows, the fewer features fire.",
-        "<b>L0</b> is the mean number of active features in a row. <b>Dead</b> features are active in none of these "
-        f"rows, <b>dense</b> ones in more than {100 * dense_rate:g} % of them. The histograms count features by the "
+        "**L0** is the mean number of active features in a row. **Dead** features are active in none of these "
+        f"rows, **dense** ones in more than {100 * dense_rate:g} % of them. The histograms count features by the "
         "share of rows in which they are active; move the slider to change the site.",
-        "<b>Splicing.</b> The reconstruction replaces the activation of every token at one site, except padding and "
+        "**Splicing.** The reconstruction replaces the activation of every token at one site, except padding and "
         "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
         "recovered = 1 − mean |s spliced − s| / mean |s ablated − s|, over prompts; |change| is mean |s spliced − s|. "
         "1 is perfect, 0 no better than the ablation, which sets the activation to its mean or to zero. Where that "
         "does hardly any harm there is nothing to recover: not measurable, a gap in the line.",
-    )
-
-
-class _Column(NamedTuple):
-    name: str
-    title: str
-    text: Callable[[float], str] = number_text
-
-
-class _Group(NamedTuple):
-    title: str
-    columns: Sequence[_Column]
-
-
-def _count(value: float) -> str:
-    return f"{int(value):,}"
-
-
-def _percent(value: float) -> str:
-    return NOT_MEASURABLE if math.isnan(value) else f"{100 * value:.2f} %"
-
-
-_RECONSTRUCTION = (
-    _Group("", [_Column("rows", "rows", _count)]),
-    _Group(
-        "x and its reconstruction",
-        [_Column("fvu", "variance unexplained"), _Column("cosine", "cosine"), _Column("l0", "L0")],
-    ),
-    _Group("features", [_Column("dead_share", "dead", _percent), _Column("dense_share", "dense", _percent)]),
-)
-_SPLICING = (
-    _Group(
-        "cross-entropy (nats)",
-        [
-            _Column("cross_entropy", "as it is"),
-            _Column("cross_entropy_spliced", "spliced"),
-            _Column("cross_entropy_mean_ablated", "mean"),
-            _Column("cross_entropy_zero_ablated", "zero"),
-        ],
-    ),
-    _Group("recovered of", [_Column("loss_recovered", "mean"), _Column("loss_recovered_zero", "zero")]),
-    _Group(
-        "refusal score (nats)",
-        [
-            _Column("score", "as it is"),
-            _Column("score_spliced", "spliced"),
-            _Column("score_mean_ablated", "mean"),
-            _Column("score_zero_ablated", "zero"),
-            _Column("score_change_spliced", "|change|"),
-        ],
-    ),
-    _Group("recovered of", [_Column("score_recovered", "mean"), _Column("score_recovered_zero", "zero")]),
-)
-
-
-def _table(quality: pd.DataFrame, keys: Sequence[str], groups: Sequence[_Group]) -> str:
-    """A row for each row of the frame; `keys` are the columns of text that say what it is about."""
-    columns = [column for group in groups for column in group.columns]
-    above = "".join(
-        f'<th scope="colgroup" colspan="{len(group.columns)}" class="number">{escape(group.title)}</th>'
-        for group in groups
-    )
-    heads = [f'<th scope="col">{key}</th>' for key in keys]
-    heads += [f'<th scope="col" class="number">{escape(column.title)}</th>' for column in columns]
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{escape(printable(row[key]))}</td>" for key in keys)
-        + "".join(f'<td class="number">{column.text(row[column.name])}</td>' for column in columns)
-        + "</tr>"
-        for row in quality.to_dict("records")
-    )
-    return (
-        f'<table><thead><tr><th colspan="{len(keys)}"></th>{above}</tr><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{rows}</tbody></table>"
     )

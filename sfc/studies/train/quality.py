@@ -1,46 +1,44 @@
-"""Stage part: measure the dictionaries of a run on what was kept from their training, and draw what was measured."""
+"""Measure the dictionaries of a run on rows that were kept from their training, and draw what was measured."""
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sfc.core.artifacts import write_csv
+from sfc.core.artifacts import json_records, write_csv
 from sfc.core.progress import progress_bar
 from sfc.data.schema import keyed_numbers
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import Model, choose_device, load_model
-from sfc.models.score import RefusalScore
+from sfc.models.loading import Model
+from sfc.models.score import Score
 from sfc.run import Run
-from sfc.saes.dictionary import Dictionary
-from sfc.saes.quality import ALL, DENSE_RATE, quality_by_role
+from sfc.saes.quality import ALL, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality
-from sfc.studies.collect import circuit_prompts
-from sfc.studies.train.page import write_quality_page
+from sfc.session import Session
+from sfc.studies.collect.fill import circuit_prompts
 from sfc.studies.train.rows import TrainingRows
 
-QUALITY_FILE, DENSITY_FILE, PAGE_FILE = "quality.csv", "density.csv", "quality.html"
+QUALITY_FILE, DENSITY_FILE = "quality.csv", "density.csv"
 _SPLICED_PROMPTS = 32
 
 
-def write_quality(run: Run, rows: TrainingRows, dictionaries: Mapping[str, Dictionary], folder: Path) -> float:
-    """Write `quality.csv`, `density.csv` and `quality.html`.
+def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[dict[str, Any]]:
+    """Measure the run's dictionaries; write `quality.csv` and `density.csv`.
 
     `quality.csv` has a row for all held-out rows of each site and one for each role among them; what splicing the
     dictionary in costs the model is in the row of all. `density.csv` has a row for each feature of each site, with the
     share of rows in which it is active, a column each for all rows and each role.
 
     Returns:
-        The fraction of variance unexplained over all held-out rows, its mean over sites.
+        The rows of `quality.csv`; what is not measurable is None.
     """
-    model = load_model(run.experiment.model, choose_device(run.device))
-    score = RefusalScore.of(model)
+    run, model, score, dictionaries = session.run, session.model, session.metric, session.dictionaries
     clean = _run_some(run, model, score, _prompts_not_trained_on(run, rows, model), list(dictionaries))
     figures, rates = [], {}
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
         for site, dictionary in dictionaries.items():
-            by_role = quality_by_role(dictionary, rows.measured(site))
+            by_role = quality_by_role(dictionary, rows.held_out(site))
             spliced = splicing_quality(model, score, dictionary, clean)._asdict()
             figures += [
                 {"site": site, "role": role, **measured.quality._asdict(), **(spliced if role == ALL else {})}
@@ -51,11 +49,10 @@ def write_quality(run: Run, rows: TrainingRows, dictionaries: Mapping[str, Dicti
     quality, density = pd.DataFrame(figures), pd.concat(rates, names=["site", "feature"]).reset_index()
     for file, frame in ((QUALITY_FILE, quality), (DENSITY_FILE, density)):
         write_csv(folder / file, frame, digits=6)
-    write_quality_page(folder / PAGE_FILE, run.experiment.name, quality, density, DENSE_RATE)
-    return float(quality.loc[quality["role"] == ALL, "fvu"].mean())
+    return json_records(quality, digits=6)
 
 
-def _run_some(run: Run, model: Model, score: RefusalScore, prompts: pd.Series, sites: list[str]) -> CleanRuns:
+def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: list[str]) -> CleanRuns:
     """Run some of the prompts, chosen by hash and so from all categories, as they are."""
     order = np.argsort(keyed_numbers(prompts, f"spliced {run.experiment.seed}"), kind="stable")
     tokenized = model.tokenize(prompts.iloc[order[:_SPLICED_PROMPTS]].tolist())

@@ -16,12 +16,15 @@ from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.schema import keyed_ranks
-from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.saes.plan import TokenTable, joined, plan_batches
-from sfc.saes.store import Store
-from sfc.saes.stream import BLOCKS_PER_BUFFER, Source, live_source, stored_source
-from sfc.studies.collect import PROMPTS_FILE, Corpus, fill, n_bytes, sae_corpus
+from sfc.saes.store import Store, read_prompts, stored_sites
+from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
+from sfc.session import Session
+from sfc.studies.collect.fill import Corpus, fill_corpus, n_bytes, sae_corpus
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.study import ensure
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class TrainingRows:
     table: pd.DataFrame
     """the prompts (or pieces of text), and in `held_out` whether one is kept from training"""
     tokens: TokenTable
-    source: Callable[[Sequence[str]], Source]
+    source: Callable[[Sequence[str]], RowSource]
     """the rows at some sites"""
-    measured: Callable[[str], Iterator["Measured"]]
+    held_out: Callable[[str], Iterator["HeldOutBlock"]]
     """the held-out rows at a site, block by block"""
 
     @property
@@ -42,53 +45,50 @@ class TrainingRows:
         return ~self.table["held_out"].to_numpy()[self.tokens.prompt]
 
 
-class Measured(NamedTuple):
+class HeldOutBlock(NamedTuple):
     """A block of held-out rows in float32, and their roles."""
 
     rows: Float[Tensor, "rows d"]
     roles: Int[np.ndarray, " rows"]
 
 
-def training_rows(run: Run) -> TrainingRows:
-    """Open the rows of `corpus.source`; collect them into a store first, where they shall be and fit.
+def training_rows(session: Session) -> TrainingRows:
+    """Open the rows of `corpus.source`; collect them into a store first, where that is wanted and fits.
 
     Raises:
         UserError: the corpus cannot be read, or is too small to keep a part of it from training.
     """
-    experiment = run.experiment
-    if _has_all_sites(run):
-        return _stored_rows(run)
-    model = load_model(experiment.model, choose_device(run.device))
-    corpus = sae_corpus(run, model)
+    run, experiment = session.run, session.run.experiment
     sites = experiment.activations.sites
+    if set(sites) <= set(stored_sites(run.corpus)):
+        return _stored_rows(run)
+    model = session.model
+    corpus = sae_corpus(run, model)
     needed = sum(n_bytes(corpus.sequences, model.width(site), experiment.activations.dtype) for site in sites)
     free = shutil.disk_usage(run.root).free
     if experiment.corpus.stored == "always" or (experiment.corpus.stored == "auto" and needed < 0.9 * free):
-        fill(run, run.corpus, model, corpus, sites, rebuild=False)
+        if run.corpus == run.store:
+            ensure(COLLECT, run, session=session)
+        else:
+            fill_corpus(run, model, corpus, sites)
         return _stored_rows(run)
     say(f"not stored ({needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free): the model runs again for every epoch")
     return _live_rows(run, model, corpus)
 
 
-def _has_all_sites(run: Run) -> bool:
-    sites = run.experiment.activations.sites
-    return run.corpus.is_complete() and set(sites) <= set(run.corpus.manifest().get("sites", []))
-
-
 def _stored_rows(run: Run) -> TrainingRows:
     store = Store(run.corpus.folder)
-    table = pd.read_csv(run.corpus.folder / PROMPTS_FILE, index_col="store_index", keep_default_na=False)
-    table = _with_held_out(table, run.experiment)
-    held_out = table["held_out"].to_numpy()[store.tokens.prompt]
+    table = _with_held_out(read_prompts(run.corpus.folder), run.experiment)
+    is_held_out = table["held_out"].to_numpy()[store.tokens.prompt]
 
-    def measured(site: str) -> Iterator[Measured]:
+    def held_out(site: str) -> Iterator[HeldOutBlock]:
         for start, stop in store.blocks(_block_rows(run)):
-            wanted = held_out[start:stop]
+            wanted = is_held_out[start:stop]
             if wanted.any():
                 rows = store.read(site, start, stop)[torch.from_numpy(wanted)]
-                yield Measured(rows, store.tokens.role[start:stop][wanted])
+                yield HeldOutBlock(rows, store.tokens.role[start:stop][wanted])
 
-    return TrainingRows(table, store.tokens, lambda sites: stored_source(store, sites, _block_rows(run)), measured)
+    return TrainingRows(table, store.tokens, lambda sites: stored_source(store, sites, _block_rows(run)), held_out)
 
 
 def _live_rows(run: Run, model: Model, corpus: Corpus) -> TrainingRows:
@@ -96,20 +96,20 @@ def _live_rows(run: Run, model: Model, corpus: Corpus) -> TrainingRows:
     config, dtype = experiment.activations, getattr(torch, experiment.activations.dtype)
     table = _with_held_out(corpus.table, experiment)
     batches = plan_batches(corpus.sequences, config, model.device)
-    held_out = [sequence for sequence, out in zip(corpus.sequences, table["held_out"], strict=True) if out]
-    measured_batches = plan_batches(held_out, config, model.device)
-    roles = joined([batch.tokens for batch in measured_batches]).role
+    held_out_sequences = [sequence for sequence, out in zip(corpus.sequences, table["held_out"], strict=True) if out]
+    held_out_batches = plan_batches(held_out_sequences, config, model.device)
+    roles = joined([batch.tokens for batch in held_out_batches]).role
 
-    def measured(site: str) -> Iterator[Measured]:
-        source = live_source(model, measured_batches, [site], dtype, _block_rows(run))
+    def held_out(site: str) -> Iterator[HeldOutBlock]:
+        source = live_source(model, held_out_batches, [site], dtype, _block_rows(run))
         for block, (start, stop) in enumerate(pairwise(source.starts)):
-            yield Measured(source.read(block)[0], roles[start:stop])
+            yield HeldOutBlock(source.read(block)[0], roles[start:stop])
 
     return TrainingRows(
         table,
         joined([batch.tokens for batch in batches]),
         lambda sites: live_source(model, batches, sites, dtype, _block_rows(run)),
-        measured,
+        held_out,
     )
 
 

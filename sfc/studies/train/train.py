@@ -1,74 +1,53 @@
-"""Stage: train one SAE per site, and measure them on prompts kept from training.
+"""Training one SAE per site.
 
-Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after.
+Started by `torchrun`, the sites are dealt out to the processes; the first one collects first.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-
-import torch
 
 from sfc.core.artifacts import fingerprint
 from sfc.core.progress import Show, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.models.loading import choose_device
 from sfc.run import Run
+from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
-from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.format import CONFIG_FILE, load_dictionary, save_dictionary
+from sfc.saes.dictionary import TopKDictionary
+from sfc.saes.format import save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.stream import shuffled_batches
 from sfc.saes.train import Progress, train_saes
+from sfc.session import Session
 from sfc.studies.train.foreign import adopt_dictionaries
-from sfc.studies.train.quality import write_quality
 from sfc.studies.train.rows import TrainingRows, training_rows
 
 _SAMPLE_ROWS = 4096
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
-def make_saes(run: Run, rebuild: bool = False, logger_names: Sequence[str] = ()) -> None:
-    """Train what is missing, group by group of sites, or take what `saes.source` names; then measure all.
+def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[str] = ()) -> TrainingRows:
+    """Train what the folder lacks, group by group of sites, or take what `saes.source` names.
+
+    Returns:
+        The rows that they were trained on, and those that were kept from training.
 
     Raises:
-        UserError: the store is corrupt or too small, training diverges, a dictionary of others does not fit, or a
+        UserError: the store is damaged or too small, training diverges, a dictionary of others does not fit, or a
             logger is not installed.
     """
-    began = time.perf_counter()
-    experiment, artifact = run.experiment, run.saes
-    with artifact.being_made(rebuild) if is_leader() else nullcontext():
-        with leader_first():
-            rows = training_rows(run)
-        sites = experiment.activations.sites
-        source = experiment.saes.source
-        if source is None:
-            say(f"training {len(sites)} SAEs on {rows.trained.sum():,} rows into {artifact.folder}")
-            logs = loggers(logger_names, artifact.folder, experiment.model_dump(mode="json"))
-            _train_missing(run, rows, artifact.folder, logs)
-        elif is_leader():
-            say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {artifact.folder}")
-            adopt_dictionaries(run, source, artifact.folder, rows.measured)
-        wait_for_all()
-        if is_leader():
-            dictionaries = load_dictionaries(artifact.folder, sites, choose_device(run.device))
-            fvu = write_quality(run, rows, dictionaries, artifact.folder)
-            artifact.finish(
-                source=source or "trained",
-                variance_unexplained=round(fvu, 6),
-                seconds=round(time.perf_counter() - began, 2),
-            )
-        wait_for_all()
-
-
-def load_dictionaries(folder: Path, sites: list[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
-    """The dictionaries of a folder, one per site, in the order of the sites.
-
-    Raises:
-        UserError: one is missing or corrupt.
-    """
-    return {site: load_dictionary(folder / site, device) for site in sites}
+    run, experiment = session.run, session.run.experiment
+    with leader_first():
+        rows = training_rows(session)
+    source = experiment.saes.source
+    if source is None:
+        say(f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}")
+        _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
+    elif is_leader():
+        say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
+        adopt_dictionaries(run, source, folder, rows.held_out)
+    wait_for_all()
+    return rows
 
 
 def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Log]) -> None:
@@ -122,7 +101,7 @@ def _reporting(
         cells = [
             (s.site, f"{s.loss:.4f}", f"{1 - s.fvu:.4f}", f"{s.l0:.1f}", str(s.dead), speed) for s in progress.sites
         ]
-        show(("site", "loss", "variance explained", "L0", "dead", "rows/s"), cells)
+        show(_TITLES, cells)
         for log in logs:
             log(progress)
 

@@ -1,32 +1,34 @@
-"""What is run through the model to fill a store: the circuits' prompts, or another corpus for the SAEs.
-
-Stage: fill a store with activations.
-"""
+"""Fill a store with activations: of the circuits' prompts, or of another corpus for the SAEs."""
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from sfc.core.artifacts import Artifact, write_csv
 from sfc.core.config import CorpusConfig, ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.corpus import pieces, read_texts
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.data.schema import with_ids
 from sfc.models.generation import generate_ids
-from sfc.models.loading import Model, choose_device, load_model, load_outline
+from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
+from sfc.saes.store import stored_sites, write_prompts
 
 _REPLY_BATCH_TOKENS = 4096
 
 
 class Corpus(NamedTuple):
-    """Token sequences, and a table that says what they are: `prompt` (the text), `split`, and what else is known."""
+    """Token sequences, and a table that says what they are: `id`, `prompt` (the text), `split`, and what else is known.
+
+    In the table of a circuit's prompts every id is there once; texts for SAEs may repeat.
+    """
 
     table: pd.DataFrame
     sequences: list[TokenizedPrompt]
@@ -99,48 +101,53 @@ def _with_replies(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
 def _texts(config: CorpusConfig, tokenizer: Any) -> Corpus:
     sequences = pieces(tokenizer, read_texts(config.source), config.context, config.max_tokens)
     texts = [tokenizer.decode(sequence.ids) for sequence in sequences]
-    return Corpus(pd.DataFrame({"prompt": texts, "split": "corpus"}), sequences)
+    return Corpus(with_ids(pd.DataFrame({"prompt": texts, "split": "corpus"})), sequences)
 
 
-PROMPTS_FILE = "prompts.csv"
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _TABLE_BYTES = 16
 """four 32-bit columns say what a row is"""
 
 
-def make_store(run: Run, sites: Sequence[str], rebuild: bool = False) -> None:
-    """Collect the circuits' prompts at these sites; sites that the store has stay in it.
+def fill(
+    run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str], before: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Collect a corpus at these sites into a store's folder, and write its table.
+
+    Args:
+        before: the sites that the store holds already; they stay in it.
+
+    Returns:
+        For the manifest: `n_prompts`, `n_tokens`, `n_rows` and all `sites`.
 
     Raises:
-        UserError: the model or the data cannot be read, a site does not exist, or the disk is too small.
+        UserError: the disk is too small.
     """
-    model = load_model(run.experiment.model, choose_device(run.device))
-    model.check_sites(sites)
-    fill(run, run.store, model, circuit_prompts(run, model.tokenize), sites, rebuild)
-
-
-def fill(run: Run, artifact: Artifact, model: Model, corpus: Corpus, sites: Sequence[str], rebuild: bool) -> None:
-    """Collect a corpus into a store, and write its table and the manifest.
-
-    Raises:
-        UserError: as `make_store`.
-    """
-    began = time.perf_counter()
     config = run.experiment.activations
-    say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {artifact.folder}")
-    with artifact.being_made(rebuild) as folder, progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
-        before = artifact.manifest() if artifact.is_complete() else {}
-        new = [site for site in sites if site not in before.get("sites", [])]
-        check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
+    say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {folder}")
+    new = [site for site in sites if site not in before]
+    check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
+    with progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
         n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
-        write_csv(folder / PROMPTS_FILE, corpus.table.reset_index(names="store_index"))
-        artifact.finish(
-            n_prompts=len(corpus.sequences),
-            n_tokens=corpus.n_tokens,
-            n_rows=n_rows,
-            sites=[*before.get("sites", []), *new],
-            seconds=round(time.perf_counter() - began, 2),
-        )
+    write_prompts(folder, corpus.table)
+    return {
+        "n_prompts": len(corpus.sequences),
+        "n_tokens": corpus.n_tokens,
+        "n_rows": n_rows,
+        "sites": [*before, *new],
+    }
+
+
+def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) -> None:
+    """Collect the SAEs' own corpus into a store of its own.
+
+    Raises:
+        UserError: as `fill`.
+    """
+    began, artifact = time.perf_counter(), run.corpus
+    with artifact.being_made() as folder:
+        facts = fill(run, folder, model, corpus, sites, stored_sites(artifact))
+        artifact.finish(**facts, seconds={"total": round(time.perf_counter() - began, 2)})
 
 
 def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:

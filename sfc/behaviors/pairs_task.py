@@ -11,31 +11,32 @@ from torch import Tensor
 
 from sfc.circuits.baselines import check_covered, paired_reference
 from sfc.circuits.options import DiscoveryOptions
+from sfc.circuits.problem import Task
+from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import AnswerDifference, auroc, score_prompts
-from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
-from sfc.studies.discover.task import Task
 
 LOW_SHARE, LOW_VARIANCE_EXPLAINED = 0.8, 0.5
 
 
-def pairs_task(run: Run, path: Path, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
-    """The pairs of a file: each prompt of the population (toxic: the clean ones) is held against its partner.
+def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
+    """The pairs of a file: each prompt of the population (toxic: the clean ones) has its partner as its reference.
 
     A pair whose prompts cannot be aligned, or are too long, is left out, and said to be.
 
     Raises:
         UserError: the file is malformed, an answer is not one token, or no pair of some split can be used.
     """
-    experiment, clean_is_explained = run.experiment, DiscoveryOptions.of(run.experiment).population == "toxic"
+    clean_is_explained = DiscoveryOptions.of(experiment).population == "toxic"
     pairs = load_counterfactuals(path, experiment.prompts, experiment.seed)
     ours, theirs = ("clean", "patch") if clean_is_explained else ("patch", "clean")
     tokenized = {side: model.tokenize(pairs[f"{side}_prefix"].tolist()) for side in (ours, theirs)}
@@ -67,7 +68,7 @@ def pairs_task(run: Run, path: Path, model: Model, dictionaries: Mapping[str, Di
     check_covered(reference, [*discovery, *test])
     partners_batches = batches(partners, in_discovery)
     sides = [score_prompts(model, score, side) for side in (discovery, partners_batches)]
-    rows = [_side(pairs, side, run.category_of_pairs) for side in (ours, theirs)]
+    rows = [_side(pairs, side, path.stem) for side in (ours, theirs)]
     return Task(
         score=score,
         reference=reference,
@@ -169,7 +170,7 @@ def _variance_explained(
 
 def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
     """The prompts of one side, as rows of the table of prompts; a clean prompt's label is true."""
-    return pd.DataFrame(
+    prompts = pd.DataFrame(
         {
             "prompt": pairs[f"{side}_prefix"],
             "category": category,
@@ -181,3 +182,4 @@ def _side(pairs: pd.DataFrame, side: str, category: str) -> pd.DataFrame:
             "patch_answer": pairs["patch_answer"],
         }
     )
+    return with_ids(prompts)

@@ -1,12 +1,9 @@
-"""Stage part: what the features of a circuit mean, computed once and kept in the circuit's folder.
-
-Stage: one category's circuit, from node effects to the page that shows it.
+"""Discovery: from node effects to the circuit, its evaluation, and what its features mean.
 
 Three splits, three jobs: nodes are scored and the size is chosen on discovery prompts, reference values come from
 reference prompts, and every reported figure from test prompts.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,12 @@ import pandas as pd
 from jaxtyping import Int
 
 from sfc.circuits.approximation import approximation_check
-from sfc.circuits.circuit import build_circuit, effects_by_role, role_names, save_circuit
+from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
 from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.files import save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
@@ -33,33 +31,36 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.labels import CARDS_FILE
-from sfc.pages.circuit import write_page
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
+from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.source import read_config
-from sfc.saes.store import Store
-from sfc.studies.collect import PROMPTS_FILE
+from sfc.saes.store import read_prompts
+from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.study import Made
 
 SHOWN_NODES = 300
 """nodes that are drawn, and so have cards: those of largest |effect|"""
 
 
 def write_cards(
-    run: Run, graph: nx.DiGraph, dictionaries: Mapping[str, Dictionary], tokenizer: Any, folder: Path
+    session: Session, graph: nx.DiGraph, dictionaries: Mapping[str, Dictionary], folder: Path
 ) -> dict[str, Any]:
     """Make the cards (see `sfc.features.cards`) of the circuit's strongest features, and write `features.json`."""
-    store = Store(run.store.folder)
-    prompts = pd.read_csv(run.store.folder / PROMPTS_FILE, keep_default_na=False)
+    run, tokenizer = session.run, session.model.tokenizer
+    prompts = read_prompts(run.store.folder)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
-    cards = feature_cards(store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]))
+    cards = feature_cards(
+        session.store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]), run.behavior.words
+    )
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
         configs = {site: read_config(run.saes.folder / site) for site in dictionaries}
         for name, card in cards["features"].items():
-            page = neuronpedia_page(configs[graph.nodes[name]["site"]], int(name.rpartition("/F")[2]))
+            config = configs[graph.nodes[name]["site"]].model_dump()
+            page = neuronpedia_page(config, int(name.rpartition("/F")[2]))
             card |= {"neuronpedia": page} if page else {}
     write_json(folder / CARDS_FILE, cards)
     return cards
@@ -71,110 +72,90 @@ _EDGE_WEIGHTS = {
 }
 
 
-def make_circuit(run: Run, category: str, rebuild: bool = False) -> None:
-    """Discover, evaluate, draw, and write it all.
+def discover(session: Session, folder: Path, fingerprint: str) -> Made:
+    """Score nodes, choose the circuit, evaluate it, and write it all.
+
+    Args:
+        fingerprint: of the artifact, which the circuit's file names.
 
     Raises:
-        UserError: the category lacks prompts, or an artifact it needs is corrupt.
+        UserError: the group of prompts is too small, or an artifact that discovery needs is damaged.
     """
-    clock, config = Clock(), DiscoveryOptions.of(run.experiment)
-    artifact = run.circuit(category)
-    with artifact.being_made(rebuild) as folder:
-        problem, test_runs, facts = prepare_problem(run, category)
-        clock.lap("prepare")
-        say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {problem.config.method}")
-        effects = METHODS[config.method].rank(problem)
-        if len(effects.ranking) == 0:
-            raise UserError(f"method {config.method!r} ranks no node: nothing here has an effect")
-        clock.lap("effects")
-        ranking = effects.ranking
-        sizes = curve_sizes(EvaluationOptions.of(run.experiment).sizes, len(ranking))
-        curve = _curve(run, problem, ranking, sizes, test_runs)
-        members = ranking[: choose_size(curve, EvaluationOptions.of(run.experiment).target_faithfulness)].tolist()
-        clock.lap("evaluation")
-        edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
-        clock.lap("edges")
-        if config.drop_dead_ends:
-            kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
-            say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
-            # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
-            ranking = np.concatenate([kept, ranking[~np.isin(ranking, kept)]])
-            curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
-            members = kept
-            clock.lap("evaluation without dead ends")
-        curve = with_refusals(
-            curve, problem, test_runs, ranking, len(members), EvaluationOptions.of(run.experiment), run.experiment.seed
-        )
-        clock.lap("replies")
-        unit = problem.score.unit
-        about = {
-            "behaviour": problem.score.behaviour,
-            "data": str(run.pairs or run.data),
-            "category": category,
-            "method": problem.config.method,
-            "population": facts["population"],
-            "reference": problem.config.reference_choice,
-            "effect_unit": unit if effects.unit == NATS else effects.unit,
-            "edges": config.edges,
-            "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=unit),
-            "fingerprint": artifact.fingerprint,
-            "versions": package_versions(),
-            "experiment": run.experiment.model_dump(mode="json"),
-            "sites": list(problem.ablation.nodes.sites),
-        }
-        stable, stability = _with_stability(run, problem, effects, members)
-        clock.lap("stability")
-        effects, about["roles"] = _with_roles(problem, stable)
-        about["audit"] = _audited(problem, effects, run.experiment.seed)
-        clock.lap("audit")
-        graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
-        _add_token_effects(graph, problem)
-        cards = write_cards(run, graph, problem.ablation.dictionaries, problem.model.tokenizer, folder)
-        clock.lap("features")
-        result = _result(run, category, graph, curve, effects, problem) | stability
-        result |= _held_against(
-            run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
-        )
-        clock.lap("baselines")
-        result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
-        clock.lap("ablating edges")
-        save_circuit(graph, folder / _FILES["circuit"])
-        write_csv(folder / _FILES["curve"], curve)
-        write_csv(folder / _FILES["prompts"], facts.pop("prompts"))
-        files = _FILES
-        if config.contrast == "model-base":
-            changes, result["base"] = base_changes(run, problem, test_runs, members)
-            files = {**_FILES, "base": BASE_FILE}
-            write_csv(folder / BASE_FILE, changes, digits=5)
-        write_page(folder / _FILES["page"], graph, curve, result, cards)
-        clock.lap("drawing")
-        result |= {"files": files, "seconds": clock.laps}
-        write_json(folder / _FILES["result"], result)
-        artifact.finish(result=result, audit=graph.graph["audit"], **facts)
+    run, clock = session.run, session.clock
+    config, evaluation = DiscoveryOptions.of(run.experiment), EvaluationOptions.of(run.experiment)
+    problem, test_runs, facts = prepare_problem(session, run.group(config.category))
+    clock.lap("prepare")
+    say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {config.method}")
+    effects = METHODS[config.method].rank(problem)
+    if len(effects.ranking) == 0:
+        raise UserError(f"method {config.method!r} ranks no node: nothing here has an effect")
+    clock.lap("effects")
+    ranking = effects.ranking
+    sizes = curve_sizes(evaluation.sizes, len(ranking))
+    curve = _curve(run, problem, ranking, sizes, test_runs)
+    members = ranking[: choose_size(curve, evaluation.target_faithfulness)].tolist()
+    clock.lap("evaluation")
+    edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
+    clock.lap("edges")
+    if config.drop_dead_ends:
+        kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
+        say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
+        # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
+        ranking = np.concatenate([kept, ranking[~np.isin(ranking, kept)]])
+        curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
+        members = kept
+        clock.lap("evaluation without dead ends")
+    curve = with_refusals(curve, problem, test_runs, ranking, len(members), evaluation, run.experiment.seed)
+    clock.lap("replies")
+    effects, stability = _with_stability(run, problem, effects, members)
+    clock.lap("stability")
+    effects, roles = _with_roles(problem, effects)
+    check = _checked(problem, effects, run.experiment.seed)
+    clock.lap("approximation check")
+    about = _about(run, problem, effects) | {
+        "population": facts["population"],
+        "fingerprint": fingerprint,
+        "roles": roles,
+        "audit": check,
+    }
+    graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
+    _add_token_effects(graph, problem)
+    write_cards(session, graph, problem.ablation.dictionaries, folder)
+    clock.lap("features")
+    result = _result(run, graph, curve, effects, problem) | stability
+    result |= _controls(
+        run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
+    )
+    clock.lap("controls")
+    result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
+    clock.lap("ablating edges")
+    save_circuit(graph, folder / "circuit.json")
+    write_csv(folder / "curve.csv", curve)
+    write_csv(folder / "prompts.csv", facts.pop("prompts"))
+    if config.contrast != "model-base":
+        return Made(result, facts=facts)
+    changes, result["base"] = base_changes(session, problem, test_runs, members)
+    write_csv(folder / BASE_FILE, changes, digits=5)
+    return Made(result, {"base": BASE_FILE}, facts)
 
 
-_FILES = {
-    "page": "circuit.html",
-    "circuit": "circuit.json",
-    "features": CARDS_FILE,
-    "curve": "curve.csv",
-    "prompts": "prompts.csv",
-    "result": "result.json",
-}
-
-
-class Clock:
-    """Seconds per step."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End the step `name`."""
-        now = time.perf_counter()
-        self.laps[name] = round(now - self._last, 2)
-        self._last = now
+def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
+    """The facts that the circuit's graph carries."""
+    config, words = problem.config, run.behavior.words
+    return {
+        "behavior": run.experiment.behavior,
+        "words": words._asdict(),
+        "data": run.data,
+        "category": run.group(config.category),
+        "method": config.method,
+        "reference": config.reference_choice,
+        "effect_unit": words.unit if effects.unit == NATS else effects.unit,
+        "edges": config.edges,
+        "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=words.unit),
+        "versions": package_versions(),
+        "experiment": run.experiment.model_dump(mode="json"),
+        "sites": list(problem.ablation.nodes.sites),
+    }
 
 
 def _curve(
@@ -183,7 +164,7 @@ def _curve(
     """The curve on the test split, with the discovery split's faithfulness beside it."""
     config = EvaluationOptions.of(run.experiment)
     on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
-    total = on_discovery * len(problem.runs.batches) + on_test * len(test_runs.batches)
+    total = on_discovery * problem.runs.n_prompts + on_test * test_runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
         curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
@@ -213,11 +194,11 @@ def _with_stability(
     return effects, {name: _figure(value) for name, value in figures.items()}
 
 
-def _audited(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
-    """The audit, and a line about it."""
+def _checked(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
+    """The approximation check, and a line about it."""
     report = approximation_check(problem, effects, seed)
     top, others = (report[group]["rank_correlation"] for group in ("top", "random"))
-    say(f"audit against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
+    say(f"check against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
     return report
 
 
@@ -232,9 +213,7 @@ def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
                 graph.nodes[name].update(tokens._asdict())
 
 
-def _result(
-    run: Run, category: str, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem
-) -> dict[str, Any]:
+def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem) -> dict[str, Any]:
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
     row = curve[curve["size"] == len(graph)].iloc[0]
     names = [name for name in curve.columns if name != "size"]
@@ -243,7 +222,7 @@ def _result(
     errors = float(np.nansum(np.abs(effects.effect[problem.ablation.nodes.is_error])))
     return {
         "preset": run.experiment.name,
-        "category": category,
+        "category": run.group(problem.config.category),
         "method": problem.config.method,
         "n_nodes": graph.number_of_nodes(),
         "n_edges": graph.number_of_edges(),
@@ -252,7 +231,7 @@ def _result(
     }
 
 
-def _held_against(
+def _controls(
     run: Run,
     problem: Problem,
     test_runs: PromptRuns,
@@ -268,7 +247,7 @@ def _held_against(
     config, nodes = EvaluationOptions.of(run.experiment), problem.ablation.nodes
     circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
     sizes = sorted({*sizes, nodes.n_nodes})
-    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * len(test_runs.batches)
+    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * test_runs.n_prompts
     with progress_bar("baselines", total, "runs") as progress:
         at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
         smallest = config.min_denominator

@@ -1,0 +1,1 @@
+"""Behaviors: what is explained. Refusal is one."""

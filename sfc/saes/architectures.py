@@ -1,0 +1,182 @@
+"""The architectures of sparse autoencoders (SAEs) by name, and `cfg.json`, which says what a dictionary is.
+
+Dictionaries are kept in SAELens' format. An architecture says which tensors its weights file holds, and how they become
+a `Dictionary`. Whoever registers another one in `ARCHITECTURES` can use its dictionaries like those below. Nothing here
+imports torch before weights are read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sfc.core.artifacts import read_model
+from sfc.core.errors import UserError
+from sfc.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfc.saes.dictionary import Dictionary
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+
+# SAELens itself does nothing at inference for the second and third: training folds them into the weights.
+Normalisation = Literal[
+    "none", "expected_average_only_in", "covariance_whitening", "constant_norm_rescale", "layer_norm"
+]  # fmt: skip
+Shapes = dict[str, tuple[int, ...]]
+Weights = dict[str, "Tensor"]
+
+
+class Metadata(BaseModel):
+    """Where a dictionary comes from; whatever else is said of it is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    hook_name: str
+    """the site it was trained at"""
+
+
+class DictionaryConfig(BaseModel):
+    """What `cfg.json` says, in the form of SAELens 6 whatever version wrote it; keys that are not used are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    architecture: str
+    d_in: int = Field(ge=1)
+    d_sae: int = Field(ge=1)
+    apply_b_dec_to_input: bool = True
+    normalize_activations: Normalisation = "none"
+    reshape_activations: Literal["none"] = "none"
+    metadata: Metadata
+
+    @property
+    def site(self) -> str:
+        return self.metadata.hook_name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_saelens_6_has_it(cls, values: Any) -> Any:
+        """Configurations of earlier versions, which are recognised by the version that they name or lack."""
+        if not isinstance(values, dict):
+            raise ValueError("this is not the configuration of a SAELens dictionary")
+        metadata = values.get("metadata")
+        metadata = metadata if isinstance(metadata, dict) else {}
+        major = str(values.get("sae_lens_version") or metadata.get("sae_lens_version")).partition(".")[0]
+        if major.isdecimal() and int(major) >= 6:
+            return {**values, "metadata": metadata}
+        site = values.get("hook_name", values.get("hook_point"))
+        upgraded = {
+            "architecture": "standard",
+            "reshape_activations": "hook_z" if "hook_z" in str(site) else "none",
+            **values,
+            "metadata": {} if site is None else {"hook_name": site},
+        }
+        activation = values.get("activation_fn", values.get("activation_fn_str"))
+        arguments = values.get("activation_fn_kwargs")
+        if activation == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
+            upgraded |= {"architecture": "topk", "k": arguments["k"]}
+        normalisation = values.get("normalize_activations")
+        if normalisation is None or isinstance(normalisation, bool):
+            upgraded["normalize_activations"] = "expected_average_only_in" if normalisation else "none"
+        return upgraded
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of SAE: what its files must say and hold, and what they become."""
+
+    name: str
+    """`architecture` in `cfg.json`"""
+    shapes: Callable[[Any], Shapes]
+    """from the configuration, the shape of every tensor in the weights file"""
+    build: Callable[[Any, Weights], "Dictionary"]
+    """from the configuration and the weights, in float32, the dictionary of unnormalised activations"""
+    config: type[DictionaryConfig] = DictionaryConfig
+
+
+ARCHITECTURES = Registry[Architecture]("SAE architecture")
+
+
+def read_config(folder: Path) -> DictionaryConfig:
+    """The configuration of the dictionary in `folder`, with the keys of its architecture.
+
+    Raises:
+        UserError: the file is missing or damaged, or describes what cannot be used here.
+    """
+    path = folder / CONFIG_FILE
+    name = read_model(path, DictionaryConfig).architecture
+    try:
+        architecture = ARCHITECTURES[name]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return read_model(path, architecture.config)
+
+
+class _TopKConfig(DictionaryConfig):
+    k: int = Field(ge=1)
+    rescale_acts_by_decoder_norm: bool = False
+
+    @model_validator(mode="after")
+    def _there_are_k_features(self) -> "_TopKConfig":
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}, but there are only {self.d_sae} features")
+        return self
+
+
+def _shapes(*vectors: str) -> Callable[[DictionaryConfig], Shapes]:
+    """The tensors of an SAE whose encoder has, beside its matrix, these vectors with an element for each feature."""
+
+    def shapes(config: DictionaryConfig) -> Shapes:
+        matrices = {"W_enc": (config.d_in, config.d_sae), "W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
+        return matrices | dict.fromkeys(vectors, (config.d_sae,))
+
+    return shapes
+
+
+def _top_k(config: _TopKConfig, weights: Weights) -> "Dictionary":
+    from sfc.saes.dictionary import TopKDictionary
+
+    if config.rescale_acts_by_decoder_norm:  # features are then in units of decoder rows of length one
+        norm = weights["W_dec"].norm(dim=1).clamp(min=float(np.finfo(np.float32).tiny))
+        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
+        weights["W_dec"] = weights["W_dec"] / norm[:, None]
+    return TopKDictionary(weights, k=config.k, site=config.site, apply_b_dec_to_input=config.apply_b_dec_to_input)
+
+
+def _jumprelu(config: DictionaryConfig, weights: Weights) -> "Dictionary":
+    from sfc.saes.dictionary import JumpReLUDictionary
+
+    return JumpReLUDictionary(weights, site=config.site, apply_b_dec_to_input=config.apply_b_dec_to_input)
+
+
+def _standard(config: DictionaryConfig, weights: Weights) -> "Dictionary":
+    """`relu(x @ W_enc + b_enc)`: all thresholds are 0."""
+    return _jumprelu(config, {**weights, "threshold": weights["b_enc"].new_zeros(config.d_sae)})
+
+
+def _gated(config: DictionaryConfig, weights: Weights) -> "Dictionary":
+    """A gated SAE is a JumpReLU SAE, since gate and magnitude share an encoder.
+
+    With `pre = x @ W_enc`, its features are `relu(exp(r_mag) pre + b_mag)` where `pre + b_gate > 0`. Scaled by
+    exp(r_mag) and moved by b_mag, the gate is `magnitude > b_mag - exp(r_mag) b_gate` (Rajamanoharan et al. 2024,
+    Improving Dictionary Learning with Gated Sparse Autoencoders).
+    """
+    gain = weights["r_mag"].exp()
+    threshold = weights["b_mag"] - gain * weights["b_gate"]
+    encoder = {"W_enc": weights["W_enc"] * gain, "b_enc": weights["b_mag"], "threshold": threshold}
+    return _jumprelu(config, {**encoder, "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]})
+
+
+for architecture in (
+    Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig),
+    Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu),
+    Architecture("standard", _shapes("b_enc"), _standard),
+    Architecture("gated", _shapes("b_gate", "b_mag", "r_mag"), _gated),
+):
+    ARCHITECTURES.register(architecture)

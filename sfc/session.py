@@ -1,0 +1,110 @@
+"""A session: one run with everything that is loaded for it, each thing once."""
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sfc.core.config import ModelConfig
+from sfc.run import Run
+
+if TYPE_CHECKING:
+    from sfc.models.loading import Model
+    from sfc.models.score import Score
+    from sfc.saes.dictionary import Dictionary
+    from sfc.saes.store import Store
+
+
+class Session:
+    """A run, its model, its dictionaries and its store. They are loaded when they are first asked for.
+
+    Sessions of runs that share a model share the loaded one (see `for_run`), so that a command loads a model once.
+    """
+
+    def __init__(self, run: Run, models: "dict[str, Model] | None" = None) -> None:
+        self.run = run
+        self.clock = Clock()
+        self._models = {} if models is None else models
+
+    def for_run(self, run: Run) -> "Session":
+        """The session of another run, with the models that are loaded already."""
+        return self if run is self.run else Session(run, self._models)
+
+    @cached_property
+    def model(self) -> "Model":
+        """The run's model.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        return self.load(self.run.experiment.model)
+
+    @cached_property
+    def metric(self) -> "Score":
+        """The score of the run's behavior.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        return self.run.behavior.metric(self.model, self.run.experiment)
+
+    def load(self, config: ModelConfig) -> "Model":
+        """Any model, on the run's device, loaded once.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from sfc.models.loading import choose_device, load_model
+
+        key = config.model_dump_json()
+        if key not in self._models:
+            self._models[key] = load_model(config, choose_device(self.run.device))
+        return self._models[key]
+
+    @cached_property
+    def dictionaries(self) -> "Mapping[str, Dictionary]":
+        """The run's dictionaries by site, on the run's device.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        from sfc.models.loading import choose_device
+        from sfc.saes.format import load_dictionaries
+
+        return load_dictionaries(
+            self.run.saes.folder, self.run.experiment.activations.sites, choose_device(self.run.device)
+        )
+
+    @cached_property
+    def store(self) -> "Store":
+        """The activations of the run's discovery and reference prompts.
+
+        Raises:
+            UserError: the store is missing or damaged.
+        """
+        from sfc.saes.store import Store
+
+        return Store(self.run.store.folder)
+
+
+class Clock:
+    """Seconds per step."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin at zero."""
+        self.laps: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the step `name`; steps of one name add up."""
+        now = time.perf_counter()
+        self.laps[name] = round(self.laps.get(name, 0) + now - self._last, 2)
+        self._last = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of every step, and of all."""
+        return {**self.laps, "total": round(time.perf_counter() - self._start, 2)}

@@ -1,0 +1,104 @@
+"""`sfc discover`: the circuit of one group of prompts, with its evaluation and its page."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from sfc.behaviors.pairs import PairsOptions
+from sfc.circuits.files import load_circuit
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
+from sfc.core.artifacts import hash_of_file, read_json
+from sfc.data.pairs import pairs_fingerprint
+from sfc.data.schema import TOPICS_FILE
+from sfc.features.labels import CARDS_FILE, with_own_labels
+from sfc.models.identity import model_identity
+from sfc.pages.blocks import Page
+from sfc.pages.circuit import NO_CARDS, circuit_page
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
+from sfc.studies.train.study import TRAIN
+
+
+class Discover(Study[DiscoveryOptions]):
+    """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
+
+    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    """
+
+    name = "discover"
+    options = DiscoveryOptions
+    schema = 4
+    also = ((PairsOptions, "file"),)
+    files: ClassVar = {
+        "page": "circuit.html",
+        "circuit": "circuit.json",
+        "features": CARDS_FILE,
+        "curve": "curve.csv",
+        "prompts": "prompts.csv",
+    }
+
+    def label(self, run: Run) -> str:
+        options = self.of(run)
+        nodes = "" if options.nodes == "features" else f"-{options.nodes}"
+        return f"circuit-{run.group(options.category)}{options.name_of_prompts}{nodes}-{options.method}"
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        experiment, options = run.experiment, self.of(run)
+        needs_saes = NODES[options.nodes].needs_saes
+        inputs = {
+            "prompts": run.store.inputs,
+            "saes": run.saes.inputs if needs_saes else None,
+            "sites": None if needs_saes else experiment.activations.sites,
+            "category": run.group(options.category),
+            "hard_share": experiment.prompts.hard_share,
+            "discovery": discovery_identity(experiment),
+            "evaluation": EvaluationOptions.of(experiment).model_dump(),
+        }
+        return inputs | reference_inputs(run)
+
+    def needs(self, run: Run) -> list[Need]:
+        trained = [Need(TRAIN, run)] if NODES[self.of(run).nodes].needs_saes else []
+        return [*trained, Need(COLLECT, run)]
+
+    def make(self, session: Session, folder: Path) -> Made:
+        from sfc.studies.discover.measure import discover
+
+        return discover(session, folder, self.artifact(session.run).fingerprint)
+
+    def page(self, finished: Finished) -> Page:
+        folder = finished.folder
+        graph = load_circuit(folder / self.files["circuit"])
+        cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
+        return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
+
+
+def reference_inputs(run: Run) -> dict[str, Any]:
+    """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
+    options, inputs = DiscoveryOptions.of(run.experiment), {}
+    if run.experiment.behavior == "refusal":
+        topics = run.data_folder / TOPICS_FILE
+        if options.reference_choice == "paired":
+            inputs["pairs"] = pairs_fingerprint(run.data_folder)
+        if METHODS[options.method].reads_topics and topics.is_file():
+            inputs["topics"] = hash_of_file(topics)
+    if options.contrast == "model-base":
+        inputs["base"] = model_identity(base_model(run.experiment))
+    return inputs
+
+
+DISCOVER = Discover()
+STUDIES.register(DISCOVER)
+
+
+def circuit_of(run: Run, category: str | None, session: Session | None = None) -> Finished:
+    """The finished circuit of a category, found where it is missing.
+
+    Raises:
+        UserError: as `sfc discover`.
+    """
+    return ensure(DISCOVER, run.having(DiscoveryOptions, category=category), session=session)

@@ -1,0 +1,54 @@
+"""`sfc probe`: at which layers can the two sides be told apart?"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sfc.core.options import Options, option
+from sfc.data.prepare import prompts_fingerprint
+from sfc.data.schema import category_or_all
+from sfc.models.identity import model_identity
+from sfc.pages.blocks import Page
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.study import STUDIES, Finished, Made, Study
+
+
+class ProbeOptions(Options):
+    """Whose prompts are told apart."""
+
+    section = "probe"
+    category: str = option("violence", description="OR-Bench category, or all")
+
+
+class Probe(Study[ProbeOptions]):
+    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
+
+    Example: sfc probe --category all
+    """
+
+    name = "probe"
+    options = ProbeOptions
+    files: ClassVar = {"page": "probe.html", "layers": "layers.csv"}
+
+    def label(self, run: Run) -> str:
+        return f"probe-{category_or_all(self.of(run).category)}"
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        return {
+            "model": model_identity(run.experiment.model),
+            "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+            "category": category_or_all(self.of(run).category),
+        }
+
+    def make(self, session: Session, folder: Path) -> Made:
+        from sfc.studies.probe.measure import measure
+
+        return measure(session, category_or_all(self.of(session.run).category), folder / self.files["layers"])
+
+    def page(self, finished: Finished) -> Page:
+        from sfc.studies.probe.page import page
+
+        return page(finished)
+
+
+STUDIES.register(Probe())

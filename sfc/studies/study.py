@@ -1,0 +1,206 @@
+"""What a study is, and how it runs.
+
+A study measures something once and keeps it: an artifact, in a folder whose name ends with the fingerprint of all that
+it depends on. It has one section of the experiment (its options), says what it needs and depends on, measures, and
+says what there is to show. Everything else follows from that: its command, its page, its section in the report.
+Nothing here imports torch, and a module that declares a study should not either: what is up to date needs no model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import pandas as pd
+
+from sfc.behaviors.behavior import Words
+from sfc.core.artifacts import MANIFEST, Artifact, Json, read_json, write_json, write_text
+from sfc.core.errors import UserError
+from sfc.core.options import Options
+from sfc.core.progress import say
+from sfc.core.registry import Registry
+from sfc.pages.blocks import Page
+from sfc.pages.html import page_html
+from sfc.run import Run
+from sfc.session import Session
+
+RESULT = "result.json"
+OwnOptions = TypeVar("OwnOptions", bound=Options)
+
+
+class Finished:
+    """A finished artifact, as its files tell of it."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.manifest: Mapping[str, Any] = read_json(folder / MANIFEST) if manifest is None else manifest
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """Its figures.
+
+        Raises:
+            UserError: the file is missing or is not JSON.
+        """
+        return read_json(self.folder / RESULT)
+
+    @property
+    def words(self) -> Words:
+        """How its behavior is spoken of."""
+        return Words(**self.manifest["words"])
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What it was made from."""
+        return self.manifest.get("inputs", {})
+
+    @property
+    def name(self) -> str:
+        """The folder's name without the fingerprint."""
+        return self.folder.name.rpartition("-")[0]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Its files by name."""
+        return {name: self.folder / file for name, file in self.manifest.get("files", {}).items()}
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of its CSV files, by the file's name; see `records` for its rows.
+
+        Raises:
+            UserError: it is missing or not a table.
+        """
+        try:
+            return pd.read_csv(self.folder / name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.folder / name} ({error}); make it again with --rebuild") from None
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one of its CSV files."""
+        return [{str(column): value for column, value in row.items()} for row in self.table(name).to_dict("records")]
+
+    def report(self) -> dict[str, Any]:
+        """What a command ends with: the figures, the seconds they took, and the paths of the files."""
+        files = {name: str(path) for name, path in self.files.items()}
+        return {**self.result, "seconds": self.manifest.get("seconds"), "files": files}
+
+
+class Made(NamedTuple):
+    """What a study leaves behind when it has measured."""
+
+    result: Json
+    """its figures, written to `result.json`; a figure that cannot be measured is None"""
+    files: Mapping[str, str] = MappingProxyType({})
+    """the files it wrote into the folder, by name, beside those that it always writes"""
+    facts: Json = MappingProxyType({})
+    """what the manifest tells beside"""
+
+
+class Need(NamedTuple):
+    """A study that has to be finished before another one."""
+
+    study: "Study"
+    run: Run
+
+
+class Study(ABC, Generic[OwnOptions]):
+    """A study. Its docstring is the help of its command: what it asks, and an example."""
+
+    name: ClassVar[str]
+    """of its command: `sfc NAME`"""
+    options: type[OwnOptions]
+    schema: ClassVar[int] = 1
+    """raised by hand when the meaning of its artifact changes"""
+    also: ClassVar[Sequence[tuple[type[Options], str]]] = ()
+    """fields of other sections that its command offers as well"""
+    files: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """the files it always writes, by name; `page` is written for it"""
+
+    def of(self, run: Run) -> OwnOptions:
+        """The study's options in a run."""
+        return self.options.of(run.experiment)
+
+    def check(self, run: Run) -> None:
+        """Check the options before anything runs.
+
+        Raises:
+            UserError: something is wrong with them.
+        """
+
+    def label(self, run: Run) -> str:
+        """The name of the artifact's folder, without the fingerprint: it begins with `name`."""
+        return self.name
+
+    @abstractmethod
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """A JSON value of all that the artifact depends on, beside the seed, the schema and the behavior."""
+
+    def needs(self, run: Run) -> Sequence[Need]:
+        """What has to be finished before."""
+        return ()
+
+    @abstractmethod
+    def make(self, session: Session, folder: Path) -> Made:
+        """Measure, and write files into the folder.
+
+        Raises:
+            UserError: what it needs is not there, or damaged.
+        """
+
+    @abstractmethod
+    def page(self, finished: Finished) -> Page:
+        """What there is to show of a finished artifact, from its files alone."""
+
+    def artifact(self, run: Run) -> Artifact:
+        """Where the study's result lies, and what it depends on."""
+        behavior = {"name": run.behavior.name, **run.behavior.inputs(run.experiment)}
+        inputs = {"schema": self.schema, "seed": run.experiment.seed, "behavior": behavior, **self.inputs(run)}
+        return Artifact.of(run.root / "circuits" / run.experiment.name, self.label(run), inputs)
+
+    def is_current(self, run: Run, artifact: Artifact) -> bool:
+        """Whether the artifact is there and needs nothing more."""
+        return artifact.is_complete()
+
+    def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
+        """Make the artifact: everything that `make` does not do."""
+        with artifact.being_made(rebuild) as folder:
+            self.leave(session, artifact, self.make(session, folder))
+
+    def leave(self, session: Session, artifact: Artifact, made: Made) -> None:
+        """Write the result, the page and, last, the manifest, which declares the artifact finished."""
+        write_json(artifact.folder / RESULT, made.result)
+        facts = {
+            "study": self.name,
+            "words": session.run.behavior.words._asdict(),
+            "files": {**self.files, **made.files, "result": RESULT},
+            "seconds": session.clock.seconds,
+            **made.facts,
+        }
+        if "page" in self.files:
+            page = self.page(Finished(artifact.folder, artifact.described(**facts)))
+            write_text(artifact.folder / self.files["page"], page_html(page))
+        artifact.finish(**facts)
+
+
+STUDIES: Registry[Study[Any]] = Registry("study")
+
+
+def ensure(study: Study[Any], run: Run, rebuild: bool = False, session: Session | None = None) -> Finished:
+    """The finished artifact of a study, made unless it is up to date, after whatever it needs.
+
+    Raises:
+        UserError: as the study's `check` and `make`.
+    """
+    study.check(run)
+    artifact = study.artifact(run)
+    if not rebuild and study.is_current(run, artifact):
+        say(f"up to date: {artifact.folder}")
+    else:
+        session = Session(run) if session is None else session.for_run(run)
+        for need in study.needs(run):
+            ensure(need.study, need.run, session=session)
+        session.clock.restart()
+        study.build(session, artifact, rebuild)
+    return Finished(artifact.folder)
