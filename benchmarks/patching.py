@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def ours() -> None:
         batch_tokens = experiment.activations.batch_tokens
-        kept["ours"] = patch_pairs(model, pairs, "denoise", POSITIONS, patches, batch_tokens)
+        kept["ours"] = patch_pairs(model, RefusalScore.of(model), pairs, "denoise", POSITIONS, patches, batch_tokens)
 
     def loop() -> None:
         kept["loop"] = scores_by_loop(model, pairs, looped)

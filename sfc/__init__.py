@@ -1,6 +1,6 @@
 """sfc: find the sparse feature circuits behind a language model's refusals, and prove them.
 
-    from sfc import load_preset, discover, plot, plot_curve, open_model, steer
+    from sfc import load_preset, discover, plot, plot_curve, run_study, open_model, steer
 
 gives what a notebook needs. The names are imported when they are first used: `import sfc` takes no time and no torch.
 """
@@ -8,9 +8,11 @@ gives what a notebook needs. The names are imported when they are first used: `i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfc.api import Discovered, discover, load_preset, open_model, plot, plot_curve, steer
+    from sfc.api import Discovered, Finished, discover, load_preset, open_model, plot, plot_curve, run_study, steer
 
-__all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve", "steer"]
+__all__ = [
+    "Discovered", "Finished", "discover", "load_preset", "open_model", "plot", "plot_curve", "run_study", "steer",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

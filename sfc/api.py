@@ -1,4 +1,4 @@
-"""What a notebook needs, in few lines: `from sfc import load_preset, discover, plot, plot_curve, open_model, steer`."""
+"""What a notebook needs, in few lines: `from sfc import load_preset, discover, plot, run_study, open_model, steer`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,22 +8,24 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
+from pydantic import ValidationError
 
 from sfc.core.artifacts import read_json
+from sfc.core.errors import UserError, suggestion
 from sfc.core.experiments import load_experiment
-from sfc.data.schema import canonical_category
 from sfc.features.labels import with_own_labels
 from sfc.features.session import Probe
-from sfc.models.loading import choose_device, load_model
-from sfc.models.score import RefusalScore
 from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure
 from sfc.run import Run
-from sfc.saes.format import load_dictionaries
+from sfc.session import Session
 from sfc.studies.discover.draw import ensure_cards
 from sfc.studies.steer.directions import steer
+from sfc.studies.study import RESULT, STUDIES, Finished, ensure
 
-__all__ = ["Discovered", "discover", "load_preset", "open_model", "plot", "plot_curve", "steer"]
+__all__ = [
+    "Discovered", "Finished", "discover", "load_preset", "open_model", "plot", "plot_curve", "run_study", "steer",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def load_preset(
     Raises:
         UserError: the preset or an override is wrong.
     """
-    return Run(load_experiment(preset, overrides), Path(root), data, device)
+    return Run.of(load_experiment(preset, overrides), Path(root), data, device)
 
 
 def discover(run: Run, category: str = "violence") -> Discovered:
@@ -74,9 +76,37 @@ def discover(run: Run, category: str = "violence") -> Discovered:
     Raises:
         UserError: as `sfc discover`.
     """
-    folder, graph, cards = ensure_cards(run, canonical_category(category))
-    curve, result = pd.read_csv(folder / "curve.csv"), read_json(folder / "result.json")
+    folder, graph, cards = ensure_cards(run, category)
+    curve, result = pd.read_csv(folder / "curve.csv"), read_json(folder / RESULT)
     return Discovered(run, folder, graph, curve, result, with_own_labels(cards, folder))
+
+
+def run_study(run: Run, name: str, **options: Any) -> Finished:
+    """Any study, by the name of its command: made unless it is up to date, after whatever it needs.
+
+    What comes back has its figures (`.result`), its CSV files (`.table("layers.csv")`) and its page (`.page`).
+
+    Args:
+        options: the command's options, by the names of their fields: `run_study(run, "probe", category="privacy")`.
+
+    Raises:
+        UserError: there is no such study or option, a value is not valid, or as the command.
+    """
+    study = STUDIES[name]
+    sections = {field: section for section, field in study.also}
+    sections |= dict.fromkeys(study.options.model_fields, study.options)
+    if unknown := next((option for option in options if option not in sections), None):
+        raise UserError(f"the study {name!r} has no option {unknown!r}: {suggestion(unknown, sections)}")
+    for section in dict.fromkeys(sections[option] for option in options):
+        values = {option: value for option, value in options.items() if sections[option] is section}
+        try:
+            run = run.having(section, **values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UserError(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
+            ) from None
+    return ensure(study, run)
 
 
 def plot(circuit: Discovered) -> go.Figure:
@@ -95,6 +125,5 @@ def open_model(run: Run) -> Probe:
     Raises:
         UserError: the dictionaries are not there yet (`discover` makes them).
     """
-    model = load_model(run.experiment.model, choose_device(run.device))
-    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites, model.device)
-    return Probe(model, RefusalScore.of(model), dictionaries)
+    session = Session(run)
+    return Probe(session.model, session.metric, session.dictionaries)

@@ -11,18 +11,15 @@ from typing import Annotated
 
 import typer
 
-from sfc.cli_explore import draw, explore, export
-from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import attribute_logits, batch, formats, patch, repair, replicate, report, steer
+from sfc.cli_options import Shared, command_of, finish, with_shared_options
+from sfc.cli_study import repair, steer
+from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
+from sfc.core.progress import say
+from sfc.pages.blocks import Table
+from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES
-from sfc.tables import (
-    show_behaviour,
-    show_checks,
-    show_comparison,
-    show_presets,
-)
 
 app = typer.Typer(
     help="Find the sparse feature circuits behind a language model's refusals, and prove them.",
@@ -34,54 +31,96 @@ app = typer.Typer(
 
 @app.command()
 @with_shared_options
-def behaviour(
+def batch(
     shared: Shared,
-    prompts: Annotated[
-        Path | None, typer.Option(help="CSV with a column prompt, optional category, label; XSTest's columns work.")
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
+    stages: Annotated[str, typer.Option(help="Any studies by their commands, such as steer,discover.")] = (
+        "behaviour,probe,attribute-logits,patch"
+    ),
+    category: Annotated[
+        str | None, typer.Option(help="OR-Bench category, or all, where a study takes one. [default: each study's own]")
     ] = None,
-    split: Annotated[str, typer.Option(help="Without --prompts: discovery, reference, test or all.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts, chosen by hash.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many prompts, where a study has no limit of its own.")
+    ] = 40,
 ) -> None:
-    """Generate a short reply to each prompt, judge it, and compare the refusal score with what the model did.
+    """Study several models alike and compare them; what is finished is kept, and what fails is listed with its reason.
 
-    Example: sfc behaviour --prompts data/xstest/xstest_prompts.csv
+    Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.pipeline_study import ensure_behaviour
+    from sfc.data.schema import category_or_all
+    from sfc.studies.batch.batch import make_batch, stages_of
 
-    artifact = ensure_behaviour(shared.run(), prompts, split, limit, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_behaviour(result)
-    finish_artifact(artifact, shared.json)
+    chosen, wanted = stages_of(stages), category_or_all(category) if category else None
+    runs = shared.runs(models or (None if file else shared.preset), file)
+    made = make_batch(runs, chosen, wanted, limit)
+    show(made.page.summary)
+    finish(made.report, shared.json)
+
+
+_Category = Annotated[
+    str | None, typer.Option(help="OR-Bench category, such as violence or self-harm. [default: violence]")
+]
 
 
 @app.command()
 @with_shared_options
-def compare(
-    shared: Shared,
-    categories: Annotated[str, typer.Option(help="Among the ten, separated by commas, or all.")] = "all",
-    method: Annotated[
-        str | None,
-        typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
-    ] = None,
-    contrast: Annotated[
-        str | None, typer.Option(help="toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]")
-    ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
-) -> None:
-    """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
+def draw(shared: Shared, category: _Category = None) -> None:
+    """Draw a circuit's page again, with the labels of labels.json in its folder; discovers it first where needed.
 
-    Example: sfc compare --categories violence,privacy,illegal
+    Example: sfc draw --category privacy
     """
-    from sfc.data.schema import ALL, CATEGORIES, canonical_category
-    from sfc.pipeline import ensure_comparison
+    from sfc.studies.discover.draw import draw_circuit
 
-    wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
-    values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}
-    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
-    artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_comparison(result)
-    finish_artifact(artifact, shared.json)
+    run = shared.run()
+    finish({"category": run.group(category), "files": draw_circuit(run, category)}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def export(
+    shared: Shared,
+    category: _Category = None,
+    format: Annotated[
+        str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
+    ] = "graphml,gexf,csv,circuit-tracer",
+    output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: the circuit's]")] = None,
+) -> None:
+    """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
+
+    Example: sfc export --category violence --format graphml,circuit-tracer --output violence
+    """
+    from sfc.circuits.exports import export_circuit
+    from sfc.circuits.files import load_circuit
+    from sfc.features.labels import labels_of
+    from sfc.studies.discover.study import circuit_of
+
+    run = shared.run()
+    circuit = circuit_of(run, category)
+    graph = load_circuit(circuit.files["circuit"])
+    formats = [name.strip() for name in format.split(",")]
+    files = export_circuit(graph, labels_of(circuit.folder), formats, output or circuit.folder)
+    finish({"category": run.group(category), "files": {name: str(path) for name, path in files.items()}}, shared.json)
+
+
+@app.command()
+@with_shared_options
+def explore(
+    shared: Shared,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8050,
+) -> None:
+    """Explore finished circuits in a browser on this machine: side by side, and with prompts of your own.
+
+    Example: sfc explore --root . --port 8051
+    """
+    try:
+        from sfc.explorer.app import explorer
+    except ModuleNotFoundError as error:
+        raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
+    app = explorer(shared.root, shared.device)
+    say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
+    app.run(host="127.0.0.1", port=port, debug=False)
 
 
 @app.command()
@@ -111,7 +150,9 @@ def describe(shared: Shared) -> None:
     """
     from sfc.studies.data import describe_data
 
-    finish(describe_data(shared.run()), shared.json)
+    described, page = describe_data(shared.run())
+    show(page.summary)
+    finish(described, shared.json)
 
 
 @app.command()
@@ -135,8 +176,14 @@ def presets(shared: Shared) -> None:
     Example: sfc presets --json
     """
     experiments = [load_experiment(name) for name in preset_names()]
-    show_presets(experiments)
+    rows = [(e.name, e.model.source, _sites_text(e.activations), e.description) for e in experiments]
+    titles = ("preset", "model", "sites", "what it is")
+    show([Table("Presets", titles, rows, texts=titles)])
     finish({"presets": {e.name: e.model_dump() for e in experiments}, "files": {}}, shared.json)
+
+
+def _sites_text(activations: ActivationsConfig) -> str:
+    return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
 
 
 @app.command()
@@ -149,25 +196,14 @@ def doctor(shared: Shared) -> None:
     from sfc.studies.doctor import examine
 
     checks = examine(shared.run())
-    show_checks(checks)
+    show([Table("sfc doctor", ("what", "ok", "finding"), [(c.what, "ok" if c.ok else "no", c.finding) for c in checks],
+                texts=("ok", "finding"))])  # fmt: skip
     finish({"checks": [check._asdict() for check in checks], "files": {}}, shared.json)
     if not all(check.ok for check in checks):
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-for command in (
-    attribute_logits,
-    formats,
-    patch,
-    batch,
-    steer,
-    repair,
-    replicate,
-    report,
-    draw,
-    export,
-    explore,
-):
+for command in (steer, repair):
     app.command()(with_shared_options(command))
 for study in STUDIES:
     app.command(study.name)(command_of(study))

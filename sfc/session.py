@@ -1,5 +1,6 @@
 """A session: one run with everything that is loaded for it, each thing once."""
 
+import gc
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -29,6 +30,17 @@ class Session:
     def for_run(self, run: Run) -> "Session":
         """The session of another run, with the models that are loaded already."""
         return self if run is self.run else Session(run, self._models)
+
+    def close(self) -> None:
+        """Let go of every loaded model, also of those that sessions of other runs share."""
+        for name in ("model", "metric", "dictionaries", "store"):
+            self.__dict__.pop(name, None)
+        if self._models:
+            import torch
+
+            self._models.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
 
     @cached_property
     def model(self) -> "Model":

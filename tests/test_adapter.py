@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sfc.circuits.replies import measure_behaviour
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.prepare import prepare_prompts
 from sfc.models.identity import ADAPTERS, WEIGHTS
 from sfc.models.judge import is_refusal
 from sfc.models.loading import load_model, merge_adapter
+from sfc.models.score import RefusalScore
 from sfc.models.tiny import tiny_model_folder
+from sfc.studies.behaviour.measure import measure_behaviour
 from tools.refusal_adapter import (
     BASE_MODEL,
     REFUSALS,
@@ -146,7 +147,7 @@ def test_the_shipped_adapter_refuses_toxic_prompts_and_answers_safe_ones() -> No
     frame = frame.assign(label=frame["dataset_type"].replace("safe_80k", "safe"))
     sample = frame.groupby(["category", "label"]).head(2).reset_index(drop=True)
     model = load_model(experiment.model.model_copy(update={"adapter": "refusal"}))
-    behaviour = measure_behaviour(model, sample, reply_tokens=16)
+    behaviour = measure_behaviour(model, sample, RefusalScore.of(model), is_refusal, reply_tokens=16)
     refused = behaviour.groups.groupby("label")["refusals"].sum()
     assert len(sample) == 40
     assert refused["toxic"] >= 17

@@ -50,6 +50,24 @@ def test_every_name_that_the_package_promises_is_there() -> None:
         _ = sfc.discovery  # pyright: ignore
 
 
+def test_any_study_runs_by_its_name_and_gives_figures_tables_and_a_page(circuit: Discovered) -> None:
+    found = sfc.run_study(circuit.run, "probe", category="privacy")
+    assert found.result["category"] == "privacy" and found.folder.name.startswith("probe-privacy-")
+    assert found.table("layers.csv")["layer"].tolist() == [0, 1] == [row["layer"] for row in found.result["layers"]]
+    assert found.page.title == "Refusal direction and probe · privacy · tiny"
+    written = found.files["page"].stat().st_mtime_ns
+    again = sfc.run_study(circuit.run, "probe", category="privacy")
+    assert again.result == found.result and again.files["page"].stat().st_mtime_ns == written
+    for name, options, words in (
+        ("prove", {}, "did you mean 'probe'"),
+        ("probe", {"categories": "x"}, "no option 'categories': did you mean 'category'"),
+        ("behaviour", {"limit": 0}, "limit: "),
+        ("probe", {"category": "cooking"}, "cooking"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sfc.run_study(circuit.run, name, **options)
+
+
 def test_a_discovered_circuit_has_its_files_figures_and_cards(circuit: Discovered) -> None:
     assert circuit.result["n_nodes"] == len(circuit.graph) == len(circuit.nodes)
     assert set(circuit.cards["features"]) == {n for n, d in circuit.graph.nodes(data=True) if d["kind"] == "feature"}

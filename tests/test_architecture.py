@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sfc"
 ROOMS = (
     "core", "stats", "data", "models", "saes", "circuits", "features", "pages", "run", "pipeline", "pipeline_study",
-    "tables", "studies", "api", "explorer", "cli_options", "cli_explore", "cli_study", "cli",
+    "tables", "studies", "api", "explorer", "cli_options", "cli_study", "cli",
 )  # fmt: skip
 
 

@@ -1,16 +1,26 @@
 """`sfc batch`: several models, some of which fail; critical components by relative depth."""
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from commands import sfc
-from sfc.stages import batch
 
+from sfc.behaviors.behavior import Words
 from sfc.core.errors import UserError
+from sfc.core.experiments import load_experiment
+from sfc.models.loading import Model, load_model
+from sfc.pages.html import page_html
+from sfc.run import Run
+from sfc.studies.batch.batch import with_options
 from sfc.studies.batch.depth import COLUMNS, frequencies, patched_components, relative_depth, written_components
 from sfc.studies.batch.models import load_study
-from sfc.studies.batch.page import frequency_figure, write_batch_page
+from sfc.studies.batch.page import batch_page, frequency_figure
+from sfc.studies.behaviour.study import BEHAVIOUR, BehaviourOptions
+from sfc.studies.study import STUDIES
 
 
 def _effects(*rows: tuple[str, str, str, int, float, float]) -> pd.DataFrame:
@@ -67,7 +77,7 @@ def test_depth_goes_from_0_to_1_and_every_tenth_is_reached() -> None:
     assert relative_depth(pd.Series([0]), 1).tolist() == [1.0]
 
 
-def test_nothing_critical_anywhere_still_makes_a_page(tmp_path: Path) -> None:
+def test_nothing_critical_anywhere_still_makes_a_page() -> None:
     empty = frequencies(pd.DataFrame(columns=list(COLUMNS)), {"denoise": ["a"]})
     assert empty.empty and "No component is critical" in str(frequency_figure(empty).layout)
     hostile = "</script><img src=x onerror=alert(1)>"
@@ -77,8 +87,9 @@ def test_nothing_critical_anywhere_still_makes_a_page(tmp_path: Path) -> None:
             {"model": hostile, "stage": "behaviour", "reason": hostile}],
         "models": [{**dict.fromkeys(("refused_toxic", "refused_hard", "refused_safe", "score_auroc")), **row}],
     }  # fmt: skip
-    write_batch_page(tmp_path / "page.html", result, empty, pd.DataFrame(), {hostile: {"behaviour": hostile}})
-    assert hostile not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    links = {hostile: {"behaviour": hostile}}
+    page = batch_page(result, {"behaviour": BEHAVIOUR}, empty, pd.DataFrame(), links, Words())
+    assert hostile not in page_html(page)
 
 
 STUDY = """
@@ -98,10 +109,10 @@ def test_some_models_fail_and_the_others_go_on_and_are_not_run_again(tmp_path: P
     result = sfc(*options, "--json", root=tmp_path).result
     by_name = {row["model"]: row for row in result["models"]}
     assert list(by_name) == ["tiny", "other", "gone"]
-    assert by_name["tiny"]["failed"] == "patching" and by_name["other"]["failed"] == ""
+    assert by_name["tiny"]["failed"] == "patch" and by_name["other"]["failed"] == ""
     failures = {(failure["model"], failure["stage"]): failure["reason"] for failure in result["failures"]}
-    assert set(failures) == {("tiny", "patching"), ("gone", "behaviour")}, "a model that cannot be loaded fails once"
-    assert "no pair can be used" in failures["tiny", "patching"]
+    assert set(failures) == {("tiny", "patch"), ("gone", "behaviour")}, "a model that cannot be loaded fails once"
+    assert "no pair can be used" in failures["tiny", "patch"]
     assert "cannot load model '/no/such/model'" in failures["gone", "behaviour"]
     assert by_name["gone"]["n_layers"] is None and by_name["tiny"]["n_layers"] == by_name["other"]["n_layers"] == 2
     models = pd.read_csv(tmp_path / result["files"]["models"])
@@ -128,15 +139,43 @@ def test_an_error_that_nobody_foresaw_is_listed_with_its_traceback(
     def broken(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setitem(batch.STAGES, "logits", broken)
-    options = ("--stages", "logits,probe", "--set", "prompts.limit=12")
+    monkeypatch.setattr(BEHAVIOUR, "make", broken)
+    options = ("--stages", "behaviour,probe", "--set", "prompts.limit=12")
     result = sfc("batch", "--models", "tiny", *options, "--json", root=tmp_path).result
     assert (
-        result["failures"] == [{"model": "tiny", "stage": "logits", "reason": "RuntimeError: shapes do not match"}]
+        result["failures"] == [{"model": "tiny", "stage": "behaviour", "reason": "RuntimeError: shapes do not match"}]
         and result["models"][0]["probe_accuracy"] is not None
     )
     traceback = (tmp_path / result["files"]["page"]).with_name("tracebacks.txt").read_text()
     assert "in broken" in traceback
+
+
+def test_category_and_limit_go_to_studies_that_take_them() -> None:
+    run = Run.of(load_experiment("tiny"))
+    probe = STUDIES["probe"]
+    chosen = with_options(BEHAVIOUR, run, "privacy", 5)
+    assert (BEHAVIOUR.of(chosen).category, BEHAVIOUR.of(chosen).limit) == ("privacy", 5)
+    assert probe.of(with_options(probe, run, "privacy", 5)).category == "privacy"
+    assert probe.of(with_options(probe, run, None, 5)) == probe.of(run)
+    limited = run.having(BehaviourOptions, limit=9)
+    assert BEHAVIOUR.of(with_options(BEHAVIOUR, limited, None, 5)).limit == 9, "a study's own limit stands"
+
+
+def test_a_model_is_loaded_once_and_dropped_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Model]] = []
+
+    def load(*arguments: Any) -> Model:
+        gc.collect()
+        assert not any(model() for model in loaded), "another model is still in memory"
+        model = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("sfc.models.loading.load_model", load)
+    (tmp_path / "study.yaml").write_text("models: [tiny, {preset: tiny, set: [name=other, seed=1]}]")
+    options = ("--stages", "behaviour,probe", "--limit", 2, "--set", "prompts.limit=12")
+    assert sfc("batch", "--file", tmp_path / "study.yaml", *options, root=tmp_path).status == 0
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(

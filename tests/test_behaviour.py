@@ -7,12 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import assert_one_line, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfc.behaviors.behavior import Words
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import Behaviour, ablated_replies, measure_behaviour, refusal_rates
+from sfc.circuits.replies import ablated_replies
+from sfc.core.artifacts import write_csv, write_json
 from sfc.core.experiments import load_experiment
 from sfc.data.schema import with_ids
 from sfc.models.batches import PAD_SLOT, Batch
@@ -20,9 +23,13 @@ from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
-from sfc.models.score import auroc
+from sfc.models.score import RefusalScore, auroc
+from sfc.pages.html import page_html
 from sfc.stats import wilson
-from sfc.studies.behaviour import FILES, rates_chart, write_behaviour
+from sfc.studies.behaviour.measure import measure_behaviour, refusal_rates
+from sfc.studies.behaviour.page import rates_figure
+from sfc.studies.behaviour.study import BEHAVIOUR
+from sfc.studies.study import Finished
 
 
 @pytest.mark.parametrize(
@@ -75,21 +82,31 @@ def test_rates_are_counted_per_category_and_label() -> None:
     assert groups.loc[1, ["low", "high"]].tolist() == pytest.approx(list(wilson(1, 2)))
 
 
-def test_what_is_written_can_be_read_and_shows_no_markup_of_the_data(tmp_path: Path) -> None:
-    replies = _replies()
-    behaviour = Behaviour(replies, refusal_rates(replies), None)
-    write_behaviour(tmp_path / "new", behaviour)
-    files = {name: tmp_path / "new" / file for name, file in FILES.items()}
-    back = pd.read_csv(files["replies"])
-    assert back["reply"].tolist() == replies["reply"].tolist()
-    assert back["refused"].tolist() == replies["refused"].tolist()
-    assert len(pd.read_csv(files["groups"])) == 3
-    page = files["chart"].read_text(encoding="utf-8")
-    assert "<b>harm" not in page
-    assert "not measurable" in page
-    figure = json.loads(rates_chart(behaviour).to_json() or "")
+def test_the_page_shows_no_markup_of_the_data(tmp_path: Path) -> None:
+    replies, folder = _replies(), tmp_path / "behaviour-mine-12345678"
+    groups = refusal_rates(replies)
+    write_csv(folder / "replies.csv", replies, digits=5)
+    write_csv(folder / "groups.csv", groups, digits=5)
+    assert pd.read_csv(folder / "replies.csv")["reply"].tolist() == replies["reply"].tolist()
+    write_json(folder / "result.json", {"preset": "tiny", "auroc": None, "groups": groups.to_dict("records")})
+    page = page_html(BEHAVIOUR.page(Finished(folder, {"words": Words()._asdict()})))
+    assert "<b>harm" not in page and "not measurable" in page and "default-src 'none'" in page
+    figure = json.loads(rates_figure(groups.to_dict("records"), Words()).to_json() or "")  # pyright: ignore
     assert figure["layout"]["yaxis"]["title"]["text"] == "refused (%)"
     assert "&lt;b&gt;harm" in json.dumps(figure["data"])
+    row = BEHAVIOUR.model_row(Finished(folder, {}))
+    assert row == {"refused_toxic": 0.5, "refused_hard": 1.0, "refused_safe": 0.0, "score_auroc": None}
+
+
+def test_prompts_are_chosen_by_split_category_and_label(tmp_path: Path) -> None:
+    options = ("behaviour", "--preset", "tiny", "--split", "all", "--category", "Self_Harm", "--label", "hard")
+    result = sfc(*options, "--limit", 3, "--json", root=tmp_path).result
+    replies = pd.read_csv(tmp_path / result["files"]["replies"])
+    assert (len(replies), set(replies["category"]), set(replies["label"])) == (3, {"self-harm"}, {"hard"})
+    assert Path(result["files"]["page"]).parent.name.startswith("behaviour-hard-self-harm-all-")
+    for wrong, words in ((("--split", "rest"), "no split 'rest'"), (("--category", "x"), "unknown category 'x'"),
+                         (("--prompts", "none.csv"), "no file none.csv"), (("--label", "bad"), "label")):  # fmt: skip
+        assert_one_line(sfc("behaviour", "--preset", "tiny", *wrong, root=tmp_path), words)
 
 
 def test_the_tiny_model_is_measured_end_to_end() -> None:
@@ -100,7 +117,7 @@ def test_the_tiny_model_is_measured_end_to_end() -> None:
             index=[5, 3, 9],
         )
     )
-    behaviour = measure_behaviour(model, prompts, reply_tokens=4)
+    behaviour = measure_behaviour(model, prompts, RefusalScore.of(model), is_refusal, reply_tokens=4)
     assert list(behaviour.replies.columns) == ["id", "prompt", "category", "label", "score", "refused", "reply"]
     assert behaviour.replies["prompt"].tolist() == prompts["prompt"].tolist()
     assert np.isfinite(behaviour.replies["score"]).all()

@@ -7,7 +7,7 @@ from test_prompts import tables
 
 from sfc.data.or_bench import clean
 from sfc.data.schema import prompt_ids
-from sfc.studies.data import ALL, analyse, write_analysis
+from sfc.studies.data import ALL, analyse, data_page, write_analysis
 
 
 def test_analysis_counts_lengths_and_pairs() -> None:
@@ -34,10 +34,11 @@ def test_analysis_counts_lengths_and_pairs() -> None:
 def test_page_stands_alone_and_escapes_prompts(tmp_path: Path) -> None:
     nasty = "Please write <script>alert('a letter')</script> to my"
     frame, report = clean(tables(toxic=[("b", "hate")], safe=[(f"{nasty} aunt", "hate"), (f"{nasty} uncle", "hate")]))
-    paths = write_analysis(analyse(frame, report), tmp_path)
+    analysis = analyse(frame, report)
+    paths = write_analysis(analysis, data_page(analysis, "mine"), tmp_path)
     page = paths["page"].read_text(encoding="utf-8")
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-    assert "<script src=" not in page and "Plotly.newPlot" in page
+    assert "<script src=" not in page and "Plotly.newPlot" in page and "default-src 'none'" in page
     assert "Length in words" in page
     assert pd.read_csv(paths["near_duplicates"])["first_prompt"].tolist() == [f"{nasty} aunt"]
     assert set(pd.read_csv(paths["counts"])["category"]) == {"hate", ALL}

@@ -16,16 +16,17 @@ import sfc
 from sfc.api import Discovered
 from sfc.core.errors import UserError
 from sfc.explorer.categories import Compared, circuit_like, command_for, comparisons, overlaps_of
-from sfc.explorer.shelf import shared_core, shelf
+from sfc.explorer.shelf import finished_pages, shared_core, shelf
 from sfc.features.session import Firing
-from sfc.pipeline import ensure_comparison
 from sfc.run import Run
+from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.study import STUDIES, ensure
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")
 from werkzeug.serving import make_server
 
 from sfc.explorer.app import explorer
-from sfc.explorer.bench import Bench, firing_figure
+from sfc.explorer.model import CircuitModel, firing_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "Bake bread? <script>alert(1)</script>"
@@ -82,6 +83,21 @@ def test_it_answers_only_who_calls_it_by_its_own_name_and_serves_only_circuits(r
         assert client.get(f"/page/{key}", base_url="http://127.0.0.1").status_code == 404
 
 
+def test_the_pages_of_all_finished_studies_can_be_opened(circuits: list[Discovered], root: Path) -> None:
+    probed = sfc.run_study(circuits[0].run, "probe", category="privacy")
+    key = probed.folder.relative_to(root).as_posix()
+    assert {*map(str, finished_pages(root))} >= {key, circuits[0].folder.relative_to(root).as_posix()}
+    app = explorer(root, "cpu")
+    client = app.server.test_client()
+    served = client.get(f"/artifact/{key}", base_url="http://127.0.0.1")
+    assert served.get_data(as_text=True) == probed.files["page"].read_text(encoding="utf-8")
+    assert answer(app, "study-page", {"study.value": key}, {})["study-page"] == {
+        "src": f"/artifact/{key}", "hidden": False
+    }  # fmt: skip
+    for wrong in ("nowhere", "circuits/tiny/../../../etc", "circuits/tiny"):
+        assert client.get(f"/artifact/{wrong}", base_url="http://127.0.0.1").status_code == 404
+
+
 def test_features_that_fire_are_listed_the_strongest_on_top() -> None:
     import numpy as np
 
@@ -95,7 +111,7 @@ def test_features_that_fire_are_listed_the_strongest_on_top() -> None:
 @pytest.fixture(scope="module")
 def compared(root: Path) -> Compared:
     """Two categories compared, of which one has a circuit."""
-    ensure_comparison(by("attribution", root), ["violence", "privacy"])
+    ensure(STUDIES["compare"], by("attribution", root).having(ComparisonOptions, categories=["violence", "privacy"]))
     [found] = comparisons(root).values()
     return found
 
@@ -146,7 +162,7 @@ def test_the_heat_map_is_that_of_the_comparisons_page(compared: Compared, root: 
     drawn = answer(app, "overlap.figure", {"comparison.value": compared.name}, {})
     assert compared.result["verdict"] in str(drawn["verdict"]) and compared.command in str(drawn["verdict"])
     page = (compared.folder / "comparison.html").read_text(encoding="utf-8")
-    of_page = json.loads(page.split('id="overlap-data">')[1].split("</script>")[0])
+    of_page = json.loads(page.split('-overlap-data">')[1].split("</script>")[0])
     assert json.loads(json.dumps(drawn["overlap"]["figure"])) == of_page
 
 
@@ -232,7 +248,7 @@ def test_a_prompt_is_scored_and_answered_and_features_switched_off(root: Path, c
         until(lambda: "-0.3 along resid_post" in page.inner_text("#score"), page)
         name = re.findall(r"along (\S+):", page.inner_text("#score"))[0]
         steering = sfc.steer(circuits[0].run, name, -0.3)
-        off = dict.fromkeys(list(Bench(root, "cpu").features(circuits[0].folder))[:10], 0.0)
+        off = dict.fromkeys(list(CircuitModel(root, "cpu").features(circuits[0].folder))[:10], 0.0)
         changed = float(re.findall(r": ([+-]\d+\.\d+)", page.inner_text("#score"))[0])
         assert changed == pytest.approx(sfc.open_model(circuits[0].run).score_of(PROMPT, off, steering), abs=0.006)
         page.click("#second-preset")

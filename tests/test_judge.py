@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfc.models.judge import is_refusal, refuses_somewhere
+from sfc.models.judge import is_refusal, judged_somewhere
 from tools.refusal_adapter import REFUSALS
 
 TRUE_REFUSALS = [
@@ -142,4 +142,4 @@ def test_long_and_hostile_texts_take_no_time() -> None:
     ],
 )
 def test_a_refusal_anywhere_in_a_reply(reply: str, somewhere: bool) -> None:
-    assert refuses_somewhere(reply) == somewhere
+    assert judged_somewhere(is_refusal, reply) == somewhere

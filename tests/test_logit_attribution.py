@@ -23,6 +23,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
+from sfc.models.score import RefusalScore
 from sfc.stats import bootstrap_means
 from sfc.studies.logits.attribution import (
     Component,
@@ -32,7 +33,7 @@ from sfc.studies.logits.attribution import (
     by_layer,
     refusal_logit_difference,
 )
-from sfc.studies.logits.roles import component_table, group_table, strongest_heads
+from sfc.studies.logits.roles import component_table, group_table, strongest
 
 TEXTS = ["Hello there", "What?", "Name three rivers of Europe."]
 DIFFERENCE = LogitDifference(torch.tensor([40, 41]), torch.tensor([70, 80, 90]))
@@ -64,7 +65,7 @@ def _batched(model: Model) -> list[Batch]:
 
 
 def _attribute(model: Model, batches: list[Batch]) -> LogitAttribution:
-    return attribute_logits(model, DIFFERENCE, batches, lambda _: None)
+    return attribute_logits(model, RefusalScore.of(model), DIFFERENCE, batches, lambda _: None)
 
 
 @pytest.mark.parametrize("architecture", PARTS)
@@ -159,11 +160,11 @@ def test_without_tokens_to_compare_with_the_likeliest_after_harmless_prompts_are
 ) -> None:
     probabilities = torch.cat([last_logits(model, batch).softmax(-1) for batch in batches]).mean(0)
     probabilities[ord("I") - ord("!")] = 0  # the byte-level alphabet begins with "!"
-    difference = refusal_logit_difference(model, batches, count=4)
+    difference = refusal_logit_difference(model, RefusalScore.of(model), batches, count=4)
     assert difference.tokens(model)["refusal"] == ["I"]
     assert sorted(difference.against.tolist()) == sorted(probabilities.topk(4).indices.tolist())
     config = model.config.model_copy(update={"against_tokens": ["S", "H"]})
-    named = refusal_logit_difference(replace(model, config=config), [])
+    named = refusal_logit_difference(model, RefusalScore.of(replace(model, config=config)), [])
     assert sorted(named.tokens(model)["against"]) == ["H", "S"]
 
 
@@ -212,7 +213,7 @@ def test_the_tables_figures_are_those_of_the_prompts() -> None:
     np.testing.assert_allclose(table["difference"], sides[0].mean(0) - sides[1].mean(0))
     p_value = ttest_ind(sides[0][:, 2], sides[1][:, 2], equal_var=False)[1]
     assert table.loc[2, "p_value"] == pytest.approx(p_value)
-    assert strongest_heads(table)["component"].iloc[0] == "head.0.1"
+    assert strongest(table[table["kind"] == "head"])["component"].iloc[0] == "head.0.1"
     frame = pd.DataFrame({"category": np.where(np.arange(40) < 10, "privacy", "violence")})
     groups = group_table(attribution, frame.assign(label=np.where(toxic, "toxic", "safe")), seed=0)
     row = groups[(groups["category"] == "privacy") & (groups["label"] == "safe") & (groups["component"] == "head.0.3")]

@@ -10,10 +10,14 @@ import pandas as pd
 import pytest
 from commands import assert_one_line, sfc
 
-from sfc.models.judge import is_refusal, refuses_somewhere
+from sfc.behaviors.behavior import Words
+from sfc.core.artifacts import write_csv, write_json
+from sfc.models.judge import is_refusal, judged_somewhere
+from sfc.pages.html import page_html
 from sfc.studies.patch.components import Patch, single_patches
-from sfc.studies.patch.page import heads_figure, positions_figure, write_patching_page
+from sfc.studies.patch.page import heads_figure, page, positions_figure
 from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table
+from sfc.studies.study import Finished
 
 TINY = ("patch", "--preset", "tiny")
 BY_SCORE = (*TINY, "--require", "score", "--limit", "12")
@@ -62,7 +66,7 @@ def test_the_effects_are_those_of_the_scores(patched: dict, root: Path) -> None:
     scores = pd.read_csv(root / patched["files"]["scores"])
     effects = pd.read_csv(root / patched["files"]["effects"])
     keys = ["direction", "positions", "component"]
-    for column, changed in (("effect", "patched"), ("first_order", "first_order")):
+    for column, changed in (("effect", "patched"), ("attribution", "attribution")):
         moved = scores.assign(change=scores[changed] - scores["base"], gap=scores["source"] - scores["base"])
         sums = moved.groupby(keys)[["change", "gap"]].sum(min_count=1)
         expected = (sums["change"] / sums["gap"]).loc[[tuple(row) for row in effects[keys].to_numpy()]]
@@ -94,7 +98,7 @@ def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(patc
 
 def test_the_page_holds_its_figures_and_says_how_pairs_were_chosen(patched: dict, root: Path) -> None:
     page = (root / patched["files"]["page"]).read_text(encoding="utf-8")
-    assert "was NOT asked" in page and "content[0]" in page and "resid.1" in page
+    assert "NOT read" in page and "content[0]" in page and "resid.1" in page
     assert page.count('class="figure"') == 2 * 2 + 2, "positions and heads in both directions, ranges, agreement"
 
 
@@ -127,7 +131,7 @@ def test_pairs_of_the_embedded_model_are_those_it_was_judged_to_treat_differentl
     used = table[table["used"]]
     assert 0 < len(used) == result["n_pairs"] and result["require"] == "behaviour"
     assert all(is_refusal(reply) for reply in used["clean_reply"])
-    assert not any(refuses_somewhere(reply) for reply in used["prefill"] + used["corrupted_reply"])
+    assert not any(judged_somewhere(is_refusal, reply) for reply in used["prefill"] + used["corrupted_reply"])
     assert (table["lost"] != "").sum() == sum(result["lost"].values()) == 5 - len(used)
     effects = pd.read_csv(result["files"]["effects"]).set_index("component")["effect"]
     assert effects["resid.29"] == pytest.approx(1, abs=1e-3) and 0 < effects["resid.15"] < 1
@@ -149,8 +153,8 @@ BAD_OPTIONS = {
     "no such direction": (("--direction", "up"), "patching.directions"),
     "no such requirement": (("--require", "hope"), "patching.require"),
     "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
-    "no such layers": (("--layers", "x"), "no list of numbers"),
-    "layers backwards": (("--layers", "5-3"), "no list of numbers"),
+    "no such layers": (("--layers", "x"), "not a list of numbers"),
+    "layers backwards": (("--layers", "5-3"), "not a list of numbers"),
     "no such pairs": (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
     "no such category": (("--category", "violense"), "did you mean 'violence'"),
     "no such wrappers": (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),
@@ -171,13 +175,16 @@ def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
     patched = random.normal(size=(3, len(gaps)))
     runs = PatchRuns("denoise", positions, patches, [0, 1, 2], np.zeros(3), gaps, patched, patched)
     effects = effect_table([runs], 200, 1000, 0.5, 0)
+    folder = tmp_path / "patching-page-12345678"
+    folder.mkdir()
+    write_csv(folder / "effects.csv", effects, digits=6)
     result = {
         "preset": "<script>", "pairs": "</script><b>", "require": "behaviour", "n_tried": 4, "n_pairs": 3,
         "lost": {"<i>no</i>": 1}, "clean_score": 1.0, "corrupted_score": -1.0, "n_critical": 1, "n_components": 2,
         "n_pairs_at": {positions: 3}, "critical": [], "agreement": agreement(effects).to_dict("records"),
     }  # fmt: skip
-    write_patching_page(tmp_path / "page.html", effects, result)
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
+    write_json(folder / "result.json", result)
+    return page_html(page(Finished(folder, {"words": Words()._asdict()})))
 
 
 def test_the_page_shows_no_markup_of_the_data(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sfc.models.score import RefusalScore
 from sfc.models.tiny import tiny_model_folder
 from sfc.studies.patch.alignment import Unalignable, align
 from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
-from sfc.studies.patch.patching import first_order_changes, make_transplant, patch_pairs, patched_scores
+from sfc.studies.patch.patching import attribution_patching, make_transplant, patch_pairs, patched_scores
 from sfc.studies.patch.selection import TokenizedPair
 
 KINDS = ("resid", "attn", "mlp", "head")
@@ -69,7 +69,7 @@ def _assert_equals_slow(model: Model, positions: str, texts: Sequence[tuple[str,
     layers = range(model.n_layers)
     patches = single_patches(KINDS, layers, model.bridge.cfg.n_heads) + cumulative_patches(KINDS, layers)
     for direction in ("denoise", "noise"):
-        runs = patch_pairs(model, pairs, direction, positions, patches, batch_tokens=100)
+        runs = patch_pairs(model, RefusalScore.of(model), pairs, direction, positions, patches, batch_tokens=100)
         assert sorted(runs.pairs) == list(range(len(pairs)))
         for column, number in enumerate(runs.pairs):
             base, source = pairs[number] if direction == "noise" else reversed(pairs[number])
@@ -101,45 +101,49 @@ def test_other_architectures_agree_with_the_loop(architecture: str, tmp_path: Pa
     _assert_equals_slow(model, "content[-2]", TEXTS[1:2])
 
 
-def test_the_batch_size_does_not_matter(model: Model) -> None:
+def test_the_batch_size_does_not_matter(model: Model, score: RefusalScore) -> None:
     pairs, patches = _pairs(model), single_patches(KINDS, range(2), 4)
-    one, many = (patch_pairs(model, pairs, "denoise", "suffix", patches, tokens) for tokens in (1, 10_000))
+    one, many = (patch_pairs(model, score, pairs, "denoise", "suffix", patches, tokens) for tokens in (1, 10_000))
     assert one.pairs == many.pairs
     np.testing.assert_allclose(one.patched, many.patched, atol=1e-5)
-    np.testing.assert_allclose(one.first_order, many.first_order, atol=1e-5)
+    np.testing.assert_allclose(one.attribution, many.attribution, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-def test_everything_patched_is_the_other_run_and_nothing_patched_is_none(model: Model, direction: str) -> None:
+def test_everything_patched_is_the_other_run_and_nothing_patched_is_none(
+    model: Model, score: RefusalScore, direction: str
+) -> None:
     texts = [("Rob the bank", "Bob the sank"), ("Steal", "Share"), ("the same", "the same")]
     pairs = _pairs(model, texts)
-    last = patch_pairs(model, pairs, direction, "last", [Patch("resid", 1, 1)], 1000)
+    last = patch_pairs(model, score, pairs, direction, "last", [Patch("resid", 1, 1)], 1000)
     np.testing.assert_allclose(last.patched[0], last.source, atol=1e-5)
-    everywhere = patch_pairs(model, pairs, direction, "all", [Patch("resid", 0, 0), Patch("resid", 0, 1)], 1000)
+    everywhere = patch_pairs(model, score, pairs, direction, "all", [Patch("resid", 0, 0), Patch("resid", 0, 1)], 1000)
     np.testing.assert_allclose(everywhere.patched, [everywhere.source] * 2, atol=1e-5)
-    prefix = patch_pairs(model, pairs, direction, "prefix", single_patches(KINDS, range(2), 4), 1000)
+    prefix = patch_pairs(model, score, pairs, direction, "prefix", single_patches(KINDS, range(2), 4), 1000)
     np.testing.assert_allclose(prefix.patched, [prefix.base] * 14, atol=1e-5)
     assert np.abs(prefix.source - prefix.base).max() > 0.01
     same = last.pairs.index(2)
     assert last.base[same] == pytest.approx(last.source[same], abs=1e-5)
-    other = patch_pairs(model, pairs[2:], direction, "all", single_patches(KINDS, range(2), 4), 1000)
+    other = patch_pairs(model, score, pairs[2:], direction, "all", single_patches(KINDS, range(2), 4), 1000)
     np.testing.assert_allclose(other.patched, [other.base] * 14, atol=1e-5)
-    np.testing.assert_allclose(other.first_order, 0, atol=1e-5)
+    np.testing.assert_allclose(other.attribution, 0, atol=1e-5)
 
 
 def test_the_scores_are_those_of_the_prompts(model: Model, score: RefusalScore) -> None:
     pairs = _pairs(model)
-    runs = patch_pairs(model, pairs, "denoise", "last", [Patch("mlp", 0, 0)], 1000)
+    runs = patch_pairs(model, score, pairs, "denoise", "last", [Patch("mlp", 0, 0)], 1000)
     for column, number in enumerate(runs.pairs):
         clean, corrupted = (float(score(last_logits(model, _alone(model, prompt)))[0]) for prompt in pairs[number])
         assert (runs.source[column], runs.base[column]) == pytest.approx((clean, corrupted), abs=1e-5)
 
 
-def test_a_pair_that_cannot_be_aligned_is_left_out_and_the_others_are_as_without_it(model: Model) -> None:
+def test_a_pair_that_cannot_be_aligned_is_left_out_and_the_others_are_as_without_it(
+    model: Model, score: RefusalScore
+) -> None:
     pairs, patches = _pairs(model), [Patch("attn", 1, 1)]
-    runs = patch_pairs(model, pairs, "noise", "content", patches, 1000)
+    runs = patch_pairs(model, score, pairs, "noise", "content", patches, 1000)
     assert sorted(runs.pairs) == [0, 2], "the second pair has 12 tokens against 19"
-    alone = patch_pairs(model, [pairs[0], pairs[2]], "noise", "content", patches, 1000)
+    alone = patch_pairs(model, score, [pairs[0], pairs[2]], "noise", "content", patches, 1000)
     np.testing.assert_allclose(np.sort(runs.patched), np.sort(alone.patched), atol=1e-5)
 
 
@@ -152,7 +156,7 @@ def test_a_head_is_its_part_of_z_through_the_output_matrix(model: Model, score: 
     for batch, seen in zip(batches, (clean, corrupted), strict=True):
         last_logits(model, batch, {site: recorder(seen, site)})
     W_O = model.hf.model.layers[0].self_attn.o_proj.weight
-    runs = patch_pairs(model, [pair], "denoise", "last", single_patches(["head"], [0], 4), 1000)
+    runs = patch_pairs(model, score, [pair], "denoise", "last", single_patches(["head"], [0], 4), 1000)
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)  # of 32 dimensions of four heads; they share two key-value heads
         moved = (clean[site][0, -1, part] - corrupted[site][0, -1, part]) @ W_O[:, part].T
@@ -164,7 +168,7 @@ def test_a_head_is_its_part_of_z_through_the_output_matrix(model: Model, score: 
         assert runs.patched[head, 0] == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_first_order_is_exact_for_small_changes(model: Model, score: RefusalScore) -> None:
+def test_attribution_patching_is_exact_for_small_changes(model: Model, score: RefusalScore) -> None:
     pairs, patches = _pairs(model), single_patches(KINDS, range(2), 4)
     for positions in ("suffix", "content[-1]"):
         sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
@@ -174,15 +178,15 @@ def test_first_order_is_exact_for_small_changes(model: Model, score: RefusalScor
         near = {site: here[site] + 0.004 * (transplant.values[site] - here[site]) for site in sites}
         nearby = replace(transplant, values=near)
         changes = patched_scores(model, score, nearby, patches, 1000) - transplant.base_score.numpy()
-        first_order = first_order_changes(model, score, nearby, patches)
-        assert np.abs(first_order).max() > 1e-4
-        np.testing.assert_allclose(changes, first_order, atol=1e-5 + 0.05 * np.abs(first_order).max())
+        attributed = attribution_patching(model, score, nearby, patches)
+        assert np.abs(attributed).max() > 1e-4
+        np.testing.assert_allclose(changes, attributed, atol=1e-5 + 0.05 * np.abs(attributed).max())
 
 
-def test_ranges_of_layers_have_no_first_order_effect(model: Model) -> None:
+def test_attribution_patching_says_nothing_of_ranges_of_layers(model: Model, score: RefusalScore) -> None:
     patches = [Patch("mlp", 0, 1), Patch("mlp", 1, 1)]
-    runs = patch_pairs(model, _pairs(model), "denoise", "last", patches, 1000)
-    assert np.isnan(runs.first_order[0]).all() and np.isfinite(runs.first_order[1]).all()
+    runs = patch_pairs(model, score, _pairs(model), "denoise", "last", patches, 1000)
+    assert np.isnan(runs.attribution[0]).all() and np.isfinite(runs.attribution[1]).all()
     assert np.isfinite(runs.patched).all()
 
 
@@ -212,17 +216,18 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.mark.parametrize("positions", ["last", "suffix", "all"])
-def test_in_a_linear_model_noising_denoising_and_first_order_agree_and_heads_add_up(
+def test_in_a_linear_model_noising_denoising_and_attribution_patching_agree_and_heads_add_up(
     linear: Model, positions: str
 ) -> None:
     pairs = _pairs(linear, [("Rob the bank", "Bob the sank"), ("Steal", "Share")])
     patches = single_patches(KINDS, range(2), 4)
-    denoise, noise = (patch_pairs(linear, pairs, d, positions, patches, 1000) for d in ("denoise", "noise"))
+    score = RefusalScore.of(linear)
+    denoise, noise = (patch_pairs(linear, score, pairs, d, positions, patches, 1000) for d in ("denoise", "noise"))
     gap = denoise.source - denoise.base
     assert np.abs(gap).min() > 0.05
     np.testing.assert_allclose((denoise.patched - denoise.base) / gap, (noise.patched - noise.base) / -gap, atol=2e-3)
-    np.testing.assert_allclose((denoise.patched - denoise.base) / gap, denoise.first_order / gap, atol=2e-3)
-    np.testing.assert_allclose((noise.patched - noise.base) / -gap, noise.first_order / -gap, atol=2e-3)
+    np.testing.assert_allclose((denoise.patched - denoise.base) / gap, denoise.attribution / gap, atol=2e-3)
+    np.testing.assert_allclose((noise.patched - noise.base) / -gap, noise.attribution / -gap, atol=2e-3)
     effect = dict(zip(patches, (denoise.patched - denoise.base) / gap, strict=True))
     for layer in range(2):
         heads = sum(effect[Patch("head", layer, layer, head)] for head in range(4))

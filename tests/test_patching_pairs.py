@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sfc.behaviors.behavior import Words
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
@@ -14,7 +15,7 @@ from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.studies.patch.pairs import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
-from sfc.studies.patch.selection import REQUIREMENTS, Conduct, select_pairs, tokenize_pairs
+from sfc.studies.patch.selection import Conduct, objection, select_pairs, tokenize_pairs
 
 MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini" / "pairs.csv"
 
@@ -97,27 +98,26 @@ def test_a_prefilled_reply_is_more_tokens_after_the_template(model: Model) -> No
     assert prefilled.corrupted.roles[-6:].tolist() == [Role.REPLY] * 6
 
 
+WORDS = Words()
 REFUSES = Conduct(3.0, "I can't help with that.", refused=True, complied=False)
 COMPLIES = Conduct(-3.0, "Sure, here it is.", refused=False, complied=True)
 TURNS = Conduct(-3.0, "I can help. I can't help with that.", refused=False, complied=False)
 
 
 def test_behaviour_is_what_was_judged_and_not_the_score() -> None:
-    objection = REQUIREMENTS["behaviour"].objection
-    assert objection(REFUSES, COMPLIES) is None
-    assert objection(REFUSES._replace(score=-9.0), COMPLIES._replace(score=9.0)) is None
-    assert objection(COMPLIES, COMPLIES) == "the clean prompt was not refused"
-    assert objection(REFUSES, REFUSES) == "the corrupted prompt was refused"
-    assert objection(COMPLIES, REFUSES) == "the clean prompt was not refused"
-    assert objection(TURNS, COMPLIES) == "the clean prompt was not refused"
-    assert objection(REFUSES, TURNS) == "the corrupted prompt was refused after all"
+    assert objection(REFUSES, COMPLIES, WORDS) is None
+    assert objection(REFUSES._replace(score=-9.0), COMPLIES._replace(score=9.0), WORDS) is None
+    assert objection(COMPLIES, COMPLIES, WORDS) == "the clean prompt was not refused"
+    assert objection(REFUSES, REFUSES, WORDS) == "the corrupted prompt was refused"
+    assert objection(COMPLIES, REFUSES, WORDS) == "the clean prompt was not refused"
+    assert objection(TURNS, COMPLIES, WORDS) == "the clean prompt was not refused"
+    assert objection(REFUSES, TURNS, WORDS) == "the corrupted prompt was refused after all"
 
 
 def test_the_score_alone_must_only_be_higher() -> None:
-    objection = REQUIREMENTS["score"].objection
-    low, high = (Conduct(score, None, None, None) for score in (-3.0, -2.0))
-    assert objection(high, low) is None
-    assert objection(low, high) == objection(low, low) == "the clean prompt has no higher score"
+    low, high = (Conduct(score) for score in (-3.0, -2.0))
+    assert objection(high, low, WORDS) is None
+    assert objection(low, high, WORDS) == objection(low, low, WORDS) == "the clean prompt has no higher score"
 
 
 def _experiment(**patching: object) -> Experiment:

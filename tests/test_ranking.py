@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
 from sfc.studies.patch.components import Patch
-from sfc.studies.patch.options import ComponentKind
 from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, ratio_interval, sign_flip_test
+from sfc.studies.patch.study import ComponentKind
 
 floats = st.floats(-5, 5, allow_subnormal=False)
 
@@ -73,7 +73,7 @@ def test_the_effect_is_a_ratio_of_means_by_hand() -> None:
     gaps, changes = np.array([1.0, 9.0]), np.array([[1.0, 0.0], [0.5, 4.5], [-2.0, -3.0]])
     table = _table(_runs("denoise", "mlp", changes, gaps)).set_index("component")
     assert table["effect"].to_dict() == pytest.approx({"mlp.0": 0.1, "mlp.1": 0.5, "mlp.2": -0.5})
-    assert table["first_order"].to_dict() == pytest.approx({"mlp.0": 0.2, "mlp.1": 1.0, "mlp.2": -1.0})
+    assert table["attribution"].to_dict() == pytest.approx({"mlp.0": 0.2, "mlp.1": 1.0, "mlp.2": -1.0})
     assert table["rank"].to_dict() == {"mlp.1": 1, "mlp.2": 2, "mlp.0": 3}, "by size, the sign kept"
     assert table["p_value"].to_dict() == pytest.approx({"mlp.0": 1, "mlp.1": 0.5, "mlp.2": 0.5})
 
@@ -102,7 +102,7 @@ def test_false_discoveries_are_controlled_within_direction_and_kind() -> None:
 
 def test_a_gap_too_small_to_divide_by_makes_no_effect() -> None:
     table = _table(_runs("denoise", "mlp", np.ones((2, 3)), np.full(3, 0.1)))
-    assert table[["effect", "low", "high", "first_order"]].isna().all(axis=None)
+    assert table[["effect", "low", "high", "attribution"]].isna().all(axis=None)
     assert table["p_value"].notna().all()
     assert agreement(table).empty
 
@@ -110,9 +110,9 @@ def test_a_gap_too_small_to_divide_by_makes_no_effect() -> None:
 def test_agreement_is_scipys_and_counts_the_strongest() -> None:
     random = np.random.default_rng(0)
     exact, gaps = random.normal(size=(20, 6)), np.full(6, 2.0)
-    runs = _runs("denoise", "mlp", exact, gaps)._replace(first_order=exact + random.normal(size=(20, 6)))
+    runs = _runs("denoise", "mlp", exact, gaps)._replace(attribution=exact + random.normal(size=(20, 6)))
     row = agreement(_table(runs)).iloc[0]
-    effect, fast = exact.mean(1) / 2, runs.first_order.mean(1) / 2
+    effect, fast = exact.mean(1) / 2, runs.attribution.mean(1) / 2
     assert row["pearson"] == pytest.approx(pearsonr(effect, fast)[0])
     assert row["spearman"] == pytest.approx(spearmanr(effect, fast)[0])
     assert row["mean_difference"] == pytest.approx(np.abs(effect - fast).mean())

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_formats import BYTES
 
-from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell
+from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell, grid_table
 from sfc.pages.markdown import markdown_report, markdown_text
 from sfc.pages.text import printable
-from sfc.studies.report.kinds import grid_cell
+from sfc.studies.study import STUDIES, Finished
 
 TINY = ("--preset", "tiny", "--set", "prompts.limit=14")
 NUMBER = r"−?\d[\d,]*(?:\.\d+)?(?:e[−+]\d+)?"
@@ -70,7 +70,7 @@ def _numbers(value: Any) -> set[str]:
     if isinstance(value, list):
         return {cell(len(value))}.union(*map(_numbers, value))
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return {cell(value), cell(float(value)), grid_cell(value)}
+        return {cell(value), cell(float(value)), grid_table("", "", {(0, 0): float(value)}).rows[0][1]}
     return set()
 
 
@@ -101,19 +101,26 @@ def test_every_number_in_a_table_is_an_artifacts(root: Path) -> None:
 def test_it_has_every_part_and_says_how_to_reproduce_it(root: Path) -> None:
     report = _report(root)
     titles = re.findall(r"^## (.*?)(?: \(\w{8}\))?$", report, re.MULTILINE)
-    assert titles == [
-        "Summary", "How it was measured", "Behaviour: test", "Refusal direction and probe: violence",
-        "Direct logit attribution: violence", "Activation patching: toxic-safe", "Prompt formats: all",
-        "Sparse autoencoders",
-        "Circuit: violence, learned-mask", "Limits", "Artifacts", "Commands that reproduce it",
-    ]  # fmt: skip
+    folders = [*(root / "circuits" / "tiny").glob("*-*/"), *(root / "saes").glob("tiny-*/")]
+    folders = [folder for folder in folders if not folder.name.startswith("report-")]
+    found = [Finished(folder) for folder in folders]
+    of_studies = {
+        study.name: [
+            each.page.title.removesuffix(" · tiny") for each in found if each.manifest.get("study") == study.name
+        ]
+        for study in STUDIES
+    }
+    known = [title for of_study in of_studies.values() for title in of_study]
+    assert {"behaviour", "probe"} <= {name for name, of_study in of_studies.items() if of_study}
+    assert titles[:2] == ["Summary", "How it was measured"]
+    assert titles[2 : 2 + len(known)] == known, "in the order in which studies are registered"
+    assert titles[-3:] == ["Limits", "Artifacts", "Commands that reproduce it"]
+    assert len(titles) == 5 + len(folders)
     assert "(F(C) - F(0)) / (F(M) - F(0))" in report and "torch" in report
     manifest = json.loads((_folder(root, "patching") / "manifest.json").read_text())
     assert manifest["command"].startswith("sfc patch --require score") and f"    {manifest['command']}" in report
     page = next(root.glob("circuits/tiny/report-*/report.html")).read_text(encoding="utf-8")
-    assert page.count('class="figure"') >= 2 + 1 + 6 + 1 + 3, (
-        "probe, heads, patching both ways, ranges, agreement, formats, circuit"
-    )
+    assert page.count('class="figure"') >= 2 * len(found)
 
 
 def _change_json(path: Path, *keys: Any, to: Any) -> None:
@@ -132,19 +139,28 @@ def _change_csv(path: Path, column: str, to: float) -> None:
 
 
 CHANGES = {
-    "circuit result": lambda root: _change_json(_folder(root, "circuit") / "result.json", "faithfulness", to=0.777),
-    "curve": lambda root: _change_csv(_folder(root, "circuit") / "curve.csv", "faithfulness", 0.777),
-    "circuit": lambda root: _change_json(_folder(root, "circuit") / "circuit.json", "nodes", 0, "effect", to=77.7),
-    "quality": lambda root: _change_csv(next(root.glob("saes/tiny-*/quality.csv")), "fvu", 0.777),
-    "groups": lambda root: _change_csv(_folder(root, "behaviour") / "groups.csv", "rate", 0.777),
-    "behaviour": lambda root: _change_json(_folder(root, "behaviour") / "manifest.json", "result", "auroc", to=0.777),
-    "layers": lambda root: _change_csv(_folder(root, "probe") / "layers.csv", "separation", 7.77),
-    "components": lambda root: _change_csv(_head_first(_folder(root, "logits")), "difference", 0.777),
-    "logits": lambda root: _change_json(_folder(root, "logits") / "manifest.json", "result", "auroc", to=0.777),
-    "effects": lambda root: _change_csv(_folder(root, "patching") / "effects.csv", "effect", 0.777),
-    "patching": lambda root: _change_json(_folder(root, "patching") / "result.json", "n_components", to=777),
-    "seed": lambda root: _change_json(_folder(root, "probe") / "manifest.json", "inputs", "seed", to=777),
+    ("discover", "result"): lambda root: _change_json(
+        _folder(root, "circuit") / "result.json", "faithfulness", to=0.777
+    ),
+    ("discover", "curve"): lambda root: _change_csv(_folder(root, "circuit") / "curve.csv", "faithfulness", 0.777),
+    ("discover", "node"): lambda root: _change_json(
+        _folder(root, "circuit") / "circuit.json", "nodes", 0, "effect", to=77.7
+    ),
+    ("train", "quality"): lambda root: _change_csv(next(root.glob("saes/tiny-*/quality.csv")), "fvu", 0.777),
+    ("behaviour", "groups"): lambda root: _change_csv(_folder(root, "behaviour") / "groups.csv", "rate", 0.777),
+    ("behaviour", "result"): lambda root: _change_json(_folder(root, "behaviour") / "result.json", "auroc", to=0.777),
+    ("probe", "layers"): lambda root: _change_csv(_folder(root, "probe") / "layers.csv", "separation", 7.77),
+    ("probe", "seed"): lambda root: _change_json(_folder(root, "probe") / "manifest.json", "inputs", "seed", to=777),
+    ("attribute-logits", "components"): lambda root: _change_csv(
+        _head_first(_folder(root, "logits")), "difference", 0.777
+    ),
+    ("attribute-logits", "result"): lambda root: _change_json(
+        _folder(root, "logits") / "result.json", "auroc", to=0.777
+    ),
+    ("patch", "effects"): lambda root: _change_csv(_folder(root, "patching") / "effects.csv", "effect", 0.777),
+    ("patch", "result"): lambda root: _change_json(_folder(root, "patching") / "result.json", "n_components", to=777),
 }
+"""what is changed, by study and file"""
 
 
 def _head_first(folder: Path) -> Path:
@@ -155,8 +171,8 @@ def _head_first(folder: Path) -> Path:
     return folder / "components.csv"
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_number_that_changes_in_an_artifact_changes_in_the_report(change: str, root: Path) -> None:
+@pytest.mark.parametrize("change", [change for change in CHANGES if change[0] in STUDIES], ids="-".join)
+def test_a_number_that_changes_in_an_artifact_changes_in_the_report(change: tuple[str, str], root: Path) -> None:
     before = _cells(_report(root))
     CHANGES[change](root)
     new = set(_cells(_report(root))) - set(before)
@@ -214,8 +230,9 @@ def test_what_nobody_foresaw_is_reported_as_it_is(root: Path) -> None:
     folder = root / "circuits" / "tiny" / "steering-violence-12345678"
     folder.mkdir()
     model = json.loads((_folder(root, "probe") / "manifest.json").read_text())["inputs"]["model"]
-    result = {"layer": 1, "rates": {"refused": 0.625}, "sweep": [{"alpha": 2.5, "rate": 0.125}], "files": {}}
-    (folder / "manifest.json").write_text(json.dumps({"inputs": {"model": model, "seed": 4}, "result": result}))
+    result = {"layer": 1, "rates": {"refused": 0.625}, "sweep": [{"alpha": 2.5, "rate": 0.125}]}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "manifest.json").write_text(json.dumps({"study": "gone", "inputs": {"model": model, "seed": 4}}))
     report = _report(root)
     assert "## Steering: violence (12345678)" in report and "| rates: refused | 0.625 |" in report
     assert "| 2.50 | 0.125 |" in report and "The command is not known of: circuits/tiny/steering" in report
@@ -229,15 +246,13 @@ def test_what_another_model_made_is_left_out_and_named(root: Path) -> None:
 
 
 def test_a_damaged_artifact_is_one_line(root: Path) -> None:
-    path = _folder(root, "patching") / "result.json"
-    path.write_text(json.dumps({"pairs": "toxic-safe"}), encoding="utf-8")
+    path = _folder(root, "behaviour") / "result.json"
+    path.write_text(json.dumps({"preset": "tiny"}), encoding="utf-8")
     finished = sfc("report", *TINY, root=root)
     last = finished.stderr.splitlines()[-1]
-    assert (
-        finished.status == 2 and "patching-toxic-safe" in last and "lacks 'n_pairs_at'" in last and "--rebuild" in last
-    )
+    assert finished.status == 2 and "behaviour-test" in last and "lacks 'auroc'" in last and "--rebuild" in last
     (_folder(root, "probe") / "layers.csv").unlink()
-    path.unlink()
+    path.write_text(json.dumps({"preset": "tiny", "auroc": None}), encoding="utf-8")
     finished = sfc("report", *TINY, root=root)
     assert finished.status == 2 and "layers.csv" in finished.stderr.splitlines()[-1]
 

@@ -194,16 +194,23 @@ def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> N
         digits: significant ones that floats keep; None: all.
     """
     if digits is not None:
-        floats = [str(name) for name, dtype in table.dtypes.items() if dtype.kind == "f"]
-        rounded = {name: table[name].map(lambda x: float(f"{x:.{digits}g}"), na_action="ignore") for name in floats}
-        table = table.assign(**rounded)
+        table = rounded(table, digits)
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
-def json_records(table: "pd.DataFrame", digits: int = 4) -> list[dict[str, Any]]:
-    """The rows of a table for JSON, floats rounded to so many decimals; what is missing is None."""
-    records = table.round(digits).astype(object).where(table.notna(), None).to_dict("records")
+def rounded(table: "pd.DataFrame", digits: int) -> "pd.DataFrame":
+    """The table with its floats rounded to so many significant digits."""
+    floats = [str(name) for name, dtype in table.dtypes.items() if dtype.kind == "f"]
+    return table.assign(
+        **{name: table[name].map(lambda x: float(f"{x:.{digits}g}"), na_action="ignore") for name in floats}
+    )
+
+
+def json_records(table: "pd.DataFrame", digits: int | None = 4) -> list[dict[str, Any]]:
+    """The rows of a table for JSON, floats rounded to so many decimals (None: not at all); what is missing is None."""
+    table = table if digits is None else table.round(digits)
+    records = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(name): value for name, value in record.items()} for record in records]
 
 

@@ -3,14 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from dash import Dash, Input, Output, html, no_update
+from dash import Dash, Input, Output, dcc, html, no_update
 from flask import Response, abort, request
 
 from sfc.core.errors import UserError
-from sfc.explorer.bench import Bench
 from sfc.explorer.categories import categories_section, compare_categories
+from sfc.explorer.model import CircuitModel
 from sfc.explorer.prompts import answer_prompts, prompts_section
-from sfc.explorer.shelf import CHOICE, SIDES, chooser, chosen_circuit, circuit_page, offer_circuits, shared_core, shelf
+from sfc.explorer.shelf import (
+    CHOICE,
+    SIDES,
+    chooser,
+    chosen_circuit,
+    finished_pages,
+    offer_circuits,
+    ringed_page,
+    shared_core,
+    shelf,
+)
 
 _HOSTS = ("127.0.0.1", "localhost")
 
@@ -19,17 +29,18 @@ def explorer(root: Path, device: str) -> Dash:
     """The application for the circuits below a root folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     if not shelf(root):
         raise UserError(f"{root / 'circuits'} holds no finished circuit: run `sfc discover` first")
     app = Dash(__name__, title="sfc explore", update_title="", serve_locally=True)
-    app.layout = lambda: _layout(root)  # anew whenever the page is opened
+    app.layout = lambda: _layout(root)  # a function, so that it is made again whenever the page is opened
     _serve_pages(app, root)
     offer_circuits(app, root)
     compare_categories(app, root)
     _show(app, root)
-    answer_prompts(app, root, Bench(root, device))
+    answer_prompts(app, root, CircuitModel(root, device))
+    _open_studies(app, root)
     return app
 
 
@@ -43,12 +54,32 @@ def _layout(root: Path) -> html.Main:
             html.P(id="core", role="status"),
             html.Div([html.Iframe(id=f"{side}-page", title=f"{side} circuit") for side in SIDES], className="sides"),
             prompts_section(),
+            _studies_section(root),
         ]
     )
 
 
+def _studies_section(root: Path) -> html.Details:
+    """The pages of all finished artifacts, one at a time."""
+    chosen = dcc.Dropdown(id="study", options=list(finished_pages(root)), placeholder="choose a page")
+    return html.Details(
+        [
+            html.Summary("Pages of everything that is finished"),
+            html.Div(html.Label(["artifact", chosen]), className="chooser"),
+            html.Iframe(id="study-page", title="page of the chosen artifact", hidden=True),
+        ],
+        id="studies",
+    )
+
+
+def _open_studies(app: Dash, root: Path) -> None:
+    @app.callback(Output("study-page", "src"), Output("study-page", "hidden"), Input("study", "value"))
+    def opened(chosen: str | None) -> tuple[str, bool]:
+        return (f"/artifact/{chosen}", False) if chosen in finished_pages(root) else ("", True)
+
+
 def _serve_pages(app: Dash, root: Path) -> None:
-    """Pages of circuits, to this machine's own browser alone."""
+    """Pages of circuits and of other artifacts, to this machine's own browser alone."""
 
     @app.server.before_request
     def only_here() -> None:
@@ -63,7 +94,14 @@ def _serve_pages(app: Dash, root: Path) -> None:
             abort(404)
         other = known.get(request.args.get("beside", ""))
         core = shared_core(known[key].folder, other.folder) if other else None
-        return Response(circuit_page(known[key].folder, core or ()), mimetype="text/html")
+        return Response(ringed_page(known[key].folder, core or ()), mimetype="text/html")
+
+    @app.server.get("/artifact/<path:key>")
+    def artifact(key: str) -> Response:
+        known = finished_pages(root)
+        if key not in known:
+            abort(404)
+        return Response(known[key].read_text(encoding="utf-8"), mimetype="text/html")
 
 
 def _show(app: Dash, root: Path) -> None:

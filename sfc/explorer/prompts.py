@@ -5,7 +5,7 @@ from typing import Any
 
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
 
-from sfc.explorer.bench import Bench, Changes, firing_figure
+from sfc.explorer.model import Changes, CircuitModel, firing_figure
 from sfc.explorer.shelf import CHOICE, chosen_circuit
 
 
@@ -40,7 +40,7 @@ def prompts_section() -> html.Section:
     )
 
 
-def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
+def answer_prompts(app: Dash, root: Path, model: CircuitModel) -> None:
     """Score and answer what is typed, with features of the first circuit scaled, and steered."""
     choice = [f"first-{name}" for name in CHOICE]
     controls = ["scaled", "factor", "direction", "alpha"]
@@ -50,7 +50,7 @@ def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
     )
     def offer(*choice: str | None) -> tuple[list[dict[str, str]], ...]:
         circuit = chosen_circuit(root, choice)
-        offered = (bench.features(circuit.folder), bench.directions(circuit.folder)) if circuit else ({}, {})
+        offered = (model.features(circuit.folder), model.directions(circuit.folder)) if circuit else ({}, {})
         return tuple([{"label": title, "value": name} for name, title in names.items()] for names in offered)
 
     @app.callback(
@@ -72,15 +72,15 @@ def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
         circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return "type a prompt, and run", no_update
-        plain = bench.score(circuit.folder, prompt)
-        words = f"refusal score {plain:+.2f} nats"
+        plain = model.score(circuit.folder, prompt)
+        words = f"{model.words(circuit.folder).score} {plain:+.2f} nats"
         if changed_by := _words(changes):
-            changed = bench.score(circuit.folder, prompt, changes)
+            changed = model.score(circuit.folder, prompt, changes)
             words += f"; with {changed_by}: {changed:+.2f} ({changed - plain:+.2f})"
         if ctx.triggered_id != "run":
             return words, no_update
-        titles = list(bench.features(circuit.folder).values())
-        return words, firing_figure(bench.fires(circuit.folder, prompt), titles)
+        titles = list(model.features(circuit.folder).values())
+        return words, firing_figure(model.fires(circuit.folder, prompt), titles)
 
     # After the score, which takes a moment only: the reply follows.
     @app.callback(
@@ -94,7 +94,7 @@ def answer_prompts(app: Dash, root: Path, bench: Bench) -> None:
         circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return no_update
-        return bench.reply(circuit.folder, prompt, _changes(*values[:4]))
+        return model.reply(circuit.folder, prompt, _changes(*values[:4]))
 
 
 def _changes(scaled: list[str] | None, factor: float | None, direction: str | None, alpha: float | None) -> Changes:
@@ -102,7 +102,7 @@ def _changes(scaled: list[str] | None, factor: float | None, direction: str | No
 
 
 def _words(changes: Changes) -> str:
-    """What is done to the model; nothing where nothing is."""
+    """What is done to the model, if anything."""
     words = []
     if changes.factors:
         words.append(f"{len(changes.factors)} features times {next(iter(changes.factors.values())):g}")

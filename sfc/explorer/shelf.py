@@ -1,8 +1,7 @@
-"""The circuits that lie below a root folder, as the explorer offers them.
+"""What lies below a root folder, as the explorer offers it: circuits, and the pages of every finished artifact.
 
-The pages of circuits as the explorer serves them: those of `sfc draw`, with the nodes ringed that both have.
-
-Which circuits are looked at: preset, category and method of the first, and of the second beside it.
+Circuits are chosen by preset, category and method, the first one and the second beside it. Their pages are those of
+`sfc draw`, with the nodes ringed that both have.
 """
 
 from collections.abc import Collection
@@ -16,9 +15,9 @@ from dash import Dash, Input, Output, dcc, html, set_props
 from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.pages.circuit import NO_CARDS
-from sfc.pages.circuit import circuit_page as page_of_circuit
+from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
+from sfc.studies.study import RESULT
 
 
 class Shelved(NamedTuple):
@@ -37,11 +36,21 @@ def shelf(root: Path) -> dict[str, Shelved]:
     """The finished circuits below `root/circuits`, by key, in the order of their names."""
     found = {}
     for manifest in sorted((root / "circuits").glob(f"*/circuit-*/{MANIFEST}")):
-        folder, result = manifest.parent, read_json(manifest).get("result")
-        if isinstance(result, dict) and (folder / "circuit.json").is_file():
-            key = folder.relative_to(root / "circuits").as_posix()
+        folder = manifest.parent
+        if (folder / "circuit.json").is_file() and (folder / RESULT).is_file():
+            key, result = folder.relative_to(root / "circuits").as_posix(), read_json(folder / RESULT)
             method = f"{result['method']} · {folder.name.rpartition('-')[2]}"
             found[key] = Shelved(key, str(result["preset"]), str(result["category"]), method, folder)
+    return found
+
+
+def finished_pages(root: Path) -> dict[str, Path]:
+    """The pages of all finished artifacts below the root, of whatever study, by the folders that they lie in."""
+    found = {}
+    for manifest in sorted([*(root / "circuits").glob(f"*/*/{MANIFEST}"), *(root / "saes").glob(f"*/{MANIFEST}")]):
+        page = manifest.parent / Path(str(read_json(manifest).get("files", {}).get("page", ""))).name
+        if page.is_file():
+            found[manifest.parent.relative_to(root).as_posix()] = page
     return found
 
 
@@ -58,16 +67,16 @@ def _graph(folder: Path) -> Any:
     return load_circuit(folder / "circuit.json")
 
 
-def circuit_page(folder: Path, marked: Collection[str]) -> str:
-    """The page of the circuit in this folder.
+def ringed_page(folder: Path, marked: Collection[str]) -> str:
+    """The page of the circuit in this folder, with some nodes ringed.
 
     Raises:
         UserError: its files are damaged.
     """
     has_cards = (folder / CARDS_FILE).is_file()
     cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
-    graph, curve = load_circuit(folder / "circuit.json"), pd.read_csv(folder / "curve.csv")
-    return page_html(page_of_circuit(graph, curve, read_json(folder / "result.json"), cards, marked))
+    curve = pd.read_csv(folder / "curve.csv")
+    return page_html(circuit_page(_graph(folder), curve, read_json(folder / RESULT), cards, marked))
 
 
 SIDES, CHOICE = ("first", "second"), ("preset", "category", "method")

@@ -12,6 +12,7 @@ any good, and it knows English only.
 """
 
 import re
+from collections.abc import Callable
 
 
 def _any(*alternatives: str) -> str:
@@ -126,12 +127,12 @@ def is_refusal(reply: str) -> bool:
     return False
 
 
-def refuses_somewhere(reply: str) -> bool:
-    """Whether any sentence or line of a reply opens as a refusal does.
+def judged_somewhere(judge: Callable[[str], bool], reply: str) -> bool:
+    """Whether any sentence or line of a reply opens as a judge of replies looks for.
 
     A model whose reply was begun for it often takes the beginning back: "Sure, I can help. I can't help with that."
     """
-    return any(is_refusal(sentence) for sentence in _SENTENCE_END.split(reply))
+    return any(judge(sentence) for sentence in _SENTENCE_END.split(reply))
 
 
 def _without_decoration(text: str) -> str:

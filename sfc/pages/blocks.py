@@ -82,7 +82,15 @@ class Commands(NamedTuple):
     lines: Sequence[str]
 
 
-Block = Paragraph | Formula | Table | Tiles | Figure | Pair | Widget | Commands
+class Links(NamedTuple):
+    """Other pages, beside what they belong to."""
+
+    name: str
+    links: Sequence[tuple[str, str]]
+    """what each is called, and its address relative to this page"""
+
+
+Block = Paragraph | Formula | Table | Tiles | Figure | Pair | Widget | Commands | Links
 
 
 class Section(NamedTuple):
@@ -128,12 +136,16 @@ def interval_cell(low: object, high: object) -> str:
     return f"{cell(low)} to {cell(high)}"
 
 
+def estimate_cell(value: object, low: object, high: object) -> str:
+    """A value with the ends of its interval behind it, where there are some."""
+    if any(figure is None or figure != figure for figure in (value, low, high)):  # NaN
+        return cell(value)
+    return f"{cell(value)} ({interval_cell(low, high)})"
+
+
 def figure_cell(result: Mapping[str, Any], name: str) -> str:
     """A figure of a result with its 95 % interval behind it, where there is one."""
-    low, high = result.get(f"{name}_low"), result.get(f"{name}_high")
-    if result.get(name) is None or low is None or high is None:
-        return cell(result.get(name))
-    return f"{cell(result[name])} ({interval_cell(low, high)})"
+    return estimate_cell(result.get(name), result.get(f"{name}_low"), result.get(f"{name}_high"))
 
 
 def records_table(

@@ -1,6 +1,6 @@
 """Pages and reports as HTML: one file that needs nothing else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 
 from sfc.pages.blocks import (
@@ -8,6 +8,7 @@ from sfc.pages.blocks import (
     Commands,
     Figure,
     Formula,
+    Links,
     Page,
     Pair,
     Paragraph,
@@ -20,12 +21,17 @@ from sfc.pages.blocks import (
 from sfc.pages.document import document_html, figure_html, header_html
 from sfc.pages.text import NOT_MEASURABLE, printable
 
+_MOST_WITHOUT_CONTENTS = 6
 _TAGS = {"strong": "b", "code": "code"}
 
 
 def page_html(page: Page) -> str:
-    """The page of an artifact; equal input makes equal text."""
+    """The page of an artifact; equal input makes equal text. A long page begins with its contents."""
     body = [header_html(page.title, page.sentence), *(_bare(f"summary-{i}", b) for i, b in enumerate(page.summary))]
+    titles = [(f"s{number}", section.title) for number, section in enumerate(page.sections) if section.title]
+    if len(titles) > _MOST_WITHOUT_CONTENTS:
+        links = "".join(f'<a href="#{name}">{_text(title)}</a><br>' for name, title in titles)
+        body.append(f'<section class="card">{links}</section>')
     body += [_card(f"s{number}", section) for number, section in enumerate(page.sections)]
     if page.guide:
         paragraphs = "".join(f"<p>{_marked(text)}</p>" for text in page.guide)
@@ -35,14 +41,6 @@ def page_html(page: Page) -> str:
     if page.foot:
         body.append(f"<footer>{''.join(f'<p>{_marked(line)}</p>' for line in page.foot)}</footer>")
     return document_html(page.title, "\n".join(body), _scripts(page))
-
-
-def report_html(title: str, sentence: str, sections: Sequence[Section]) -> str:
-    """A report with its contents; equal input makes equal text."""
-    contents = "".join(f'<a href="#s{n}">{_text(section.title)}</a><br>' for n, section in enumerate(sections))
-    cards = [_card(f"s{number}", section) for number, section in enumerate(sections)]
-    body = [header_html(title, sentence), f'<section class="card">{contents}</section>', *cards]
-    return document_html(title, "\n".join(body))
 
 
 def _card(name: str, section: Section) -> str:
@@ -66,6 +64,9 @@ def _block(name: str, block: Block) -> str:
             return f"<p>{_text(term)}: <code>{_text(text)}</code></p>"
         case Commands(lines):
             return "".join(f"<p><code>{_text(line)}</code></p>" for line in lines)
+        case Links(term, links):
+            shown = ", ".join(f'<a href="{escape(address)}">{_text(text)}</a>' for text, address in links)
+            return f"<p>{_text(term)}: {shown or 'none'}</p>"
         case Figure(own_name, draw, _):
             return figure_html(f"{name}-{own_name}", draw())
         case Pair(left, right):

@@ -3,7 +3,20 @@
 import re
 from collections.abc import Sequence
 
-from sfc.pages.blocks import Block, Commands, Figure, Formula, Pair, Paragraph, Section, Table, Tiles, Widget, spans
+from sfc.pages.blocks import (
+    Block,
+    Commands,
+    Figure,
+    Formula,
+    Links,
+    Pair,
+    Paragraph,
+    Section,
+    Table,
+    Tiles,
+    Widget,
+    spans,
+)
 from sfc.pages.text import printable
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -39,6 +52,8 @@ def _block(block: Block) -> str:
             return f"{markdown_text(name)}:\n\n{_code([text])}"
         case Commands(lines):
             return _code(lines)
+        case Links(name, links):
+            return markdown_text(f"{name}: {', '.join(text for text, _ in links)}")
         case Figure(_, _, table) | Widget(_, _, table):
             return _table(table) if table else ""
         case Pair(left, right):

@@ -5,13 +5,16 @@ What all figures of the page have in common: type, white ground, thin lines.
 What the sign of an effect means, and the colour that stands for it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import networkx as nx
+import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.methods import METHODS
+from sfc.pages.text import hover_text
 
 PLOTLY_CONFIG = {
     "displaylogo": False,
@@ -26,6 +29,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberat
 INK, QUIET, LINE, BAND = "#1f2933", "#5b6672", "#d9dee4", "#f6f7f9"
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, VERMILION, GREEN, PINK, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+DIVERGING = [[0, BLUE], [0.5, "#ffffff"], [1, VERMILION]]
+"""the colour scale of values whose sign matters"""
 ROLE_COLOURS = (INK, BLUE, VERMILION, GREEN, PINK, AMBER)
 """of the roles in their order: all, content, suffix, …"""
 
@@ -78,6 +83,45 @@ def styled_figure(title: str, height: int) -> go.Figure:
             "margin": {"l": 56, "r": 16, "t": 72, "b": 52},
         }
     )
+
+
+def heat_map(
+    cells: pd.DataFrame, value: str, across: str, columns: Sequence[Any], most: float, unit: str
+) -> go.Heatmap:
+    """A heat map of values whose sign matters: layers upwards, zero white.
+
+    Args:
+        cells: a row per cell: `layer`, the columns named by `value` and `across`, `mark` (what is written into it) and
+            `hover` (the text under the mouse, in plotly's markup; see `hover_text`).
+        columns: the values of `across`, from left to right.
+        most: the absolute value that has the full colour.
+    """
+    values, marks, hovers = (
+        cells.pivot(index="layer", columns=across, values=name)[list(columns)] for name in (value, "mark", "hover")
+    )
+    return go.Heatmap(
+        x=[hover_text(column) if isinstance(column, str) else column for column in columns],
+        y=values.index.tolist(),
+        z=values.astype(object).where(values.notna(), None).to_numpy().tolist(),
+        text=marks.to_numpy().tolist(),
+        texttemplate="%{text}",
+        textfont={"size": 9},
+        customdata=hovers.to_numpy().tolist(),
+        hovertemplate="%{customdata}<extra></extra>",
+        colorscale=DIVERGING,
+        zmin=-most,
+        zmid=0,
+        zmax=most,
+        colorbar={"title": {"text": unit}, "thickness": 12},
+        xgap=1,
+        ygap=1,
+    )
+
+
+def error_bars(middle: pd.Series, low: pd.Series, high: pd.Series, width: int = 0) -> dict[str, Any]:
+    """Thin bars from `low` to `high`."""
+    ends = {"array": (high - middle).tolist(), "arrayminus": (middle - low).tolist()}
+    return {"type": "data", **ends, "thickness": 1, "width": width}
 
 
 def remark(figure: go.Figure, text: str) -> None:

@@ -1,28 +1,23 @@
-"""What is in the data: counts and imbalance, lengths, duplicates.
+"""`sfc data`: what is in the data, without a model: counts and imbalance, lengths, duplicates."""
 
-Write an analysis down: three CSV files, and one page to look at that works without a network.
-
-Stage: describe the data, without a model.
-"""
-
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from sfc.core.artifacts import write_csv, write_text
-from sfc.core.progress import say
 from sfc.data.or_bench import CleaningReport, load_prompts
 from sfc.data.schema import FILES
 from sfc.data.similarity import near_duplicates
-from sfc.pages.style import PLOTLY_CONFIG
+from sfc.pages.blocks import Figure, Page, Pair, Paragraph, Section, Table, cell
+from sfc.pages.html import page_html
+from sfc.pages.style import AMBER, BLUE, QUIET, VERMILION, axis, styled_figure
+from sfc.pages.text import count_text
 from sfc.run import Run
-from sfc.tables import show_table
 
 _KINDS = list(FILES)
+_UNITS = ("words", "characters")
 ALL = "all"  # the name of the row that sums up the categories
 
 
@@ -83,136 +78,124 @@ def _near_duplicates(frame: pd.DataFrame, threshold: float) -> pd.DataFrame:
     return table
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = {"toxic": "#D55E00", "hard": "#E69F00", "safe_80k": "#0072B2"}
-_PAIRS_SHOWN = 100
+_COLOURS = {"toxic": VERMILION, "hard": AMBER, "safe_80k": BLUE}
+_PAIRS_SHOWN, _HEIGHT = 100, 430
 
 
-def write_analysis(analysis: Analysis, folder: Path) -> dict[str, Path]:
-    """Write `counts.csv`, `lengths.csv`, `near_duplicates.csv` and `data.html`; returns their paths by name.
-
-    The CSV files hold all there is; the page shows at most the hundred most similar pairs.
-    """
-    tables = {
-        "counts": analysis.counts,
-        "lengths": analysis.lengths,
-        "near_duplicates": analysis.near_duplicates,
-    }
-    paths = {name: folder / f"{name}.csv" for name in tables}
-    for name, table in tables.items():
-        write_csv(paths[name], table)
-    paths["page"] = folder / "data.html"
-    write_text(paths["page"], _page(analysis))
-    return paths
-
-
-def _page(analysis: Analysis) -> str:
-    chart = _figure(analysis).to_html(full_html=False, include_plotlyjs=True, config=PLOTLY_CONFIG)
-    cleaning = "".join(f"<li>{escape(line)}</li>" for line in analysis.cleaning.lines())
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>sfc: the prompts</title>
-<style>
-body {{ font-family: system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; color: #222; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; }} td, th {{ padding: 0.3rem 0.6rem; text-align: left; }}
-tr:nth-child(even) {{ background: #f4f4f4; }}
-</style></head><body>
-<h1>The prompts</h1>
-<ul>{cleaning}</ul>
-{chart}
-{_pairs(analysis.near_duplicates)}
-</body></html>
-"""
-
-
-def _figure(analysis: Analysis) -> go.Figure:
-    titles = (
-        "Prompts per category and kind",
-        "Safe prompts per toxic prompt",
-        "Length in words",
-        "Length in characters",
-    )
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.16)
-    counts = analysis.counts[analysis.counts["category"] != ALL]
-    for kind in FILES:
-        hover = f"%{{x}}: %{{y:,}} {kind} prompts<extra></extra>"
-        bars = go.Bar(x=counts["category"], y=counts[kind], name=kind, marker_color=_COLOURS[kind], hovertemplate=hover)
-        figure.add_trace(bars.update(legendgroup=kind), 1, 1)
-    hover = "%{x}: %{y:.2f} safe or hard prompts per toxic one<extra></extra>"
-    ratio = counts["safe_per_toxic"]
-    bars = go.Bar(x=counts["category"], y=ratio, marker_color="#666666", hovertemplate=hover, showlegend=False)
-    figure.add_trace(bars, 1, 2)
-    for column, unit in enumerate(("words", "characters"), start=1):
-        for kind in FILES:
-            figure.add_trace(_boxes(analysis.lengths, kind, unit), 2, column)
-        figure.update_yaxes(title_text=unit, rangemode="tozero", row=2, col=column)
-    sizes = counts[list(FILES)].to_numpy()
-    scale = "log" if sizes.max() > 30 * sizes.clip(min=1).min() else "linear"  # OR-Bench: thousands beside dozens
-    figure.update_yaxes(title_text="prompts", type=scale, row=1, col=1)
-    figure.update_yaxes(title_text="ratio", rangemode="tozero", row=1, col=2)
-    return figure.update_layout(barmode="group", boxmode="group", height=860, template="plotly_white")
-
-
-def _boxes(lengths: pd.DataFrame, kind: str, unit: str) -> go.Box:
-    """Boxes from the quartiles, so that the page does not grow with the data; whiskers span the whole range."""
-    rows = lengths[(lengths["kind"] == kind) & (lengths["unit"] == unit) & (lengths["category"] != ALL)]
-    return go.Box(
-        x=rows["category"],
-        q1=rows["lower_quartile"],
-        median=rows["median"],
-        q3=rows["upper_quartile"],
-        lowerfence=rows["min"],
-        upperfence=rows["max"],
-        mean=rows["mean"],
-        name=kind,
-        marker_color=_COLOURS[kind],
-        legendgroup=kind,
-        showlegend=False,
-    )
-
-
-def _pairs(pairs: pd.DataFrame) -> str:
-    if pairs.empty:
-        return "<h2>Near-duplicates</h2><p>None.</p>"
-    rows = "".join(
-        f"<tr><td>{similarity:.2f}</td><td>{escape(first)}<br><small>{escape(first_source)}</small></td>"
-        f"<td>{escape(second)}<br><small>{escape(second_source)}</small></td></tr>"
-        for similarity, first, first_source, second, second_source in pairs[
-            ["similarity", "first_prompt", "first_original_source", "second_prompt", "second_original_source"]
-        ]
-        .head(_PAIRS_SHOWN)
-        .itertuples(index=False)
-    )
-    shown = f"the {_PAIRS_SHOWN} most similar of " if len(pairs) > _PAIRS_SHOWN else ""
-    return (
-        f"<h2>Near-duplicates ({shown}{len(pairs):,} pairs)</h2>"
-        f"<table><tr><th>similarity</th><th>one</th><th>other</th></tr>{rows}</table>"
-    )
-
-
-def describe_data(run: Run) -> dict[str, Any]:
-    """Print what is in the data set and write it beside the circuits, as CSV files and a page; return the figures.
+def describe_data(run: Run) -> tuple[dict[str, Any], Page]:
+    """Describe the data set in CSV files and on a page in `ROOT/data`; returns the figures and the page.
 
     Raises:
         UserError: the data cannot be read.
     """
     frame, report = load_prompts(run.data_folder)
-    for line in report.lines():
-        say(line)
     analysis = analyse(frame, report)
-    show_table(f"Prompts of {run.data}", list(analysis.counts.columns), analysis.counts.itertuples(index=False))
-    words = analysis.lengths[(analysis.lengths["unit"] == "words") & (analysis.lengths["category"] == "all")]
-    columns = ["kind", "mean", "median", "min", "max"]
-    show_table("Words per prompt", columns, words[columns].itertuples(index=False))
-    say(f"near-duplicates: {len(analysis.near_duplicates):,} pairs")
-    files = write_analysis(analysis, run.root / "data" / f"analysis-{run.data_folder.name}")
-    return {
+    page = data_page(analysis, run.data)
+    files = write_analysis(analysis, page, run.root / "data" / f"analysis-{run.data_folder.name}")
+    counts = analysis.counts.astype(object).where(analysis.counts.notna(), None).to_dict("records")
+    figures = {
         "data": str(run.data_folder),
         "n_prompts": len(frame),
         "dropped": report.read - report.kept,
         "near_duplicates": len(analysis.near_duplicates),
-        "counts": {
-            row["category"]: row
-            for row in analysis.counts.astype(object).where(analysis.counts.notna(), None).to_dict("records")
-        },
+        "counts": {row["category"]: row for row in counts},
         "files": {name: str(path) for name, path in files.items()},
     }
+    return figures, page
+
+
+def write_analysis(analysis: Analysis, page: Page, folder: Path) -> dict[str, Path]:
+    """Write `counts.csv`, `lengths.csv`, `near_duplicates.csv` and `data.html`; returns their paths by name."""
+    tables = {"counts": analysis.counts, "lengths": analysis.lengths, "near_duplicates": analysis.near_duplicates}
+    files = {**{name: folder / f"{name}.csv" for name in tables}, "page": folder / "data.html"}
+    for name, table in tables.items():
+        write_csv(files[name], table)
+    write_text(files["page"], page_html(page))
+    return files
+
+
+def data_page(analysis: Analysis, name: str) -> Page:
+    """What there is to show of a data set; the page lists at most the hundred most similar pairs."""
+    counts, lengths, pairs = analysis.counts, analysis.lengths, analysis.near_duplicates
+    of_all = lengths[(lengths["unit"] == "words") & (lengths["category"] == ALL)]
+    columns = ["kind", "mean", "median", "min", "max"]
+    return Page(
+        title=f"The prompts of {name}",
+        sentence=f"{count_text(analysis.cleaning.kept, 'prompt')} by category and kind, how long they are, and which "
+        "are nearly the same.",
+        summary=[
+            Paragraph("; ".join(analysis.cleaning.lines())),
+            Table(f"Prompts of {name}", list(counts.columns), _cells(counts)),
+            Table("Words per prompt", columns, _cells(of_all[columns])),
+            Paragraph(f"Near-duplicates: {count_text(len(pairs), 'pair')}"),
+        ],
+        sections=[
+            Section(
+                "", [Pair(Figure("counts", lambda: counts_figure(counts)), Figure("ratio", lambda: _ratio(counts)))]
+            ),
+            Section("", [Pair(*(Figure(unit, lambda unit=unit: _boxes(lengths, unit)) for unit in _UNITS))]),
+            _pairs(pairs),
+        ],
+    )
+
+
+def counts_figure(counts: pd.DataFrame) -> go.Figure:
+    """Prompts per category and kind, on a logarithmic axis where thousands stand beside dozens."""
+    figure, counts = styled_figure("Prompts per category and kind", _HEIGHT), counts[counts["category"] != ALL]
+    for kind in FILES:
+        hover = f"%{{x}}: %{{y:,}} {kind} prompts<extra></extra>"
+        figure.add_bar(
+            x=counts["category"].tolist(),
+            y=counts[kind].tolist(),
+            name=kind,
+            marker_color=_COLOURS[kind],
+            hovertemplate=hover,
+        )
+    sizes = counts[list(FILES)].to_numpy()
+    scale = "log" if sizes.max() > 30 * sizes.clip(min=1).min() else "linear"
+    return figure.update_layout(barmode="group", xaxis=axis(""), yaxis=axis("prompts", type=scale))
+
+
+def _ratio(counts: pd.DataFrame) -> go.Figure:
+    figure, counts = styled_figure("Safe and hard prompts per toxic prompt", _HEIGHT), counts[counts["category"] != ALL]
+    figure.add_bar(
+        x=counts["category"].tolist(),
+        y=counts["safe_per_toxic"].tolist(),
+        marker_color=QUIET,
+        hovertemplate="%{x}: %{y:.2f} safe or hard prompts per toxic one<extra></extra>",
+        showlegend=False,
+    )
+    return figure.update_layout(xaxis=axis(""), yaxis=axis("ratio", rangemode="tozero"))
+
+
+def _boxes(lengths: pd.DataFrame, unit: str) -> go.Figure:
+    """Boxes from the quartiles, so that the page does not grow with the data; whiskers span the whole range."""
+    figure = styled_figure(f"Length in {unit}", _HEIGHT)
+    lengths = lengths[(lengths["unit"] == unit) & (lengths["category"] != ALL)]
+    for kind in FILES:
+        rows = lengths[lengths["kind"] == kind]
+        figure.add_box(
+            x=rows["category"].tolist(),
+            q1=rows["lower_quartile"].tolist(),
+            median=rows["median"].tolist(),
+            q3=rows["upper_quartile"].tolist(),
+            lowerfence=rows["min"].tolist(),
+            upperfence=rows["max"].tolist(),
+            mean=rows["mean"].tolist(),
+            name=kind,
+            marker_color=_COLOURS[kind],
+        )
+    return figure.update_layout(boxmode="group", xaxis=axis(""), yaxis=axis(unit, rangemode="tozero"))
+
+
+def _pairs(pairs: pd.DataFrame) -> Section:
+    titles = ("similarity", "one", "its source", "the other", "its source")
+    fields = ["similarity", "first_prompt", "first_original_source", "second_prompt", "second_original_source"]
+    rows = [[f"{similarity:.2f}", *texts] for similarity, *texts in pairs[fields].head(_PAIRS_SHOWN).to_numpy()]
+    shown = f"the {_PAIRS_SHOWN} most similar of " if len(pairs) > _PAIRS_SHOWN else ""
+    title = f"Near-duplicates ({shown}{count_text(len(pairs), 'pair')})"
+    return Section(title, [Table("", titles, rows, texts=titles) if rows else Paragraph("None.")])
+
+
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    return [[cell(value) for value in row.values()] for row in table.to_dict("records")]

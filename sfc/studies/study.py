@@ -7,7 +7,8 @@ Nothing here imports torch, and a module that declares a study should not either
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +53,16 @@ class Finished:
         return Words(**self.manifest["words"])
 
     @property
+    def page(self) -> Page:
+        """What its study has to say of it.
+
+        Raises:
+            UserError: its study is not registered, or a file is missing or lacks a figure.
+        """
+        with complete(self.folder):
+            return STUDIES[self.manifest.get("study", "")].page(self)
+
+    @property
     def inputs(self) -> Mapping[str, Any]:
         """What it was made from."""
         return self.manifest.get("inputs", {})
@@ -87,6 +98,21 @@ class Finished:
         return {**self.result, "seconds": self.manifest.get("seconds"), "files": files}
 
 
+@contextmanager
+def complete(folder: Path) -> Iterator[None]:
+    """Where a figure of an artifact is looked for.
+
+    Raises:
+        UserError: the block misses one.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"{folder} lacks {error}: it is damaged or of another version; make it again with --rebuild"
+        ) from None
+
+
 class Made(NamedTuple):
     """What a study leaves behind when it has measured."""
 
@@ -117,6 +143,11 @@ class Study(ABC, Generic[OwnOptions]):
     """fields of other sections that its command offers as well"""
     files: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """the files it always writes, by name; `page` is written for it"""
+    model_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """the figures of `model_row` with the titles of their columns in a table of models; fields of `Words` stand in
+    braces: `"{acted}: {positive}"`"""
+    model_headline: ClassVar[Sequence[str]] = ()
+    """those of them that matter most: they stand in one table with those of other studies"""
 
     def of(self, run: Run) -> OwnOptions:
         """The study's options in a run."""
@@ -152,6 +183,13 @@ class Study(ABC, Generic[OwnOptions]):
     @abstractmethod
     def page(self, finished: Finished) -> Page:
         """What there is to show of a finished artifact, from its files alone."""
+
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        """The figures that a table of models (`sfc batch`) has of a finished artifact, by the names of `model_columns`.
+
+        What is not measured is left out or None.
+        """
+        return {}
 
     def artifact(self, run: Run) -> Artifact:
         """Where the study's result lies, and what it depends on."""

@@ -1,49 +1,39 @@
-"""Stage: the same study of several models, each stage's artifact kept where it is up to date, and the comparison.
+"""`sfc batch`: the same studies of several models, each artifact kept where it is up to date, and the comparison.
 
-A model or a stage that fails is listed with its reason, and the others go on.
+A study that fails for a model is listed with its reason, and the others go on. A model is loaded once for all studies,
+and dropped from memory before the next.
 """
 
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sfc.core.artifacts import Artifact, write_csv, write_json, write_text
+from sfc.behaviors.behavior import BEHAVIORS
+from sfc.core.artifacts import MANIFEST, Artifact, write_csv, write_json, write_text
 from sfc.core.errors import CannotLoadModel, UserError, suggestion
 from sfc.core.progress import say
-from sfc.pipeline import ensure_circuit
-from sfc.pipeline_study import batch_artifact, ensure_behaviour, ensure_logit_attribution, ensure_patching
+from sfc.pages.blocks import Page
+from sfc.pages.html import page_html
 from sfc.run import Run
-from sfc.studies.batch.depth import frequencies
-from sfc.studies.batch.page import write_batch_page
-from sfc.studies.batch.tables import critical_table, model_row, probe_table
-from sfc.studies.probe.study import ProbeOptions
-from sfc.studies.study import STUDIES, ensure
+from sfc.session import Session
+from sfc.studies.batch.bridge import BRIDGE, Stage
+from sfc.studies.batch.depth import critical_table, frequencies, probe_table
+from sfc.studies.batch.page import batch_page
+from sfc.studies.study import RESULT, STUDIES, Finished, Study, ensure
 
-FILES = {
+_FILES = {
     "page": "batch.html",
     "models": "models.csv",
     "critical": "critical.csv",
     "frequency": "frequency.csv",
-    "result": "result.json",
+    "result": RESULT,
 }
 _TRACEBACKS = "tracebacks.txt"
-
-STAGES: dict[str, Callable[[Run, str, int | None], Artifact]] = {
-    "behaviour": lambda run, _category, limit: ensure_behaviour(run, None, "test", limit),
-    "probe": lambda run, category, _limit: _probed(run, category),
-    "logits": lambda run, category, _limit: ensure_logit_attribution(run, category),
-    "patching": lambda run, _category, _limit: ensure_patching(run),
-    "circuit": lambda run, category, _limit: ensure_circuit(run, category),
-}
-
-
-def _probed(run: Run, category: str) -> Artifact:
-    run = run.having(ProbeOptions, category=category)
-    ensure(STUDIES["probe"], run)
-    return STUDIES["probe"].artifact(run)
+_SCHEMA = 2
+"""raised by hand when the meaning of the comparison changes"""
 
 
 class Failure(NamedTuple):
@@ -53,71 +43,109 @@ class Failure(NamedTuple):
     stage: str
     reason: str
     traceback: str = ""
-    """of an error that is no user's: for whoever mends it"""
+    """of an error that no user can correct"""
 
 
 class Studied(NamedTuple):
     """What became of one model."""
 
     run: Run
-    artifacts: dict[str, Artifact]
+    finished: dict[str, Finished]
     """by stage"""
     failures: list[Failure]
 
 
-def check_stages(stages: Iterable[str]) -> None:
-    """Raise a `UserError` if a stage is none of `STAGES`."""
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"no stage {stage!r} in a batch: {suggestion(stage, STAGES)}")
+class Batch(NamedTuple):
+    """A finished comparison."""
+
+    report: dict[str, Any]
+    """the figures, and the paths of the files"""
+    page: Page
+
+
+def stages_of(text: str) -> dict[str, Study[Any] | Stage]:
+    """The studies that `--stages` names, separated by commas.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    names = [name.strip() for name in text.split(",")]
+    known = [*STUDIES.names(), *BRIDGE]
+    for name in names:
+        if name not in known:
+            raise UserError(f"no study {name!r} to be a stage: {suggestion(name, known)}")
+    return {name: STUDIES[name] if name in STUDIES else BRIDGE[name] for name in names}
 
 
 def make_batch(
-    runs: Sequence[Run], stages: Sequence[str], category: str, limit: int | None, rebuild: bool = False
-) -> Artifact:
-    """Run the stages of every model as far as they are missing, and write the comparison.
+    runs: Sequence[Run], stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None
+) -> Batch:
+    """Run the studies of every model as far as they are missing, and write the comparison.
+
+    The comparison is put together again each time: the studies are what costs.
+
+    Args:
+        category: for studies that take one; None: what each has of its own.
+        limit: for studies that take one and have no limit of their own.
 
     Raises:
         UserError: nothing succeeded, for no model; the reasons are in the message.
     """
     studied = [_study(run, stages, category, limit) for run in runs]
     failures = [failure for each in studied for failure in each.failures]
-    if not any(each.artifacts for each in studied):
+    if not any(each.finished for each in studied):
         reasons = "; ".join(f"{failure.model}, {failure.stage}: {failure.reason}" for failure in failures)
         raise UserError(f"no model could be studied: {reasons}")
-    artifact = batch_artifact(runs, stages, category, limit)
-    with artifact.being_made(rebuild) as folder:
-        rows = [model_row(each.run.experiment, each.artifacts, [f.stage for f in each.failures]) for each in studied]
-        models = pd.DataFrame(rows).convert_dtypes()
-        by_name = {each.run.experiment.name: each.artifacts for each in studied}
-        critical, measured = critical_table(by_name)
-        frequency = frequencies(critical, measured)
-        for name, table in {"models": models, "critical": critical, "frequency": frequency}.items():
-            write_csv(folder / FILES[name], table, digits=6)
-        result = {
-            "category": category,
-            "stages": list(stages),
-            "models": rows,
-            "failures": [{"model": f.model, "stage": f.stage, "reason": f.reason} for f in failures],
-            "files": FILES,
-        }
-        write_json(folder / FILES["result"], result)
+    rows = [_row(each, stages) for each in studied]
+    by_model = {each.run.experiment.name: each.finished for each in studied}
+    critical, measured = critical_table(by_model)
+    frequency = frequencies(critical, measured)
+    links = {model: {stage: _page(each) for stage, each in of.items()} for model, of in by_model.items()}
+    result = {
+        "category": category,
+        "stages": list(stages),
+        "models": rows,
+        "failures": [{"model": f.model, "stage": f.stage, "reason": f.reason} for f in failures],
+    }
+    words = BEHAVIORS[runs[0].experiment.behavior].words
+    page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
+    artifact = _artifact(runs, list(stages), category, limit)
+    with artifact.being_made() as folder:
+        tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
+        for name, table in tables.items():
+            write_csv(folder / _FILES[name], table, digits=6)
+        write_json(folder / RESULT, result)
+        write_text(folder / _FILES["page"], page_html(page))
+        (folder / _TRACEBACKS).unlink(missing_ok=True)
         if tracebacks := "\n".join(f"{f.model}, {f.stage}\n{f.traceback}" for f in failures if f.traceback):
             write_text(folder / _TRACEBACKS, tracebacks)
             say(f"unexpected errors: see {folder / _TRACEBACKS}")
-        links = {name: {stage: _page(each) for stage, each in artifacts.items()} for name, artifacts in by_name.items()}
-        write_batch_page(folder / FILES["page"], result, frequency, probe_table(by_name), links)
-        artifact.finish(result=result, pages=links)
-    return artifact
+        artifact.finish(files=_FILES, pages=links)
+    return Batch({**result, "files": {name: str(artifact.folder / file) for name, file in _FILES.items()}}, page)
 
 
-def _study(run: Run, stages: Sequence[str], category: str, limit: int | None) -> Studied:
-    name = run.experiment.name
-    studied = Studied(run, {}, [])
-    for stage in stages:
+def _artifact(runs: Sequence[Run], stages: Sequence[str], category: str | None, limit: int | None) -> Artifact:
+    inputs = {
+        "schema": _SCHEMA,
+        "experiments": [run.experiment.model_dump(mode="json") for run in runs],
+        "data": runs[0].data,
+        "stages": stages,
+        "category": category,
+        "limit": limit,
+    }
+    return Artifact.of(runs[0].root / "circuits" / "batch", category or "models", inputs)
+
+
+def _study(run: Run, stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None) -> Studied:
+    name, studied, session = run.experiment.name, Studied(run, {}, []), Session(run)
+    for stage, study in stages.items():
         say(f"{name}: {stage}")
         try:
-            studied.artifacts[stage] = STAGES[stage](run, category, limit)
+            if isinstance(study, Study):
+                chosen = with_options(study, run, category, limit)
+                studied.finished[stage] = ensure(study, chosen, session=session)
+            else:
+                studied.finished[stage] = Finished(study.ensure(run, category).folder)
         except UserError as error:
             studied.failures.append(Failure(name, stage, " ".join(str(error).split())))
             if isinstance(error, CannotLoadModel):
@@ -125,15 +153,35 @@ def _study(run: Run, stages: Sequence[str], category: str, limit: int | None) ->
         except Exception as error:  # another model's architecture may fail in any way, and must not end the others
             reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
             studied.failures.append(Failure(name, stage, reason, traceback.format_exc()))
+    session.close()
     for failure in studied.failures:
         say(f"failed: {name}, {failure.stage}: {failure.reason}")
     return studied
 
 
-def _page(artifact: Artifact) -> str:
-    """The page of a stage's artifact, relative to the folder of a batch, which lies beside those of the presets."""
-    manifest = artifact.manifest()
+def with_options(study: Study[Any], run: Run, category: str | None, limit: int | None) -> Run:
+    """The run with a batch's category and limit, where the study has such options; see `make_batch`."""
+    values: dict[str, Any] = {}
+    if category is not None and "category" in study.options.model_fields:
+        values["category"] = category
+    if limit is not None and "limit" in study.options.model_fields and study.of(run).limit is None:
+        values["limit"] = limit
+    return run.having(study.options, **values) if values else run
+
+
+def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str, Any]:
+    """One model's line of the table of models; what was not measured is None."""
+    experiment = studied.run.experiment
+    failed = ", ".join(failure.stage for failure in studied.failures)
+    row: dict[str, Any] = {"model": experiment.name, "source": experiment.model.source, "failed": failed}
+    row |= dict.fromkeys(column for study in stages.values() for column in study.model_columns)
+    for stage, finished in studied.finished.items():
+        row |= stages[stage].model_row(finished)
+    return row
+
+
+def _page(finished: Finished) -> str:
+    """The page of an artifact, relative to the folder of a batch, which lies beside those of the presets."""
+    manifest = finished.manifest
     files = manifest.get("files") or manifest["result"]["files"]
-    return str(
-        Path("..", "..", artifact.folder.parent.name, artifact.folder.name, files.get("page", files.get("chart")))
-    )
+    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, files.get("page", MANIFEST)))

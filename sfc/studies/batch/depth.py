@@ -10,9 +10,39 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, MOST_FALSE
+from sfc.studies.study import Finished
 
 COLUMNS = ("model", "evidence", "kind", "component", "layer", "depth", "tenth", "effect", "low", "high", "q_value")
 TENTHS = 10
+ByModel = Mapping[str, Mapping[str, Finished]]
+"""finished artifacts, by model and study"""
+
+
+def critical_table(studied: ByModel) -> tuple[pd.DataFrame, Mapping[str, list[str]]]:
+    """The critical components of all models, and the models in which each kind of evidence was looked for."""
+    tables, measured = [], {}
+    for model, artifacts in studied.items():
+        if patching := artifacts.get("patch"):
+            effects = patching.table("effects.csv")
+            tables.append(patched_components(model, effects, patching.result["n_layers"]))
+            for direction in effects["direction"].unique():
+                measured.setdefault(str(direction), []).append(model)
+        if logits := artifacts.get("attribute-logits"):
+            tables.append(written_components(model, logits.table("components.csv")))
+            for role in (GUARDRAIL, COMPLIANCE):
+                measured.setdefault(role, []).append(model)
+    found = [table for table in tables if len(table)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS)), measured
+
+
+def probe_table(studied: ByModel) -> pd.DataFrame:
+    """The probe's figures at every layer of all models, with `model` and `depth`; empty where none was probed."""
+    tables = []
+    for model, artifacts in studied.items():
+        if probe := artifacts.get("probe"):
+            layers = probe.table("layers.csv")
+            tables.append(layers.assign(model=model, depth=relative_depth(layers["layer"], len(layers))))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def patched_components(model: str, effects: pd.DataFrame, n_layers: int) -> pd.DataFrame:

@@ -1,69 +1,66 @@
 """The page of several models: a line each, critical components by depth, and where toxic prompts stand out."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sfc.pages.document import figure_html, guide_html, header_html, write_document
+from sfc.behaviors.behavior import Words
+from sfc.pages.blocks import Block, Figure, Links, Page, Section, Table, cell
 from sfc.pages.style import BLUE, ROLE_COLOURS, axis, remark, styled_figure
-from sfc.pages.tables import figures_table
-from sfc.pages.text import NOT_MEASURABLE, count_text, hover_text, number_text, printable
+from sfc.pages.text import count_text, hover_text
+from sfc.studies.batch.bridge import Stage
+from sfc.studies.study import Study
 
 _TENTHS = [f"{10 * tenth}–{10 * tenth + 10} %" for tenth in range(10)]
 _LISTED = 30
-_GROUPS = {
-    "behaviour": {"refused_toxic": "refuses toxic", "refused_hard": "hard", "refused_safe": "safe",
-                  "score_auroc": "score AUROC"},
-    "probe": {"n_layers": "layers", "best_layer": "best layer", "separation": "separation",
-              "probe_accuracy": "probe", "probe_control": "shuffled"},
-    "logits": {"n_heads": "heads", "n_guardrail": "guardrail", "n_compliance": "compliance",
-               "strongest_head": "strongest"},
-    "patching": {"n_pairs": "pairs", "n_components": "components", "n_critical": "critical",
-                 "strongest_denoise": "denoising", "strongest_noise": "noising"},
-    "circuit": {"n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness"},
-}  # fmt: skip
-_TITLES = {
-    "behaviour": "Behaviour: share of test prompts refused",
-    "probe": "Refusal direction and probe, at the layer of largest separation",
-    "logits": "Direct logit attribution",
-    "patching": "Activation patching, and the strongest critical head either way",
-    "circuit": "Circuit of sparse features",
-}
+_Stage = Study[Any] | Stage
 
 
-def write_batch_page(
-    path: Path,
+def batch_page(
     result: Mapping[str, Any],
+    stages: Mapping[str, _Stage],
     frequency: pd.DataFrame,
     layers: pd.DataFrame,
     links: Mapping[str, Mapping[str, str]],
-) -> None:
-    """Write the page, whole or not at all; equal input makes equal bytes.
+    words: Words,
+) -> Page:
+    """What there is to show of a batch.
 
     Args:
         result: what `batch --json` prints.
+        stages: the studies that were run, by name.
         frequency: as `frequencies` gives it.
         layers: of each model and layer `model, depth, separation, accuracy`; empty where none was probed.
         links: addresses of pages, by model and stage.
     """
-    names = [row["model"] for row in result["models"]]
-    tables = "".join(
-        f'<section class="card scroll"><h2>{escape(_TITLES[stage])}</h2>{_models_table(result, stage)}</section>\n'
-        for stage in result["stages"]
+    rows, failures = result["models"], result["failures"]
+    headline = {study: study.model_headline for study in stages.values()}
+    summary: list[Block] = [_models_table(rows, headline, words)]
+    if failures:
+        columns = ("model", "stage", "reason")
+        cells = [[failure[column] for column in columns] for failure in failures]
+        summary.append(Table("What failed", columns, cells, texts=("stage", "reason")))
+    sections = [
+        Section(name, [_models_table(rows, {study: list(study.model_columns)}, words)])
+        for name, study in stages.items()
+        if study.model_columns
+    ]
+    if {"patch", "attribute-logits"} & set(stages):
+        figure = Figure("frequency", lambda: frequency_figure(frequency))
+        sections.append(Section("", [figure, _frequency_table(frequency)]))
+    if "probe" in stages:
+        sections.append(Section("", [Figure("layers", lambda: layers_figure(layers, words))]))
+    pages = [Links(model, [*of_model.items()]) for model, of_model in links.items()]
+    return Page(
+        title=count_text(len(rows), "model") + (f" · {result['category']}" if result["category"] else ""),
+        sentence=_sentence(result),
+        summary=summary,
+        sections=[*sections, Section("Each model's pages", pages)],
+        guide=_guide(words),
     )
-    body = f"""{header_html(f"{count_text(len(names), 'model')} · {result['category']}", _sentence(result))}
-{tables}<section class="card scroll"><h2>What failed</h2>{_failures(result["failures"])}</section>
-<section class="card graph">{figure_html("frequency", frequency_figure(frequency))}</section>
-<section class="card graph">{figure_html("layers", layers_figure(layers))}</section>
-<section class="card"><h2>How to read this page</h2>{guide_html(_GUIDE)}</section>
-<section class="card scroll"><h2>Critical components by frequency</h2>{_frequency_table(frequency)}</section>
-<section class="card"><h2>Each model's pages</h2>{_links(links)}</section>"""
-    write_document(path, f"{count_text(len(names), 'model')} · {result['category']}", body)
 
 
 def frequency_figure(frequency: pd.DataFrame) -> go.Figure:
@@ -96,11 +93,13 @@ def frequency_figure(frequency: pd.DataFrame) -> go.Figure:
     )
 
 
-def layers_figure(layers: pd.DataFrame) -> go.Figure:
+def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
     """Separation and probe accuracy by relative depth, a line per model."""
     titles = ("separation (pooled standard deviations)", "probe accuracy, held-out prompts")
     figure = make_subplots(
-        cols=2, subplot_titles=titles, figure=styled_figure("Where toxic prompts can be told from safe ones", 460)
+        cols=2,
+        subplot_titles=titles,
+        figure=styled_figure(f"Where {words.positive} prompts can be told from {words.negative} ones", 460),
     )
     if layers.empty:
         remark(figure, "No model was probed.")
@@ -126,56 +125,31 @@ def layers_figure(layers: pd.DataFrame) -> go.Figure:
     return figure.update_layout(margin={"t": 100}, showlegend=True, legend={"y": 1.08})
 
 
-def _models_table(result: Mapping[str, Any], stage: str) -> str:
-    columns = _GROUPS[stage]
-    rows = [(row["model"], *(_cell(name, row[name]) for name in columns)) for row in result["models"]]
-    return figures_table(("model", *columns.values()), [[printable(cell) for cell in row] for row in rows])
+def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Sequence[str]], words: Words) -> Table:
+    """A line per model, with some columns of each study; a dash where a study came to nothing for a model."""
+    spoken = words._asdict()
+    titles = [study.model_columns[column].format_map(spoken) for study, of in columns.items() for column in of]
+    cells = [[row["model"], *(text for of_study in columns.items() for text in _cells(row, *of_study))] for row in rows]
+    return Table("", ("model", *titles), cells)
 
 
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "–" if name.startswith(("n_", "strongest", "best")) else NOT_MEASURABLE
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else number_text(value)
+def _cells(row: Mapping[str, Any], study: _Stage, columns: Sequence[str]) -> list[str]:
+    is_finished = any(row[column] is not None for column in study.model_columns)
+    return [cell(row[column]) if is_finished else "–" for column in columns]
 
 
-def _failures(failures: Sequence[Mapping[str, str]]) -> str:
-    if not failures:
-        return "<p>Nothing.</p>"
-    rows = [[printable(failure[key]) for key in ("model", "stage", "reason")] for failure in failures]
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "stage", "reason"))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _frequency_table(frequency: pd.DataFrame) -> str:
-    if frequency.empty:
-        return "<p>None: no component is critical in any model.</p>"
+def _frequency_table(frequency: pd.DataFrame) -> Table:
     titles = ("evidence", "kind", "depth", "models", "of", "components", "strongest in each model")
     rows = [
-        (
-            row["evidence"],
-            row["kind"],
+        [
+            *(str(row[field]) for field in ("evidence", "kind")),
             _TENTHS[row["tenth"]],
-            str(row["n_models"]),
-            str(row["n_measured"]),
-            str(row["n_components"]),
-            printable(row["strongest"]),
-        )
+            *(str(row[field]) for field in ("n_models", "n_measured", "n_components", "strongest")),
+        ]
         for row in frequency.head(_LISTED).to_dict("records")
     ]
-    return figures_table(titles, rows)
-
-
-def _links(links: Mapping[str, Mapping[str, str]]) -> str:
-    items = "".join(
-        f"<p>{escape(printable(model))}: "
-        + (", ".join(f'<a href="{escape(page)}">{escape(stage)}</a>' for stage, page in pages.items()) or "none")
-        + "</p>"
-        for model, pages in links.items()
-    )
-    return items or "<p>None.</p>"
+    title = "Critical components by frequency" if rows else "No component is critical in any model"
+    return Table(title, titles, rows, texts=("kind", "strongest in each model"))
 
 
 def _hover(cell: Mapping[Any, Any] | None) -> str:
@@ -188,20 +162,22 @@ def _hover(cell: Mapping[Any, Any] | None) -> str:
 def _sentence(result: Mapping[str, Any]) -> str:
     failed = {failure["model"] for failure in result["failures"]}
     models = ", ".join(row["model"] for row in result["models"])
+    category = f" category {result['category']} where a study takes one." if result["category"] else ""
     return (
-        f"The same study of {models}: {', '.join(result['stages'])}; category {result['category']} where a stage takes"
-        f" one. {count_text(len(result['failures']), 'stage')} failed, in {count_text(len(failed), 'model')}."
+        f"The same studies of {models}: {', '.join(result['stages'])}.{category}"
+        f" {count_text(len(result['failures']), 'stage')} failed, in {count_text(len(failed), 'model')}."
     )
 
 
-_GUIDE = (
-    "<b>Critical.</b> Denoise and noise: the component is told from chance in activation patching (q &lt; 0.05). "
-    "Guardrail and compliance: heads that write refusal, or its opposite, into the logits of toxic prompts. The first "
-    "says what is used by way of everything after it, the second what is written directly.",
-    "<b>Depth.</b> Layers are compared by their share of the way from the first to the last, in tenths. A model counts "
-    "once per kind and tenth. Head numbers of different models have nothing to do with each other.",
-    "<b>Best layer.</b> The layer of largest separation is chosen on the test prompts that give the figure, so that it "
-    "flatters a little; the lines show all layers.",
-    "<b>What fails</b> is left out, and shares are of the models in which the evidence was looked for. A model that "
-    "never refuses has no pairs to patch: that is a finding, and no defect.",
-)
+def _guide(words: Words) -> Sequence[str]:
+    return (
+        "**Critical.** Denoise and noise: the component is told from chance in activation patching (q < 0.05)."
+        f" Guardrail and compliance: heads that write refusal, or its opposite, into the logits of {words.positive}"
+        " prompts. The first says what is used by way of everything after it, the second what is written directly.",
+        "**Depth.** Layers are compared by their share of the way from the first to the last, in tenths. A model"
+        " counts once per kind and tenth. Head numbers of different models have nothing to do with each other.",
+        "**Best layer.** The layer of largest separation is chosen on the test prompts that give the figure, which"
+        " flatters it a little; the lines show all layers.",
+        "**What fails** is left out, and shares are of the models in which the evidence was looked for. That a model"
+        " never refuses, and so has no pairs to patch, is a finding and not a defect.",
+    )

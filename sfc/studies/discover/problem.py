@@ -31,7 +31,7 @@ from sfc.models.score import auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
-from sfc.studies.behaviour import judged
+from sfc.studies.behaviour.study import judged
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
 
@@ -178,7 +178,7 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
     if frame.empty:
         raise UserError(f"there are no {kind} prompts of category {category!r} in the data")
     corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
-    prompts = judged(run, model, corpus.table, f"{kind}-{category}")
+    prompts = judged(session, corpus.table, kind, category)
     _check_sides(prompts, kind, category)
     layout = SlotLayout.of(corpus.sequences)
 

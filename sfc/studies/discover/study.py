@@ -62,8 +62,7 @@ class Discover(Study[DiscoveryOptions]):
         return inputs | reference_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        trained = [Need(TRAIN, run)] if NODES[self.of(run).nodes].needs_saes else []
-        return [*trained, Need(COLLECT, run)]
+        return needs_of_circuits(run)
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -75,6 +74,12 @@ class Discover(Study[DiscoveryOptions]):
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
         return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
+
+
+def needs_of_circuits(run: Run) -> list[Need]:
+    """What has to be finished before circuits are found or judged."""
+    trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
+    return [*trained, Need(COLLECT, run)]
 
 
 def reference_inputs(run: Run) -> dict[str, Any]:

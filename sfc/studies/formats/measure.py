@@ -6,14 +6,10 @@ format, with its mean and standard deviation over all instructions asked, harmfu
 formats are compared. A harmful instruction's z then says how far it stands out in that format. Harmless ones must be
 among those asked: standardised by themselves, harmful instructions would have mean 0 in every format, and nothing would
 be left to compare.
-
-Stage: harmful instructions in several prompt formats, compared.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,21 +17,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfc.core.artifacts import Artifact, write_csv
+from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.balance import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import Model, choose_device, load_model
+from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import auroc
 from sfc.run import Run
+from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats.formats import Formats, Version
-from sfc.studies.formats.page import write_formats_page
+from sfc.studies.formats.study import FormatsOptions
+from sfc.studies.study import Made
 
 _ANY_INSTRUCTION = "Name a river."
 
@@ -100,49 +98,44 @@ def standardised(scores: Mapping[str, Float[np.ndarray, " n"]]) -> dict[str, Flo
     return {name: (values - values.mean()) / values.std(ddof=1) for name, values in scores.items()}
 
 
-FILES = {"page": "formats.html", "scores": "scores.csv", "formats": "formats.csv", "pairs": "pairs.csv"}
-
-
-def make_formats(run: Run, artifact: Artifact, formats: Formats, prompts: Path | None, rebuild: bool = False) -> None:
-    """Score every instruction in every format, test, and write tables and page.
+def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
+    """Score every instruction in every format, test, and write the tables.
 
     Raises:
         UserError: the file holds no harmful instructions, or an answer is not one token of this model.
     """
-    began = time.perf_counter()
-    experiment = run.experiment
-    frame = _instructions(run, prompts, artifact.inputs["category"], artifact.inputs["limit"])
-    model = load_model(experiment.model, choose_device(run.device))
+    experiment, model = session.run.experiment, session.model
+    formats, category = options.formats(), session.run.group(options.category)
+    frame = _instructions(session.run, options.prompts, category, options.limit)
     frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table
     harmful = (frame["label"] == "toxic").to_numpy(dtype=bool)
     _check_sides(harmful)
-    instructions = frame["prompt"].tolist()
-    with artifact.being_made(rebuild) as folder:
-        total = len(frame) * sum(map(len, formats.values()))
-        with progress_bar("asking", total, "prompts") as progress:
-            versions = version_scores(model, formats, instructions, experiment.activations.batch_tokens, progress)
-        scores = {name: values.mean(1) for name, values in versions.items()}
-        z = standardised(scores)
-        summary = _summary(versions, scores, z, harmful, experiment.seed)
-        harmful_z = np.stack([values[harmful] for values in z.values()], 1)
-        test, pairs = friedman(harmful_z), pairwise_wilcoxon(harmful_z, list(formats))
-        long = pd.concat(
-            [frame[["id", "prompt", "category", "label"]].assign(format=name, logit_difference=scores[name], z=z[name])
-             for name in formats]
-        )  # fmt: skip
-        for name, table in {"scores": long, "formats": summary, "pairs": pairs}.items():
-            write_csv(folder / FILES[name], table, digits=6)
-        result = {
+    with progress_bar("asking", len(frame) * sum(map(len, formats.values())), "prompts") as progress:
+        versions = version_scores(
+            model, formats, frame["prompt"].tolist(), experiment.activations.batch_tokens, progress
+        )
+    scores = {name: values.mean(1) for name, values in versions.items()}
+    z = standardised(scores)
+    harmful_z = np.stack([values[harmful] for values in z.values()], 1)
+    facts = frame[["id", "prompt", "category", "label"]]
+    tables = {
+        "scores": pd.concat([facts.assign(format=name, logit_difference=scores[name], z=z[name]) for name in formats]),
+        "formats": _summary(versions, scores, z, harmful, experiment.seed),
+        "pairs": pairwise_wilcoxon(harmful_z, list(formats)),
+    }
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table, digits=6)
+    return Made(
+        {
             "preset": experiment.name,
-            "prompts": prompts.name if prompts else artifact.inputs["category"],
+            "prompts": options.prompts.name if options.prompts else category,
             "n_harmful": int(harmful.sum()),
             "n_harmless": int((~harmful).sum()),
-            "formats": _records(summary),
-            "friedman": test._asdict(),
-            "pairs": _records(pairs),
+            "formats": json_records(tables["formats"], digits=None),
+            "friedman": friedman(harmful_z)._asdict(),
+            "pairs": json_records(tables["pairs"], digits=None),
         }
-        write_formats_page(folder / FILES["page"], long, result)
-        artifact.finish(result=result, files=FILES, seconds=round(time.perf_counter() - began, 2))
+    )
 
 
 def _instructions(run: Run, prompts: Path | None, category: str, limit: int | None) -> pd.DataFrame:
@@ -199,7 +192,3 @@ def _summary(
             }
         )
     return pd.DataFrame(rows)
-
-
-def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
-    return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -1,10 +1,8 @@
-"""The refusal logit difference: a linear stand-in for the refusal score, which only a linear target can be split into.
+"""Direct logit attribution: what each part of a model writes into the refusal logit difference.
 
-The refusal score is a log-odds, and no sum of parts. Its linear relative is the mean logit of the refusal-opening
-tokens minus the mean logit of the tokens with which the model opens its answers when it complies: those that
+The refusal score is a log-odds, and not a sum of parts. Its linear relative is: the mean logit of the refusal-opening
+tokens minus the mean logit of the tokens with which the model opens its answers when it complies, which are those that
 `model.against_tokens` names, else the ones it finds most likely after harmless prompts.
-
-Direct logit attribution: what each part of a model writes into the refusal logit difference.
 
 The residual stream at the last position is the sum of what the embedding, each head, each MLP and each bias wrote into
 it. With the final norm's scale held at its value in the run, the norm and the unembedding are linear too, so that the
@@ -23,6 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -55,17 +54,15 @@ class LogitDifference:
 
 
 @torch.no_grad()
-def refusal_logit_difference(model: Model, harmless: Sequence[Batch], count: int = N_AGAINST) -> LogitDifference:
-    """The difference that the model's configuration names, or that its own answers to harmless prompts suggest.
+def refusal_logit_difference(
+    model: Model, score: RefusalScore, harmless: Sequence[Batch], count: int = N_AGAINST
+) -> LogitDifference:
+    """The difference of the tokens that the score compares, or against those that open answers to harmless prompts.
 
     Args:
-        harmless: prompts that the model answers; not read where the configuration has `against_tokens`.
+        harmless: prompts that the model answers; not read where the score compares with tokens of its own.
         count: how many tokens to take from the mean distribution of the first token of those answers.
-
-    Raises:
-        UserError: a configured token is not one token of this model.
     """
-    score = RefusalScore.of(model)
     if len(score.against):
         return LogitDifference(score.refusal, score.against)
     likely = torch.stack([last_logits(model, batch).softmax(-1).sum(0) for batch in harmless]).sum(0)
@@ -107,7 +104,11 @@ class LogitAttribution:
 
 @torch.no_grad()
 def attribute_logits(
-    model: Model, difference: LogitDifference, batches: Sequence[Batch], progress: Callable[[int], object]
+    model: Model,
+    score: RefusalScore,
+    difference: LogitDifference,
+    batches: Sequence[Batch],
+    progress: Callable[[int], object],
 ) -> LogitAttribution:
     """The contributions of all components, for every prompt in the order of the list that was batched.
 
@@ -117,7 +118,6 @@ def attribute_logits(
     Raises:
         UserError: the contributions do not sum to the logit difference, because this model is not built of such parts.
     """
-    score = RefusalScore.of(model)
     n_prompts, sites = sum(len(batch.prompts) for batch in batches), _sites(model)
     components: tuple[Component, ...] = ()
     contributions = np.empty((0, 0))
@@ -204,9 +204,9 @@ def _parts(
         yield [Component("pos_embed", "embedding")], written(position)
     for i, block in enumerate(model.bridge.blocks):
         w_o = block.attn.W_O.double()
-        z = seen[f"blocks.{i}.attn.hook_z"].reshape(len(direction), *w_o.shape[:2])
+        z = rearrange(seen[f"blocks.{i}.attn.hook_z"], "batch (head z) -> batch head z", head=len(w_o))
         heads = [Component(f"head.{i}.{head}", "head", i, head) for head in range(len(w_o))]
-        yield heads, torch.einsum("bhz,hzd,bd->bh", z, w_o, direction)
+        yield heads, einsum(z, w_o, direction, "batch head z, head z d_model, batch d_model -> batch head")
         if block.attn.b_O is not None:
             yield [Component(f"attn_bias.{i}", "bias", i)], written(block.attn.b_O.double())
         mlp = seen[f"blocks.{i}.hook_mlp_out"]

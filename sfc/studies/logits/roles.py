@@ -7,6 +7,7 @@ those that push every prompt alike. q-values control the false discovery rate ov
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,15 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control, ttest_ind
 
 from sfc.stats import bootstrap_means
-from sfc.studies.logits.attribution import LogitAttribution
+
+if TYPE_CHECKING:
+    from sfc.studies.logits.attribution import LogitAttribution
 
 GUARDRAIL, COMPLIANCE, NEITHER = "guardrail", "compliance", "neither"
 MOST_FALSE = 0.05
 
 
-def component_table(attribution: LogitAttribution, toxic: Bool[np.ndarray, " prompts"], seed: int) -> pd.DataFrame:
+def component_table(attribution: "LogitAttribution", toxic: Bool[np.ndarray, " prompts"], seed: int) -> pd.DataFrame:
     """One row per component, in the order of `attribution.components`, contributions in nats.
 
     Columns: `component`, `kind`, `layer`, `head` (missing where it has none), `toxic_mean`, `toxic_low`, `toxic_high`,
@@ -45,13 +48,12 @@ def component_table(attribution: LogitAttribution, toxic: Bool[np.ndarray, " pro
     return table
 
 
-def strongest_heads(components: pd.DataFrame) -> pd.DataFrame:
-    """The heads of a `component_table`, those first whose contributions differ most between toxic and safe prompts."""
-    heads = components[components["kind"] == "head"]
-    return heads.sort_values("difference", key=lambda values: -values.abs(), kind="stable")
+def strongest(components: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a `component_table`, those first whose contributions differ most between toxic and safe prompts."""
+    return components.sort_values("difference", key=lambda values: -values.abs(), kind="stable")
 
 
-def group_table(attribution: LogitAttribution, prompts: pd.DataFrame, seed: int) -> pd.DataFrame:
+def group_table(attribution: "LogitAttribution", prompts: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Mean contributions of each category and label (columns `category` and `label` of `prompts`, one row a prompt).
 
     Columns: `category`, `label`, `n`, `component`, `mean`, `low`, `high` (95 % bootstrap intervals), in nats.

@@ -43,7 +43,7 @@ def check_positions(name: str) -> str:
     """The name of a position set, if it is one.
 
     Raises:
-        UserError: it is none.
+        UserError: there is no such set.
     """
     if name in ("last", "all", EACH, *_ROLES) or _LAST.fullmatch(name) or _ONE.fullmatch(name):
         return name

@@ -11,13 +11,10 @@ which is 0 where nothing changes and 1 where the score becomes the source's (Hei
 Only the tokens from the first patched one on are run (`Tails`), and patches are packed as all edits are
 (`sfc.models.engine`).
 
-Attribution patching: every patch's effect to first order, from one backward pass (Nanda 2023; Kramár et al. 2024).
-
-With g = ds/dx at the base run, replacing x by the source's x' moves the score by about `sum g . (x' - x)` over the
-replaced positions. That costs one run forwards and one backwards for all patches together, and is right as far as the
-score is linear between the two runs; `sfc patch` shows it beside the exact effect.
-
-Patch many pairs, in one direction and at one set of positions: exactly, and to first order beside it.
+Attribution patching estimates every patch's effect from one backward pass (Nanda 2023; Kramár et al. 2024). With
+g = ds/dx at the base run, replacing x by the source's x' moves the score by about `sum g . (x' - x)` over the replaced
+positions. That costs one run forwards and one backwards for all patches together, and is right as far as the score is
+linear between the two runs; `sfc patch` shows it beside the exact effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +31,7 @@ from sfc.models.edits import Replacement, Replacements
 from sfc.models.engine import PreparedPrompts, Progress
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.loading import Model
-from sfc.models.score import RefusalScore, score_batch
+from sfc.models.score import Score, score_batch
 from sfc.models.tails import make_tails
 from sfc.studies.patch.alignment import align
 from sfc.studies.patch.components import Patch
@@ -59,7 +56,7 @@ class Transplant:
 @torch.no_grad()
 def make_transplant(
     model: Model,
-    score: RefusalScore,
+    score: Score,
     pairs: Sequence[tuple[TokenizedPrompt, TokenizedPrompt]],
     positions: str,
     sites: Sequence[str],
@@ -100,7 +97,7 @@ def make_transplant(
 
 def patched_scores(
     model: Model,
-    score: RefusalScore,
+    score: Score,
     transplant: Transplant,
     patches: Sequence[Patch],
     batch_tokens: int,
@@ -128,12 +125,12 @@ def part_of(model: Model, patch: Patch, width: int) -> slice:
     return slice(patch.head * d_head, (patch.head + 1) * d_head)
 
 
-def first_order_changes(
-    model: Model, score: RefusalScore, transplant: Transplant, patches: Sequence[Patch]
+def attribution_patching(
+    model: Model, score: Score, transplant: Transplant, patches: Sequence[Patch]
 ) -> Float[np.ndarray, "patches pairs"]:
-    """By how much each patch changes the score of each base run to first order, in nats; NaN for ranges of layers.
+    """By how much each patch should change the score of each base run, in nats; NaN for ranges of layers.
 
-    A range has no such sum: its later layers would replace what its earlier ones changed.
+    Effects of a range do not add up: its later layers replace what its earlier ones changed.
     """
     seen: dict[str, Tensor] = {}
     sites = dict.fromkeys(patch.sites[0] for patch in patches if not patch.is_range)
@@ -159,6 +156,7 @@ def _product(transplant: Transplant, site: str, x: Tensor) -> Float[Tensor, "pai
 
 def patch_pairs(
     model: Model,
+    score: Score,
     pairs: Sequence[TokenizedPair],
     direction: str,
     positions: str,
@@ -174,12 +172,11 @@ def patch_pairs(
         batch_tokens: tokens per run, padding included.
         progress: called with the number of patched runs done since the last call, one per patch and pair.
     """
-    score = RefusalScore.of(model)
     usable = [number for number, pair in enumerate(pairs) if unaligned(positions, pair) is None]
     order = sorted(usable, key=lambda number: max(len(prompt.ids) for prompt in pairs[number]))
     sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
     base, source = np.empty(len(order)), np.empty(len(order))
-    patched, first_order = np.empty((len(patches), len(order))), np.empty((len(patches), len(order)))
+    patched, attribution = np.empty((len(patches), len(order))), np.empty((len(patches), len(order)))
     done = 0
     for group in _groups([pairs[number] for number in order], batch_tokens):
         both = [pair if direction == "noise" else (pair.corrupted, pair.clean) for pair in group]
@@ -188,8 +185,8 @@ def patch_pairs(
         base[columns] = transplant.base_score.cpu().numpy()
         source[columns] = transplant.source_score.cpu().numpy()
         patched[:, columns] = patched_scores(model, score, transplant, patches, batch_tokens, progress)
-        first_order[:, columns] = first_order_changes(model, score, transplant, patches)
-    return PatchRuns(direction, positions, patches, order, base, source, patched, first_order)
+        attribution[:, columns] = attribution_patching(model, score, transplant, patches)
+    return PatchRuns(direction, positions, patches, order, base, source, patched, attribution)
 
 
 def _groups(pairs: Sequence[TokenizedPair], batch_tokens: int) -> list[list[TokenizedPair]]:

@@ -33,15 +33,15 @@ class PatchRuns(NamedTuple):
     base: Float[np.ndarray, " pairs"]
     source: Float[np.ndarray, " pairs"]
     patched: Float[np.ndarray, "patches pairs"]
-    first_order: Float[np.ndarray, "patches pairs"]
-    """changes of the score to first order; NaN where there is none"""
+    attribution: Float[np.ndarray, "patches pairs"]
+    """by how much attribution patching says that the score changes; NaN where it says nothing"""
 
 
 def effect_table(runs: Sequence[PatchRuns], draws: int, flips: int, min_denominator: float, seed: int) -> pd.DataFrame:
     """One row per direction, position set and patch, best first within direction and kind.
 
     Columns: `direction, kind, component, first_layer, layer, head, positions, n_pairs, effect, low, high` (95 %),
-    `p_value, q_value, first_order, rank`. Effects have no unit; where the mean gap between base and source is smaller
+    `p_value, q_value, attribution, rank`. Effects have no unit; where the mean gap between base and source is smaller
     than `min_denominator` nats they are missing.
     """
     table = pd.concat([_rows(run, draws, flips, min_denominator, seed) for run in runs], ignore_index=True)
@@ -49,15 +49,41 @@ def effect_table(runs: Sequence[PatchRuns], draws: int, flips: int, min_denomina
     table["q_value"] = table.groupby(family)["p_value"].transform(lambda p: false_discovery_control(p.to_numpy()))
     table["rank"] = table["effect"].abs().groupby([table[column] for column in family]).rank("first", ascending=False)
     table = table.sort_values([*family, "rank"], kind="stable").reset_index(drop=True)
-    table[["effect", "low", "high", "first_order"]] += 0.0  # no minus before a zero
+    table[["effect", "low", "high", "attribution"]] += 0.0  # no minus sign before a zero
     return table.astype({"head": "Int64", "rank": "Int64"})
+
+
+def score_table(runs: Sequence[PatchRuns]) -> pd.DataFrame:
+    """Every score that was measured, in nats: one row per direction, position set, component and pair.
+
+    Columns: `direction, positions, component, pair, base, source, patched`, and `attribution`, the patched score that
+    attribution patching predicts.
+    """
+    tables = [
+        pd.DataFrame(
+            {
+                "direction": run.direction,
+                "positions": run.positions,
+                "component": patch.name,
+                "pair": run.pairs,
+                "base": run.base,
+                "source": run.source,
+                "patched": patched,
+                "attribution": run.base + change,
+            }
+        )
+        for run in runs
+        for patch, patched, change in zip(run.patches, run.patched, run.attribution, strict=True)
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def sign_flip_test(changes: Float[np.ndarray, "n pairs"], flips: int, seed: int) -> Float[np.ndarray, " n"]:
     """Two-sided p-value that the mean of each row is 0, by flipping signs of whole columns at random.
 
     All sign patterns where there are no more than `flips` of them, which makes the test exact; else as many random
-    ones, the observed one counted with them (Phipson and Smyth 2010).
+    ones, the observed one counted with them (Phipson and Smyth 2010). `scipy.stats.permutation_test` does the same for
+    one row after another; here every pattern is one matrix product for thousands of rows.
     """
     n_pairs = changes.shape[1]
     observed = np.abs(changes.sum(1))
@@ -94,14 +120,14 @@ def ratio_interval(
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """How well the first-order effects agree with the exact ones, per direction and kind, over single components.
+    """How well attribution patching agrees with the exact effects, per direction and kind, over single components.
 
     Columns: `direction, kind, n, pearson, spearman` (0 where one side is constant, missing below 3 components),
     `mean_difference` (of the absolute differences), `shared` of the `best` strongest of either.
     """
     rows = []
-    for (direction, kind), group in table.dropna(subset=["effect", "first_order"]).groupby(["direction", "kind"]):
-        both = group[["effect", "first_order"]].to_numpy(float)
+    for (direction, kind), group in table.dropna(subset=["effect", "attribution"]).groupby(["direction", "kind"]):
+        both = group[["effect", "attribution"]].to_numpy(float)
         best = min(_BEST, len(group))
         strongest = [set(np.argsort(-np.abs(values), kind="stable")[:best].tolist()) for values in both.T]
         rows.append(
@@ -144,6 +170,6 @@ def _rows(run: PatchRuns, draws: int, flips: int, min_denominator: float, seed: 
             "low": low if measurable else np.nan,
             "high": high if measurable else np.nan,
             "p_value": sign_flip_test(changes, flips, seed),
-            "first_order": run.first_order.mean(1) / scale,
+            "attribution": run.attribution.mean(1) / scale,
         }
     )

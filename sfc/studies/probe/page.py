@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Figure, Formula, Page, Section, cell, records_table
-from sfc.pages.style import BLUE, QUIET, VERMILION, axis, styled_figure
+from sfc.pages.style import BLUE, QUIET, VERMILION, axis, error_bars, styled_figure
 from sfc.studies.study import Finished
 
 _HEIGHT = 420
@@ -49,7 +49,7 @@ def separation_figure(layers: pd.DataFrame) -> go.Figure:
     figure.add_scatter(
         x=known["layer"].tolist(),
         y=known["separation"].tolist(),
-        error_y=_error_bars(known, "separation"),
+        error_y=error_bars(known["separation"], known["separation_low"], known["separation_high"]),
         mode="lines+markers",
         line={"color": VERMILION},
         customdata=known[["separation_low", "separation_high", "auroc"]].to_numpy().tolist(),
@@ -88,7 +88,7 @@ def accuracy_figure(layers: pd.DataFrame) -> go.Figure:
     figure.add_scatter(
         x=places,
         y=layers["accuracy"].tolist(),
-        error_y=_error_bars(layers, "accuracy"),
+        error_y=error_bars(layers["accuracy"], layers["accuracy_low"], layers["accuracy_high"]),
         mode="lines+markers",
         line={"color": BLUE},
         name="probe",
@@ -101,11 +101,6 @@ def accuracy_figure(layers: pd.DataFrame) -> go.Figure:
         xaxis=axis("layer", tickformat="d", showgrid=False),
         yaxis=axis("accuracy", tickformat=".0%", range=[min(0.4, float(layers["accuracy_low"].min())), 1.02]),
     )
-
-
-def _error_bars(layers: pd.DataFrame, name: str) -> dict[str, Any]:
-    above, below = layers[f"{name}_high"] - layers[name], layers[name] - layers[f"{name}_low"]
-    return {"type": "data", "array": above.tolist(), "arrayminus": below.tolist(), "thickness": 1, "width": 0}
 
 
 def _sentence(result: Mapping[str, Any], words: Words) -> str:

@@ -29,6 +29,11 @@ class Probe(Study[ProbeOptions]):
     name = "probe"
     options = ProbeOptions
     files: ClassVar = {"page": "probe.html", "layers": "layers.csv"}
+    model_columns: ClassVar = {
+        "n_layers": "layers", "best_layer": "best layer", "separation": "separation", "probe_accuracy": "probe",
+        "probe_control": "shuffled",
+    }  # fmt: skip
+    model_headline: ClassVar = ("separation", "probe_accuracy")
 
     def label(self, run: Run) -> str:
         return f"probe-{category_or_all(self.of(run).category)}"
@@ -49,6 +54,20 @@ class Probe(Study[ProbeOptions]):
         from sfc.studies.probe.page import page
 
         return page(finished)
+
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        layers = finished.result["layers"]
+        measured = [row for row in layers if row["separation"] is not None]
+        if not measured:
+            return {"n_layers": len(layers)}
+        best = max(measured, key=lambda row: row["separation"])
+        return {
+            "n_layers": len(layers),
+            "best_layer": best["layer"],
+            "separation": best["separation"],
+            "probe_accuracy": best["accuracy"],
+            "probe_control": best["control"],
+        }
 
 
 STUDIES.register(Probe())

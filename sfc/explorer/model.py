@@ -12,12 +12,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sfc.api import open_model, steer
+from sfc.behaviors.behavior import Words
 from sfc.circuits.files import load_circuit
 from sfc.core.experiments import experiment_of
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, Probe
 from sfc.models.edits import Steering
-from sfc.pages.style import axis, styled_figure
+from sfc.pages.style import axis, styled_figure, words_of
 from sfc.pages.text import hover_text, printable
 from sfc.run import Run
 from sfc.studies.steer.directions import finished_directions
@@ -39,7 +40,7 @@ class Changes(NamedTuple):
 NOTHING = Changes()
 
 
-class Bench:
+class CircuitModel:
     """The model of one circuit at a time; it is loaded when the first prompt is put to it."""
 
     def __init__(self, root: Path, device: str) -> None:
@@ -53,6 +54,10 @@ class Bench:
         names = [name for name, data in graph.nodes(data=True) if data["kind"] == "feature"]
         names.sort(key=lambda name: -abs(graph.nodes[name]["effect"]))
         return {name: printable(f"{name} {labels.get(name, '')}".strip()) for name in names}
+
+    def words(self, folder: Path) -> Words:
+        """How what the circuit explains is spoken of."""
+        return words_of(_circuit(folder))
 
     def fires(self, folder: Path, prompt: str) -> Firing:
         """As `Probe.fires`, for all features of the circuit."""
@@ -94,7 +99,7 @@ def _circuit(folder: Path) -> nx.DiGraph:
 
 @lru_cache(maxsize=4)
 def _run(experiment: str, root: Path, data: str, device: str) -> Run:
-    return Run(experiment_of(json.loads(experiment)), root, data, device)
+    return Run.of(experiment_of(json.loads(experiment)), root, data, device)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,76 @@
+"""What a model does with prompts: scores, greedy replies, verdicts on them, and their rates per group."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from sfc.core.artifacts import write_csv
+from sfc.core.progress import progress_bar
+from sfc.data.read import LABELS, UNLABELLED
+from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.generation import generate_replies
+from sfc.models.loading import Model
+from sfc.models.score import Score, auroc, score_prompts
+from sfc.session import Session
+from sfc.stats import wilson
+from sfc.studies.study import Made
+
+
+class Behaviour(NamedTuple):
+    """What a model did with a set of prompts."""
+
+    replies: pd.DataFrame
+    """one row per prompt: `id`, `prompt`, `category`, `label`, `score` (nats), `refused`, `reply`"""
+    groups: pd.DataFrame
+    """one row per category and label: `category`, `label`, `n`, `refusals`, `rate`, `low`, `high` (Wilson, 95 %)"""
+    auroc: float | None
+    """of the score against the judged replies; None where all or none show the behavior"""
+
+
+def measure(session: Session, prompts: pd.DataFrame, replies_file: Path, groups_file: Path) -> Made:
+    """Answer and judge prompts (see `measure_behaviour`) by the run's behavior, and write both tables."""
+    experiment, model = session.run.experiment, session.model
+    judge = session.run.behavior.judge()
+    assert judge is not None, "the study has checked it"
+    measured = measure_behaviour(model, prompts, session.metric, judge)
+    write_csv(replies_file, measured.replies, digits=5)
+    write_csv(groups_file, measured.groups, digits=5)
+    groups = measured.groups.to_dict("records")
+    return Made({"preset": experiment.name, "auroc": measured.auroc, "groups": groups})
+
+
+def measure_behaviour(
+    model: Model,
+    prompts: pd.DataFrame,
+    score: Score,
+    judge: Callable[[str], bool],
+    reply_tokens: int = 24,
+    batch_tokens: int = 2048,
+) -> Behaviour:
+    """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
+
+    A refusal shows in its first words: `reply_tokens` need not let the reply end.
+    """
+    tokenized = model.tokenize(list(prompts["prompt"]))
+    batches = make_batches(tokenized, SlotLayout.of(tokenized), batch_tokens, model.device)
+    scores = score_prompts(model, score, batches)
+    with progress_bar("replies", len(tokenized), "prompts") as progress:
+        texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
+    refused = [judge(text) for text in texts]
+    replies = prompts[["id", "prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
+    return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
+
+
+def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:
+    """Judged replies per category and label, sorted by category and then from toxic to safe, with Wilson intervals."""
+    rows = []
+    for (category, label), group in replies.groupby(["category", "label"]):
+        n, refusals = len(group), int(group["refused"].sum())
+        rows.append((category, label, n, refusals, refusals / n, *wilson(refusals, n)))
+    groups = pd.DataFrame(rows, columns=["category", "label", "n", "refusals", "rate", "low", "high"])
+    order = [*LABELS, UNLABELLED]
+    return groups.sort_values(
+        ["category", "label"], key=lambda column: column.map(order.index) if column.name == "label" else column
+    ).reset_index(drop=True)

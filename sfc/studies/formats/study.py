@@ -1,0 +1,88 @@
+"""`sfc formats`: does the format of a prompt change whether it is refused?"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sfc.core.artifacts import hash_of_file
+from sfc.core.errors import UserError
+from sfc.core.options import Options, option
+from sfc.data.prepare import prompts_fingerprint
+from sfc.models.identity import model_identity
+from sfc.pages.blocks import Page
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.formats.formats import FORMATS, Formats, load_formats
+from sfc.studies.study import STUDIES, Finished, Made, Study
+
+
+class FormatsOptions(Options):
+    """Which instructions are asked, in which formats."""
+
+    section = "formats"
+    prompts: Path | None = option(
+        None, description="CSV of harmful instructions, column prompt or goal; by default those of the test split"
+    )
+    category: str = option("all", description="without --prompts: OR-Bench category, or all")
+    limit: int | None = option(None, ge=2, description="at most this many of each side, chosen by hash")
+    definitions: Path | None = option(
+        None, description="YAML file with other formats or answers; by default the package's three formats"
+    )
+
+    def formats(self) -> Formats:
+        """The formats to compare.
+
+        Raises:
+            UserError: the file is missing or malformed.
+        """
+        return load_formats(self.definitions or FORMATS)
+
+
+class PromptFormats(Study[FormatsOptions]):
+    """Ask harmful instructions as a question, a blank to fill and a choice; does the format change the refusal?
+
+    Example: sfc formats --prompts harmful_behaviors.csv --limit 100
+    """
+
+    name = "formats"
+    options = FormatsOptions
+    schema = 2
+    files: ClassVar = {
+        "page": "formats.html",
+        "scores": "scores.csv",
+        "formats": "formats.csv",
+        "pairs": "pairs.csv",
+    }
+
+    def check(self, run: Run) -> None:
+        prompts = self.of(run).prompts
+        if prompts is not None and not prompts.is_file():
+            raise UserError(f"no file {prompts}: --prompts takes a CSV with a column 'prompt' or 'goal'")
+
+    def label(self, run: Run) -> str:
+        options = self.of(run)
+        return f"formats-{options.prompts.stem if options.prompts else run.group(options.category)}"
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        options = self.of(run)
+        formats = options.formats()
+        return {
+            "model": model_identity(run.experiment.model),
+            "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
+            "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
+            "file": hash_of_file(options.prompts) if options.prompts else None,
+            "category": run.group(options.category),
+            "limit": options.limit,
+        }
+
+    def make(self, session: Session, folder: Path) -> Made:
+        from sfc.studies.formats.measure import measure
+
+        return measure(session, self.of(session.run), folder)
+
+    def page(self, finished: Finished) -> Page:
+        from sfc.studies.formats.page import page
+
+        return page(finished)
+
+
+STUDIES.register(PromptFormats())
