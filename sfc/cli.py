@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from sfc.cli_options import Shared, command_of, finish, finish_artifact, with_shared_options
-from sfc.cli_study import repair, replicate, steer
+from sfc.cli_options import Shared, command_of, finish, with_shared_options
+from sfc.cli_study import repair, steer
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
@@ -20,7 +20,6 @@ from sfc.core.progress import say
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES
-from sfc.tables import show_comparison
 
 app = typer.Typer(
     help="Find the sparse feature circuits behind a language model's refusals, and prove them.",
@@ -28,36 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.command()
-@with_shared_options
-def compare(
-    shared: Shared,
-    categories: Annotated[str, typer.Option(help="Among the ten, separated by commas, or all.")] = "all",
-    method: Annotated[
-        str | None,
-        typer.Option(help="learned-mask, attribution, integrated-gradients or exact. [default: the preset's]"),
-    ] = None,
-    contrast: Annotated[
-        str | None, typer.Option(help="toxic-safe, or toxic-hard: against hard prompts only. [default: the preset's]")
-    ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Nodes of each circuit. [default: 200]")] = None,
-) -> None:
-    """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
-
-    Example: sfc compare --categories violence,privacy,illegal
-    """
-    from sfc.data.schema import ALL, CATEGORIES, canonical_category
-    from sfc.pipeline import ensure_comparison
-
-    wanted = CATEGORIES if categories == ALL else [canonical_category(name) for name in categories.split(",")]
-    values = {"discovery.method": method, "discovery.contrast": contrast, "comparison.size": size}
-    overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
-    artifact = ensure_comparison(shared.run(overrides), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_comparison(result)
-    finish_artifact(artifact, shared.json)
 
 
 @app.command()
@@ -234,7 +203,7 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-for command in (steer, repair, replicate):
+for command in (steer, repair):
     app.command()(with_shared_options(command))
 for study in STUDIES:
     app.command(study.name)(command_of(study))

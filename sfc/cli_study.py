@@ -6,11 +6,6 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, finish_artifact, float_of, numbers_of, overrides_of
-from sfc.tables import (
-    show_repair,
-    show_replication,
-    show_steering,
-)
 
 
 def steer(
@@ -64,8 +59,6 @@ def steer(
     }  # fmt: skip
     overrides = overrides_of("steering", values)
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_steering(result)
     finish_artifact(artifact, shared.json)
 
 
@@ -86,27 +79,4 @@ def repair(
     overrides = overrides_of("repair", values)
     wanted = category_or_all(category)
     artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_repair(result)
-    finish_artifact(artifact, shared.json)
-
-
-def replicate(
-    shared: Shared,
-    category: Annotated[str, typer.Option(help="OR-Bench category, or all.")] = "violence",
-    sae_seed: Annotated[int, typer.Option(min=0, help="Seed that the other SAEs are trained from.")] = 1,
-    method: Annotated[str | None, typer.Option(help="As of discover. [default: the preset's]")] = None,
-) -> None:
-    """Does the circuit come back when the SAEs are trained anew from another seed? Trains and discovers where needed.
-
-    Example: sfc replicate --category violence --sae-seed 2
-    """
-    from sfc.data.schema import category_or_all
-    from sfc.pipeline_study import ensure_replication
-
-    wanted = category_or_all(category)
-    run = shared.run([f"discovery.method={method}"] if method else [])
-    artifact = ensure_replication(run, wanted, sae_seed, shared.rebuild)
-    result = artifact.manifest()["result"]
-    show_replication(result)
     finish_artifact(artifact, shared.json)

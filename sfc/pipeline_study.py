@@ -4,12 +4,9 @@ Nothing here imports torch: asking whether anything has to be done takes no time
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.errors import UserError, suggestion
 from sfc.data.prepare import prompts_fingerprint
@@ -23,7 +20,6 @@ from sfc.studies.steer.options import ContrastKind, SteeringOptions
 
 # Raised by hand when the meaning of an artifact changes.
 STEERING_SCHEMA, REPAIR_SCHEMA = 1, 1
-REPLICATION_SCHEMA = 1
 
 BEST = "best"  # the condition that tells toxic from safe prompts best
 _FEATURE = r"resid_(?:pre|mid|post)\.\d+/F\d+"
@@ -123,40 +119,4 @@ def ensure_repair(run: Run, category: str, rebuild: bool = False) -> Artifact:
         from sfc.studies.repair.repair import make_repair
 
         make_repair(run, artifact, category, rebuild)
-    return artifact
-
-
-def ensure_replication(run: Run, category: str, sae_seed: int, rebuild: bool = False) -> Artifact:
-    """Hold the circuit of one category, or of `ALL`, against that of SAEs trained from another seed, unless it is done.
-
-    Raises:
-        UserError: the SAEs are not trained here, or from this very seed, or circuits are made of other nodes.
-    """
-    experiment = run.experiment
-    discovery = DiscoveryOptions.of(experiment)
-    if not NODES[discovery.nodes].needs_saes:
-        raise UserError(f"replicate needs circuits of SAE features: nodes {discovery.nodes!r} have no SAEs")
-    if experiment.saes.source is not None:
-        raise UserError("replicate trains SAEs anew, and those of saes.source are trained elsewhere: leave it out")
-    if sae_seed == experiment.sae_seed:
-        raise UserError(f"--sae-seed {sae_seed} is the seed of the experiment's own SAEs: give another one")
-    # The experiment's seed is not written down as one of the SAEs' own: they would have a second name.
-    saes = experiment.saes.model_copy(update={"seed": None if sae_seed == experiment.seed else sae_seed})
-    other = replace(run, experiment=experiment.model_copy(update={"saes": saes}))
-    inputs = {
-        "schema": REPLICATION_SCHEMA,
-        "seed": experiment.seed,
-        "prompts": run.store.inputs,
-        "original": circuit_artifact(run, category).inputs,
-        "replication": circuit_artifact(other, category).inputs,
-    }
-    name = f"replication-{category}{discovery.name_of_prompts}-{discovery.method}"
-    artifact = Artifact.of(run.root / "circuits" / experiment.name, name, inputs)
-    if needs_making(artifact, rebuild):
-        for each in (run, other):
-            ensure_circuit(each, category)
-            ensure_saes(each)  # a circuit that is there may have outlived its SAEs
-        from sfc.studies.replicate.replicate import make_replication
-
-        make_replication(run, other, artifact, category, rebuild)
     return artifact

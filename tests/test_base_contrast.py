@@ -19,6 +19,7 @@ from sfc.models.running import run_to
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.models.tiny import tiny_model_folder
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.base import base_changes
 from sfc.studies.discover.problem import prepare_problem
 
@@ -68,7 +69,7 @@ def test_the_table_says_where_features_fire_in_both_models(discovered: dict, roo
     table = pd.read_csv(discovered["files"]["base"]).set_index("node")
     assert len(table) == discovered["n_nodes"] == sum(discovered["base"]["changes"].values())
     run = Run(load_experiment("tiny", ["discovery.contrast=model-base", f"discovery.base={base}"]), root)
-    problem, _, _ = prepare_problem(run, "violence")
+    problem, _, _ = prepare_problem(Session(run), "violence")
     named = {"fires": problem.model, "fired": load_model(base_model(run.experiment))}
     for column, model in named.items():
         firing = {site: [] for site in SITES}
@@ -100,7 +101,7 @@ def test_nothing_changes_between_a_model_and_itself(root: Path, discovered: dict
     """Only what lies in the content is pooled and thereby moved."""
     same = [f"discovery.base={tiny_model_folder()}", "discovery.contrast=model-base"]
     run = Run(load_experiment("tiny", same), root)
-    problem, test_runs, _ = prepare_problem(run, "violence")
+    problem, test_runs, _ = prepare_problem(Session(run), "violence")
     table, figures = base_changes(run, problem, test_runs, range(problem.ablation.nodes.n_nodes))
     assert set(table["change"]) <= {"stays", "not a feature"}
     np.testing.assert_array_equal(table["fires"], table["fired"])

@@ -11,10 +11,14 @@ from commands import sfc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.overlap import (
+from sfc.circuits.problem import Problem
+from sfc.circuits.stability import chance_overlap
+from sfc.models import loading
+from sfc.models.loading import load_weights
+from sfc.studies.compare.judged import CORE, OWN, REST
+from sfc.studies.compare.overlap import (
     Overlaps,
     Verdict,
-    chance_overlap,
     cluster,
     in_words,
     jaccard,
@@ -22,8 +26,6 @@ from sfc.circuits.overlap import (
     verdict,
     weighted_overlap,
 )
-from sfc.circuits.problem import Problem
-from sfc.studies.compare.judged import CORE, OWN, REST
 
 weights = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10))
 
@@ -169,10 +171,19 @@ def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(co
     (folder / "rankings" / "privacy-half-0.json").unlink()
     (folder / "judged" / "hate.json").unlink()
     again = sfc(*COMPARE, root=root)
-    assert {**again.result, "files": 0} == {**compared, "files": 0}
+    assert {**again.result, "seconds": 0} == {**compared, "seconds": 0}
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
     assert {name for name, time in after.items() if before[name] != time} == {"privacy-half-0.json"}
     assert json.loads((folder / "rankings" / "privacy-half-0.json").read_text())
+
+
+def test_the_model_is_loaded_once(compared: dict, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many categories and pools of them there are."""
+    assert compared["categories"] == ["hate", "privacy", "violence"]
+    loaded = []
+    monkeypatch.setattr(loading, "load_weights", lambda config: loaded.append(config) or load_weights(config))
+    assert sfc(*COMPARE, "--rebuild", root=root).result["overlap"] == compared["overlap"]
+    assert len(loaded) == 1
 
 
 def test_what_cannot_be_compared_is_one_line(root: Path) -> None:

@@ -18,6 +18,7 @@ from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
@@ -82,7 +83,7 @@ def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: 
 @pytest.mark.usefixtures("judged_by_hand")
 def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None:
     run = Run(load_experiment("tiny", REFUSED), root)
-    problem, test_runs, facts = prepare_problem(run, "all")
+    problem, test_runs, facts = prepare_problem(Session(run), "all")
     prompts, model = facts["prompts"], problem.model
     refused = prompts["refused"]
     assert problem.labels.tolist() == prompts.loc[prompts["split"] == "discovery", "refused"].tolist()
@@ -104,7 +105,7 @@ def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None
 @pytest.mark.parametrize("method", ["correlation", "magnitude"])
 def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> None:
     run = Run(load_experiment("tiny", REFUSED), root)
-    problem, _, facts = prepare_problem(run, "all")
+    problem, _, facts = prepare_problem(Session(run), "all")
     effects = METHODS[method].rank(problem)
     values = np.concatenate([np.pad(features, ((0, 0), (0, 1))) for features in problem.features.values()], axis=1)
     ours = values[problem.labels]

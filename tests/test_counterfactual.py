@@ -29,6 +29,7 @@ from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
 from sfc.run import Run, about_pairs
 from sfc.saes.store import read_prompts
+from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]
@@ -67,7 +68,7 @@ def discovered(root: Path, pairs_file: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def prepared(discovered: dict, root: Path, pairs_file: Path) -> tuple[Problem, PromptRuns, Mapping]:
-    return prepare_problem(about_pairs(Run(load_experiment("tiny"), root), pairs_file), "endings")
+    return prepare_problem(Session(about_pairs(Run(load_experiment("tiny"), root), pairs_file)), "endings")
 
 
 def test_discover_explains_pairs_by_the_same_way_as_refusals(discovered: dict, root: Path) -> None:

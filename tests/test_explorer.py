@@ -18,8 +18,9 @@ from sfc.core.errors import UserError
 from sfc.explorer.categories import Compared, circuit_like, command_for, comparisons, overlaps_of
 from sfc.explorer.shelf import finished_pages, shared_core, shelf
 from sfc.features.session import Firing
-from sfc.pipeline import ensure_comparison
 from sfc.run import Run
+from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.study import STUDIES, ensure
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")
 from werkzeug.serving import make_server
@@ -110,7 +111,7 @@ def test_features_that_fire_are_listed_the_strongest_on_top() -> None:
 @pytest.fixture(scope="module")
 def compared(root: Path) -> Compared:
     """Two categories compared, of which one has a circuit."""
-    ensure_comparison(by("attribution", root), ["violence", "privacy"])
+    ensure(STUDIES["compare"], by("attribution", root).having(ComparisonOptions, categories=["violence", "privacy"]))
     [found] = comparisons(root).values()
     return found
 
@@ -161,7 +162,7 @@ def test_the_heat_map_is_that_of_the_comparisons_page(compared: Compared, root: 
     drawn = answer(app, "overlap.figure", {"comparison.value": compared.name}, {})
     assert compared.result["verdict"] in str(drawn["verdict"]) and compared.command in str(drawn["verdict"])
     page = (compared.folder / "comparison.html").read_text(encoding="utf-8")
-    of_page = json.loads(page.split('id="overlap-data">')[1].split("</script>")[0])
+    of_page = json.loads(page.split('-overlap-data">')[1].split("</script>")[0])
     assert json.loads(json.dumps(drawn["overlap"]["figure"])) == of_page
 
 

@@ -12,29 +12,31 @@ from commands import Finished, assert_one_line, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sfc.evaluation import matching
 from test_viewer import HOSTILE
 
-from sfc.circuits.overlap import chance_overlap
-from sfc.core.artifacts import read_json
+from sfc.circuits.stability import chance_overlap
+from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json
 from sfc.core.experiments import load_experiment
-from sfc.pipeline_study import ensure_replication
+from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.studies import study
+from sfc.studies.replicate import matching
 from sfc.studies.replicate.matching import (
-    ORIGINAL,
-    REPLICATION,
     SAME,
     Matching,
     chance_agreement,
     circuit_agreement,
+    cosine_counts,
     match_features,
     matched_nodes,
     share_with_partner,
     site_counts,
 )
-from sfc.studies.replicate.page import cosines_figure, effects_figure, write_replication_page
+from sfc.studies.replicate.options import ORIGINAL, REPLICATION, ReplicationOptions
+from sfc.studies.replicate.page import cosines_figure, effects_figure, page
+from sfc.studies.study import RESULT, STUDIES, ensure
 from sfc.studies.train.rows import training_rows
 
 SITE, SECOND_SITE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -232,6 +234,10 @@ def replicated(root: Path) -> Finished:
     return sfc(*TINY, "--json", root=root)
 
 
+def _replicated(run: Run, sae_seed: int) -> study.Finished:
+    return ensure(STUDIES["replicate"], run.having(ReplicationOptions, sae_seed=sae_seed))
+
+
 def _weights(run: Run) -> list[torch.Tensor]:
     return [load_file(path)["W_dec"] for path in sorted(run.saes.folder.glob("*/sae_weights.safetensors"))]
 
@@ -288,7 +294,7 @@ def test_dictionaries_in_another_order_give_the_same_circuit(replicated: Finishe
         permuted = TopKDictionary(weights, k=dictionary.k, site=site)
         save_dictionary(permuted, other.saes.folder / site, {})
     other.saes.finish()
-    result = ensure_replication(run, "violence", 2).manifest()["result"]
+    result = _replicated(run, 2).result
     assert result["n_shared"] > 10
     assert result["matched_share"] == result["jaccard"] == result["matched_jaccard"] == 1
     assert result["rank_correlation"] == pytest.approx(1, abs=1e-3)
@@ -312,18 +318,24 @@ def test_the_report_has_it(replicated: Finished, root: Path) -> None:
     assert replicated.status == 0
     report = sfc("report", "--preset", "tiny", *TINY[3:], "--json", root=root).result
     text = (root / report["files"]["markdown"]).read_text(encoding="utf-8")
-    assert "Replication with SAEs from another seed: violence" in text and "by chance" in text
+    assert "SAE-seed robustness: violence" in text and "by chance" in text
 
 
-def test_the_page_escapes_names_and_says_when_nothing_is_shared(replicated: Finished, tmp_path: Path) -> None:
+def test_the_page_escapes_names_and_says_when_nothing_is_shared(
+    replicated: Finished, root: Path, tmp_path: Path
+) -> None:
     result = {**replicated.result, "category": HOSTILE[0], "preset": HOSTILE[1], "effect_unit": HOSTILE[2]}
     result[ORIGINAL] = {**result[ORIGINAL], "circuit": HOSTILE[3]}
     nodes, matchings = _by_hand()
     cosines = matchings[SITE][0].cosine
-    write_replication_page(tmp_path / "page.html", nodes.assign(node=HOSTILE[:7]), cosines, result)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert not any(text in page for text in HOSTILE[:4])
-    everything, in_circuit = cosines_figure(nodes, cosines, result).to_dict()["data"]
+    counts = cosine_counts(nodes, cosines)
+    write_csv(tmp_path / "nodes.csv", nodes.assign(node=HOSTILE[:7]))
+    write_csv(tmp_path / "cosines.csv", counts)
+    write_json(tmp_path / RESULT, result)
+    made = read_json((root / replicated.result["files"]["result"]).with_name(MANIFEST))
+    text = page_html(page(study.Finished(tmp_path, made)))
+    assert not any(hostile in text for hostile in HOSTILE[:4])
+    everything, in_circuit = cosines_figure(counts, result).to_dict()["data"]
     assert everything["name"] == "all features (4)" and sum(everything["y"]) == pytest.approx(1)
     assert in_circuit["name"] == "the circuit's features (3)" and sum(in_circuit["y"]) == pytest.approx(1)
     points = {each.get("name"): list(each["y"]) for each in effects_figure(nodes, result).to_dict()["data"]}
@@ -333,10 +345,10 @@ def test_the_page_escapes_names_and_says_when_nothing_is_shared(replicated: Fini
 
 
 def test_the_experiments_own_saes_keep_their_name(replicated: Finished, root: Path) -> None:
-    """Held against those of seed 1, SAEs of the experiment's seed are the ones that are there already."""
+    """Compared with those of seed 1, SAEs of the experiment's seed are the ones that are there already."""
     assert replicated.status == 0
-    artifact = ensure_replication(_run(root, "saes.seed=1"), "violence", 0)
-    assert artifact.inputs["replication"]["saes"] == _run(root).saes.inputs
-    result = artifact.manifest()["result"]
+    finished = _replicated(_run(root, "saes.seed=1"), 0)
+    assert finished.inputs["replication"]["saes"] == _run(root).saes.inputs
+    result = finished.result
     assert result["n_shared"] == replicated.result["n_shared"] and result["jaccard"] == replicated.result["jaccard"]
     assert [result[name]["sae_seed"] for name in (ORIGINAL, REPLICATION)] == [1, 0]

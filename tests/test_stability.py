@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 
 from sfc.circuits import stability
 from sfc.circuits.methods import METHODS, Effects
-from sfc.circuits.overlap import chance_overlap, jaccard
 from sfc.circuits.problem import Problem
-from sfc.circuits.stability import agreement_of_halves, resampled_node_sets, with_intervals, with_stability
+from sfc.circuits.stability import (
+    agreement_of_halves,
+    chance_overlap,
+    resampled_node_sets,
+    with_intervals,
+    with_stability,
+)
 from sfc.core.errors import UserError
 from sfc.stats import bootstrap_means, resampled_counts
+from sfc.studies.compare.overlap import jaccard
 
 
 def _ranked(by_prompt: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ class DiscoveryOptions(Options):
     category: str | None = option(
         None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
     )
-    method: Annotated[str, known_to(METHODS)] = option("learned-mask", description="how nodes are scored")
+    method: Annotated[str, known_to(METHODS)] = option("learned-mask", description="how nodes are ranked")
     population: Population = option("toxic", description="prompts to explain; the others give the reference")
     contrast: PromptContrast = option(
         "toxic-safe",

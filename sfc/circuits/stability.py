@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sfc.circuits.methods import METHODS, Effects
-from sfc.circuits.overlap import chance_overlap
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
 from sfc.stats import bootstrap_means, resampled_counts
@@ -125,3 +124,9 @@ def _with_attributes(effects: Effects, members: Sequence[int], of_members: dict[
         attributes[name] = np.full(len(effects.effect), np.nan)
         attributes[name][list(members)] = values
     return effects._replace(attributes=attributes)
+
+
+def chance_overlap(counts: Float[np.ndarray, " sites"], widths: Float[np.ndarray, " sites"]) -> float:
+    """Jaccard's index to be expected of two random circuits with so many nodes at each site, of so many there are."""
+    shared = float((counts**2 / widths).sum())
+    return shared / (2 * float(counts.sum()) - shared)

@@ -112,7 +112,7 @@ def flags_of(section: type[Options]) -> list[Flag]:
 def overrides_of(section: type[Options], values: Mapping[str, Any]) -> list[str]:
     """Options as overrides `section.field=value`; those that were not given (None, or False) are left out."""
     flags = {flag.field: flag for flag in flags_of(section)}
-    given = {name: value for name, value in values.items() if value not in (None, False, [])}
+    given = {name: value for name, value in values.items() if value is not None and value is not False and value != []}
     overrides = [f"{section.section}.{name}={json.dumps(flags[name].parse(value))}" for name, value in given.items()]
     return [*overrides, *(flags[name].implies for name in given if flags[name].implies)]
 
@@ -174,7 +174,7 @@ def _help(info: FieldInfo) -> str:
 
 def _default(info: FieldInfo) -> str:
     default = info.get_default(call_default_factory=True)
-    if default in (None, False, [], "") or default is ...:
+    if default is ... or default is None or default is False or default in ([], ""):
         return ""
     return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 

@@ -25,7 +25,6 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
-    "sfc.studies.compare.options",
     "sfc.studies.steer.options",
     "sfc.studies.repair.options",
     "sfc.studies.collect.study",
@@ -34,6 +33,8 @@ BUILT_IN = (
     "sfc.studies.evaluate.study",
     "sfc.studies.behaviour.study",
     "sfc.studies.probe.study",
+    "sfc.studies.compare.study",
+    "sfc.studies.replicate.study",
     "sfc.studies.logits.study",
     "sfc.studies.patch.study",
     "sfc.studies.formats.study",
@@ -79,7 +80,7 @@ class Registry(Generic[Item]):
         load_plugins()
         return iter(list(self._items.values()))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         load_plugins()
         return name in self._items
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from jaxtyping import Float
 
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.explorer.shelf import Shelved, choose_circuit, shelf
+from sfc.studies.compare.overlap import between_halves
 from sfc.studies.compare.page import overlap_figure
-from sfc.studies.study import RESULT
+from sfc.studies.study import Finished
 
 
 class Compared(NamedTuple):
@@ -37,20 +37,15 @@ def comparisons(root: Path) -> dict[str, Compared]:
     """The finished comparisons below `root/circuits`, by the names of their folders."""
     found = {}
     for path in sorted((root / "circuits").glob(f"*/comparison-*/{MANIFEST}")):
-        folder, command = path.parent, read_json(path)["command"]
-        result = read_json(folder / RESULT)
-        found[folder.name] = Compared(folder.name, result["preset"], result, command, folder)
+        finished = Finished(path.parent)
+        name, result, command = path.parent.name, finished.result, finished.manifest["command"]
+        found[name] = Compared(name, result["preset"], result, command, path.parent)
     return found
 
 
 def overlaps_of(compared: Compared) -> Float[np.ndarray, "categories categories"]:
     """The overlaps of halves by Jaccard's index, in the order of `result["categories"]`."""
-    places = {category: number for number, category in enumerate(compared.result["categories"])}
-    table = pd.read_csv(compared.folder / "overlap.csv")
-    between = np.full((len(places), len(places)), np.nan)
-    first, second = (table[side].map(places).to_numpy() for side in ("a", "b"))
-    between[first, second] = between[second, first] = table["jaccard_halves"]
-    return between
+    return between_halves(Finished(compared.folder).table("overlap.csv"), compared.result["categories"])
 
 
 def circuit_like(root: Path, compared: Compared, category: str) -> Shelved | None:

@@ -18,7 +18,7 @@ from sfc.models.engine import Alike, Edits, PreparedPrompts
 from sfc.models.interventions import Intervention, Interventions, recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
-from sfc.models.score import RefusalScore
+from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 
 
@@ -40,7 +40,7 @@ class Probe:
     """
 
     model: Model
-    score: RefusalScore
+    score: Score
     dictionaries: Mapping[str, Dictionary]
     _kept: dict[str, PreparedPrompts] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -138,9 +138,9 @@ def interval_cell(low: object, high: object) -> str:
 
 def estimate_cell(value: object, low: object, high: object) -> str:
     """A value with the ends of its interval behind it, where there are some."""
-    return (
-        cell(value) if value is None or low is None or high is None else f"{cell(value)} ({interval_cell(low, high)})"
-    )
+    if any(figure is None or figure != figure for figure in (value, low, high)):  # NaN
+        return cell(value)
+    return f"{cell(value)} ({interval_cell(low, high)})"
 
 
 def figure_cell(result: Mapping[str, Any], name: str) -> str:

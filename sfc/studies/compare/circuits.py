@@ -15,14 +15,12 @@ import numpy as np
 from sfc.circuits.edges import Edge, attribution_weights
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
-from sfc.circuits.overlap import Weights
 from sfc.circuits.problem import Problem
 from sfc.core.artifacts import read_json, write_json
-from sfc.core.config import Experiment
 from sfc.core.progress import say
-from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.compare.overlap import Weights
 from sfc.studies.discover.problem import prepare_problem
 
 
@@ -34,20 +32,19 @@ class Found(NamedTuple):
     shuffled: list[list[Weights]]
 
 
-def find_circuits(run: Run, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
+def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
     """All circuits' `nodes` and, where they are wanted, `edges`: those in the folder are read, the others found."""
-    seed = run.experiment.seed
+    experiment = session.run.experiment
+    options = ComparisonOptions.of(experiment)
     pairs = list(itertools.combinations(categories, 2))
-    pools = [
-        pairs[i]
-        for i in np.random.default_rng(seed).permutation(len(pairs))[: ComparisonOptions.of(run.experiment).shuffles]
-    ]
+    drawn = np.random.default_rng(experiment.seed).permutation(len(pairs))[: options.shuffles]
+    pools = [pairs[number] for number in drawn]
     names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
     names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
     missing = {name for name in names if not (folder / f"{name}.json").exists()}
-    for number, (name, problem) in enumerate(_problems(run, categories, pools, missing), start=1):
+    for number, (name, problem) in enumerate(_problems(session, categories, pools, missing), start=1):
         say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
-        write_json(folder / f"{name}.json", _circuit(problem, run.experiment))
+        write_json(folder / f"{name}.json", _circuit(problem, options))
     circuits: dict[str, dict[str, Weights]] = {name: read_json(folder / f"{name}.json") for name in names}
     return {
         part: Found(
@@ -60,15 +57,15 @@ def find_circuits(run: Run, folder: Path, categories: Sequence[str]) -> dict[str
 
 
 def _problems(
-    run: Run, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
 ) -> Iterator[tuple[str, Problem]]:
     """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
-    seed = run.experiment.seed
+    seed = session.run.experiment.seed
     for category in categories:
         names = [category, f"{category}-half-0", f"{category}-half-1"]
         if missing.isdisjoint(names):
             continue
-        problem, _, _ = prepare_problem(Session(run), category)
+        problem, _, _ = prepare_problem(session, category)
         parts = [problem.runs, *problem.runs.halves(seed)]
         yield from (
             (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
@@ -77,7 +74,7 @@ def _problems(
         names = [f"{a}-{b}-half-{half}" for half in (0, 1)]
         if missing.isdisjoint(names):
             continue
-        problem, other = (prepare_problem(Session(run), category)[0] for category in (a, b))
+        problem, other = (prepare_problem(session, category)[0] for category in (a, b))
         # Half of each category's prompts, so that a shuffled half has as many as any other.
         size = (problem.runs.n_prompts + other.runs.n_prompts) // 4
         pool = problem.runs.joined(other.runs).sample(2 * size, seed)
@@ -87,16 +84,14 @@ def _problems(
         )
 
 
-def _circuit(problem: Problem, experiment: Experiment) -> dict[str, Weights]:
+def _circuit(problem: Problem, options: ComparisonOptions) -> dict[str, Weights]:
     """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
     effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
-    members = effects.ranking[: ComparisonOptions.of(experiment).size].tolist()
+    members = effects.ranking[: options.size].tolist()
     circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
-    if ComparisonOptions.of(experiment).edges and NODES[problem.config.nodes].has_edges:
-        strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))
-        circuit["edges"] = {
-            _edge_name(nodes, edge): abs(edge.weight) for edge in strongest[: ComparisonOptions.of(experiment).edges]
-        }
+    if options.edges and NODES[problem.config.nodes].has_edges:
+        strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
+        circuit["edges"] = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
     return circuit
 
 

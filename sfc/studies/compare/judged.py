@@ -15,14 +15,14 @@ from jaxtyping import Bool
 from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
-from sfc.circuits.overlap import Weights, shared_core
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import ablated_refusals
 from sfc.core.artifacts import read_json, write_json
+from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
-from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.compare.overlap import Weights, shared_core
 from sfc.studies.discover.problem import prepare_problem
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
     nodes: Nodes
 
 
-def judge_circuits(run: Run, folder: Path, circuits: Mapping[str, Weights]) -> Judged:
+def judge_circuits(session: Session, folder: Path, circuits: Mapping[str, Weights]) -> Judged:
     """Score the circuits of all categories on each category's test prompts; what the folder has is read."""
     core = shared_core(list(circuits.values()))
     judged = []
@@ -48,7 +48,7 @@ def judge_circuits(run: Run, folder: Path, circuits: Mapping[str, Weights]) -> J
             path = folder / f"{category}.json"
             if not path.exists():
                 parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
-                write_json(path, _judged(run, category, circuits, parts))
+                write_json(path, _judged(session, category, circuits, parts))
             judged.append(read_json(path))
             progress(1)
     nodes = Nodes(**{name: tuple(values) for name, values in judged[0]["nodes"].items()})
@@ -57,19 +57,20 @@ def judge_circuits(run: Run, folder: Path, circuits: Mapping[str, Weights]) -> J
 
 
 def _judged(
-    run: Run, category: str, circuits: Mapping[str, Weights], parts: Mapping[str, Sequence[str]]
+    session: Session, category: str, circuits: Mapping[str, Weights], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """What is written for one category: rows of `transfer` and `core`, and the nodes."""
-    problem, runs, _ = prepare_problem(Session(run), category)
+    experiment = session.run.experiment
+    problem, runs, _ = prepare_problem(session, category)
     names, listed = [*circuits, *parts], [*map(list, circuits.values()), *parts.values()]
     keep = masks(problem.ablation.nodes, listed)
     rows = [
         {"circuit": name, "prompts": category, "nodes": len(circuit), **figures}
-        for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, run), strict=True)
+        for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, experiment), strict=True)
     ]
     transfer, core = rows[: len(circuits)], rows[len(circuits) :]
-    if ComparisonOptions.of(run.experiment).replies:
-        replies = _replied(problem, runs, keep[len(circuits) :], run)
+    if ComparisonOptions.of(experiment).replies:
+        replies = _replied(problem, runs, keep[len(circuits) :], experiment)
         core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
     return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
 
@@ -82,23 +83,25 @@ def masks(nodes: Nodes, circuits: Sequence[Sequence[str]]) -> Bool[np.ndarray, "
     return keep
 
 
-def _scored(problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
+def _scored(
+    problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
+) -> list[dict[str, Any]]:
     packed = np.concatenate([np.zeros_like(keep[:1]), keep, ~keep])
     empty, *scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed)
-    full, smallest = (
-        full_scores(problem.model, problem.score, runs),
-        EvaluationOptions.of(run.experiment).min_denominator,
-    )
+    full = full_scores(problem.model, problem.score, runs)
+    smallest = EvaluationOptions.of(experiment).min_denominator
     return [
-        metrics_with_intervals(Scores(full, empty, kept, ablated), smallest, run.experiment.seed)
+        metrics_with_intervals(Scores(full, empty, kept, ablated), smallest, experiment.seed)
         for kept, ablated in zip(scores[: len(keep)], scores[len(keep) :], strict=True)
     ]
 
 
-def _replied(problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], run: Run) -> list[dict]:
+def _replied(
+    problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
+) -> list[dict[str, Any]]:
     """Refusals among the replies to some of the prompts, as the model is and with each circuit ablated."""
-    config = ComparisonOptions.of(run.experiment)
-    some = runs.sample(config.replies, run.experiment.seed)
+    config = ComparisonOptions.of(experiment)
+    some = runs.sample(config.replies, experiment.seed)
     keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
     model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
     about = {"n_replies": some.n_prompts, "refused": model.rate}

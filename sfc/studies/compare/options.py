@@ -1,8 +1,9 @@
-"""How circuits of categories are compared: a section of an experiment. No torch here."""
+"""How circuits of categories are compared. No torch here."""
 
 from pydantic import Field
 
-from sfc.core.options import Options
+from sfc.core.options import Options, option
+from sfc.data.schema import ALL
 
 
 class ComparisonOptions(Options):
@@ -10,7 +11,8 @@ class ComparisonOptions(Options):
 
     section = "comparison"
 
-    size: int = Field(200, ge=1, description="nodes of each circuit; the overlap depends on it")
+    categories: list[str] = option([ALL], description="categories among the ten, or all")
+    size: int = option(200, ge=1, description="nodes of each circuit; the overlap depends on it")
     shuffles: int = Field(5, ge=0, description="shuffled pools of two categories, as a yardstick")
     edges: int = Field(500, ge=0, description="strongest edges of each circuit, whose overlap is measured as well")
     replies: int = Field(20, ge=0, description="test prompts per category that are answered with nodes ablated")

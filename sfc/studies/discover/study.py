@@ -68,8 +68,7 @@ class Discover(Study[DiscoveryOptions]):
         return inputs | reference_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        trained = [Need(TRAIN, run)] if NODES[self.of(run).nodes].needs_saes else []
-        return [*trained, Need(COLLECT, run)]
+        return needs_of_circuits(run)
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -84,6 +83,12 @@ class Discover(Study[DiscoveryOptions]):
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         return {name: finished.result.get(name) for name in self.model_columns}
+
+
+def needs_of_circuits(run: Run) -> list[Need]:
+    """What has to be finished before circuits are found or judged."""
+    trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
+    return [*trained, Need(COLLECT, run)]
 
 
 def reference_inputs(run: Run) -> dict[str, Any]:

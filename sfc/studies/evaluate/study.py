@@ -11,10 +11,8 @@ from sfc.core.options import Options, option
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect.study import COLLECT
-from sfc.studies.discover.study import DISCOVER, circuit_of, reference_inputs
+from sfc.studies.discover.study import DISCOVER, circuit_of, needs_of_circuits, reference_inputs
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
-from sfc.studies.train.study import TRAIN
 
 
 class EvaluateOptions(Options):
@@ -73,9 +71,8 @@ class Evaluate(Study[EvaluateOptions]):
         } | reference_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
         own = [] if self.of(run).circuits else [Need(DISCOVER, self._own(run))]
-        return [*trained, Need(COLLECT, run), *own]
+        return [*needs_of_circuits(run), *own]
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.evaluate.measure import evaluate

@@ -1,9 +1,8 @@
 """Which features of two dictionaries of one site are the same?
 
-SAEs trained from other seeds number their features otherwise, and learn partly other ones. Features are the same where
-each is the nearest to the other by the cosine of their decoder directions, and near enough.
-
-How far do two circuits agree that are made of different dictionaries of the same sites, features matched?
+SAEs trained from other seeds number their features differently, and learn partly different ones. Two features count as
+the same if each is the other's nearest neighbour by the cosine of their decoder directions, and near enough. With
+features matched, how far do two circuits agree that are made of different dictionaries of the same sites?
 """
 
 from collections.abc import Mapping
@@ -18,10 +17,12 @@ from torch import Tensor
 
 from sfc.circuits.approximation import agreement
 from sfc.core.sites import short_site
+from sfc.studies.replicate.options import BOTH, ORIGINAL, REPLICATION
 
 SAME = 0.7
 """cosine from which on two features count as the same, as in Paulo and Belrose 2025 (Sparse Autoencoders Trained on the
 Same Data Learn Different Features)"""
+_BINS = np.linspace(0, 1, 21)
 _ENTRIES = 1 << 24
 """cosines that are in memory at once"""
 
@@ -73,8 +74,6 @@ def _mutual(nearest: Int[np.ndarray, " features"], of_others: Int[np.ndarray, " 
 
 Matchings = Mapping[str, tuple[Matching, Matching]]
 """by site, as `match_features` gives them for the dictionaries of the original and of the replication"""
-BOTH, ORIGINAL, REPLICATION = "both", "original", "replication"
-"""which of two circuits a node is in"""
 
 
 def matched_nodes(original: nx.DiGraph, replication: nx.DiGraph, matchings: Matchings) -> pd.DataFrame:
@@ -116,6 +115,25 @@ def site_counts(nodes: pd.DataFrame, matchings: Matchings) -> pd.DataFrame:
             "shared": int((circuit == BOTH).sum()),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def cosine_counts(nodes: pd.DataFrame, cosines: Float[np.ndarray, " features"]) -> pd.DataFrame:
+    """How near the nearest feature of the other dictionaries is, in bins of equal width.
+
+    Args:
+        nodes: as `matched_nodes` gives them.
+        cosines: of all features of the original's dictionaries with the nearest of the replication's.
+
+    Returns:
+        A table with columns `low` and `high`, the ends of a bin, `features`, how many of all are in it (negative
+        cosines are in the first bin), and `in_circuit`, how many of the original circuit.
+    """
+    in_circuit = nodes["cosine"][nodes["circuit"] != REPLICATION].dropna().to_numpy()
+    counts = {
+        name: np.histogram(np.clip(values, 0, 1), _BINS)[0]
+        for name, values in (("features", cosines), ("in_circuit", in_circuit))
+    }
+    return pd.DataFrame({"low": _BINS[:-1], "high": _BINS[1:], **counts})
 
 
 def circuit_agreement(nodes: pd.DataFrame, sites: pd.DataFrame) -> dict[str, float | None]:

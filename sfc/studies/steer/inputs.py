@@ -24,8 +24,8 @@ from sfc.models.engine import PreparedPrompts, prepare_suffixes
 from sfc.models.generation import generate_replies
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, without_adapter
-from sfc.pipeline import circuit_artifact
 from sfc.models.positions import steered_tokens
+from sfc.pipeline import circuit_artifact
 from sfc.pipeline_study import BEST, direction_source
 from sfc.run import Run
 from sfc.saes.format import load_dictionaries

@@ -1,4 +1,4 @@
-"""One mechanism or many: how far do the circuits of categories overlap, held against what overlap can be expected?
+"""One mechanism or many: how far do the circuits of categories overlap, and how far can they be expected to?
 
 Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
 on halves of a shuffled pool of two categories overlap as those of one mechanism would. So the overlap between
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
@@ -44,12 +45,6 @@ def weighted_overlap(a: Weights, b: Weights) -> float:
         return float(total_a == total_b)
     pairs = [(a.get(name, 0) / total_a, b.get(name, 0) / total_b) for name in sorted(a.keys() | b.keys())]
     return sum(min(pair) for pair in pairs) / sum(max(pair) for pair in pairs)
-
-
-def chance_overlap(counts: Float[np.ndarray, " sites"], widths: Float[np.ndarray, " sites"]) -> float:
-    """Jaccard's index to be expected of two random circuits with so many nodes at each site, of so many there are."""
-    shared = float((counts**2 / widths).sum())
-    return shared / (2 * float(counts.sum()) - shared)
 
 
 class Overlaps(NamedTuple):
@@ -136,6 +131,15 @@ def _words(
         f" {between:.2f}{pools}{at_random}. The difference of the first two is {difference:.2f}"
         f" (95 % interval over categories {low:.2f} to {high:.2f})."
     )
+
+
+def between_halves(table: pd.DataFrame, categories: Sequence[str]) -> Float[np.ndarray, "categories categories"]:
+    """The overlaps of halves by Jaccard's index, from the rows of `overlap.csv`."""
+    place = {category: number for number, category in enumerate(categories)}
+    between = np.full((len(place), len(place)), np.nan)
+    first, second = (table[side].map(place).to_numpy() for side in ("a", "b"))
+    between[first, second] = between[second, first] = table["jaccard_halves"]
+    return between
 
 
 def cluster(overlap: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "merges 4"]:

@@ -1,38 +1,37 @@
-"""Stage: one category's circuit held against that of SAEs trained anew from another seed."""
+"""One category's circuit beside that of SAEs trained from another seed."""
 
-import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sfc.circuits.files import load_circuit
 from sfc.circuits.options import DiscoveryOptions
-from sfc.core.artifacts import Artifact, read_json, write_csv, write_json
+from sfc.core.artifacts import read_json, write_csv
 from sfc.core.progress import progress_bar
 from sfc.models.loading import choose_device
-from sfc.pipeline import circuit_artifact
 from sfc.run import Run
 from sfc.saes.format import load_dictionary
+from sfc.studies.discover.study import DISCOVER
 from sfc.studies.replicate.matching import (
-    ORIGINAL,
-    REPLICATION,
     SAME,
     Matchings,
     circuit_agreement,
+    cosine_counts,
     match_features,
     matched_nodes,
     share_with_partner,
     site_counts,
 )
-from sfc.studies.replicate.page import write_replication_page
+from sfc.studies.replicate.options import ORIGINAL, REPLICATION
+from sfc.studies.study import Made
 
-FILES = {"page": "replication.html", "nodes": "nodes.csv", "result": "result.json"}
 _MEASURED = ("faithfulness", "completeness", "completeness_normalised")
 _FIGURES = ("n_nodes", *(f"{name}{end}" for name in _MEASURED for end in ("", "_low", "_high")), "random_faithfulness")
 
 
-def make_replication(run: Run, other: Run, artifact: Artifact, category: str, rebuild: bool = False) -> None:
-    """Match the features of two runs' dictionaries and their finished circuits, and write tables and page.
+def measure(run: Run, other: Run, folder: Path) -> Made:
+    """Match the features of two runs' dictionaries and their finished circuits, and write tables into the folder.
 
     Args:
         other: the same run with SAEs from another seed.
@@ -40,37 +39,33 @@ def make_replication(run: Run, other: Run, artifact: Artifact, category: str, re
     Raises:
         UserError: a circuit or a dictionary is corrupt.
     """
-    began = time.perf_counter()
-    with artifact.being_made(rebuild) as folder:
-        matchings = _matchings(run, other)
-        original, replication = (
-            load_circuit(circuit_artifact(each, category).folder / "circuit.json") for each in (run, other)
-        )
-        nodes = matched_nodes(original, replication, matchings)
-        sites = site_counts(nodes, matchings)
-        result = {
+    matchings = _matchings(run, other)
+    original, replication = (load_circuit(DISCOVER.artifact(each).folder / "circuit.json") for each in (run, other))
+    nodes = matched_nodes(original, replication, matchings)
+    sites = site_counts(nodes, matchings)
+    cosines = np.concatenate([of_original.cosine for of_original, _ in matchings.values()])
+    write_csv(folder / "nodes.csv", nodes, digits=6)
+    write_csv(folder / "cosines.csv", cosine_counts(nodes, cosines), digits=6)
+    circuits = {
+        name: {
+            "sae_seed": each.experiment.sae_seed,
+            **_figures(each),
+            **_rounded({"share_with_partner": share_with_partner(nodes, name)}),
+        }
+        for name, each in ((ORIGINAL, run), (REPLICATION, other))
+    }
+    return Made(
+        {
             "preset": run.experiment.name,
-            "category": category,
+            "category": run.group(DiscoveryOptions.of(run.experiment).category),
             "method": DiscoveryOptions.of(run.experiment).method,
             "effect_unit": original.graph["effect_unit"],
             "same_from_cosine": SAME,
             **_rounded(circuit_agreement(nodes, sites)),
-            **{
-                name: {
-                    "sae_seed": each.experiment.sae_seed,
-                    **_figures(each, category),
-                    **_rounded({"share_with_partner": share_with_partner(nodes, name)}),
-                }
-                for name, each in ((ORIGINAL, run), (REPLICATION, other))
-            },
+            **circuits,
             "sites": sites.round(4).rename_axis("site").reset_index().to_dict("records"),
-            "files": FILES,
         }
-        write_csv(folder / FILES["nodes"], nodes, digits=6)
-        write_json(folder / FILES["result"], result)
-        cosines = np.concatenate([of_original.cosine for of_original, _ in matchings.values()])
-        write_replication_page(folder / FILES["page"], nodes, cosines, result)
-        artifact.finish(result=result, seconds=round(time.perf_counter() - began, 2))
+    )
 
 
 def _matchings(run: Run, other: Run) -> Matchings:
@@ -84,9 +79,9 @@ def _matchings(run: Run, other: Run) -> Matchings:
     return matchings
 
 
-def _figures(run: Run, category: str) -> dict[str, Any]:
+def _figures(run: Run) -> dict[str, Any]:
     """What a circuit's own result says of it, and where it lies."""
-    folder = circuit_artifact(run, category).folder
+    folder = DISCOVER.artifact(run).folder
     result = read_json(folder / "result.json")
     return {"circuit": folder.name, **{name: result[name] for name in _FIGURES}}
 
