@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import random_dictionary
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
@@ -12,7 +13,9 @@ from sfc.circuits.baselines import mean_reference
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import PromptRuns
+from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
+from sfc.core.sites import kind_of
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
@@ -74,6 +77,23 @@ def test_packed_circuits_agree_with_the_oracle(
     keep = np.random.default_rng(1).random((3, ablation.nodes.n_nodes)) < share
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     fast = ablated_scores(model, score, ablation, runs, keep)
+    for row, mask in zip(fast, keep, strict=True):
+        slow = oracle_scores(model, score, ablation, prompts, layout, torch.from_numpy(mask).float())
+        np.testing.assert_allclose(row, slow, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sites_of_several_kinds_agree_with_the_oracle(
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch],
+    mode: str,
+) -> None:  # fmt: skip
+    sites = ActivationsConfig(kind=["resid_post", "attn_out", "mlp_out"], layers=[0, 1]).sites
+    assert [kind_of(site) for site in sites] == ["attn_out", "mlp_out", "resid_post"] * 2
+    dictionaries = {site: random_dictionary(site, seed=number) for number, site in enumerate(sites)}
+    reference = mean_reference(model, dictionaries, batches, layout)
+    ablation = Ablation(Nodes.of_spaces(dictionaries), dictionaries, reference, mode)
+    keep = np.random.default_rng(1).random((3, ablation.nodes.n_nodes)) < 0.5
+    fast = ablated_scores(model, score, ablation, PromptRuns.of(model, batches, sites[0]), keep)
     for row, mask in zip(fast, keep, strict=True):
         slow = oracle_scores(model, score, ablation, prompts, layout, torch.from_numpy(mask).float())
         np.testing.assert_allclose(row, slow, atol=1e-4)

@@ -25,6 +25,7 @@ from sfc.circuits.edges import (
     attribution_edges,
     attribution_weights,
     edge_effects,
+    site_pairs,
     strongest_edges,
     without_dead_ends,
 )
@@ -32,6 +33,7 @@ from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
+from sfc.core.sites import StoredKind, in_order, site_of
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
@@ -54,7 +56,7 @@ def at_sites(problem: Problem, model: Model, prompts: list[TokenizedPrompt], sit
 def all_pairs(problem: Problem) -> list[Pair]:
     nodes = problem.ablation.nodes
     numbers = [torch.arange(size) for size in nodes.sizes]
-    return [Pair(*nodes.sites[i : i + 2], numbers[i], numbers[i + 1]) for i in range(len(numbers) - 1)]
+    return [Pair(nodes.sites[u], nodes.sites[d], numbers[u], numbers[d], stops) for u, d, stops in site_pairs(nodes)]
 
 
 def run_with(problem: Problem, batch: Batch, site: str, x: Tensor, until: str) -> tuple[Tensor, Tensor]:
@@ -148,6 +150,37 @@ def test_law_the_edges_out_of_a_node_sum_to_its_effect(
         for sources, pairs in ((slice(None), all_pairs(random)), (few, from_few)):
             for between, effect in zip(edge_effects(random, batch, prefix, pairs, 500), expected, strict=False):
                 assert_close_to_1e4(between.sum(2), effect[:, sources])
+
+
+SEVERAL_KINDS = {
+    "Marks et al.": ("attn_out", "mlp_out", "resid_post"),
+    "what the MLP reads": ("resid_pre", "attn_out", "resid_mid", "mlp_out"),
+    "blocks' outputs alone": ("attn_out", "mlp_out"),
+}
+
+
+@pytest.mark.parametrize("kinds", SEVERAL_KINDS.values(), ids=SEVERAL_KINDS)
+@pytest.mark.parametrize("architecture", ["GPT2", "Bloom", "GPTNeoX", "Qwen2", "Gemma2"])
+def test_law_it_holds_for_sites_of_several_kinds(
+    problem: Problem, architecture: str, kinds: tuple[StoredKind, ...], tmp_path: Path
+) -> None:
+    model = random_architecture(architecture, tmp_path)
+    kinds = tuple(kind for kind in kinds if site_of(kind, 0) in model.hooks)  # parallel blocks have no `resid_mid`
+    prompts = model.tokenize(["Bake bread?", "hm"])
+    sites = in_order([site_of(kind, layer) for kind in kinds for layer in (0, 1)])
+    random = at_sites(problem, model, prompts, (*sites, site_of("resid_post", 2)))
+    nodes, pairs = random.ablation.nodes, all_pairs(random)
+    for batch, prefix in random.runs:
+        effects = edge_effects(random, batch, prefix, pairs, 2000)
+        expected = attributed_effects(random, batch, prefix).by_prompt.split(nodes.sizes, dim=1)
+        largest = max(effect.abs().max() for effect in expected)
+        for site, effect in zip(nodes.sites[:-1], expected, strict=False):
+            out = [between.sum(2) for pair, between in zip(pairs, effects, strict=True) if pair.upstream == site]
+            assert (torch.stack(out).sum(0) - effect).abs().max() <= 1e-4 * largest
+        without = {(pair.upstream, pair.downstream) for pair, of in zip(pairs, effects, strict=True) if not of.any()}
+        # Attention and MLP side by side: nothing passes from one to the other.
+        parallel = {(site_of("attn_out", layer), site_of("mlp_out", layer)) for layer in (0, 1)}
+        assert without == (parallel if architecture == "GPTNeoX" else set())
 
 
 def test_law_it_holds_before_the_first_layer_too(problem: Problem, model: Model) -> None:

@@ -17,10 +17,13 @@ from test_viewer import HOSTILE
 from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json
 from sfc.core.experiments import load_experiment
+from sfc.models import loading
+from sfc.models.loading import load_weights
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.session import Session
 from sfc.studies import study
 from sfc.studies.replicate import matching
 from sfc.studies.replicate.matching import (
@@ -230,8 +233,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replicated(root: Path) -> Finished:
-    return sfc(*TINY, "--json", root=root)
+def loaded() -> list:
+    """The models that the command loads."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def replicated(root: Path, loaded: list) -> Finished:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_weights", lambda config: loaded.append(config) or load_weights(config))
+        return sfc(*TINY, "--json", root=root)
 
 
 def _replicated(run: Run, sae_seed: int) -> study.Finished:
@@ -259,13 +270,20 @@ def test_the_command(replicated: Finished, root: Path) -> None:
     assert again.result == result and "up to date" in again.stderr and "training" not in again.stderr
 
 
+def test_the_model_is_loaded_once(replicated: Finished, loaded: list) -> None:
+    assert replicated.status == 0 and len(loaded) == 1
+
+
 def test_other_seeds_train_on_the_same_rows_to_other_weights(replicated: Finished, root: Path) -> None:
     assert replicated.status == 0
     plain, other = _run(root), _run(root, "saes.seed=1")
     assert plain.store.folder == other.store.folder and plain.saes.is_complete() and other.saes.is_complete()
     for mine, theirs in zip(_weights(plain), _weights(other), strict=True):
         assert mine.shape == theirs.shape and (mine - theirs).abs().max() > 0.1
-    assert training_rows(plain).table["held_out"].tolist() == training_rows(other).table["held_out"].tolist()
+    assert (
+        training_rows(Session(plain)).table["held_out"].tolist()
+        == training_rows(Session(other)).table["held_out"].tolist()
+    )
 
 
 def test_a_seed_of_their_own_stands_in_for_that_of_the_experiment(replicated: Finished, root: Path) -> None:

@@ -1,6 +1,6 @@
-"""The audit that every circuit carries: are the effects that it was found by those that ablation really has?
+"""The approximation check that every circuit carries: are a method's effects those that ablation really has?
 
-Fast effects are held against exact ones on the nodes of largest effect and on nodes drawn at random.
+They are compared with exact ones on the nodes of largest effect and on nodes drawn at random.
 """
 
 from dataclasses import replace
@@ -16,12 +16,12 @@ from sfc.circuits.problem import Problem
 from sfc.core.progress import progress_bar
 
 NOISE_FLOOR = 1e-3
-"""nats: the sign of a smaller exact effect is not asked about; float32 leaves a score uncertain by about 1e-5"""
+"""nats: signs of smaller exact effects are not compared; float32 leaves a score uncertain by about 1e-5"""
 _WORST = 5
 
 
 class Agreement(NamedTuple):
-    """How well fast effects agree with exact ones on some nodes; None where it cannot be said."""
+    """How well fast effects agree with exact ones on some nodes; None where that is not defined."""
 
     n_nodes: int
     rank_correlation: float | None
@@ -31,8 +31,8 @@ class Agreement(NamedTuple):
     n_signed: int
 
 
-def audit(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
-    """Exact effects of the strongest nodes and of random ones, on discovery prompts, against what the method says.
+def approximation_check(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
+    """Exact effects of the strongest nodes and of random ones, on discovery prompts, beside those of the method.
 
     Random nodes are drawn from the others that differ from their reference on some prompt. Where there are more
     discovery prompts than `audit_prompts`, the exact effects are means over a sample of them.
@@ -42,20 +42,20 @@ def audit(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
         `exact`; empty where the method's effects are not in nats), `noise_floor` in nats, `n_prompts`.
     """
     config = problem.config
-    top, others = _audited_nodes(effects, config.audit_nodes, seed)
+    top, others = _checked_nodes(effects, config.audit_nodes, seed)
     runs = problem.runs.sample(config.audit_prompts, seed)
-    audited = np.concatenate([top, others])
-    with progress_bar("audit", len(audited) * len(runs.batches), "runs") as progress:
-        exact = exact_effects(replace(problem, runs=runs), audited.tolist(), progress=progress).mean(1)
-    fast = effects.effect[audited]
-    is_top = np.arange(len(audited)) < len(top)
+    checked = np.concatenate([top, others])
+    with progress_bar("approximation check", len(checked) * len(runs.batches), "runs") as progress:
+        exact = exact_effects(replace(problem, runs=runs), checked.tolist(), progress=progress).mean(1)
+    fast = effects.effect[checked]
+    is_top = np.arange(len(checked)) < len(top)
     misses = np.argsort(-np.abs(fast - exact), kind="stable")[: _WORST if effects.unit == NATS else 0]
     return {
         "top": agreement(fast[is_top], exact[is_top])._asdict(),
         "random": agreement(fast[~is_top], exact[~is_top])._asdict(),
         "worst_misses": [
             {
-                "node": problem.ablation.nodes.name(int(audited[i])),
+                "node": problem.ablation.nodes.name(int(checked[i])),
                 "fast": round(float(fast[i]), 6),
                 "exact": round(float(exact[i]), 6),
             }
@@ -79,10 +79,10 @@ def agreement(fast: Float[np.ndarray, " nodes"], exact: Float[np.ndarray, " node
     )
 
 
-def _audited_nodes(
+def _checked_nodes(
     effects: Effects, count: int, seed: int
 ) -> tuple[Int[np.ndarray, " top"], Int[np.ndarray, " others"]]:
-    """The nodes of largest effect, and as many at random of the others that do anything."""
+    """The nodes of largest effect, and as many random ones of the others that have any effect."""
     active = np.flatnonzero(np.nan_to_num(effects.absolute) > 0)
     by_size = active[np.argsort(-np.abs(effects.effect[active]), kind="stable")]
     top, others = np.split(by_size, [min(count, len(by_size))])

@@ -47,10 +47,10 @@ def mean_reference(
 def paired_reference(
     model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
 ) -> Reference:
-    """The values on each prompt of the batches by itself, its content tokens pooled: a table per prompt.
+    """The values on each single prompt of the batches, its content tokens pooled: a table per prompt.
 
-    Whoever is paired with prompt p finds its values through the slots that `Batch.with_tables` gives it. Where a prompt
-    lacks a slot of the layout its values are not numbers: see `check_covered`.
+    The partner of prompt p finds its values through the slots that `Batch.with_tables` gives it. Where a prompt lacks
+    a slot of the layout, its values are not numbers: see `check_covered`.
     """
     return reference_in_tables(
         model, dictionaries, [batch.with_tables(batch.prompts, layout) for batch in batches], layout
@@ -60,9 +60,8 @@ def paired_reference(
 def reference_in_tables(
     model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
 ) -> Reference:
-    """The values on the prompts of the batches, in the tables that their slots name (see `Batch.with_tables`).
-
-    Of prompts that share a table, the mean.
+    """The values on the prompts of the batches, in the tables that their slots name (see `Batch.with_tables`): means
+    where several prompts share a table.
     """
     rows = [(batch.without_tables(layout), batch.slots) for batch in batches]
     n_tables = 1 + max(int(batch.tables(layout).max()) for batch in batches)
@@ -73,7 +72,7 @@ def check_covered(reference: Reference, batches: Sequence[Batch]) -> None:
     """Raise a `UserError` if a token of these prompts has no reference."""
     known = _known(reference)
     if not all(known[batch.slots[batch.touchable]].all() for batch in batches):
-        raise UserError("a prompt has tokens that its partner has no counterpart of: the template must be the same")
+        raise UserError("a prompt has tokens that have no counterpart in its partner: both need the same template")
 
 
 def _known(reference: Reference) -> Bool[Tensor, " slots"]:

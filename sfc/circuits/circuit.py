@@ -1,12 +1,11 @@
-"""Where in the prompt a node matters: its effect's parts from the template before the prompt, the prompt, and after it.
+"""A circuit: a networkx graph of nodes and edges with their effects, and the provenance needed to reproduce it.
 
-Each token after the prompt stands alone, because that is where a chat model gathers what it is about to say.
-
-A circuit: a networkx graph of nodes and edges with their effects, and the provenance needed to reproduce it.
-
-Nodes carry `site`, `layer`, `kind` (`feature`, `error`, `head` or `mlp`), `effect`, `absolute_effect`, `rank` and what
-else the method says of them; edges carry `weight` and `absolute_weight`. Facts about the whole circuit, among them what
+Nodes carry `site`, `layer`, `kind` (`feature`, `error`, `head`, …), `effect`, `absolute_effect`, `rank` and what else
+the method says about them; edges carry `weight` and `absolute_weight`. Facts about the whole circuit, among them what
 `edge_weight` is, are the graph's own attributes.
+
+A node's effect has parts by role, which say where in the prompt it matters: from the template before the prompt, from
+the prompt, and from each template token after it, where a chat model gathers what it is about to say.
 """
 
 from collections.abc import Mapping, Sequence

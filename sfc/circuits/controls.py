@@ -1,11 +1,10 @@
-"""What the reported circuit is held against: random circuits of its size, and the best nodes of one site alone.
+"""What the reported circuit is compared with: random circuits of its size, the best nodes of one site, whole curves.
 
-Areas of faithfulness curves, after the Mechanistic Interpretability Benchmark (Mueller et al. 2025), over nodes.
-
-CPR, how well the nodes that raise the score carry it: the area under the curve with nodes ranked by signed effect;
-higher is better. CMD, how far the circuit is from the model: the area between the curve and 1 with nodes ranked by the
-effect's size; lower is better. On the linear axis sizes are shares of all nodes and the empty circuit counts as 0; on
-the logarithmic axis, where small circuits have their place, the curve begins with its smallest size.
+Areas of faithfulness curves follow the Mechanistic Interpretability Benchmark (Mueller et al. 2025), over nodes. CPR
+says how well the nodes that raise the score carry it: the area under the curve with nodes ranked by signed effect;
+higher is better. CMD says how far the circuit is from the model: the area between the curve and 1 with nodes ranked by
+the effect's size; lower is better. On the linear axis sizes are shares of all nodes and the empty circuit counts as 0;
+on the logarithmic axis, where small circuits have their place, the curve begins with its smallest size.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +50,7 @@ def single_site_faithfulness(
     min_denominator: float,
     progress: Progress,
 ) -> dict[str, float | None]:
-    """Faithfulness of the `size` best nodes of each site alone; None where a site has not so many, or unmeasurable."""
+    """Faithfulness of the `size` best nodes of each site alone; None where a site has fewer or it is not measurable."""
     nodes, found = problem.ablation.nodes, {}
     for number, site in enumerate(nodes.sites):
         members = ranking[nodes.site_numbers[ranking] == number]

@@ -1,4 +1,4 @@
-"""A circuit of edges: the score when nodes hear of each other along these edges alone.
+"""A circuit of edges: the score when its nodes reach one another along these edges alone, and how faithful that is.
 
 Sites run in their order. A node d of the circuit gets a run of its own from the site before its own: there the sources
 of its edges have the value that this very procedure gave them, and all other nodes their reference. Whether d is
@@ -11,8 +11,6 @@ Law: with all edges between the circuit's nodes at neighbouring sites it is the 
 Runs are of the blocks between two sites only, one for all nodes that have the same sources, packed into batches; nodes
 from which no edges lead to the last site get none. Errors follow the error mode: with `keep-current` every error is a
 node that is joined to all, with `keep-clean` every run has the clean errors, with `ablate` none.
-
-How faithful a circuit's edges are: its score with these edges alone, on the scale of its nodes.
 """
 
 from collections import Counter
@@ -21,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,11 +31,9 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of
 from sfc.models.batches import PACKED_TOKENS
-from sfc.models.interventions import recorder
-from sfc.models.running import run_to
 
 WHOLE_STREAM = ("resid_pre", "resid_post")
-"""kinds of sites through which everything passes that later sites hear of; elsewhere it flows around them, too"""
+"""kinds of sites through which everything passes that reaches later ones; other sites can be bypassed"""
 
 
 class _Group(NamedTuple):
@@ -70,7 +67,7 @@ def edge_ablated_scores(
         progress: called with the number of pairs of a batch and a site that are done since the last call.
 
     Raises:
-        UserError: the sites are no points of the residual stream, or an edge joins other nodes than these.
+        UserError: the sites are not points of the residual stream, or an edge joins other nodes than these.
     """
     reason = why_not_ablatable(problem.ablation.nodes, members, edges)
     if reason is not None:
@@ -83,7 +80,7 @@ def edge_ablated_scores(
         run, groups = next(at_sites)
         values = _values(ablation, run, run.x[None], groups)
         for next_run, groups in at_sites:
-            run, values = next_run, _heard(ablation, run, values, next_run, groups)
+            run, values = next_run, _next_values(ablation, run, values, next_run, groups)
             progress(1)
         everything = [*values.features, ablation.dictionaries[run.site].d_sae]
         last = _activation(ablation, run, values, [everything])
@@ -133,11 +130,11 @@ def _plan(ablation: Ablation, members: Sequence[int], edges: Sequence[tuple[int,
         for target in kept:
             before = (node for node in kept if site_of[node] == site_of[target] - 1)
             sources[target] |= {node for node in before if is_error[node] or is_error[target]}
-    heard = {node for node in kept if site_of[node] == len(nodes.sites) - 1}
+    leading = {node for node in kept if site_of[node] == len(nodes.sites) - 1}
     for site in reversed(range(1, len(nodes.sites))):
-        heard |= {source for node in heard if site_of[node] == site for source in sources[node]}
+        leading |= {source for node in leading if site_of[node] == site for source in sources[node]}
     return [
-        _groups(nodes.sizes, site, sorted(node for node in heard if site_of[node] == site), sources)
+        _groups(nodes.sizes, site, sorted(node for node in leading if site_of[node] == site), sources)
         for site in range(len(nodes.sites))
     ]
 
@@ -150,14 +147,14 @@ def _groups(sizes: Sequence[int], site: int, targets: Sequence[int], sources: di
     return [_Group(sorted(source - before for source in same), of) for same, of in groups.items()]
 
 
-def _heard(ablation: Ablation, run: SiteRun, values: _Values, next_run: SiteRun, groups: list[_Group]) -> _Values:
-    """The values of the next site's nodes, each from a run in which its sources alone have theirs."""
+def _next_values(ablation: Ablation, run: SiteRun, values: _Values, next_run: SiteRun, groups: list[_Group]) -> _Values:
+    """The values of the next site's nodes, each from a run in which only its sources have theirs."""
     at_once = run.batch.copies_in(PACKED_TOKENS)
     parts = []
     for first in range(0, len(groups), at_once):
         some = groups[first : first + at_once]
         x = _activation(ablation, run, values, [group.sources for group in some])
-        parts.append(_values(ablation, next_run, _run_on(run, x, next_run.site), some))
+        parts.append(_values(ablation, next_run, run.activations(x, next_run.site), some))
     if not parts:
         return _values(ablation, next_run, next_run.x[None], [])
     return _Values(
@@ -165,15 +162,6 @@ def _heard(ablation: Ablation, run: SiteRun, values: _Values, next_run: SiteRun,
         torch.cat([part.of_features for part in parts]),
         torch.stack([part.of_error for part in parts]).sum(0),
     )
-
-
-def _run_on(run: SiteRun, x: Float[Tensor, "copies batch pos d_in"], site: str) -> Float[Tensor, "copies batch pos d"]:
-    """The activation at a later site in runs with the activation at this one replaced, once by each copy."""
-    replaced, seen = x.flatten(0, 1).to(run.x.dtype), {}
-    packed, prefix = run.batch.repeat(len(x)), run.prefix.repeat(len(x))
-    interventions = {run.site: lambda _: replaced, site: recorder(seen, site)}
-    run_to(run.problem.model, packed, interventions, site, prefix)
-    return seen[site].unflatten(0, x.shape[:2])
 
 
 def _activation(
@@ -185,12 +173,11 @@ def _activation(
     if ablation.clean_errors is not None:
         errors = ablation.reference.errors[run.site][run.batch.slots[touchable]]
         x = x + ablation.clean_errors[run.site][touchable] - errors
-    keep = torch.tensor([[f in nodes for f in values.features] for nodes in kept], device=x.device).float()
-    keep_error = torch.tensor([dictionary.d_sae in nodes for nodes in kept], device=x.device).float()
-    result = run.x.float().repeat(len(kept), 1, 1, 1)
-    directions = dictionary.W_dec[values.features]
-    for copy, keeps, error in zip(result, keep.view(len(kept), -1), keep_error, strict=True):
-        copy[touchable] = x + (values.of_features * keeps[:, None]).t() @ directions + error * values.of_error
+    result = repeat(run.x.float(), "batch pos d_in -> copies batch pos d_in", copies=len(kept)).clone()
+    for copy, nodes in zip(result, kept, strict=True):
+        keeps = torch.tensor([feature in nodes for feature in values.features], device=x.device, dtype=x.dtype)
+        of_features = (values.of_features * keeps[:, None]).t() @ dictionary.W_dec[values.features]
+        copy[touchable] = x + of_features + float(dictionary.d_sae in nodes) * values.of_error
     return result
 
 
@@ -227,8 +214,8 @@ def edge_faithfulness(
 ) -> dict[str, float | None]:
     """`f_edges` in nats, and `edge_faithfulness` with the ends of its 95 % interval.
 
-    The ratio is `(F(edges) - F(0)) / (F(M) - F(0))`, F(edges) as `sfc.circuits.edge_ablation` says. All are None
-    where there are no edges, or edges that cannot be ablated; the ratio also where it cannot be measured.
+    The ratio is `(F(edges) - F(0)) / (F(M) - F(0))`, F(edges) the mean score with these edges alone. All are
+    None where there are no edges, or edges that cannot be ablated; the ratio also where it cannot be measured.
 
     Args:
         progress: called with the number of pairs of a batch and a site that are done since the last call.

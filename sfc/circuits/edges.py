@@ -1,41 +1,41 @@
-"""What passes along an edge, to first order (Marks et al. 2024, without splicing anything in).
+"""Edges: what passes from a node to one at a site that its own site writes directly into (see `sfc.circuits.flow`).
 
-The weight of an edge u -> d between neighbouring sites is `sum_{s,t} (ds/df_d,t) (df_d,t/df_u,s) (f_u,s - f_ref_u,s)`,
-d a feature or the error of the next site. With x and x' the activations at the two sites and g' = ds/dx' in the plain
-model, it is `covector(d) . J displacement(u)`, summed over the tokens of a prompt, of three things:
+By attribution (Marks et al. 2024, without splicing anything in), the weight of an edge u -> d is, to first order,
+`sum_{s,t} (ds/df_d,t) (df_d,t/df_u,s) (f_u,s - f_ref_u,s)`, d a feature or the error of a site downstream. With x and
+x' the activations at the two sites and g' = ds/dx' in the plain model, it is `covector(d) . J displacement(u)`, summed
+over the tokens of a prompt, of three things:
 
     displacement   what ablating u takes away from x:  (f_u - f_ref_u) d_u, or e - e_ref for the error
-    J = dx'/dx     the Jacobian of the blocks between the sites, all positions at once
+    J = dx'/dx     the Jacobian of what lies between the sites, all positions at once, other sites in use held fixed
     covector       how the score moves with x' by way of d:  (g' . d_d) df_d/dx', which is 0 where d is off, or for the
                    error what is left of g'
 
-Over all d the covectors sum to g', so that the edges out of u sum to the effect of u wherever x reaches the score
-through x' alone, as it does in the residual stream (but not from one block's output to the next one's).
+Over all d of a site the covectors sum to g', so that the edges out of u, to all sites downstream, sum to the effect of
+u wherever x reaches the score through these sites alone, as it does if a site of the residual stream is among them.
 
 J is never written out. It is applied from the side with fewer nodes, as vector-Jacobian products from the targets or
 Jacobian-vector products from the sources, many nodes at once, through the blocks between the sites and no others.
-
-Edges between nodes of neighbouring sites, and which of them a circuit has.
 
 A kind of edge is a function from a `Problem` and a circuit's nodes to edges, registered by name in `EDGES`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.circuits.gradients import SiteGradient, score_gradients
+from sfc.circuits.flow import Stops, downstream
+from sfc.circuits.gradients import SiteGradient, prompt_of_token, score_gradients
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
-from sfc.models.interventions import recorder
+from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, layer_before, prefix_after, run_to
 from sfc.saes.kernels import row_dots
@@ -43,7 +43,7 @@ from sfc.stats import pearson
 
 
 class Pair(NamedTuple):
-    """Two neighbouring sites, and the nodes between which edges are wanted.
+    """A site and one that it writes directly into, and the nodes between which edges are wanted.
 
     Nodes are numbered within their site, in ascending order; the error's number is that of the features, d_sae.
     """
@@ -52,6 +52,8 @@ class Pair(NamedTuple):
     downstream: str
     sources: Int[Tensor, " sources"]
     targets: Int[Tensor, " targets"]
+    stops: Stops = ()
+    """sites that are held fixed between them"""
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def edge_effects(
     """For each pair of sites, the weight of every edge on every prompt of one batch, in nats of the score.
 
     Args:
-        pairs: in the order of their sites.
+        pairs: in the order of their upstream sites.
         packed_tokens: tokens, padding included, that go through a Jacobian at once: as many nodes as fit, but at least
             one. It bounds the memory beyond that of one run of the batch.
     """
@@ -74,8 +76,10 @@ def edge_effects(
         if sources.moving and targets.moving:
             prefix = prefix_after(problem.model, batch, layer_before(pair.upstream), prefix)
             x, x_next = _run_between(problem.model, batch, prefix, pair, gradients[pair.upstream].x)
-            weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
-            effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
+            # In a model whose attention and MLP are parallel, nothing passes from one to the other.
+            if x_next.requires_grad:
+                weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
+                effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
     return effects
 
 
@@ -122,7 +126,8 @@ def _weights(
         (passed,) = torch.autograd.grad(output, start, vectors, retain_graph=True, is_grads_batched=True)
         for node, vector in zip(nodes, passed, strict=True):
             weights[node] = products(vector.float())
-    return weights.permute(1, 2, 0) if by_targets else weights.permute(1, 0, 2)
+    order = "targets batch sources" if by_targets else "sources batch targets"
+    return rearrange(weights, f"{order} -> batch sources targets")
 
 
 def _run_between(
@@ -132,10 +137,9 @@ def _run_between(
     where = batch.touchable.nonzero(as_tuple=True)
     x = clean[where].requires_grad_()
     seen: dict[str, Tensor] = {}
-    interventions = {
-        pair.upstream: lambda activation: activation.index_put(where, x),
-        pair.downstream: recorder(seen, pair.downstream),
-    }
+    interventions: dict[str, Intervention] = dict.fromkeys(pair.stops, Tensor.detach)
+    interventions[pair.upstream] = lambda activation: activation.index_put(where, x)
+    interventions[pair.downstream] = recorder(seen, pair.downstream)
     with torch.enable_grad():
         run_to(model, batch, interventions, pair.downstream, prefix)
         return x, seen[pair.downstream][where]
@@ -145,7 +149,7 @@ def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient)
     """What ablating each source takes away from the activation."""
     dictionary, reference = problem.ablation.dictionaries[pair.upstream], problem.ablation.reference
     features, column = _columns(pair.sources, dictionary.d_sae)
-    prompt, slots = _prompt_of_token(batch), batch.slots[batch.touchable]
+    prompt, slots = prompt_of_token(batch), batch.slots[batch.touchable]
     x = at.x[batch.touchable].float()
     values, indices = dictionary.encode_sparse(x)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
@@ -164,7 +168,7 @@ def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> 
     """How the score moves with the activation by way of each target."""
     dictionary = problem.ablation.dictionaries[pair.downstream]
     features, column = _columns(pair.targets, dictionary.d_sae)
-    prompt = _prompt_of_token(batch)
+    prompt = prompt_of_token(batch)
     x, g = at.x[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
     with torch.enable_grad():
         values, indices = dictionary.encode_sparse(x)
@@ -202,11 +206,6 @@ def _columns(numbers: Int[Tensor, " nodes"], d_sae: int) -> tuple[Int[Tensor, " 
     return features, column
 
 
-def _prompt_of_token(batch: Batch) -> Int[Tensor, " tokens"]:
-    """For each touchable token, the row of its prompt."""
-    return batch.touchable.nonzero(as_tuple=True)[0]
-
-
 class Edge(NamedTuple):
     """An edge between two nodes, given by their numbers."""
 
@@ -219,7 +218,7 @@ class Edge(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All edges from some nodes of one site to some of the next; nodes by their numbers, weights as in `Edge`."""
+    """All edges from some nodes of one site to some of another; nodes by their numbers, weights as in `Edge`."""
 
     sources: Int[np.ndarray, " sources"]
     targets: Int[np.ndarray, " targets"]
@@ -228,7 +227,7 @@ class Weights(NamedTuple):
 
 
 def attribution_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
-    """Edges by what passes along them to first order (see `sfc.circuits.edges`), errors included.
+    """Edges by what passes along them to first order, errors included.
 
     Kept are edges whose |weight| is at least `edge_share` of the circuit's largest, and into each node the strongest
     `edges_per_node`.
@@ -239,15 +238,18 @@ def attribution_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
 
 
 def attribution_weights(problem: Problem, members: Sequence[int]) -> list[Weights]:
-    """The weights by attribution between members at neighbouring sites: means over the discovery prompts."""
+    """The weights by attribution, means over the discovery prompts, for each pair of sites between which there are
+    edges.
+    """
     nodes, device = problem.ablation.nodes, problem.model.device
     at_site = members_at_sites(nodes, members)
-    offsets = np.cumsum([0, *nodes.sizes])
     within = [
-        torch.from_numpy(numbers - offset).to(device) for numbers, offset in zip(at_site, offsets[:-1], strict=True)
+        torch.from_numpy(numbers - first).to(device)
+        for numbers, first in zip(at_site, nodes.first_numbers, strict=True)
     ]
-    pairs = [Pair(*sites, *ends) for sites, ends in zip(pairwise(nodes.sites), pairwise(within), strict=True)]
-    weights = [Weights(*ends, *np.zeros((2, *map(len, ends)))) for ends in pairwise(at_site)]
+    pairs = [Pair(nodes.sites[u], nodes.sites[d], within[u], within[d], stops) for u, d, stops in site_pairs(nodes)]
+    ends = [(at_site[u], at_site[d]) for u, d, _ in site_pairs(nodes)]
+    weights = [Weights(*both, *np.zeros((2, *map(len, both)))) for both in ends]
     for batch, prefix in problem.runs:
         effects = edge_effects(problem, batch, prefix, pairs, problem.config.edge_tokens)
         for between, effect in zip(weights, effects, strict=True):
@@ -264,15 +266,22 @@ def correlation_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
     `edges_per_node`. Error nodes have no value to correlate, and no edges.
     """
     nodes, config = problem.ablation.nodes, problem.config
-    offsets = np.cumsum([0, *nodes.sizes])
-    features = [node for node in members if not nodes.is_error[node]]
+    at_site = members_at_sites(nodes, [node for node in members if nodes.is_feature[node]])
+    values = [
+        problem.features[site][:, numbers - first]
+        for site, numbers, first in zip(nodes.sites, at_site, nodes.first_numbers, strict=True)
+    ]
     weights = []
-    for i, (sources, targets) in enumerate(pairwise(members_at_sites(nodes, features))):
-        upstream = problem.features[nodes.sites[i]][:, sources - offsets[i]]
-        downstream = problem.features[nodes.sites[i + 1]][:, targets - offsets[i + 1]]
-        r = pearson(upstream, downstream)
-        weights.append(Weights(sources, targets, r, np.abs(r)))
+    for u, d, _ in site_pairs(nodes):
+        r = pearson(values[u], values[d])
+        weights.append(Weights(at_site[u], at_site[d], r, np.abs(r)))
     return strongest_edges(weights, config.edge_threshold, config.edges_per_node)
+
+
+def site_pairs(nodes: Nodes) -> list[tuple[int, int, Stops]]:
+    """Every site with each that it writes directly into, by their numbers, and where other ways between them stop."""
+    number = {site: i for i, site in enumerate(nodes.sites)}
+    return [(i, number[other], stops) for site, i in number.items() for other, stops in downstream(site, nodes.sites)]
 
 
 def members_at_sites(nodes: Nodes, members: Sequence[int]) -> list[Int[np.ndarray, " members"]]:
@@ -283,15 +292,17 @@ def members_at_sites(nodes: Nodes, members: Sequence[int]) -> list[Int[np.ndarra
 
 def strongest_edges(weights: Sequence[Weights], threshold: float, edges_per_node: int) -> list[Edge]:
     """Into each target the edges of largest |weight|, of those that reach the threshold and are not zero."""
-    edges = []
+    into: dict[int, list[Edge]] = {}
     for sources, targets, weight, absolute in weights:
-        for column, target in enumerate(targets):
+        for column, target in enumerate(targets.tolist()):
             strength = np.abs(weight[:, column])
             strongest = np.argsort(-strength, kind="stable")[:edges_per_node]
             for row in strongest[(strength[strongest] >= threshold) & (strength[strongest] > 0)]:
-                ends = int(sources[row]), int(target)
-                edges.append(Edge(*ends, float(weight[row, column]), float(absolute[row, column])))
-    return edges
+                edge = Edge(int(sources[row]), target, float(weight[row, column]), float(absolute[row, column]))
+                into.setdefault(target, []).append(edge)
+    # A node may have edges from several sites.
+    by_strength = (sorted(edges, key=lambda edge: -abs(edge.weight)) for edges in into.values())
+    return [edge for edges in by_strength for edge in edges[:edges_per_node]]
 
 
 def without_dead_ends(nodes: Nodes, members: Sequence[int], edges: Sequence[Edge]) -> tuple[list[int], list[Edge]]:
@@ -299,7 +310,7 @@ def without_dead_ends(nodes: Nodes, members: Sequence[int], edges: Sequence[Edge
     site_of = nodes.site_numbers
     last = max((site_of[node] for node in members), default=0)
     alive = {node for node in members if site_of[node] == last}
-    # Edges join neighbouring sites, so that all edges out of a target are seen before those into it.
+    # Edges lead to later sites, so that all edges out of a target are seen before those into it.
     for edge in sorted(edges, key=lambda edge: -site_of[edge.source]):
         if edge.target in alive:
             alive.add(edge.source)

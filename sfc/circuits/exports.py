@@ -6,6 +6,7 @@ graph JSON of circuit-tracer and Neuronpedia, with metadata, qParams, nodes and 
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,11 @@ def export_circuit(graph: nx.DiGraph, labels: Labels, formats: list[str], folder
     return {name: path for format in formats for name, path in FORMATS[format](labelled, folder).items()}
 
 
-def _graphml(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
-    path = folder / "circuit.graphml"
+def _xml(suffix: str, write: Callable[[nx.DiGraph, Path], None], graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
+    path = folder / f"circuit.{suffix}"
     with replacing(path) as temporary:
-        nx.write_graphml(_plain(graph), temporary)
-    return {"graphml": path}
-
-
-def _gexf(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
-    path = folder / "circuit.gexf"
-    with replacing(path) as temporary:
-        nx.write_gexf(_plain(graph), temporary)
-    return {"gexf": path}
+        write(_plain(graph), temporary)
+    return {suffix: path}
 
 
 def _csv(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
@@ -71,8 +65,8 @@ def _circuit_tracer(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
 
 
 FORMATS: dict[str, Callable[[nx.DiGraph, Path], dict[str, Path]]] = {
-    "graphml": _graphml,
-    "gexf": _gexf,
+    "graphml": partial(_xml, "graphml", nx.write_graphml),
+    "gexf": partial(_xml, "gexf", nx.write_gexf),
     "csv": _csv,
     "circuit-tracer": _circuit_tracer,
 }

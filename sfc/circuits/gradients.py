@@ -1,7 +1,4 @@
-"""The gradient of the score with respect to the activations at every site, in the plain model.
-
-Runs that differ at one site only: the blocks before it are not run again, and nothing else is touched.
-"""
+"""Gradients of the score at every site of the plain model, and runs that differ from it at one site only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +54,7 @@ def prompt_of_token(batch: Batch) -> Int[Tensor, " tokens"]:
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One batch, stopped at one site."""
+    """One batch, stopped at one site, from which runs go on: the blocks before it are not run again."""
 
     problem: Problem
     site: str
@@ -69,10 +66,23 @@ class SiteRun:
 
     def scores(self, x: Float[Tensor, "copies batch pos d_in"]) -> Float[Tensor, "copies batch"]:
         """The score of every prompt with the activation at the site replaced, once by each copy. Differentiable."""
-        replaced = rearrange(x, "copies batch pos d_in -> (copies batch) pos d_in").to(self.x.dtype)
         packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
-        scores = score_batch(self.problem.model, self.problem.score, packed, {self.site: lambda _: replaced}, prefix)
+        scores = score_batch(self.problem.model, self.problem.score, packed, self._replacing(x), prefix)
         return rearrange(scores, "(copies batch) -> copies batch", copies=len(x))
+
+    def activations(
+        self, x: Float[Tensor, "copies batch pos d_in"], site: str
+    ) -> Float[Tensor, "copies batch pos d_out"]:
+        """The activation at a later site with the one at this site replaced, once by each copy."""
+        seen: dict[str, Tensor] = {}
+        packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
+        interventions = {**self._replacing(x), site: recorder(seen, site)}
+        run_to(self.problem.model, packed, interventions, site, prefix)
+        return rearrange(seen[site], "(copies batch) pos d_out -> copies batch pos d_out", copies=len(x))
+
+    def _replacing(self, x: Float[Tensor, "copies batch pos d_in"]) -> dict[str, Intervention]:
+        replaced = rearrange(x, "copies batch pos d_in -> (copies batch) pos d_in").to(self.x.dtype)
+        return {self.site: lambda _: replaced}
 
 
 def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, prefix: Prefix) -> Iterator[SiteRun]:

@@ -1,13 +1,13 @@
 """Circuits that others found, read from their files: which nodes, by whatever name, and in which order.
 
-Nothing is looked up here: `sfc.circuits.listed` says which nodes the names mean. Read are
+Read are
 
 - our own `circuit.json` (networkx' node-link JSON);
 - lists in JSON or CSV: names, or records with a name (`node`, `name` or `id`, or Neuronpedia's `modelId`, `source` or
   `layer`, and `index`) and, if the list is ranked, a `rank` (the smallest is the best) or an `effect` (the largest in
   size is the best); in JSON also below the key `nodes`, with pairs of names below `edges`;
 - graph files of circuit-tracer: its features and errors, each once however many tokens it stands at, ranked by
-  `influence` where all have it (cumulative there: the smallest is the best). Embeddings and logits are no nodes here.
+  `influence` where all have it (cumulative there: the smallest is the best). Embeddings and logits are not nodes here.
 
 What a node is called elsewhere: DICTIONARY/INDEX, where a dictionary has several names.
 
@@ -75,7 +75,7 @@ def _from_json(path: Path) -> ListedCircuit:
         return _from_records("list of nodes", data, path)
     nodes = data.get("nodes") if isinstance(data, dict) else None
     if not isinstance(nodes, list):
-        raise UserError(f"{path} is no circuit: expected a list of nodes, or an object with 'nodes'")
+        raise UserError(f"{path} is not a circuit: expected a list of nodes, or an object with 'nodes'")
     if "directed" in data:
         graph = load_circuit(path)
         ranked = all("rank" in attributes for _, attributes in graph.nodes(data=True))
@@ -174,7 +174,7 @@ def _from_tracer(data: Mapping[str, Any], nodes: Sequence[Any], path: Path) -> L
         influence = node.get("influence")
         known = [value for value in (best.get(name), influence) if value is not None]
         best[name] = min(_number(value, f"{where}: influence") for value in known) if known else None
-    # A node without influence is not worth less than one with it: then there is no ranking.
+    # A node without influence is not known to matter less than one with it: then there is no ranking.
     importances = list(best.values()) if None not in best.values() else [None] * len(best)
     listed = _ranked("graph of circuit-tracer", list(best), importances, path)
     links = [link for link in data.get("links", []) if isinstance(link, dict)]

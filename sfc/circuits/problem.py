@@ -1,7 +1,4 @@
-"""Feature values of whole prompts: aggregated over the tokens of the store.
-
-What discovery works on: one question, put to one model, with everything needed to answer it.
-"""
+"""What discovery works on: one question, put to one model, with everything needed to answer it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +88,7 @@ class PromptRuns:
         return sum(len(batch.prompts) for batch in self.batches)
 
     def sample(self, count: int, seed: int) -> "PromptRuns":
-        """At most `count` of the prompts, drawn at random and numbered anew from 0, in the batches they are in."""
+        """At most `count` of the prompts, drawn at random, renumbered from 0, in the batches they are in."""
         return self.subset(np.random.default_rng(seed).permutation(self.n_prompts)[:count])
 
     def halves(self, seed: int) -> tuple["PromptRuns", "PromptRuns"]:
@@ -100,7 +97,7 @@ class PromptRuns:
         return self.subset(order[:half]), self.subset(order[half : 2 * half])
 
     def subset(self, chosen: Int[np.ndarray, " chosen"]) -> "PromptRuns":
-        """These prompts, numbered anew from 0, in the batches they are in."""
+        """These prompts, renumbered from 0, in the batches they are in."""
         batches, prefixes, n_taken = [], [], 0
         for batch, prefix in self:
             rows = torch.from_numpy(np.flatnonzero(np.isin(batch.prompts.cpu().numpy(), chosen))).to(batch.ids.device)

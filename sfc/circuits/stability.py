@@ -1,7 +1,7 @@
 """Would other discovery prompts have given the same circuit? A bootstrap over prompts, and two halves of them.
 
-The bootstrap costs no run of the model: effects that are means over prompts are averaged anew over prompts drawn with
-replacement, all nodes by the same draws. The reference and the number of nodes are taken as given.
+The bootstrap costs no run of the model: effects that are means over prompts are averaged over prompts drawn with
+replacement, the same draws for all nodes. The reference and the number of nodes are taken as given.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _ENTRIES = 1 << 23
 
 
 class NodeSets(NamedTuple):
-    """How a circuit of n nodes fares where its prompts are drawn again."""
+    """What becomes of a circuit of n nodes where its prompts are drawn again."""
 
     share: Float[np.ndarray, " members"]
     """of draws in which the node is among the n of largest |effect|"""
@@ -46,10 +46,10 @@ def resampled_node_sets(
     seed: int,
     draws: int = DRAWS,
 ) -> NodeSets:
-    """Rank the ranked nodes anew by |mean effect| in every draw of the prompts, and see which of the members stay.
+    """In every draw of the prompts, rank the nodes by |mean effect| again and see which of the members stay.
 
     Args:
-        ranking: the nodes that may be in a circuit, best first; of equals the better ranked is taken.
+        ranking: the nodes that may be in a circuit, best first, which also decides between equal effects.
         members: the circuit's nodes, all of them ranked.
     """
     effects, n = by_prompt[:, ranking], len(members)
@@ -68,7 +68,7 @@ def resampled_node_sets(
 def with_intervals(effects: Effects, members: Sequence[int], seed: int) -> Effects:
     """The effects with the ends of the members' 95 % intervals as attributes `effect_low` and `effect_high`.
 
-    Nodes are not chosen anew in each draw: the interval is of a node that is looked at for itself.
+    The members are the same in each draw: an interval is that of one node's effect, whatever its rank.
     """
     if effects.by_prompt is None:
         return effects
@@ -96,7 +96,7 @@ def with_stability(
 
 
 def agreement_of_halves(problem: Problem, size: int, seed: int) -> Halves:
-    """Discover the circuit of so many nodes on each of two halves of the prompts, drawn at random.
+    """Discover a circuit of `size` nodes on each of two random halves of the prompts.
 
     Raises:
         UserError: there is only one prompt.

@@ -4,12 +4,12 @@
 works as well.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from sfc.core.options import Section, Share
-from sfc.core.sites import SiteKind, site_of
+from sfc.core.sites import SiteKind, in_order, site_of
 
 
 class ModelConfig(Section):
@@ -51,7 +51,9 @@ class PromptsConfig(Section):
 class ActivationsConfig(Section):
     """Which activations are stored, and how."""
 
-    kind: SiteKind = "resid_post"
+    kind: SiteKind | Annotated[list[SiteKind], Field(min_length=1)] = Field(
+        "resid_post", description="which activations of each layer, one kind or several"
+    )
     layers: list[int] = Field(min_length=1)
     dtype: Literal["float16", "float32", "bfloat16"] = "float16"
     batch_tokens: int = Field(1024, ge=1, description="tokens per forward pass, padding included")
@@ -71,7 +73,8 @@ class ActivationsConfig(Section):
     @property
     def sites(self) -> list[str]:
         """TransformerLens hook points, in the order in which the model passes them."""
-        return [site_of(self.kind, layer) for layer in self.layers]
+        kinds: list[SiteKind] = self.kind if isinstance(self.kind, list) else [self.kind]
+        return in_order([site_of(kind, layer) for layer in self.layers for kind in kinds])
 
 
 class CorpusConfig(Section):

@@ -64,7 +64,7 @@ def restore(path: Path, trainings: Sequence[Training]) -> int:
     """Give fresh trainings of the same sites the state that was saved; the number of steps they had done.
 
     Raises:
-        UserError: the file is damaged, or of other sites.
+        UserError: the file is damaged, or from a training of other sites.
     """
     with _opened(path) as (header, file):
         for training in trainings:

@@ -37,7 +37,7 @@ def json_lines(folder: Path, sites: Sequence[str], first_step: int) -> Log:
 
 
 class _Line(BaseModel):
-    """What has to be known of a line to keep or drop it."""
+    """What decides whether a line is kept."""
 
     step: int = Field(ge=1)
 
@@ -55,14 +55,11 @@ def loggers(names: Sequence[str], folder: Path, experiment: dict[str, Any]) -> l
     Raises:
         UserError: the name is unknown, or the package is not installed.
     """
-    return [_logger(name)(folder, experiment) for name in names]
-
-
-def _logger(name: str) -> Callable[[Path, dict[str, Any]], Log]:
     known = {"wandb": _wandb, "tensorboard": _tensorboard}
-    if name not in known:
-        raise UserError(f"no logger {name!r}: {suggestion(name, known)}")
-    return known[name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"no logger {name!r}: {suggestion(name, known)}")
+    return [known[name](folder, experiment) for name in names]
 
 
 def _wandb(folder: Path, experiment: dict[str, Any]) -> Log:

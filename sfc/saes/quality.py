@@ -71,7 +71,7 @@ def quality_by_role(
 
 @torch.no_grad()
 def reconstruction_quality(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> Quality:
-    """The figures of rows that lie in memory, whatever their roles."""
+    """The figures of rows that are in memory, whatever their roles."""
     return _sums_of(dictionary, rows).measured().quality
 
 

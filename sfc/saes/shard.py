@@ -83,7 +83,7 @@ def unfinished_shard(
     """Go on with the partial shard of `path`, or start it; sites that a finished `path` has are copied from it.
 
     Args:
-        widths: dimensions of each site that the finished shard shall have.
+        widths: dimensions of each site that the finished shard is to have.
 
     Raises:
         UserError: the disk is full, or the partial shard or its journal is damaged.

@@ -14,7 +14,8 @@ from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE, read_config
 def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
     """A JSON value that changes when the dictionaries that `config` describes change.
 
-    Those in a folder count by content, wherever it lies. Of a pretrained release only the name is known beforehand.
+    Those in a folder count by content, wherever the folder is. Of a pretrained release only the name is known before it
+    is fetched.
 
     Raises:
         UserError: as `local_dictionaries`.
@@ -27,7 +28,7 @@ def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
 
 
 def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
-    """The folder of each site's dictionary; empty where `source` is no folder but may be a pretrained `release/sae_id`.
+    """The folder of each site's dictionary; empty where `source` may be a pretrained `release/sae_id`.
 
     A folder holds a dictionary itself, or one subfolder per site, named by it.
 

@@ -51,7 +51,7 @@ class Store:
         """Open every shard.
 
         Raises:
-            UserError: there is none, or one is corrupt.
+            UserError: there are no shards, or one is corrupt.
         """
         self.folder = folder
         paths = sorted(folder.glob("shard-*.h5"))

@@ -113,7 +113,7 @@ def _endless_buffers(
 
 
 def _groups(order: np.ndarray, counts: np.ndarray, batch_size: int, buffer_rows: int) -> list[np.ndarray]:
-    """Consecutive blocks, in as many groups as buffers are needed, of much the same number of wanted rows each."""
+    """Consecutive blocks in as many groups as buffers are needed, each with about as many wanted rows as the others."""
     total = int(counts.sum())
     size = total / max(total // max(buffer_rows, batch_size), 1)
     ends, rows, left = [], 0, total

@@ -1,4 +1,4 @@
-"""One mechanism or many: how far do the circuits of categories overlap, and how far can they be expected to?
+"""One mechanism or many: how far do the circuits of categories overlap, and how much overlap could be expected?
 
 Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
 on halves of a shuffled pool of two categories overlap as those of one mechanism would. So the overlap between
@@ -68,7 +68,7 @@ class Verdict(NamedTuple):
     shuffled: float | None
     chance: float | None
     difference: float
-    """within - between: 0 where a category's circuit is no nearer to its own kind"""
+    """within - between: 0 where circuits of one category are as far apart as circuits of two"""
     difference_low: float
     difference_high: float
     words: str

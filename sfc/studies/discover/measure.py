@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from sfc.circuits.approximation import audit
+from sfc.circuits.approximation import approximation_check
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
 from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
@@ -196,7 +196,7 @@ def _with_stability(
 
 def _checked(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
     """The approximation check, and a line about it."""
-    report = audit(problem, effects, seed)
+    report = approximation_check(problem, effects, seed)
     top, others = (report[group]["rank_correlation"] for group in ("top", "random"))
     say(f"check against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
     return report

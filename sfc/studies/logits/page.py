@@ -152,7 +152,9 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
     return Tiles(
         [
             *(
-                Tile(f"{name} prompts", cell(mean["mean"]), f"nats, {interval_cell(mean['low'], mean['high'])}")
+                Tile(
+                    f"logit difference, {name}", cell(mean["mean"]), f"nats, {interval_cell(mean['low'], mean['high'])}"
+                )
                 for name, mean in means.items()
             ),
             Tile("AUROC", cell(result["auroc"]), f"{words.positive} against {words.negative}"),
