@@ -17,7 +17,7 @@ from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metri
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import ablated_refusals
+from sfc.circuits.replies import judged_replies
 from sfc.core.artifacts import read_model, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
@@ -44,7 +44,8 @@ class Judged(NamedTuple):
     """one row per circuit and category of prompts: faithfulness and completeness, with their intervals"""
     core: pd.DataFrame
     """the same for the shared core, the category's own circuit, and what is left of that one without the core; beside
-    it the share of replies that refuse, as the model is (`refused`) and with these nodes ablated (`refused_ablated`)"""
+    it the share of replies that show the behavior, as the model is (`refused`) and with these nodes ablated
+    (`refused_ablated`)"""
     nodes: Nodes
 
 
@@ -78,7 +79,7 @@ def _judged(
         for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, experiment), strict=True)
     ]
     transfer, core = rows[: len(circuits)], rows[len(circuits) :]
-    if ComparisonOptions.of(experiment).replies:
+    if ComparisonOptions.of(experiment).replies and problem.judge is not None:
         replies = _replied(problem, runs, keep[len(circuits) :], experiment)
         core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
     return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
@@ -108,11 +109,11 @@ def _scored(
 def _replied(
     problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
 ) -> list[dict[str, Any]]:
-    """Refusals among the replies to some of the prompts, as the model is and with each circuit ablated."""
+    """How many replies to some of the prompts show the behavior, as the model is and with each circuit ablated."""
     config = ComparisonOptions.of(experiment)
     some = runs.sample(config.replies, experiment.seed)
     keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
-    model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    model, *rates = judged_replies(problem, some, keep, config.reply_tokens)
     about = {"n_replies": some.n_prompts, "refused": model.rate}
     names = ("refused_ablated", "refused_ablated_low", "refused_ablated_high")
     return [about | dict(zip(names, rate, strict=True)) for rate in rates]

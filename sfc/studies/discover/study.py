@@ -94,7 +94,7 @@ def needs_of_circuits(run: Run) -> list[Need]:
 def reference_inputs(run: Run) -> dict[str, Any]:
     """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
     options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.experiment.behavior == "refusal":
+    if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
         if options.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
