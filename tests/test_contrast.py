@@ -19,6 +19,7 @@ from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
