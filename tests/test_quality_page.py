@@ -91,7 +91,7 @@ def test_any_rates_make_a_histogram(rates: list[float]) -> None:
 
 
 def test_splicing_shows_every_run_and_leaves_a_gap_where_nothing_is_measurable() -> None:
-    lines = traces(splicing_figure(make_quality(loss_recovered=math.nan)))
+    lines = traces(splicing_figure(make_quality(loss_recovered=math.nan), "refusal score"))
     assert len(lines) == 2 * (4 + 2)
     by_name = {line["name"]: line["y"] for line in lines[:6]}
     assert by_name["SAE spliced in"] == [0.01, 1.01] and by_name["zero-ablated"] == [0.03, 1.03]

@@ -10,7 +10,7 @@ from sfc.circuits import replies
 from sfc.circuits.methods import METHODS
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import COLUMNS, ablated_replies, with_refusals
+from sfc.circuits.replies import COLUMNS, ablated_replies, with_replies
 from sfc.stats import wilson
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
@@ -31,7 +31,7 @@ def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
     ranking = METHODS["attribution"].rank(problem).ranking
     n_nodes = problem.ablation.nodes.n_nodes
     curve = pd.DataFrame({"size": [*SIZES, n_nodes]})
-    figures = with_refusals(curve, problem, problem.runs, ranking, 16, config(), seed=0)
+    figures = with_replies(curve, problem, problem.runs, ranking, 16, config(), seed=0)
     answered = figures.dropna()
     assert answered["size"].tolist() == [1, 4, 16, 32, n_nodes]
     assert figures.loc[~figures.index.isin(answered.index), list(COLUMNS)].isna().all(axis=None)
@@ -52,7 +52,7 @@ def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
 
 def test_no_replies_are_generated_where_none_are_wanted(problem: Problem) -> None:
     curve, ranking = pd.DataFrame({"size": SIZES}), np.arange(64)
-    figures = with_refusals(curve, problem, problem.runs, ranking, 4, config(replies=0), seed=0)
+    figures = with_replies(curve, problem, problem.runs, ranking, 4, config(replies=0), seed=0)
     assert figures[list(COLUMNS)].isna().all(axis=None)
     other_task = replace(problem, score=object())
-    assert with_refusals(curve, other_task, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)
+    assert with_replies(curve, other_task, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)

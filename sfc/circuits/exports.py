@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from sfc.circuits.files import words_of
 from sfc.core.artifacts import replacing, write_csv, write_json
 from sfc.core.errors import UserError, suggestion
 from sfc.core.sites import kind_of
@@ -77,7 +78,7 @@ def circuit_tracer_graph(graph: nx.DiGraph) -> dict[str, Any]:
     """The graph JSON of circuit-tracer and Neuronpedia.
 
     Their graphs are of one prompt, ours of many: in place of its tokens stand the roles (the prompt, and each template
-    token after it), and a node stands where most of its effect comes from. The one output is the refusal score; links
+    token after it), and a node stands where most of its effect comes from. The one output is the score; links
     to it are from the nodes of the last site and carry their effects. A node's `influence` is, as theirs, the share of
     all |effects| that nodes at least as strong have together.
 
@@ -140,7 +141,7 @@ def _score_node(graph: nx.DiGraph, position: int) -> dict[str, Any]:
         "ctx_idx": position,
         "feature_type": "logit",
         "jsNodeId": f"L_0-{position}",
-        "clerp": "refusal score",
+        "clerp": words_of(graph).score,
         "is_target_logit": True,
         "token_prob": 1.0,
     }

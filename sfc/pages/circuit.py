@@ -9,6 +9,7 @@ import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
+from sfc.circuits.files import words_of
 from sfc.pages.blocks import (
     Block,
     Figure,
@@ -29,7 +30,7 @@ from sfc.pages.curve import curve_figure
 from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
-from sfc.pages.style import signs, words_of
+from sfc.pages.style import signs
 from sfc.pages.text import count_text, number_text, printable, tokens_text
 
 NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}

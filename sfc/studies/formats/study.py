@@ -54,6 +54,8 @@ class PromptFormats(Study[FormatsOptions]):
     }
 
     def check(self, run: Run) -> None:
+        if run.behavior.name != "refusal":
+            raise UserError(f"formats ask whether instructions are refused, and not about {run.behavior.name!r}")
         prompts = self.of(run).prompts
         if prompts is not None and not prompts.is_file():
             raise UserError(f"no file {prompts}: --prompts takes a CSV with a column 'prompt' or 'goal'")

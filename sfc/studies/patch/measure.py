@@ -105,7 +105,7 @@ def _check_some_left(selection: Selection, options: PatchingOptions, path: Path)
     lost = "; ".join(f"{count}: {reason}" for reason, count in _lost(selection).items())
     tried = f"{len(selection.table)} pairs tried" + (f", lost {lost}" if lost else ", none lost")
     if not selection.pairs:
-        hint = "; for a model that hardly refuses, --require score asks for a difference of the score alone"
+        hint = "; where replies hardly ever differ, --require score asks for a difference of the score alone"
         raise UserError(f"no pair can be used: {tried}; see {path}{hint if options.require == 'behaviour' else ''}")
     say(f"{len(selection.pairs)} pairs ({tried})")
     if len(selection.pairs) < _FEW_PAIRS:

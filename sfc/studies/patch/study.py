@@ -151,11 +151,13 @@ def pairs_file(run: Run) -> Path | None:
     """The file that `patching.pairs` means; None where the pairs are prompts of the data set in wrappers.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or the behavior has no pairs in the data set.
     """
     name = PatchingOptions.of(run.experiment).pairs
     if name == "wrapped":
         return None
+    if name == "toxic-safe" and not run.behavior.reads_data_set:
+        raise UserError(f"behavior {run.behavior.name!r} has no pairs of prompts: give --pairs a file, or wrapped")
     path = run.data_folder / "pairs.csv" if name == "toxic-safe" else Path(name)
     if not path.is_file():
         raise UserError(
