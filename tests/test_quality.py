@@ -17,14 +17,16 @@ from torch import Tensor
 
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role
-from sfc.pipeline import ensure_saes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
+from sfc.session import Session
+from sfc.studies.study import Finished, ensure
 from sfc.studies.train.rows import training_rows
+from sfc.studies.train.study import TRAIN
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX
@@ -157,7 +159,7 @@ def test_what_rows_do_not_define_is_nan(count: int) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(load_experiment("tiny", ["activations.dtype=float32"]), root=tmp_path_factory.mktemp("run"))
-    ensure_saes(run)
+    ensure(TRAIN, run)
     return run
 
 
@@ -170,11 +172,11 @@ def test_a_run_writes_a_row_per_site_and_role(run: Run) -> None:
     of_all = quality[quality["role"] == "all"]
     assert of_all["cross_entropy_zero_ablated"].notna().all() and of_all["score_recovered"].notna().all()
     assert quality.loc[quality["role"] != "all", "score_spliced"].isna().all()
-    assert run.saes.manifest()["variance_unexplained"] == pytest.approx(of_all["fvu"].mean(), abs=1e-5)
+    pd.testing.assert_frame_equal(pd.DataFrame(Finished(run.saes.folder).result["quality"]), quality, atol=1e-6, rtol=0)
 
 
 def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
-    store, rows = Store(run.corpus.folder), training_rows(run)
+    store, rows = Store(run.corpus.folder), training_rows(Session(run))
     quality = pd.read_csv(run.saes.folder / "quality.csv").set_index(["site", "role"])
     density = pd.read_csv(run.saes.folder / "density.csv").set_index(["site", "feature"])
     held_out = rows.table["held_out"].to_numpy()[store.tokens.prompt]
@@ -197,7 +199,7 @@ def corpus_run(tmp_path: Path) -> Callable[[str], Run]:
         settings = [f"corpus.source={source}", "corpus.reply_tokens=5", "corpus.context=32"]
         settings += ["prompts.limit=8", "saes.steps=10", "saes.batch_size=32"]
         run = Run(load_experiment("tiny", settings), tmp_path)
-        ensure_saes(run)
+        ensure(TRAIN, run)
         return run
 
     return run

@@ -13,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.studies.discover.study import DISCOVER
+from sfc.studies.study import Finished, ensure
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
 from sfc.studies.train.rows import HeldOutBlock
+from sfc.studies.train.study import TRAIN
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32
@@ -33,6 +36,14 @@ def sfc(*arguments: object, root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
 
 
+def circuit_of(run: Run) -> Finished:
+    return ensure(DISCOVER, run.having(DiscoveryOptions, category="violence"))
+
+
+def circuit_folder(run: Run) -> Path:
+    return DISCOVER.artifact(run.having(DiscoveryOptions, category="violence")).folder
+
+
 def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
     return Run(load_experiment("tiny", [f"saes.source={source}", *overrides]), root)
 
@@ -41,7 +52,7 @@ def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
 def trained(root: Path) -> Run:
     """A run that trained its own dictionaries and found a circuit."""
     run = Run(load_experiment("tiny"), root)
-    ensure_circuit(run, "violence")
+    circuit_of(run)
     return run
 
 
@@ -79,18 +90,17 @@ def test_the_command_gives_the_circuit_of_dictionaries_trained_in_place(trained:
     assert finished.returncode == 0, finished.stderr
     assert "training" not in finished.stderr
     result = json.loads(finished.stdout)
-    before = trained.circuit("violence")
+    before = circuit_of(trained)
     ours = json.loads((before.folder / "circuit.json").read_text())
     theirs = json.loads((root / result["files"]["circuit"]).read_text())
     assert theirs["nodes"] == ours["nodes"] and theirs["edges"] == ours["edges"]
-    expected = before.manifest()["result"]
-    keys = set(expected) - {"files", "seconds"}
-    assert {key: result[key] for key in keys} == {key: expected[key] for key in keys}
+    assert {key: result[key] for key in before.result} == before.result
 
 
 def test_what_is_adopted_is_copied_measured_recorded_and_kept(trained: Run, copied: Path, root: Path) -> None:
     run = run_with(root, copied)
-    artifact = ensure_saes(run)
+    ensure(TRAIN, run)
+    artifact = run.saes
     for site in SITES:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             assert (artifact.folder / site / name).read_bytes() == (copied / site / name).read_bytes()
@@ -99,7 +109,7 @@ def test_what_is_adopted_is_copied_measured_recorded_and_kept(trained: Run, copi
     ours, theirs = (pd.read_csv(a.folder / QUALITY_FILE) for a in (trained.saes, artifact))
     pd.testing.assert_frame_equal(ours, theirs)
     before = (artifact.folder / "manifest.json").stat().st_mtime_ns
-    assert (ensure_saes(run).folder / "manifest.json").stat().st_mtime_ns == before
+    assert (ensure(TRAIN, run).folder / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
@@ -115,7 +125,7 @@ def test_a_perfect_normalised_dictionary_leaves_nothing_to_the_error_nodes(
         "discovery.method=attribution",
         "evaluation.sizes=[8,64]",
     )
-    result = ensure_circuit(run, "violence").manifest()["result"]
+    result = circuit_of(run).result
     quality = pd.read_csv(run.saes.folder / QUALITY_FILE)
     assert (quality["fvu"] < 1e-6).all() and (quality["loss_recovered"].dropna() > 0.999).all()
     assert result["error_share"] < 1e-3 and result["n_nodes"] > 0
@@ -125,7 +135,7 @@ def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, 
     moved = shutil.copytree(copied, tmp_path / "moved")
     here, there = run_with(trained.root, copied), run_with(trained.root, moved)
     assert here.saes.folder == there.saes.folder != trained.saes.folder
-    assert here.circuit("violence").folder == there.circuit("violence").folder
+    assert circuit_folder(here) == circuit_folder(there)
     assert run_with(trained.root, copied, "saes.k=9").saes.folder == here.saes.folder, "nothing is trained"
     assert run_with(trained.root, copied, "saes.min_variance_explained=0.1").saes.folder != here.saes.folder
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -139,7 +149,7 @@ def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, 
 
 def test_one_dictionary_serves_one_site(trained: Run, copied: Path) -> None:
     run = run_with(trained.root, copied / SITES[1], "activations.layers=[1]")
-    assert list(load_dictionaries(ensure_saes(run).folder, [SITES[1]])) == [SITES[1]]
+    assert list(load_dictionaries(ensure(TRAIN, run).folder, [SITES[1]])) == [SITES[1]]
     with pytest.raises(UserError, match=r"is one of blocks\.1\.hook_resid_post, not of blocks\.0\.hook_resid_post"):
         _ = run_with(trained.root, copied / SITES[1]).saes
 
@@ -172,7 +182,9 @@ def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
     assert last.startswith(f"error: {SITES[1]}: the dictionary explains -")
     assert "less than saes.min_variance_explained=0.5" in last
     assert not [folder for folder in root.glob("saes/tiny-*/manifest.json") if folder.parent not in before]
-    assert ensure_saes(run_with(root, copied, "saes.min_variance_explained=-1e9")).is_complete()
+    run = run_with(root, copied, "saes.min_variance_explained=-1e9")
+    ensure(TRAIN, run)
+    assert run.saes.is_complete()
 
 
 def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
