@@ -35,7 +35,7 @@ class Shared:
     device: Annotated[str, typer.Option(help="auto picks CUDA where there is one; else cpu, cuda, cuda:1 …")] = "auto"
     seed: Annotated[int | None, typer.Option(help="Seed of splits, SAEs and draws. [default: the preset's]")] = None
     root: Annotated[Path, typer.Option(help="Folder in which data/ activations/ saes/ circuits/ lie.")] = Path()
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make this command's artifact anew.")] = False
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make this command's artifact again.")] = False
     set: Annotated[list[str] | None, typer.Option(help="Change a value: section.key=value. May be repeated.")] = None
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False
 

@@ -19,7 +19,8 @@ import sfc
 from sfc.api import Discovered
 from sfc.cli import app
 from sfc.core.errors import UserError
-from sfc.pipeline_study import ensure_steering
+from sfc.studies.steer.study import STEER
+from sfc.studies.study import ensure
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.ipynb"
@@ -111,11 +112,12 @@ def test_steering_along_a_feature_adds_a_share_of_the_residual_norm(circuit: Dis
     name = next(str(n) for n in circuit.nodes.index[circuit.nodes["kind"] == "feature"])
     [site] = {str(node["site"]) for n, node in circuit.graph.nodes(data=True) if n == name}
     steering = sfc.steer(run, name, 0.5)
+    [edit] = steering.edits
     row = probe.dictionaries[site].W_dec[int(name.rpartition("/F")[2])]
-    assert torch.equal(steering.edit.direction.float(), row) and steering.edit.sites == (site,)
+    assert torch.equal(edit.direction.float(), row) and edit.sites == (site,)
     with h5py.File(run.store.folder / "shard-00000.h5") as file:
         rows = np.asarray(file[f"activations/{site}"]).astype(np.float64)
-    assert steering.edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
+    assert edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
     assert (steering.positions, steering.during_reply) == ("suffix", False)
     assert abs(probe.score_of(prompt, steering=steering) - probe.score_of(prompt)) > 1e-3
     assert probe.score_of(prompt, steering=sfc.steer(run, name, 0)) == pytest.approx(probe.score_of(prompt), abs=1e-6)
@@ -125,7 +127,7 @@ def test_steering_along_a_finished_direction_is_what_its_sweep_did(circuit: Disc
     overrides = [text for text in LENIENT if text != "--set"]
     short = ["steering.prompts=8", "steering.test_prompts=2", "steering.alphas=[-0.5, 0.5]", "steering.layers=[0]"]
     run = sfc.load_preset("tiny", [*overrides, *short], root=circuit.run.root)
-    folder = ensure_steering(run).folder
+    folder = ensure(STEER, run).folder
     sweep = pd.read_csv(folder / "sweep.csv")
     sweep = sweep[(sweep["direction"] == "toxic-safe") & (sweep["alpha"] == 0.5)]
     probe, steering = sfc.open_model(run), sfc.steer(circuit.run, folder.name, 0.5)

@@ -41,6 +41,10 @@ class Discover(Study[DiscoveryOptions]):
         "curve": "curve.csv",
         "prompts": "prompts.csv",
     }
+    model_columns: ClassVar = {
+        "n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised",
+    }  # fmt: skip
+    model_headline: ClassVar = ("faithfulness",)
 
     def label(self, run: Run) -> str:
         options = self.of(run)
@@ -74,6 +78,9 @@ class Discover(Study[DiscoveryOptions]):
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
         return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
+
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        return {name: finished.result[name] for name in self.model_columns}
 
 
 def needs_of_circuits(run: Run) -> list[Need]:
