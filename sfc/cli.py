@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from sfc.cli_options import Shared, command_of, finish, with_shared_options
-from sfc.cli_study import repair
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
@@ -203,7 +202,6 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-app.command()(with_shared_options(repair))
 for study in STUDIES:
     app.command(study.name)(command_of(study))
 

@@ -2,20 +2,17 @@
 
 import inspect
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from sfc.core.artifacts import Artifact
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.core.options import Flag, flags_of
-from sfc.core.options import overrides_of as overrides_of_section
+from sfc.core.options import Flag, flags_of, overrides_of
 from sfc.core.progress import say
 from sfc.core.ranks import is_leader
 from sfc.pages.terminal import show
@@ -91,7 +88,7 @@ def command_of(study: Study[Any]) -> Callable[..., None]:
         overrides = []
         for section in dict.fromkeys(section for section, _ in offered):
             of_section = {flag.field: values[flag.field] for kind, flag in offered if kind is section}
-            overrides += overrides_of_section(section, of_section)
+            overrides += overrides_of(section, of_section)
         finished = ensure(study, shared.run(overrides), shared.rebuild)
         show(study.page(finished).summary)
         finish(finished.report(), shared.json)
@@ -121,21 +118,6 @@ def _annotation(flag: Flag) -> Any:
     return Annotated[kind | None, typer.Option(flag.name, help=flag.help, show_default=flag.default or False)]
 
 
-def numbers_of(text: str) -> list[int]:
-    """The numbers that `10-12,25` means.
-
-    Raises:
-        UserError: it means none.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise UserError(f"{text!r} is no list of numbers: write 10-12,25")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
-
-
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """The paths of what was made; with `--json` they go to standard error and the object to standard output."""
     if not is_leader():
@@ -147,31 +129,3 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
             print(path)
     if as_json:
         print(json.dumps(result, allow_nan=False))
-
-
-def finish_artifact(artifact: Artifact, as_json: bool) -> None:
-    """As `finish`, with an artifact's result and the paths of its files."""
-    manifest = artifact.manifest()
-    files = manifest["files"] if "files" in manifest else manifest["result"]["files"]
-    paths = {name: str(artifact.folder / file) for name, file in files.items()}
-    finish({**manifest["result"], "files": paths}, as_json)
-
-
-def overrides_of(section: str, values: Mapping[str, Any]) -> list[str]:
-    """Options as overrides of the settings in a section; those that are None are left out."""
-    return [f"{section}.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-
-
-def float_of(text: str) -> float:
-    """The number that a text means.
-
-    Raises:
-        UserError: it is none, or not finite.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{text!r} is no number: write for example -0.3,0,0.3")
-    return number
