@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import sfc
 from sfc.api import Discovered
-from sfc.cli import app
+from sfc.cli import command_line
 from sfc.core.errors import UserError
 from sfc.pipeline_study import ensure_steering
 
@@ -34,7 +34,7 @@ def circuit(tmp_path_factory: pytest.TempPathFactory) -> Discovered:
 def command(circuit: Discovered, *arguments: str) -> dict:
     """What `sfc …` with `--json` prints for this circuit's run."""
     shared = ["--preset", "tiny", "--root", str(circuit.run.root), "--set", "evaluation.sizes=[16, 64]", "--json"]
-    finished = CliRunner().invoke(app, [*arguments, *shared], catch_exceptions=False)
+    finished = CliRunner().invoke(command_line(), [*arguments, *shared], catch_exceptions=False)
     assert finished.exit_code == 0
     return json.loads(finished.stdout)
 
@@ -111,11 +111,12 @@ def test_steering_along_a_feature_adds_a_share_of_the_residual_norm(circuit: Dis
     name = next(str(n) for n in circuit.nodes.index[circuit.nodes["kind"] == "feature"])
     [site] = {str(node["site"]) for n, node in circuit.graph.nodes(data=True) if n == name}
     steering = sfc.steer(run, name, 0.5)
+    [edit] = steering.edits
     row = probe.dictionaries[site].W_dec[int(name.rpartition("/F")[2])]
-    assert torch.equal(steering.edit.direction.float(), row) and steering.edit.sites == (site,)
+    assert torch.equal(edit.direction.float(), row) and edit.sites == (site,)
     with h5py.File(run.store.folder / "shard-00000.h5") as file:
         rows = np.asarray(file[f"activations/{site}"]).astype(np.float64)
-    assert steering.edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
+    assert edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
     assert (steering.positions, steering.during_reply) == ("suffix", False)
     assert abs(probe.score_of(prompt, steering=steering) - probe.score_of(prompt)) > 1e-3
     assert probe.score_of(prompt, steering=sfc.steer(run, name, 0)) == pytest.approx(probe.score_of(prompt), abs=1e-6)

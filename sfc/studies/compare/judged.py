@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
+from pydantic import BaseModel
 
 from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.replies import judged_replies
-from sfc.core.artifacts import read_json, write_json
+from sfc.core.artifacts import read_model, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
 from sfc.session import Session
@@ -26,6 +27,14 @@ from sfc.studies.compare.overlap import Weights, shared_core
 from sfc.studies.discover.problem import prepare_problem
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
+
+
+class _OfCategory(BaseModel):
+    """The file of one category: its rows of the two tables, and the nodes that circuits are made of."""
+
+    transfer: list[dict[str, Any]]
+    core: list[dict[str, Any]]
+    nodes: Nodes
 
 
 class Judged(NamedTuple):
@@ -50,11 +59,11 @@ def judge_circuits(session: Session, folder: Path, circuits: Mapping[str, Weight
             if not path.exists():
                 parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
                 write_json(path, _judged(session, category, circuits, parts))
-            judged.append(read_json(path))
+            judged.append(read_model(path, _OfCategory))
             progress(1)
-    nodes = Nodes(**{name: tuple(values) for name, values in judged[0]["nodes"].items()})
-    transfer, parts = (pd.DataFrame([row for one in judged for row in one[name]]) for name in ("transfer", "core"))
-    return Judged(transfer, parts, nodes)
+    transfer = pd.DataFrame([row for one in judged for row in one.transfer])
+    parts = pd.DataFrame([row for one in judged for row in one.core])
+    return Judged(transfer, parts, judged[0].nodes)
 
 
 def _judged(

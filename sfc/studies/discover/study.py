@@ -27,7 +27,7 @@ from sfc.studies.train.study import TRAIN
 class Discover(Study[DiscoveryOptions]):
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
 
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    Example: sfc discover --category privacy --method correlation --set correlation.threshold=0.2
     """
 
     name = "discover"
@@ -41,6 +41,12 @@ class Discover(Study[DiscoveryOptions]):
         "curve": "curve.csv",
         "prompts": "prompts.csv",
     }
+    model_columns: ClassVar = {
+        "n_nodes": "nodes",
+        "faithfulness": "faithfulness",
+        "completeness_normalised": "completeness, normalised",
+    }
+    model_headline: ClassVar = ("faithfulness",)
 
     def label(self, run: Run) -> str:
         options = self.of(run)
@@ -74,6 +80,9 @@ class Discover(Study[DiscoveryOptions]):
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
         return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
+
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        return {name: finished.result.get(name) for name in self.model_columns}
 
 
 def needs_of_circuits(run: Run) -> list[Need]:
