@@ -27,7 +27,7 @@ from sfc.studies.train.study import TRAIN
 class Discover(Study[DiscoveryOptions]):
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
 
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    Example: sfc discover --category privacy --method correlation --set correlation.threshold=0.2
     """
 
     name = "discover"
