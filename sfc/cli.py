@@ -191,7 +191,7 @@ def command_line() -> typer.Typer:
         UserError: a plugin cannot be loaded.
     """
     app = typer.Typer(
-        help="Find the sparse feature circuits behind a language model's behavior, such as refusing, and prove them.",
+        help="Find the sparse feature circuits behind a language model's behavior, such as refusing, and test them.",
         add_completion=False,
         pretty_exceptions_enable=False,
     )

@@ -111,11 +111,12 @@ def test_steering_along_a_feature_adds_a_share_of_the_residual_norm(circuit: Dis
     name = next(str(n) for n in circuit.nodes.index[circuit.nodes["kind"] == "feature"])
     [site] = {str(node["site"]) for n, node in circuit.graph.nodes(data=True) if n == name}
     steering = sfc.steer(run, name, 0.5)
+    [edit] = steering.edits
     row = probe.dictionaries[site].W_dec[int(name.rpartition("/F")[2])]
-    assert torch.equal(steering.edit.direction.float(), row) and steering.edit.sites == (site,)
+    assert torch.equal(edit.direction.float(), row) and edit.sites == (site,)
     with h5py.File(run.store.folder / "shard-00000.h5") as file:
         rows = np.asarray(file[f"activations/{site}"]).astype(np.float64)
-    assert steering.edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
+    assert edit.amount == pytest.approx(0.5 * np.linalg.norm(rows, axis=1).mean(), rel=1e-5)
     assert (steering.positions, steering.during_reply) == ("suffix", False)
     assert abs(probe.score_of(prompt, steering=steering) - probe.score_of(prompt)) > 1e-3
     assert probe.score_of(prompt, steering=sfc.steer(run, name, 0)) == pytest.approx(probe.score_of(prompt), abs=1e-6)

@@ -155,7 +155,7 @@ def test_prompts_are_rendered_as_the_model_wants_them_and_refusal_tokens_are_sin
     assert model.tokenizer.decode(prompt.ids) == RENDERED[preset], "and nothing twice, such as a first token"
     assert model.tokenizer.decode(prompt.ids[prompt.roles == Role.CONTENT]).strip() == "Bake bread?"
     assert (prompt.roles == Role.SUFFIX).any()
-    assert len(RefusalScore.of(model).refusal) == len(model.config.refusal_tokens)
+    assert len(RefusalScore.of(model).tokens) == len(model.config.refusal_tokens)
 
 
 @pytest.mark.parametrize("preset", ["pythia-70m", "gpt2", "qwen2.5-0.5b-instruct", "llama3.1-8b-instruct"])

@@ -126,7 +126,7 @@ def train_refusal_adapter(
     frame = _read_prompts(prompts_csv)
     model = load_model(_base_config())
     examples = _make_examples(model, frame, seed, settings)
-    opening = RefusalScore.of(model).refusal
+    opening = RefusalScore.of(model).tokens
     del model
     held_out = keyed_numbers(frame["prompt"], f"adapter held out {seed}") < settings.held_out * 2.0**64
     training = [example for example, out in zip(examples, held_out, strict=True) if not out]
@@ -183,7 +183,7 @@ def _make_examples(model: Model, frame: pd.DataFrame, seed: int, settings: Train
 @torch.no_grad()
 def _own_replies(model: Model, prompts: Sequence[TokenizedPrompt], length: int) -> list[list[int]]:
     """The model's greedy replies, the first token being the best that does not open a refusal."""
-    opening = RefusalScore.of(model).refusal
+    opening = RefusalScore.of(model).tokens
     first = np.zeros(len(prompts), dtype=np.int64)
     for batch in make_batches(prompts, SlotLayout.of(prompts), _GENERATION_TOKENS, model.device):
         first[batch.prompts.cpu().numpy()] = (

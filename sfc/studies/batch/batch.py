@@ -145,7 +145,7 @@ def _study(run: Run, stages: Mapping[str, Study[Any] | Stage], category: str | N
                 chosen = with_options(study, run, category, limit)
                 studied.finished[stage] = ensure(study, chosen, session=session)
             else:
-                studied.finished[stage] = Finished(study.ensure(run, category).folder)
+                studied.finished[stage] = Finished(study.ensure(run).folder)
         except UserError as error:
             studied.failures.append(Failure(name, stage, " ".join(str(error).split())))
             if isinstance(error, CannotLoadModel):

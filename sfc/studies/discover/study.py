@@ -41,6 +41,12 @@ class Discover(Study[DiscoveryOptions]):
         "curve": "curve.csv",
         "prompts": "prompts.csv",
     }
+    model_columns: ClassVar = {
+        "n_nodes": "nodes",
+        "faithfulness": "faithfulness",
+        "completeness_normalised": "completeness, normalised",
+    }
+    model_headline: ClassVar = ("faithfulness",)
 
     def label(self, run: Run) -> str:
         options = self.of(run)
@@ -75,6 +81,9 @@ class Discover(Study[DiscoveryOptions]):
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
         return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
 
+    def model_row(self, finished: Finished) -> dict[str, Any]:
+        return {name: finished.result.get(name) for name in self.model_columns}
+
 
 def needs_of_circuits(run: Run) -> list[Need]:
     """What has to be finished before circuits are found or judged."""
@@ -85,7 +94,7 @@ def needs_of_circuits(run: Run) -> list[Need]:
 def reference_inputs(run: Run) -> dict[str, Any]:
     """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
     options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.experiment.behavior == "refusal":
+    if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
         if options.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
