@@ -131,7 +131,7 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
             Tile(
                 "faithfulness",
                 cell(result.get("faithfulness")),
-                interval("faithfulness", "share of the score restored"),
+                interval("faithfulness", "score restored"),
             ),
             Tile(
                 "completeness, normalised",
