@@ -162,7 +162,7 @@ def test_the_heat_map_is_that_of_the_comparisons_page(compared: Compared, root: 
     drawn = answer(app, "overlap.figure", {"comparison.value": compared.name}, {})
     assert compared.result["verdict"] in str(drawn["verdict"]) and compared.command in str(drawn["verdict"])
     page = (compared.folder / "comparison.html").read_text(encoding="utf-8")
-    of_page = json.loads(page.split('-overlap-data">')[1].split("</script>")[0])
+    of_page = json.loads(page.split('id="overlap-data">')[1].split("</script>")[0])
     assert json.loads(json.dumps(drawn["overlap"]["figure"])) == of_page
 
 

@@ -1,6 +1,7 @@
 """`sfc report`: every number is an artifact's, text stays text, and what is there is reported whatever it is."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -94,7 +95,9 @@ def test_every_number_in_a_table_is_an_artifacts(root: Path) -> None:
     numbers = [number for match in found for number in match.groups() if number]
     assert len(numbers) > 300
     graph = nx.node_link_graph(json.loads((_folder(root, "circuit") / "circuit.json").read_text()), edges="edges")
-    allowed |= {cell(n) for n in pd.Series([layer for _, layer in graph.nodes(data="layer")]).value_counts()}
+    nodes = dict(graph.nodes(data=True)).values()
+    allowed |= {cell(n) for n in pd.Series([node["layer"] for node in nodes]).value_counts()}
+    allowed |= {cell(math.fsum(node.get(role, 0) for node in nodes)) for role in graph.graph["roles"]}
     assert [number for number in numbers if number not in allowed] == []
 
 
@@ -146,7 +149,9 @@ CHANGES = {
     ("discover", "node"): lambda root: _change_json(
         _folder(root, "circuit") / "circuit.json", "nodes", 0, "effect", to=77.7
     ),
-    ("train", "quality"): lambda root: _change_csv(next(root.glob("saes/tiny-*/quality.csv")), "fvu", 0.777),
+    ("train", "result"): lambda root: _change_json(
+        next(root.glob("saes/tiny-*/result.json")), "quality", 0, "fvu", to=0.777
+    ),
     ("behaviour", "groups"): lambda root: _change_csv(_folder(root, "behaviour") / "groups.csv", "rate", 0.777),
     ("behaviour", "result"): lambda root: _change_json(_folder(root, "behaviour") / "result.json", "auroc", to=0.777),
     ("probe", "layers"): lambda root: _change_csv(_folder(root, "probe") / "layers.csv", "separation", 7.77),

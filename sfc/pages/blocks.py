@@ -54,7 +54,7 @@ class Figure(NamedTuple):
     """A plotly figure for the page, and the table that stands in its place elsewhere, where there is one."""
 
     name: str
-    """of its element in the page, and of the file that it is saved to"""
+    """of its element in the page, and of the file that it is saved to; repeated ones are numbered"""
     draw: Callable[[], go.Figure]
     """called where the figure is shown, which a terminal does not"""
     table: Table | None = None

@@ -31,12 +31,13 @@ def page_html(page: Page) -> str:
         f"<header><h1>{_text(page.title)}</h1><p>{_text(page.sentence)}</p></header>\n"
         "<noscript><p>The pictures need JavaScript; figures and table are readable without it.</p></noscript>"
     )
-    body = [header, *(_bare(f"summary-{i}", b) for i, b in enumerate(page.summary))]
+    taken: set[str] = set()
+    body = [header, *(_bare(block, taken) for block in page.summary)]
     titles = [(f"s{number}", section.title) for number, section in enumerate(page.sections) if section.title]
     if len(titles) > _MOST_WITHOUT_CONTENTS:
         links = "".join(f'<a href="#{name}">{_text(title)}</a><br>' for name, title in titles)
         body.append(f'<section class="card">{links}</section>')
-    body += [_card(f"s{number}", section) for number, section in enumerate(page.sections)]
+    body += [_card(f"s{number}", section, taken) for number, section in enumerate(page.sections)]
     if page.guide:
         paragraphs = "".join(f"<p>{_marked(text)}</p>" for text in page.guide)
         body.append(
@@ -47,20 +48,25 @@ def page_html(page: Page) -> str:
     return document_html(page.title, "\n".join(body), _scripts(page))
 
 
-def _card(name: str, section: Section) -> str:
+def _card(name: str, section: Section, taken: set[str]) -> str:
     heading = f"<h2>{_text(section.title)}</h2>\n" if section.title else ""
-    blocks = "\n".join(_block(f"{name}-{i}", block) for i, block in enumerate(section.blocks))
+    blocks = "\n".join(_block(block, taken) for block in section.blocks)
     return f'<section class="card scroll" id="{name}">{heading}{blocks}</section>'
 
 
-def _bare(name: str, block: Block) -> str:
+def _bare(block: Block, taken: set[str]) -> str:
     """A block of the summary: tiles are cards themselves."""
     if isinstance(block, Tiles):
-        return _block(name, block)
-    return f'<section class="card scroll">{_block(name, block)}</section>'
+        return _block(block, taken)
+    return f'<section class="card scroll">{_block(block, taken)}</section>'
 
 
-def _block(name: str, block: Block) -> str:
+def _block(block: Block, taken: set[str]) -> str:
+    """A block.
+
+    Args:
+        taken: names of the page's figures so far; that of this one is added.
+    """
     match block:
         case Paragraph(text):
             return f"<p>{_marked(text)}</p>"
@@ -71,18 +77,26 @@ def _block(name: str, block: Block) -> str:
         case Links(term, links):
             shown = ", ".join(f'<a href="{escape(address)}">{_text(text)}</a>' for text, address in links)
             return f"<p>{_text(term)}: {shown or 'none'}</p>"
-        case Figure(own_name, draw, _):
-            return figure_html(f"{name}-{own_name}", draw())
+        case Figure(name, draw, _):
+            return figure_html(_free(name, taken), draw())
         case Pair(left, right):
-            return (
-                f'<div class="pair"><div>{_block(f"{name}-l", left)}</div><div>{_block(f"{name}-r", right)}</div></div>'
-            )
+            return f'<div class="pair"><div>{_block(left, taken)}</div><div>{_block(right, taken)}</div></div>'
         case Widget(html, _, _):
             return html()
         case Tiles(tiles):
             return f'<dl class="tiles">{"".join(map(_tile, tiles))}</dl>'
         case Table():
             return table_html(block)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where another figure of the page has it already."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    taken.add(free)
+    return free
 
 
 def table_html(table: Table) -> str:

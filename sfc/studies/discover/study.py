@@ -27,7 +27,7 @@ from sfc.studies.train.study import TRAIN
 class Discover(Study[DiscoveryOptions]):
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
 
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    Example: sfc discover --category privacy --method correlation --set correlation.threshold=0.2
     """
 
     name = "discover"
@@ -80,7 +80,7 @@ class Discover(Study[DiscoveryOptions]):
         return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
-        return {name: finished.result[name] for name in self.model_columns}
+        return {name: finished.result.get(name) for name in self.model_columns}
 
 
 def needs_of_circuits(run: Run) -> list[Need]:
@@ -92,7 +92,7 @@ def needs_of_circuits(run: Run) -> list[Need]:
 def reference_inputs(run: Run) -> dict[str, Any]:
     """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
     options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.experiment.behavior == "refusal":
+    if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
         if options.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
