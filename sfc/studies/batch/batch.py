@@ -4,6 +4,7 @@ A study that fails for a model is listed with its reason, and the others go on. 
 and dropped from memory before the next.
 """
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,10 @@ def make_batch(
     by_model = {each.run.experiment.name: each.finished for each in studied}
     critical, measured = critical_table(by_model)
     frequency = frequencies(critical, measured)
-    links = {model: {stage: _page(each) for stage, each in of.items()} for model, of in by_model.items()}
+    artifact = _artifact(runs, list(stages), category, limit)
+    links = {
+        model: {stage: _page(each, artifact.folder) for stage, each in of.items()} for model, of in by_model.items()
+    }
     result = {
         "category": category,
         "stages": list(stages),
@@ -109,7 +113,6 @@ def make_batch(
     }
     words = BEHAVIORS[runs[0].experiment.behavior].words
     page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
-    artifact = _artifact(runs, list(stages), category, limit)
     with artifact.being_made() as folder:
         tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
         for name, table in tables.items():
@@ -180,8 +183,9 @@ def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str
     return row
 
 
-def _page(finished: Finished) -> str:
-    """The page of an artifact, relative to the folder of a batch, which lies beside those of the presets."""
-    manifest = finished.manifest
-    files = manifest.get("files") or manifest["result"]["files"]
-    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, files.get("page", MANIFEST)))
+def _page(finished: Finished, folder: Path) -> str:
+    """The page of an artifact, or its manifest where it has none, relative to a folder."""
+    page = finished.files.get("page", finished.folder / MANIFEST)
+    if "result" in finished.manifest:  # until steering is a study
+        page = finished.folder / finished.manifest["result"]["files"]["page"]
+    return Path(os.path.relpath(page, folder)).as_posix()
