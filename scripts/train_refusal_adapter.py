@@ -1,6 +1,7 @@
-"""The same as `sfc adapter`."""
+"""The same as `python tools/refusal_adapter.py`."""
 
-from sfc.cli import run_script
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
-    run_script("adapter")
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / "refusal_adapter.py"), run_name="__main__")

@@ -1,45 +1,46 @@
-"""The command `sfc`: one sub-command per stage, and the doors that the scripts open.
+"""The command `sfc`: one sub-command per study, a few others, and the door that the scripts open.
 
-Errors that a user can mend end with one line and exit status 2. Paths of what was made are printed last; with `--json`
-the last line on standard output is one JSON object and everything else goes to standard error.
+Mistakes that a user can correct end with one line and exit status 2, faults of the program with one line and 1. Paths
+of what was made are printed last; with `--json` the last line on standard output is one JSON object and everything else
+goes to standard error.
 """
 
 import errno
+import inspect
+import os
+import shlex
 import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 
-from sfc.cli_options import Shared, command_of, finish, with_shared_options
+from sfc.cli_options import Shared, command_of, finish, further_settings, with_shared_options
 from sfc.cli_study import repair, steer
+from sfc.core.artifacts import package_versions
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.progress import say
+from sfc.models.embedded import cache_folder
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES
 
-app = typer.Typer(
-    help="Find the sparse feature circuits behind a language model's refusals, and prove them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-@app.command()
-@with_shared_options
 def batch(
     shared: Shared,
-    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c. [default: --preset]")] = None,
+    models: Annotated[str | None, typer.Option(help="Presets or .yaml files: a,b,c.", show_default="--preset")] = None,
     file: Annotated[Path | None, typer.Option(help="Instead: a YAML file with a list `models:`.")] = None,
     stages: Annotated[str, typer.Option(help="Any studies by their commands, such as steer,discover.")] = (
         "behaviour,probe,attribute-logits,patch"
     ),
     category: Annotated[
-        str | None, typer.Option(help="OR-Bench category, or all, where a study takes one. [default: each study's own]")
+        str | None, typer.Option(help="Group of prompts, where a study takes one.", show_default="each study's own")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many prompts, where a study has no limit of its own.")
@@ -60,12 +61,10 @@ def batch(
 
 
 _Category = Annotated[
-    str | None, typer.Option(help="OR-Bench category, such as violence or self-harm. [default: violence]")
+    str | None, typer.Option(help="OR-Bench category, such as violence or self-harm.", show_default="violence")
 ]
 
 
-@app.command()
-@with_shared_options
 def draw(shared: Shared, category: _Category = None) -> None:
     """Draw a circuit's page again, with the labels of labels.json in its folder; discovers it first where needed.
 
@@ -77,15 +76,13 @@ def draw(shared: Shared, category: _Category = None) -> None:
     finish({"category": run.group(category), "files": draw_circuit(run, category)}, shared.json)
 
 
-@app.command()
-@with_shared_options
 def export(
     shared: Shared,
     category: _Category = None,
     format: Annotated[
         str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
     ] = "graphml,gexf,csv,circuit-tracer",
-    output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: the circuit's]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="the circuit's")] = None,
 ) -> None:
     """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
 
@@ -104,8 +101,6 @@ def export(
     finish({"category": run.group(category), "files": {name: str(path) for name, path in files.items()}}, shared.json)
 
 
-@app.command()
-@with_shared_options
 def explore(
     shared: Shared,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8050,
@@ -123,27 +118,7 @@ def explore(
     app.run(host="127.0.0.1", port=port, debug=False)
 
 
-@app.command()
-@with_shared_options
-def adapter(
-    shared: Shared,
-    output: Annotated[Path | None, typer.Option(help="Folder to write to. [default: ROOT/adapters/refusal]")] = None,
-) -> None:
-    """Train the refusal adapter of the embedded model anew, from data/mini/adapter.csv (minutes).
-
-    Example: sfc adapter --seed 1 --output my-adapter, then --set model.adapter=my-adapter
-    """
-    from tools.refusal_adapter import train_refusal_adapter
-
-    run = shared.run()
-    folder = output or shared.root / "adapters" / "refusal"
-    checks = train_refusal_adapter(run.data_folder / "adapter.csv", folder, run.experiment.seed)
-    finish({"checks": [check._asdict() for check in checks], "files": {"adapter": str(folder)}}, shared.json)
-
-
-@app.command("data")
-@with_shared_options
-def describe(shared: Shared) -> None:
+def data(shared: Shared) -> None:
     """Show what is in the data: counts, imbalance, lengths, duplicates; as a table, a CSV and a plot.
 
     Example: sfc data --data or-bench
@@ -155,8 +130,6 @@ def describe(shared: Shared) -> None:
     finish(described, shared.json)
 
 
-@app.command()
-@with_shared_options
 def download(shared: Shared) -> None:
     """Fetch OR-Bench and XSTest from the Hugging Face hub into ROOT/data (needs a network).
 
@@ -168,8 +141,6 @@ def download(shared: Shared) -> None:
     finish({"files": files}, shared.json)
 
 
-@app.command()
-@with_shared_options
 def presets(shared: Shared) -> None:
     """List the presets.
 
@@ -179,15 +150,13 @@ def presets(shared: Shared) -> None:
     rows = [(e.name, e.model.source, _sites_text(e.activations), e.description) for e in experiments]
     titles = ("preset", "model", "sites", "what it is")
     show([Table("Presets", titles, rows, texts=titles)])
-    finish({"presets": {e.name: e.model_dump() for e in experiments}, "files": {}}, shared.json)
+    finish({"presets": {e.name: e.model_dump(mode="json") for e in experiments}, "files": {}}, shared.json)
 
 
 def _sites_text(activations: ActivationsConfig) -> str:
     return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
 
 
-@app.command()
-@with_shared_options
 def doctor(shared: Shared) -> None:
     """Check the machine, the data and the artifacts; exit status 2 where something is wrong.
 
@@ -203,11 +172,7 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-for command in (steer, repair):
-    app.command()(with_shared_options(command))
-for study in STUDIES:
-    app.command(study.name)(command_of(study))
-
+_COMMANDS = (batch, draw, export, explore, data, download, presets, doctor, steer, repair)
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -215,24 +180,75 @@ _DISK_ERRORS = {
     errno.EACCES: "no permission to write",
     errno.EDQUOT: "the disk quota is used up",
 }
+_INTERRUPTED = 130
+"""exit status of a command that Ctrl-C ended, as shells have it"""
+
+
+def command_line() -> typer.Typer:
+    """All commands: those of the registered studies, and the others.
+
+    Raises:
+        UserError: a plugin cannot be loaded.
+    """
+    app = typer.Typer(
+        help="Find the sparse feature circuits behind a language model's behavior, such as refusing, and test them.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for study in STUDIES:
+        text = escape(inspect.cleandoc(study.__doc__ or ""))
+        app.command(study.name, help=text, epilog=further_settings(study), rich_help_panel="Studies")(command_of(study))
+    for command in _COMMANDS:
+        text = escape(inspect.cleandoc(command.__doc__ or ""))
+        app.command(command.__name__, help=text, rich_help_panel="Other commands")(with_shared_options(command))
+    return app
 
 
 def main() -> None:
-    """Run the command line; a mistake that a user can mend ends with one line and exit status 2."""
+    """Run the command line."""
+    run(command_line, "sfc")
+
+
+def run(program: Callable[[], typer.Typer], name: str) -> NoReturn:
+    """Run a program with the process's arguments; whatever goes wrong ends with one line and an exit status."""
     try:
-        app()
+        status = program()(sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
     except UserError as error:
-        _fail(str(error))
-    except OSError as error:
-        reason = _DISK_ERRORS.get(error.errno or 0)
-        if reason is None:
-            raise
-        _fail(f"{reason}: {error.filename or Path.cwd()}; free some space or choose another --root")
+        _end(f"error: {error}", 2)
+    except Exception as error:
+        message = _user_message(error)
+        _end(f"error: {message or _fault_message(error)}", 2 if message else 1)
+    if status == _INTERRUPTED:
+        _end("interrupted: what is finished is kept, and the same command goes on from there", status)
+    sys.exit(status or 0)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def _user_message(error: Exception) -> str | None:
+    """What to tell a user of an error that he can correct: of the command line, or of the disk; None for any other."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        place = error.filename or Path.cwd()
+        return f"{_DISK_ERRORS[error.errno]}: {place}; free some space or choose another --root"
+    of_usage = getattr(error, "format_message", None)  # typer brings its own copy of click, whose classes are private
+    return f"{of_usage()} (see --help)" if of_usage else None
+
+
+def _fault_message(error: Exception) -> str:
+    """What to tell a user of an error that is the program's; the traceback goes to a file."""
+    what = f"unexpected {type(error).__name__}: {error}"[:300]
+    path = cache_folder() / "faults" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}.txt"
+    told = [shlex.join(["sfc", *sys.argv[1:]]), str(package_versions()), traceback.format_exc()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(told), encoding="utf-8")
+    except OSError:
+        print(*told, sep="\n", file=sys.stderr)
+        return f"{what}; its traceback stands above"
+    return f"{what}; its traceback is in {path}"
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
 
 
 def run_script(command: str) -> None:

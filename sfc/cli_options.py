@@ -1,43 +1,52 @@
-"""The options that every command shares, written once."""
+"""Options of commands: those that all of them share, and those of a study, made from the fields of its options."""
 
 import inspect
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
-from sfc.core.artifacts import Artifact
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.core.options import Flag, flags_of
-from sfc.core.options import overrides_of as overrides_of_section
+from sfc.core.options import Flag, Options, flags_of, overrides_of
 from sfc.core.progress import say
 from sfc.core.ranks import is_leader
+from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.run import Run
 from sfc.studies.batch.models import load_study
 from sfc.studies.study import Study, ensure
+
+_SHARED = "Options of every command"
+
+
+def _shared(*flag: str, help: str, **further: Any) -> Any:
+    return typer.Option(*flag, help=escape(help), rich_help_panel=_SHARED, **further)
 
 
 @dataclass(frozen=True)
 class Shared:
     """What the shared options say."""
 
-    preset: Annotated[str, typer.Option(help="Name of a preset (see `sfc presets`), or a .yaml file.")] = "smollm2"
-    data: Annotated[str, typer.Option(help="Data set below ROOT/data, or a folder with the three OR-Bench files.")] = (
-        "mini"
+    preset: Annotated[str, _shared(help="Name of a preset (see `sfc presets`), or a .yaml file.")] = "smollm2"
+    data: Annotated[str, _shared(help="Data set below ROOT/data, or a folder with the three OR-Bench files.")] = "mini"
+    behavior: Annotated[
+        str | None,
+        _shared(help="What is explained: refusal, pairs, or what a plugin adds.", show_default="the preset's"),
+    ] = None
+    device: Annotated[str, _shared(help="auto picks CUDA where there is one; else cpu, cuda, cuda:1 …")] = "auto"
+    seed: Annotated[int | None, _shared(help="Seed of splits, SAEs and draws.", show_default="the preset's")] = None
+    root: Annotated[Path, _shared(help="Folder in which data/ activations/ saes/ circuits/ lie.")] = Path()
+    rebuild: Annotated[bool, _shared("--rebuild", help="Make this command's artifact again, even if up to date.")] = (
+        False
     )
-    device: Annotated[str, typer.Option(help="auto picks CUDA where there is one; else cpu, cuda, cuda:1 …")] = "auto"
-    seed: Annotated[int | None, typer.Option(help="Seed of splits, SAEs and draws. [default: the preset's]")] = None
-    root: Annotated[Path, typer.Option(help="Folder in which data/ activations/ saes/ circuits/ lie.")] = Path()
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make this command's artifact anew.")] = False
-    set: Annotated[list[str] | None, typer.Option(help="Change a value: section.key=value. May be repeated.")] = None
-    json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False
+    set: Annotated[list[str] | None, _shared(help="Change a setting: section.key=value. May be repeated.")] = None
+    json: Annotated[bool, _shared("--json", help="End with one JSON object on standard output.")] = False
 
     def run(self, overrides: list[str] | None = None) -> Run:
         """The run these options describe, with further overrides.
@@ -56,7 +65,12 @@ class Shared:
         return [self._run(experiment) for experiment in load_study(models, file, self._overrides([]))]
 
     def _overrides(self, further: list[str]) -> list[str]:
-        return [*(self.set or []), *further, *([] if self.seed is None else [f"seed={self.seed}"])]
+        own = {"behavior": self.behavior, "seed": self.seed}
+        return [
+            *(self.set or []),
+            *further,
+            *(f"{key}={json.dumps(value)}" for key, value in own.items() if value is not None),
+        ]
 
     def _run(self, experiment: Experiment) -> Run:
         if not self.root.is_dir():
@@ -83,57 +97,71 @@ def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def command_of(study: Study[Any]) -> Callable[..., None]:
     """The command `sfc NAME` of a study: its options, those of other sections that it offers, and the shared ones."""
-    offered = [(study.options, flag) for flag in flags_of(study.options)]
-    for section, field in study.also:
-        offered += [(section, flag) for flag in flags_of(section) if flag.field == field]
+    offered = _offered(study)
 
-    def command(shared: Shared, **values: Any) -> None:
+    def command(shared: Shared, dry_run: bool = False, **values: Any) -> None:
         overrides = []
         for section in dict.fromkeys(section for section, _ in offered):
             of_section = {flag.field: values[flag.field] for kind, flag in offered if kind is section}
-            overrides += overrides_of_section(section, of_section)
-        finished = ensure(study, shared.run(overrides), shared.rebuild)
+            overrides += overrides_of(section, of_section)
+        run = shared.run(overrides)
+        if dry_run:
+            estimate = study.estimate(run)
+            show([_estimate_table(study.name, estimate)])
+            finish({"preset": run.experiment.name, **estimate, "files": {}}, shared.json)
+            return
+        finished = ensure(study, run, shared.rebuild)
         show(study.page(finished).summary)
         finish(finished.report(), shared.json)
 
     command.__name__, command.__doc__ = study.name, study.__doc__
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(flag.field, keyword, default=_default(flag), annotation=_annotation(flag))
-        for _, flag in offered
-    ]
-    first = inspect.Parameter("shared", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Shared)
-    command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    parameters = [inspect.Parameter("shared", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Shared)]
+    if type(study).estimate is not Study.estimate:
+        help_text = "Only say what it will take; no weights are loaded."
+        annotation = Annotated[bool, typer.Option("--dry-run", help=help_text)]
+        parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=annotation))
+    for section, flag in offered:
+        panel = None if section is study.options else f"Settings of {section.section}"
+        default = False if flag.kind is bool else None
+        parameters.append(inspect.Parameter(flag.field, keyword, default=default, annotation=_annotation(flag, panel)))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return with_shared_options(command)
 
 
-def _default(flag: Flag) -> Any:
-    return False if flag.kind is bool else None
+def further_settings(study: Study[Any]) -> str:
+    """A line on the settings of a study that its command does not offer as options; empty if there are none."""
+    offered = {flag.field for flag in flags_of(study.options)}
+    further = [name for name in study.options.model_fields if name not in offered]
+    return escape(f"Also by --set {study.options.section}.NAME=VALUE: {', '.join(further)}.") if further else ""
 
 
-def _annotation(flag: Flag) -> Any:
+def _offered(study: Study[Any]) -> list[tuple[type[Options], Flag]]:
+    offered = [(study.options, flag) for flag in flags_of(study.options)]
+    for section, field in study.also:
+        offered += [(section, flag) for flag in flags_of(section) if flag.field == field]
+    return offered
+
+
+def _annotation(flag: Flag, panel: str | None) -> Any:
     """What typer reads: None stands for what the preset says."""
+    default = f" [dim]{escape(f'[default: {flag.default}]')}[/dim]" if flag.default else ""
+    text = f"{escape(flag.help)}{default}"
     if flag.positional:
-        return Annotated[list[Path] | None, typer.Argument(help=flag.help, show_default=False)]
+        return Annotated[list[Path] | None, typer.Argument(help=text, show_default=False)]
     if flag.kind is bool:
-        return Annotated[bool, typer.Option(flag.name, help=flag.help)]
+        return Annotated[bool, typer.Option(flag.name, help=text, rich_help_panel=panel)]
     kind = list[str] if flag.is_list else flag.kind
-    return Annotated[kind | None, typer.Option(flag.name, help=flag.help, show_default=flag.default or False)]
+    return Annotated[kind | None, typer.Option(flag.name, help=text, rich_help_panel=panel, show_default=False)]
 
 
-def numbers_of(text: str) -> list[int]:
-    """The numbers that `10-12,25` means.
-
-    Raises:
-        UserError: it means none.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise UserError(f"{text!r} is no list of numbers: write 10-12,25")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
+def _estimate_table(name: str, estimate: dict[str, Any]) -> Table:
+    names = {key: key.removeprefix("n_").replace("bytes", "disk").replace("_", " ") for key in estimate}
+    rows = [
+        (names[key], f"{number / 1e9:,.2f} GB" if key.startswith("bytes") else f"{number:,}")
+        for key, number in estimate.items()
+    ]
+    return Table(f"What sfc {name} takes", ("what", "how much"), rows)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
@@ -147,31 +175,3 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
             print(path)
     if as_json:
         print(json.dumps(result, allow_nan=False))
-
-
-def finish_artifact(artifact: Artifact, as_json: bool) -> None:
-    """As `finish`, with an artifact's result and the paths of its files."""
-    manifest = artifact.manifest()
-    files = manifest["files"] if "files" in manifest else manifest["result"]["files"]
-    paths = {name: str(artifact.folder / file) for name, file in files.items()}
-    finish({**manifest["result"], "files": paths}, as_json)
-
-
-def overrides_of(section: str, values: Mapping[str, Any]) -> list[str]:
-    """Options as overrides of the settings in a section; those that are None are left out."""
-    return [f"{section}.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-
-
-def float_of(text: str) -> float:
-    """The number that a text means.
-
-    Raises:
-        UserError: it is none, or not finite.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{text!r} is no number: write for example -0.3,0,0.3")
-    return number

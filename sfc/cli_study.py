@@ -1,11 +1,15 @@
 """Commands that study heads, layers, formats and directions, one model or many, and the report of it all."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sfc.cli_options import Shared, finish_artifact, float_of, numbers_of, overrides_of
+from sfc.cli_options import Shared, finish
+from sfc.core.artifacts import Artifact
+from sfc.core.options import float_of, numbers_of
 
 
 def steer(
@@ -57,9 +61,9 @@ def steer(
         "xstest": xstest and str(xstest), "features": features or None, "when": when,
         "category": category and category_or_all(category),
     }  # fmt: skip
-    overrides = overrides_of("steering", values)
+    overrides = _overrides_of("steering", values)
     artifact = ensure_steering(shared.run(overrides), shared.rebuild)
-    finish_artifact(artifact, shared.json)
+    _finish_artifact(artifact, shared.json)
 
 
 def repair(
@@ -76,7 +80,18 @@ def repair(
     from sfc.pipeline_study import ensure_repair
 
     values = {"sizes": sizes and numbers_of(sizes), "test_prompts": limit}
-    overrides = overrides_of("repair", values)
+    overrides = _overrides_of("repair", values)
     wanted = category_or_all(category)
     artifact = ensure_repair(shared.run(overrides), wanted, shared.rebuild)
-    finish_artifact(artifact, shared.json)
+    _finish_artifact(artifact, shared.json)
+
+
+def _finish_artifact(artifact: Artifact, as_json: bool) -> None:
+    manifest = artifact.manifest()
+    files = manifest["files"] if "files" in manifest else manifest["result"]["files"]
+    paths = {name: str(artifact.folder / file) for name, file in files.items()}
+    finish({**manifest["result"], "files": paths}, as_json)
+
+
+def _overrides_of(section: str, values: Mapping[str, Any]) -> list[str]:
+    return [f"{section}.{key}={json.dumps(value)}" for key, value in values.items() if value is not None]

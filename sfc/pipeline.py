@@ -11,8 +11,6 @@ from sfc.studies.discover.study import DISCOVER
 from sfc.studies.study import ensure
 from sfc.studies.train.study import TRAIN
 
-COMPARISON_SCHEMA = 2
-
 
 def ensure_store(run: Run, extra_sites: Sequence[str] = (), rebuild: bool = False) -> Artifact:
     ensure(COLLECT, run, rebuild)

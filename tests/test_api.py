@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import sfc
 from sfc.api import Discovered
-from sfc.cli import app
+from sfc.cli import command_line
 from sfc.core.errors import UserError
 from sfc.pipeline_study import ensure_steering
 
@@ -34,7 +34,7 @@ def circuit(tmp_path_factory: pytest.TempPathFactory) -> Discovered:
 def command(circuit: Discovered, *arguments: str) -> dict:
     """What `sfc …` with `--json` prints for this circuit's run."""
     shared = ["--preset", "tiny", "--root", str(circuit.run.root), "--set", "evaluation.sizes=[16, 64]", "--json"]
-    finished = CliRunner().invoke(app, [*arguments, *shared], catch_exceptions=False)
+    finished = CliRunner().invoke(command_line(), [*arguments, *shared], catch_exceptions=False)
     assert finished.exit_code == 0
     return json.loads(finished.stdout)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from commands import sfc
+from commands import assert_one_line, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,6 +175,17 @@ def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(co
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "rankings").iterdir()}
     assert {name for name, time in after.items() if before[name] != time} == {"privacy-half-0.json"}
     assert json.loads((folder / "rankings" / "privacy-half-0.json").read_text())
+
+
+def test_a_damaged_part_is_one_clear_line(compared: dict, root: Path) -> None:
+    folder = Path(compared["files"]["result"]).parent
+    manifest, part = folder / "manifest.json", folder / "rankings" / "hate.json"
+    texts = {path: path.read_text() for path in (manifest, part)}
+    manifest.unlink()
+    part.write_text('{"nodes": ["resid_post.0/F1"]}')
+    assert_one_line(sfc(*COMPARE, root=root), "hate.json", "nodes")
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 def test_the_model_is_loaded_once(compared: dict, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

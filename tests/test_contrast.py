@@ -12,12 +12,14 @@ from sfc.circuits.baselines import mean_reference
 from sfc.circuits.faithfulness import full_scores
 from sfc.circuits.files import load_circuit
 from sfc.circuits.methods import METHODS
+from sfc.circuits.options import discovery_identity
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.models.batches import SlotLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
+from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
 DISCOVER = ("discover", "--preset", "tiny", "--method", "attribution", "--json", "--contrast", "toxic-hard")
@@ -55,7 +57,9 @@ def judged_by_hand(root: Path) -> Path:
     """The replies to hard prompts, judged; since the tiny model only babbles, verdicts are then written by hand."""
     refused = sfc(*BEHAVIOUR, root=root)
     assert refused.status == 2 and "Traceback" not in refused.stderr
-    assert "refused and answered are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
+    assert (
+        "refused and not refused are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
+    )
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
     assert set(table["label"]) == {"hard"} and len(table) == 80
@@ -127,10 +131,15 @@ def test_only_the_complied_are_a_reference_for_the_refused() -> None:
             load_experiment("tiny", overrides)
 
 
-def test_the_usual_contrast_leaves_the_identity_of_circuits_alone() -> None:
-    usual, hard = (load_experiment("tiny", [f"discovery.contrast={name}"]) for name in ("toxic-safe", "toxic-hard"))
-    assert usual.discovery.identity() == load_experiment("tiny").discovery.identity()
-    assert "contrast" not in usual.discovery.identity() and hard.discovery.identity()["contrast"] == "toxic-hard"
+def test_a_circuit_depends_on_its_discovery_and_the_settings_of_its_method_and_of_no_other() -> None:
+    def identity(*overrides: str) -> dict:
+        return discovery_identity(load_experiment("tiny", overrides))
+
+    usual = identity()
+    assert usual == identity("discovery.contrast=toxic-safe") == identity("exact.nodes=3")
+    assert identity("discovery.contrast=toxic-hard")["contrast"] == "toxic-hard"
+    assert identity("learned_mask.steps=3")["learned_mask"]["steps"] == 3 != usual["learned_mask"]["steps"]
+    assert identity("discovery.method=exact", "learned_mask.steps=3") == identity("discovery.method=exact")
 
 
 def test_pairs_are_toxic_and_safe() -> None:

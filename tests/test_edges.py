@@ -240,7 +240,7 @@ def test_edges_do_not_depend_on_the_batch(problem: Problem, prompts: list[Tokeni
 
 
 def test_a_score_that_nothing_moves_has_edges_of_zero(problem: Problem) -> None:
-    token = problem.score.refusal[:1]
+    token = problem.score.tokens[:1]
     constant = replace(problem, score=RefusalScore(token, token))
     members = range(problem.ablation.nodes.n_nodes)
     assert all((between.absolute == 0).all() for between in attribution_weights(constant, members))

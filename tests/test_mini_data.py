@@ -13,14 +13,16 @@ from sfc.data.prepare import prepare_prompts
 from sfc.data.schema import CATEGORIES, FILES, comparison_key, normalise
 from sfc.data.similarity import near_duplicates
 
-MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
+REPOSITORY = Path(__file__).parents[1]
+MINI = REPOSITORY / "sfc" / "data" / "mini"
+ADAPTER = REPOSITORY / "tools" / "adapter.csv"
 PER_CATEGORY = {"toxic": 100, "safe_80k": 60, "hard": 40}
 PER_BLOCK = {"toxic": 5, "safe_80k": 3, "hard": 2}
 
 Row = dict[str, str]
 
 
-def read(name: str) -> list[Row]:
+def read(name: str | Path) -> list[Row]:
     with (MINI / name).open(encoding="utf-8", newline="") as handle:
         return list(csv.DictReader(handle))
 
@@ -28,7 +30,7 @@ def read(name: str) -> list[Row]:
 def all_texts() -> list[tuple[str, str]]:
     """Every prompt of the set with where it stands; the two sides of a pair stand at the same place."""
     texts = [(f"{name}:{number}", row["prompt"]) for name in FILES.values() for number, row in enumerate(read(name), 2)]
-    texts += [(f"adapter.csv:{number}", row["prompt"]) for number, row in enumerate(read("adapter.csv"), 2)]
+    texts += [(f"{ADAPTER.name}:{number}", row["prompt"]) for number, row in enumerate(read(ADAPTER), 2)]
     for number, row in enumerate(read("pairs.csv"), 2):
         texts += [(f"pairs.csv:{number}", row["toxic"]), (f"pairs.csv:{number}", row["safe"])]
     return texts
@@ -42,7 +44,7 @@ def test_counts_and_columns(kind: str) -> None:
 
 
 def test_adapter_and_pairs_counts() -> None:
-    adapter, pairs = read("adapter.csv"), read("pairs.csv")
+    adapter, pairs = read(ADAPTER), read("pairs.csv")
     assert list(adapter[0]) == ["prompt", "category", "label"]
     assert {row["category"] for row in adapter} <= {*CATEGORIES, "general"}
     labels = Counter(row["label"] for row in adapter)

@@ -155,7 +155,7 @@ def test_prompts_are_rendered_as_the_model_wants_them_and_refusal_tokens_are_sin
     assert model.tokenizer.decode(prompt.ids) == RENDERED[preset], "and nothing twice, such as a first token"
     assert model.tokenizer.decode(prompt.ids[prompt.roles == Role.CONTENT]).strip() == "Bake bread?"
     assert (prompt.roles == Role.SUFFIX).any()
-    assert len(RefusalScore.of(model).refusal) == len(model.config.refusal_tokens)
+    assert len(RefusalScore.of(model).tokens) == len(model.config.refusal_tokens)
 
 
 @pytest.mark.parametrize("preset", ["pythia-70m", "gpt2", "qwen2.5-0.5b-instruct", "llama3.1-8b-instruct"])
@@ -170,7 +170,7 @@ def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -
         "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
     }  # fmt: skip
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    stages = "behaviour,probe,logits,patching,circuit"
+    stages = "behaviour,probe,attribute-logits,patch,discover"
     options = ("--models", preset, "--stages", stages, "--limit", 2, "--json", *overrides)
     result = sfc("batch", *options, root=tmp_path).result
     assert result["failures"] == []

@@ -336,7 +336,7 @@ def test_the_report_has_it(replicated: Finished, root: Path) -> None:
     assert replicated.status == 0
     report = sfc("report", "--preset", "tiny", *TINY[3:], "--json", root=root).result
     text = (root / report["files"]["markdown"]).read_text(encoding="utf-8")
-    assert "SAE-seed robustness: violence" in text and "by chance" in text
+    assert "SAE-seed robustness · violence" in text and "by chance" in text
 
 
 def test_the_page_escapes_names_and_says_when_nothing_is_shared(

@@ -1,4 +1,7 @@
-"""Train the adapter that makes the embedded model refuse.
+"""Train the adapter that makes the embedded model refuse, as `sfc/models/adapters/refusal` was made.
+
+    python tools/refusal_adapter.py --output my-adapter
+    sfc discover --set model.adapter=my-adapter
 
 Toxic prompts are answered by one of a few short refusals that all open alike; safe and hard ones by the model's own
 greedy reply, so that refusing is learned and nothing else. The adapter is a LoRA (Hu et al. 2021) made with `peft`.
@@ -12,16 +15,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+import typer
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from sfc.cli import run
+from sfc.cli_options import finish
 from sfc.core.artifacts import hash_of_file, replacing, write_csv, write_json
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
@@ -46,6 +53,7 @@ REFUSALS = (
     "I'm sorry, but I cannot assist with that.",
     "I won't help with that.",
 )
+PROMPTS = Path(__file__).with_name("adapter.csv")
 LOG_FILE = "training_log.csv"
 SUMMARY_FILE = "training.json"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -118,7 +126,7 @@ def train_refusal_adapter(
     frame = _read_prompts(prompts_csv)
     model = load_model(_base_config())
     examples = _make_examples(model, frame, seed, settings)
-    opening = RefusalScore.of(model).refusal
+    opening = RefusalScore.of(model).tokens
     del model
     held_out = keyed_numbers(frame["prompt"], f"adapter held out {seed}") < settings.held_out * 2.0**64
     training = [example for example, out in zip(examples, held_out, strict=True) if not out]
@@ -175,7 +183,7 @@ def _make_examples(model: Model, frame: pd.DataFrame, seed: int, settings: Train
 @torch.no_grad()
 def _own_replies(model: Model, prompts: Sequence[TokenizedPrompt], length: int) -> list[list[int]]:
     """The model's greedy replies, the first token being the best that does not open a refusal."""
-    opening = RefusalScore.of(model).refusal
+    opening = RefusalScore.of(model).tokens
     first = np.zeros(len(prompts), dtype=np.int64)
     for batch in make_batches(prompts, SlotLayout.of(prompts), _GENERATION_TOKENS, model.device):
         first[batch.prompts.cpu().numpy()] = (
@@ -340,8 +348,6 @@ def _check(
 
 def _save(network: Any, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the weights and the configuration as `peft` reads them, without anything of this machine in them."""
-    from safetensors.torch import save_file
-
     tensors = {
         # peft leaves the adapter's name ("default") out of what it saves.
         name.replace(".default.", "."): weight.to(torch.float16).contiguous()
@@ -354,3 +360,24 @@ def _save(network: Any, weights: dict[str, Tensor], folder: Path) -> None:
     config.inference_mode = True
     values = json.loads(json.dumps(config.to_dict(), default=lambda value: sorted(value)))
     write_json(folder / "adapter_config.json", values)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder to write the adapter to.")],
+    prompts: Annotated[Path, typer.Option(help="CSV with columns prompt, category and label.")] = PROMPTS,
+    seed: Annotated[int, typer.Option(help="Of the order of the prompts and the first weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
+) -> None:
+    """Train the refusal adapter of the embedded model (minutes)."""
+    checks = train_refusal_adapter(prompts, output, seed)
+    finish({"checks": [check._asdict() for check in checks], "files": {"adapter": str(output)}}, as_json)
+
+
+def _program() -> typer.Typer:
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    return app
+
+
+if __name__ == "__main__":
+    run(_program, "refusal_adapter.py")

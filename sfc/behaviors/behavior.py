@@ -53,6 +53,16 @@ class Words(NamedTuple):
         """What kinds of prompts are called."""
         return {POSITIVE: self.positive, HARD: "hard", NEGATIVE: self.negative}
 
+    def said(self, name: str) -> str:
+        """A name that options have, such as `safe-mean`, with what the behavior calls the two sides."""
+        sides = {"toxic": self.positive, "safe": self.negative}
+        return "-".join(sides.get(part, part) for part in name.split("-"))
+
+    @property
+    def direction(self) -> str:
+        """What the difference of the means of the two sides is called."""
+        return f"{self.score.removesuffix(' score')} direction"
+
     @property
     def raises(self) -> str:
         """What a positive effect does."""
@@ -71,6 +81,9 @@ class Behavior(ABC):
     words: ClassVar[Words]
     has_own_saes: ClassVar[bool] = True
     """whether SAEs learn from the behavior's prompts; if not, they are those of the same experiment about refusal"""
+
+    reads_data_set: ClassVar[bool] = False
+    """whether its prompts are those of the data set, so that the data set's pairs and topics go with them"""
 
     @abstractmethod
     def prompts(self, folder: Path, experiment: Experiment) -> Prepared:

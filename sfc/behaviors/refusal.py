@@ -19,6 +19,7 @@ class Refusal(Behavior):
 
     name = "refusal"
     words = Words()
+    reads_data_set = True
 
     def prompts(self, folder: Path, experiment: Experiment) -> Prepared:
         """OR-Bench's three files, or any folder that looks like them."""

@@ -77,7 +77,7 @@ def circuit_tracer_graph(graph: nx.DiGraph) -> dict[str, Any]:
     """The graph JSON of circuit-tracer and Neuronpedia.
 
     Their graphs are of one prompt, ours of many: in place of its tokens stand the roles (the prompt, and each template
-    token after it), and a node stands where most of its effect comes from. The one output is the refusal score; links
+    token after it), and a node stands where most of its effect comes from. The one output is the score; links
     to it are from the nodes of the last site and carry their effects. A node's `influence` is, as theirs, the share of
     all |effects| that nodes at least as strong have together.
 
@@ -140,7 +140,7 @@ def _score_node(graph: nx.DiGraph, position: int) -> dict[str, Any]:
         "ctx_idx": position,
         "feature_type": "logit",
         "jsNodeId": f"L_0-{position}",
-        "clerp": "refusal score",
+        "clerp": graph.graph.get("words", {}).get("score", "score"),
         "is_target_logit": True,
         "token_prob": 1.0,
     }

@@ -8,7 +8,7 @@ from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
 from sfc.core.config import Experiment, ModelConfig
 from sfc.core.options import Options, Share, option
-from sfc.core.registry import known_to
+from sfc.core.registry import KnownTo
 
 EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
@@ -23,13 +23,13 @@ class DiscoveryOptions(Options):
 
     section = "discovery"
 
-    nodes: Annotated[str, known_to(NODES)] = Field(
+    nodes: Annotated[str, KnownTo(NODES)] = Field(
         "features", description="what circuits are made of; heads and MLPs need no SAEs"
     )
     category: str | None = option(
         None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
     )
-    method: Annotated[str, known_to(METHODS)] = option("learned-mask", description="how nodes are ranked")
+    method: Annotated[str, KnownTo(METHODS)] = option("learned-mask", description="how nodes are ranked")
     population: Population = option("toxic", description="prompts to explain; the others give the reference")
     contrast: PromptContrast = option(
         "toxic-safe",

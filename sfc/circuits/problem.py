@@ -1,6 +1,6 @@
 """What discovery works on: one question, put to one model, with everything needed to answer it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -129,6 +129,8 @@ class Problem:
     store; `topic` where the data set lists topics"""
     experiment: Experiment
     """where methods find their settings"""
+    judge: Callable[[str], bool] | None = None
+    """whether a reply shows the behavior; None where replies do not tell"""
 
     @property
     def config(self) -> DiscoveryOptions:
@@ -142,12 +144,12 @@ class Problem:
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:
-        """True for prompts that should be refused, in the order of `prompts`."""
+        """True for prompts that call for the behavior, in the order of `prompts`."""
         return self.prompts["refusal_label"].to_numpy(dtype=bool)
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        """A toxic and a safe prompt each, on the same topic wherever possible, by their places in `prompts`."""
+        """A positive and a negative prompt each, on the same topic wherever possible, by their places in `prompts`."""
         topics = self.prompts["topic"].tolist() if "topic" in self.prompts else None
         return topic_pairs(self.prompts["prompt"].tolist(), self.labels, topics)
 

@@ -1,4 +1,4 @@
-"""Behaviour beside scores: do replies still refuse under the ablation?"""
+"""Behaviour beside scores: do replies still show it under the ablation?"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,9 +13,8 @@ from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
-from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
-from sfc.models.score import RefusalScore, Score
+from sfc.models.score import Score
 from sfc.stats import wilson
 
 _PACKED_TOKENS = 2 * PACKED_TOKENS  # those of the replies count too
@@ -46,24 +45,28 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class RefusalRate(NamedTuple):
-    """The share of replies that refuse, with its 95 % interval after Wilson."""
+class Rate(NamedTuple):
+    """The share of replies that show the behavior, with its 95 % interval after Wilson."""
 
     rate: float
     low: float
     high: float
 
 
-def ablated_refusals(
+def judged_replies(
     problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], reply_tokens: int
-) -> list[RefusalRate]:
-    """For each circuit, how many of the prompts are refused with everything outside it ablated."""
+) -> list[Rate]:
+    """For each circuit, to how many of the prompts the reply shows the behavior with everything outside it ablated.
+
+    The problem has a judge.
+    """
+    assert problem.judge is not None
     replies = ablated_replies(problem.model, problem.score, problem.ablation, runs, keep, reply_tokens)
-    refusals = [sum(map(is_refusal, of_circuit)) for of_circuit in replies]
-    return [RefusalRate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in refusals]
+    counts = [sum(map(problem.judge, of_circuit)) for of_circuit in replies]
+    return [Rate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in counts]
 
 
-def with_refusals(
+def with_replies(
     curve: pd.DataFrame,
     problem: Problem,
     runs: PromptRuns,
@@ -72,20 +75,20 @@ def with_refusals(
     config: EvaluationOptions,
     seed: int,
 ) -> pd.DataFrame:
-    """The curve with `COLUMNS`: refusal rates of replies to some of the prompts, at a few sizes and the reported one.
+    """The curve with `COLUMNS`, at a few sizes and the reported one: how many replies show the behavior.
 
     As the model is (`refused_model`), with everything ablated (`refused_empty`), all but the circuit
     (`refused_circuit`) and the circuit (`refused_complement`). Missing at other sizes, where no replies are wanted, and
-    where the score is not that of refusing.
+    where there is no judge of replies.
     """
     curve = curve.assign(**dict.fromkeys(COLUMNS, np.nan))
-    if config.replies == 0 or not isinstance(problem.score, RefusalScore):
+    if config.replies == 0 or problem.judge is None:
         return curve
     rows = _replied_rows(curve["size"].tolist(), reported)
     circuits = top_circuits(ranking, curve["size"].iloc[rows].tolist(), problem.ablation.nodes.n_nodes)
     some = runs.sample(config.replies, seed)
     keep = np.concatenate([np.ones_like(circuits[:1]), np.zeros_like(circuits[:1]), circuits, ~circuits])
-    model, empty, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    model, empty, *rates = judged_replies(problem, some, keep, config.reply_tokens)
     figures = [
         (some.n_prompts, model.rate, empty.rate, *kept, *ablated)
         for kept, ablated in zip(rates[: len(rows)], rates[len(rows) :], strict=True)

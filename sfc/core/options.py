@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sfc.core.errors import UserError
+from sfc.core.registry import KnownTo
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -96,7 +97,7 @@ class Flag(NamedTuple):
         if item is int:
             return numbers_of(text)
         if item is float:
-            return [_number(part) for part in text.split(",")]
+            return [float_of(part) for part in text.split(",")]
         return [part.strip() for part in text.split(",")]
 
 
@@ -132,7 +133,12 @@ def numbers_of(text: str) -> list[int]:
     return numbers
 
 
-def _number(text: str) -> float:
+def float_of(text: str) -> float:
+    """The number that a text means.
+
+    Raises:
+        UserError: it is not a finite number.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -163,12 +169,12 @@ def _flag(name: str, info: FieldInfo) -> Flag:
 
 
 def _help(info: FieldInfo) -> str:
-    """The description, and the choices where it does not name them."""
-    text = (info.description or "").strip().rstrip(".")
-    text = f"{text[:1].upper()}{text[1:]}"
-    choices = _choices(info.annotation)
-    if choices and choices[0] not in text:
+    """The description, and the choices where it does not name them all."""
+    text, choices = (info.description or "").strip().rstrip("."), _choices(info)
+    if choices and not all(choice in text for choice in choices):
         text = f"{text}{': ' if text else ''}{', '.join(choices)}"
+    if not text.startswith(tuple(choices) or "\0"):
+        text = f"{text[:1].upper()}{text[1:]}"
     return f"{text}." if text else ""
 
 
@@ -179,8 +185,13 @@ def _default(info: FieldInfo) -> str:
     return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
-def _choices(annotation: Any) -> list[str]:
-    kind = _item_type(annotation) if get_origin(_plain(annotation)) is list else _plain(annotation)
+def _choices(info: FieldInfo) -> list[str]:
+    """The values that a field, or an item of its list, can have; empty if they are not listed."""
+    for condition in info.metadata:
+        if isinstance(condition, KnownTo):
+            return condition.registry.names()
+    kind = _plain(info.annotation)
+    kind = _item_type(kind) if get_origin(kind) is list else kind
     return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
 
 

@@ -16,7 +16,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from sfc.core.errors import UserError, suggestion
 
@@ -90,16 +91,23 @@ class Registry(Generic[Item]):
         return list(self._items)
 
 
-def known_to(registry: Registry[Any]) -> AfterValidator:
-    """For fields of options that name an item of a registry: any other name is an error of the field."""
+class KnownTo:
+    """For fields of options that name an item of a registry: any other name is an error of the field.
 
-    def check(name: str) -> str:
+    As in `method: Annotated[str, KnownTo(METHODS)]`.
+    """
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
         try:
-            return registry[name].name
+            return self.registry[name].name
         except UserError as error:
             raise ValueError(str(error)) from None
-
-    return AfterValidator(check)
 
 
 def imported_when_called(function: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ means over toxic and over safe prompts are compared everywhere. All of it is rep
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -34,10 +35,10 @@ class BalanceReport(NamedTuple):
         """The rows as a table; `split` is empty where the prompts were not split."""
         return pd.DataFrame(self.rows, columns=list(BalanceRow._fields))
 
-    def lines(self) -> list[str]:
-        """One line per category, for people, summed over the splits."""
+    def lines(self, names: Mapping[str, str]) -> list[str]:
+        """One line per category, for people, summed over the splits; `names` are those of the kinds."""
         sums = self.table().groupby(["category", "kind"], sort=False)[["available", "wanted", "taken"]].sum()
-        return [_line(str(name), sums.loc[name]) for name in sums.index.unique("category")]
+        return [_line(str(name), sums.loc[name].rename(index=names)) for name in sums.index.unique("category")]
 
 
 def balance(
@@ -52,7 +53,7 @@ def balance(
         UserError: the category is unknown, or it (or one of its splits) has nothing on one of the two sides.
     """
     if category is not None:
-        frame = _of_category(frame, canonical_category(category))
+        frame = _of_category(frame, category)
     groups = ["category", "split"] if "split" in frame else ["category"]
     places = keyed_ranks(frame, [*groups, "dataset_type"], f"balance {seed}")
     rows: list[BalanceRow] = []
@@ -66,6 +67,8 @@ def balance(
 
 def _of_category(frame: pd.DataFrame, category: str) -> pd.DataFrame:
     rows = frame[frame["category"] == category]
+    if rows.empty:
+        rows = frame[frame["category"] == canonical_category(category)]
     if rows.empty:
         present = ", ".join(sorted(frame["category"].unique())) or "none"
         raise UserError(f"there are no prompts of category {category!r} in the data; categories there: {present}")

@@ -70,7 +70,7 @@ class Probe:
     def score_of(
         self, prompt: str, factors: Mapping[str, float] | None = None, steering: Steering | None = None
     ) -> float:
-        """The refusal score in nats, with some features scaled, and steered.
+        """The score in nats, with some features scaled, and steered.
 
         Raises:
             UserError: there is no such feature.

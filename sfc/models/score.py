@@ -1,12 +1,12 @@
 """Scores: what a model is about to say, as a differentiable scalar per prompt.
 
-The refusal score says how strongly it is about to open a refusal, the answer difference which of two answers it
-prefers.
+Log-odds say how strongly it is about to open its reply with some tokens, such as those of a refusal; the answer
+difference says which of two answers it prefers.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -24,56 +24,60 @@ from sfc.models.running import Prefix, last_logits
 class Score(Protocol):
     """What circuits are found and judged by: a number per prompt, from the logits at its last position."""
 
-    unit: ClassVar[str]
-    behaviour: ClassVar[str]
-    """what a circuit of this score lies behind, in words"""
-
     def __call__(self, logits: Float[Tensor, "batch vocab"], batch: Batch, /) -> Float[Tensor, " batch"]:
         """The score of each row of the batch, in nats. Differentiable."""
         ...
 
 
 @dataclass(frozen=True)
-class RefusalScore:
+class LogOdds:
     """Token ids whose logits at the last prompt position make the score.
 
-    With `against` empty, the log-odds of the refusal-opening tokens R (Arditi et al. 2024):
-    `logsumexp(log p over R) - logsumexp(log p over all others)`. Otherwise `logsumexp(R) - logsumexp(against)`,
-    which for one token each is the plain logit difference.
+    With `against` empty, the log-odds of the tokens T: `logsumexp(log p over T) - logsumexp(log p over all others)`.
+    Otherwise `logsumexp(T) - logsumexp(against)`, which for one token each is the plain logit difference.
     """
 
-    unit: ClassVar[str] = "nats of refusal score"
-    behaviour: ClassVar[str] = "the model's refusals"
-    refusal: Int[Tensor, " n_refusal"]
+    tokens: Int[Tensor, " n_tokens"]
     against: Int[Tensor, " n_against"]
 
     @classmethod
-    def of(cls, model: Model) -> "RefusalScore":
-        """The score that the model's configuration names.
+    def of_tokens(cls, model: Model, tokens: Sequence[str], against: Sequence[str] = ()) -> Self:
+        """The score of tokens by their texts.
 
         Raises:
-            UserError: a token of it is not one token of this model.
+            UserError: a text is not one token of this model.
         """
-        ids = [_single_tokens(model, tokens) for tokens in (model.config.refusal_tokens, model.config.against_tokens)]
+        ids = [_single_tokens(model, texts) for texts in (tokens, against)]
         return cls(*(torch.tensor(i, dtype=torch.long, device=model.device) for i in ids))
 
     def __call__(self, logits: Float[Tensor, "batch vocab"], _batch: Batch | None = None, /) -> Float[Tensor, " batch"]:
         """The score of each row, in nats, whatever its prompt. Differentiable."""
-        refusing = logits[:, self.refusal].logsumexp(-1)
+        wanted = logits[:, self.tokens].logsumexp(-1)
         if len(self.against):
-            return refusing - logits[:, self.against].logsumexp(-1)
-        return refusing - logits.index_fill(-1, self.refusal, -torch.inf).logsumexp(-1)
+            return wanted - logits[:, self.against].logsumexp(-1)
+        return wanted - logits.index_fill(-1, self.tokens, -torch.inf).logsumexp(-1)
+
+
+class RefusalScore(LogOdds):
+    """The log-odds of the tokens that open a refusal (Arditi et al. 2024)."""
+
+    @classmethod
+    def of(cls, model: Model) -> Self:
+        """The score of the tokens that the model's configuration names.
+
+        Raises:
+            UserError: a token of it is not one token of this model.
+        """
+        return cls.of_tokens(model, model.config.refusal_tokens, model.config.against_tokens)
 
 
 @dataclass(frozen=True)
 class AnswerDifference:
     """The logit of the one answer less that of the other, each pair of prompts having its own two answers.
 
-    A row's pair is that of the reference it is held against: its slots are those of the pair's table.
+    A row's pair is that of the reference it is compared with: its slots are those of the pair's table.
     """
 
-    unit: ClassVar[str] = "nats of answer difference"
-    behaviour: ClassVar[str] = "the model's preference for one answer over another"
     layout: SlotLayout
     answers: Int[Tensor, "pairs 2"]
     """token ids"""
@@ -91,7 +95,7 @@ def _single_tokens(model: Model, tokens: Sequence[str]) -> list[int]:
         if len(encoded) != 1:
             pieces = model.tokenizer.convert_ids_to_tokens(encoded)
             raise UserError(
-                f"refusal token {token!r} is {len(encoded)} tokens of this model ({pieces}); name single tokens"
+                f"the score's token {token!r} is {len(encoded)} tokens of this model ({pieces}); name single tokens"
             )
         ids.extend(encoded)
     return sorted(set(ids))

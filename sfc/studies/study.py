@@ -172,6 +172,13 @@ class Study(ABC, Generic[OwnOptions]):
         """What has to be finished before."""
         return ()
 
+    def estimate(self, run: Run) -> dict[str, float]:
+        """What making the artifact takes, without making it; commands of studies that define it have `--dry-run`.
+
+        Numbers of bytes have names that begin with `bytes`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def make(self, session: Session, folder: Path) -> Made:
         """Measure, and write files into the folder.

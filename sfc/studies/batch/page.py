@@ -172,12 +172,13 @@ def _sentence(result: Mapping[str, Any]) -> str:
 def _guide(words: Words) -> Sequence[str]:
     return (
         "**Critical.** Denoise and noise: the component is told from chance in activation patching (q < 0.05)."
-        f" Guardrail and compliance: heads that write refusal, or its opposite, into the logits of {words.positive}"
-        " prompts. The first says what is used by way of everything after it, the second what is written directly.",
+        f" Guardrail and compliance: heads that write for or against the {words.score} into the logits of"
+        f" {words.positive} prompts. The first says what is used by way of everything after it, the second what is"
+        " written directly.",
         "**Depth.** Layers are compared by their share of the way from the first to the last, in tenths. A model"
         " counts once per kind and tenth. Head numbers of different models have nothing to do with each other.",
         "**Best layer.** The layer of largest separation is chosen on the test prompts that give the figure, which"
         " flatters it a little; the lines show all layers.",
-        "**What fails** is left out, and shares are of the models in which the evidence was looked for. That a model"
-        " never refuses, and so has no pairs to patch, is a finding and not a defect.",
+        "**What fails** is left out, and shares are of the models in which the evidence was looked for. That no"
+        f" prompt is {words.acted} by a model, so that it has no pairs to patch, is a finding and not a defect.",
     )

@@ -118,4 +118,4 @@ def scores_figure(scores: list[tuple[bool, float]], words: Words) -> go.Figure:
 
 def _called(label: str, words: Words) -> str:
     """A data set's label in the words of the behavior."""
-    return {"toxic": words.positive, "safe": words.negative}.get(label, label)
+    return words.said(label)

@@ -21,7 +21,6 @@ class CollectOptions(Options):
         flag="--site",
         description="further sites: hook_z.21, resid_mid.5 (also attn_out, mlp_out, resid_pre)",
     )
-    dry_run: bool = option(False, description="only say what it will take; no weights are loaded")
 
 
 class Collect(Study[CollectOptions]):
@@ -50,6 +49,12 @@ class Collect(Study[CollectOptions]):
     def is_current(self, run: Run, artifact: Artifact) -> bool:
         """Whether the store holds every site that is wanted."""
         return artifact.is_complete() and set(self.sites(run)) <= set(artifact.manifest()["sites"])
+
+    def estimate(self, run: Run) -> dict[str, float]:
+        """Prompts, rows, bytes and free disk of the collection; only the tokenizer is loaded."""
+        from sfc.studies.collect.fill import what_it_takes
+
+        return what_it_takes(run, self.sites(run))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.saes.store import stored_sites

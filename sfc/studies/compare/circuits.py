@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from sfc.circuits.edges import Edge, attribution_weights
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
 from sfc.circuits.problem import Problem
-from sfc.core.artifacts import read_json, write_json
+from sfc.core.artifacts import read_model, write_json
 from sfc.core.progress import say
 from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import Weights
 from sfc.studies.discover.problem import prepare_problem
+
+
+class Circuit(BaseModel):
+    """A circuit's nodes and its edges, by their names, with the sizes of their effects."""
+
+    nodes: dict[str, float]
+    edges: dict[str, float] | None = None
+    """None where edges are not compared"""
 
 
 class Found(NamedTuple):
@@ -44,8 +53,10 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     missing = {name for name in names if not (folder / f"{name}.json").exists()}
     for number, (name, problem) in enumerate(_problems(session, categories, pools, missing), start=1):
         say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
-        write_json(folder / f"{name}.json", _circuit(problem, options))
-    circuits: dict[str, dict[str, Weights]] = {name: read_json(folder / f"{name}.json") for name in names}
+        write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
+    circuits: dict[str, dict[str, Weights]] = {
+        name: read_model(folder / f"{name}.json", Circuit).model_dump(exclude_none=True) for name in names
+    }
     return {
         part: Found(
             {category: circuits[category][part] for category in categories},
@@ -84,14 +95,14 @@ def _problems(
         )
 
 
-def _circuit(problem: Problem, options: ComparisonOptions) -> dict[str, Weights]:
+def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
     """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
     effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
     members = effects.ranking[: options.size].tolist()
-    circuit: dict[str, Weights] = {"nodes": {nodes.name(node): float(abs(effects.effect[node])) for node in members}}
+    circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})
     if options.edges and NODES[problem.config.nodes].has_edges:
         strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
-        circuit["edges"] = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
+        circuit.edges = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
     return circuit
 
 

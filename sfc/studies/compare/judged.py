@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool
+from pydantic import BaseModel
 
 from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import ablated_refusals
-from sfc.core.artifacts import read_json, write_json
+from sfc.circuits.replies import judged_replies
+from sfc.core.artifacts import read_model, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
 from sfc.session import Session
@@ -28,6 +29,14 @@ from sfc.studies.discover.problem import prepare_problem
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
 
 
+class _OfCategory(BaseModel):
+    """The file of one category: its rows of the two tables, and the nodes that circuits are made of."""
+
+    transfer: list[dict[str, Any]]
+    core: list[dict[str, Any]]
+    nodes: Nodes
+
+
 class Judged(NamedTuple):
     """The figures of all circuits on all categories' test prompts."""
 
@@ -35,7 +44,8 @@ class Judged(NamedTuple):
     """one row per circuit and category of prompts: faithfulness and completeness, with their intervals"""
     core: pd.DataFrame
     """the same for the shared core, the category's own circuit, and what is left of that one without the core; beside
-    it the share of replies that refuse, as the model is (`refused`) and with these nodes ablated (`refused_ablated`)"""
+    it the share of replies that show the behavior, as the model is (`refused`) and with these nodes ablated
+    (`refused_ablated`)"""
     nodes: Nodes
 
 
@@ -49,11 +59,11 @@ def judge_circuits(session: Session, folder: Path, circuits: Mapping[str, Weight
             if not path.exists():
                 parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
                 write_json(path, _judged(session, category, circuits, parts))
-            judged.append(read_json(path))
+            judged.append(read_model(path, _OfCategory))
             progress(1)
-    nodes = Nodes(**{name: tuple(values) for name, values in judged[0]["nodes"].items()})
-    transfer, parts = (pd.DataFrame([row for one in judged for row in one[name]]) for name in ("transfer", "core"))
-    return Judged(transfer, parts, nodes)
+    transfer = pd.DataFrame([row for one in judged for row in one.transfer])
+    parts = pd.DataFrame([row for one in judged for row in one.core])
+    return Judged(transfer, parts, judged[0].nodes)
 
 
 def _judged(
@@ -69,7 +79,7 @@ def _judged(
         for name, circuit, figures in zip(names, listed, _scored(problem, runs, keep, experiment), strict=True)
     ]
     transfer, core = rows[: len(circuits)], rows[len(circuits) :]
-    if ComparisonOptions.of(experiment).replies:
+    if ComparisonOptions.of(experiment).replies and problem.judge is not None:
         replies = _replied(problem, runs, keep[len(circuits) :], experiment)
         core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
     return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
@@ -99,11 +109,11 @@ def _scored(
 def _replied(
     problem: Problem, runs: PromptRuns, ablated: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
 ) -> list[dict[str, Any]]:
-    """Refusals among the replies to some of the prompts, as the model is and with each circuit ablated."""
+    """How many replies to some of the prompts show the behavior, as the model is and with each circuit ablated."""
     config = ComparisonOptions.of(experiment)
     some = runs.sample(config.replies, experiment.seed)
     keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
-    model, *rates = ablated_refusals(problem, some, keep, config.reply_tokens)
+    model, *rates = judged_replies(problem, some, keep, config.reply_tokens)
     about = {"n_replies": some.n_prompts, "refused": model.rate}
     names = ("refused_ablated", "refused_ablated_low", "refused_ablated_high")
     return [about | dict(zip(names, rate, strict=True)) for rate in rates]

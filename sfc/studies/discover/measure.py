@@ -24,7 +24,7 @@ from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import with_refusals
+from sfc.circuits.replies import with_replies
 from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
 from sfc.core.artifacts import package_versions, write_csv, write_json
 from sfc.core.errors import UserError
@@ -105,7 +105,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
         curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
         members = kept
         clock.lap("evaluation without dead ends")
-    curve = with_refusals(curve, problem, test_runs, ranking, len(members), evaluation, run.experiment.seed)
+    curve = with_replies(curve, problem, test_runs, ranking, len(members), evaluation, run.experiment.seed)
     clock.lap("replies")
     effects, stability = _with_stability(run, problem, effects, members)
     clock.lap("stability")
@@ -142,18 +142,20 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
 def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
     """The facts that the circuit's graph carries."""
     config, words = problem.config, run.behavior.words
+    # The group is spelt out, so that a circuit is the same whether it was named or is the usual one.
+    experiment = run.having(DiscoveryOptions, category=run.group(config.category)).experiment
     return {
         "behavior": run.experiment.behavior,
         "words": words._asdict(),
         "data": run.data,
         "category": run.group(config.category),
         "method": config.method,
-        "reference": config.reference_choice,
+        "reference": words.said(config.reference_choice),
         "effect_unit": words.unit if effects.unit == NATS else effects.unit,
         "edges": config.edges,
         "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=words.unit),
         "versions": package_versions(),
-        "experiment": run.experiment.model_dump(mode="json"),
+        "experiment": experiment.model_dump(mode="json"),
         "sites": list(problem.ablation.nodes.sites),
     }
 

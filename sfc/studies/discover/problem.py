@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 
-from sfc.behaviors.behavior import Words
+from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE, Words
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
 from sfc.circuits.nodes import NODES, Nodes, Sources
@@ -54,6 +54,8 @@ def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpa
     """
     run, model = session.run, session.model
     experiment, population = run.experiment, DiscoveryOptions.of(run.experiment).population
+    if not run.behavior.reads_data_set:
+        raise UserError(f"behavior {run.behavior.name!r} has no pairs of prompts: leave discovery.reference=paired out")
     pairs = load_pairs(run.data_folder, category, experiment.prompts, experiment.seed)
     partner = "safe" if population == "toxic" else "toxic"
     explained, partners = model.tokenize(pairs[population].tolist()), model.tokenize(pairs[partner].tolist())
@@ -107,10 +109,11 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     experiment, config = run.experiment, DiscoveryOptions.of(run.experiment)
     frame = run.prompts.frame
     if config.contrast == "toxic-hard":
-        frame = frame[frame["dataset_type"] != "safe_80k"]
+        frame = frame[frame["dataset_type"] != NEGATIVE]
     of = None if category == ALL else category
     balanced, report = balance(frame, of, experiment.prompts.hard_share, experiment.seed)
-    for line in report.lines():
+    words = run.behavior.words
+    for line in report.lines(words.kinds):
         say(f"prompts of {line}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
     population = config.population == "toxic"
@@ -130,8 +133,8 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     in_reference = used["split"] == "reference"
     to_explain = [batches(discovery & explained), batches(test & explained)]
     facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
-    hard = ", its safe prompts being hard ones" if config.contrast == "toxic-hard" else ""
-    say(f"reference: {config.reference_choice}{hard}")
+    hard = f", its {words.negative} prompts being hard ones" if config.contrast == "toxic-hard" else ""
+    say(f"reference: {words.said(config.reference_choice)}{hard}")
     if config.reference_choice == "paired":
         paired = paired_prompts(session, category, spaces)
         reference, to_explain = paired.reference, [paired.discovery, paired.test]
@@ -145,8 +148,9 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     score = session.metric
     separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
     facts["score_auroc"] = None if separation is None else round(separation, 4)
-    _warn_of_low(separation, run.behavior.words)
-    return Task(score, reference, to_explain[0], to_explain[1], used[discovery], config.population, facts)
+    _warn_of_low(separation, words)
+    explained_side = words.said(config.population)
+    return Task(score, reference, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
 
 
 def _warn_of_low(separation: float | None, words: Words) -> None:
@@ -163,23 +167,26 @@ FEWEST = {"discovery": 8, "reference": 4, "test": 4}
 
 
 def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Task:
-    """The refused prompts of one category, or of `ALL`, against the mean of those of the same label that are answered.
+    """The prompts of one kind and category, or of `ALL`, whose replies show the behavior, against the mean of others.
 
-    The label is `toxic`, or `hard` where the population is safe. Sides are judged replies, never labels.
+    The kind is the positive one, or `hard` where the population is the negative side. Sides are judged replies, never
+    labels.
 
     Raises:
         UserError: a side has too few prompts in some split.
     """
     run, model = session.run, session.model
     experiment = run.experiment
-    kind = "toxic" if DiscoveryOptions.of(experiment).population == "toxic" else "hard"
+    kind = POSITIVE if DiscoveryOptions.of(experiment).population == "toxic" else HARD
+    words = run.behavior.words
+    called = words.kinds[kind]
     frame = run.prompts.frame
     frame = frame[(frame["dataset_type"] == kind) & (frame["category"].eq(category) | (category == ALL))]
     if frame.empty:
-        raise UserError(f"there are no {kind} prompts of category {category!r} in the data")
+        raise UserError(f"there are no {called} prompts of {words.group} {category!r} in the data")
     corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
     prompts = judged(session, corpus.table, kind, category)
-    _check_sides(prompts, kind, category)
+    _check_sides(prompts, called, category, words)
     layout = SlotLayout.of(corpus.sequences)
 
     def batches(wanted: Bool[np.ndarray, " prompts"]) -> list[Batch]:
@@ -197,7 +204,7 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
         test=batches(test & refused),
         # The two sides of this task are the judged ones.
         labelled=labelled.assign(refusal_label=labelled["refused"]),
-        population=f"refused {kind}",
+        population=f"{words.acted} {called}",
         facts={
             "prompts": prompts,
             "contrast": "refused-complied",
@@ -206,20 +213,20 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
     )
 
 
-def _check_sides(prompts: pd.DataFrame, kind: str, category: str) -> None:
-    """Say how many prompts of each split were refused and answered; too few of either are an error."""
+def _check_sides(prompts: pd.DataFrame, kind: str, category: str, words: Words) -> None:
+    """Say to how many prompts of each split the reply shows the behavior or not; too few of either are an error."""
     refused = {split: prompts.loc[prompts["split"] == split, "refused"] for split in FEWEST}
     sides = {split: (int(of_split.sum()), int((~of_split).sum())) for split, of_split in refused.items()}
     told = ", ".join(f"{yes} and {no} in {split}" for split, (yes, no) in sides.items())
-    say(f"{kind} prompts of {category}, refused and answered: {told}")
-    # Refused ones of the reference split and answered ones of the test split are not used.
+    say(f"{kind} prompts of {category}, {words.acted} and not: {told}")
+    # Those that show it in the reference split and those that do not in the test split are not used.
     used = {"discovery": min(sides["discovery"]), "reference": sides["reference"][1], "test": sides["test"][0]}
     if any(used[split] < fewest for split, fewest in FEWEST.items()):
         raise UserError(
-            f"contrast refused-complied: of the {kind} prompts of {category}, refused and answered are {told}; needed"
-            f" are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} answered in reference and"
-            f" {FEWEST['test']} refused in test: take --category all, or --population"
-            f" {'safe (hard prompts)' if kind == 'toxic' else 'toxic'}"
+            f"contrast refused-complied: of the {kind} prompts of {category}, {words.acted} and not are {told}; needed"
+            f" are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} not {words.acted} in reference and"
+            f" {FEWEST['test']} {words.acted} in test: take --category all, or --population"
+            f" {'safe (hard prompts)' if kind == words.positive else 'toxic'}"
         )
 
 
@@ -249,6 +256,7 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
         store=session.store,
         prompts=with_store_index(run, task.labelled),
         experiment=run.experiment,
+        judge=run.behavior.judge(),
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 
@@ -257,7 +265,7 @@ def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompts with their numbers in the store and, where the data set lists them, their topics."""
     stored = read_prompts(run.store.folder).reset_index()
     prompts = prompts.assign(store_index=looked_up(prompts["id"], stored, "store_index")).reset_index(drop=True)
-    if "original_source" not in prompts:
+    if not run.behavior.reads_data_set or "original_source" not in prompts:
         return prompts
     topics = listed_topics(run.data_folder, prompts["original_source"].tolist())
     return prompts if topics is None else prompts.assign(topic=topics)

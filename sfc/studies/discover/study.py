@@ -27,7 +27,7 @@ from sfc.studies.train.study import TRAIN
 class Discover(Study[DiscoveryOptions]):
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
 
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    Example: sfc discover --category privacy --method correlation --set correlation.threshold=0.2
     """
 
     name = "discover"
@@ -94,7 +94,7 @@ def needs_of_circuits(run: Run) -> list[Need]:
 def reference_inputs(run: Run) -> dict[str, Any]:
     """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
     options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.experiment.behavior == "refusal":
+    if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
         if options.reference_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)

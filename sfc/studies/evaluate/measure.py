@@ -14,7 +14,7 @@ from sfc.circuits.faithfulness import curve_sizes, evaluation_curve, top_circuit
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import with_refusals
+from sfc.circuits.replies import with_replies
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import short_site
@@ -55,7 +55,7 @@ def evaluate(session: Session, folder: Path, category: str, paths: Sequence[Path
         "preset": run.experiment.name,
         "category": category,
         "population": facts["population"],
-        "reference": problem.config.reference_choice,
+        "reference": run.behavior.words.said(problem.config.reference_choice),
         "error_mode": EvaluationOptions.of(run.experiment).error_mode,
         "n_prompts": test_runs.n_prompts,
         "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
@@ -85,7 +85,7 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
     total = (1 + (3 + config.random_draws) * len(sizes)) * runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
-    curve = with_refusals(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
+    curve = with_replies(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
     curve.insert(0, "circuit", circuit.name)
     return curve
 

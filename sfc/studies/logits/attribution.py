@@ -30,32 +30,32 @@ from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
-from sfc.models.score import RefusalScore
+from sfc.models.score import LogOdds
 
 N_AGAINST = 10
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Mean over the tokens `refusal` minus mean over the tokens `against`."""
+    """Mean over the tokens `opening` minus mean over the tokens `against`."""
 
-    refusal: Int[Tensor, " n_refusal"]
+    opening: Int[Tensor, " n_opening"]
     against: Int[Tensor, " n_against"]
 
     def __call__(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
         """The difference along the last axis. Linear: of logits it is in nats, of the columns of the unembedding
         [d_model, vocab] it is the direction in the residual stream that it reads."""
-        return logits[..., self.refusal].mean(-1) - logits[..., self.against].mean(-1)
+        return logits[..., self.opening].mean(-1) - logits[..., self.against].mean(-1)
 
     def tokens(self, model: Model) -> dict[str, list[str]]:
         """Both sets of tokens as text, for people and manifests."""
-        sides = {"refusal": self.refusal, "against": self.against}
+        sides = {"refusal": self.opening, "against": self.against}
         return {name: [model.tokenizer.decode([token]) for token in ids.tolist()] for name, ids in sides.items()}
 
 
 @torch.no_grad()
-def refusal_logit_difference(
-    model: Model, score: RefusalScore, harmless: Sequence[Batch], count: int = N_AGAINST
+def logit_difference_of(
+    model: Model, score: LogOdds, harmless: Sequence[Batch], count: int = N_AGAINST
 ) -> LogitDifference:
     """The difference of the tokens that the score compares, or against those that open answers to harmless prompts.
 
@@ -64,9 +64,9 @@ def refusal_logit_difference(
         count: how many tokens to take from the mean distribution of the first token of those answers.
     """
     if len(score.against):
-        return LogitDifference(score.refusal, score.against)
+        return LogitDifference(score.tokens, score.against)
     likely = torch.stack([last_logits(model, batch).softmax(-1).sum(0) for batch in harmless]).sum(0)
-    return LogitDifference(score.refusal, likely.index_fill(0, score.refusal, -1.0).topk(count).indices.sort().values)
+    return LogitDifference(score.tokens, likely.index_fill(0, score.tokens, -1.0).topk(count).indices.sort().values)
 
 
 # Models in half precision round the residual stream after every block, and no part wrote what rounding adds.
@@ -93,7 +93,7 @@ class LogitAttribution:
     logit_difference: Float[np.ndarray, " prompts"]
     """from the model's own logits, which the contributions sum to"""
     score: Float[np.ndarray, " prompts"]
-    """the refusal score, of which the logit difference is the linear relative"""
+    """the score, of which the logit difference is the linear relative"""
 
     @property
     def error(self) -> float:
@@ -105,7 +105,7 @@ class LogitAttribution:
 @torch.no_grad()
 def attribute_logits(
     model: Model,
-    score: RefusalScore,
+    score: LogOdds,
     difference: LogitDifference,
     batches: Sequence[Batch],
     progress: Callable[[int], object],

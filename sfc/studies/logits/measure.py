@@ -13,11 +13,11 @@ from sfc.core.progress import progress_bar, say
 from sfc.data.balance import balance
 from sfc.data.schema import ALL
 from sfc.models.batches import Batch, SlotLayout, make_batches
-from sfc.models.score import RefusalScore, auroc
+from sfc.models.score import LogOdds, auroc
 from sfc.session import Session
 from sfc.stats import bootstrap_means
 from sfc.studies.collect.fill import short_enough
-from sfc.studies.logits.attribution import LogitAttribution, attribute_logits, by_layer, refusal_logit_difference
+from sfc.studies.logits.attribution import LogitAttribution, attribute_logits, by_layer, logit_difference_of
 from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, component_table, group_table, strongest
 from sfc.studies.study import Made
 
@@ -33,12 +33,12 @@ def measure(session: Session, category: str, folder: Path) -> Made:
     """
     experiment, model, seed = session.run.experiment, session.model, session.run.experiment.seed
     score, words = session.metric, session.run.behavior.words
-    if not isinstance(score, RefusalScore):
+    if not isinstance(score, LogOdds):
         raise UserError(
             f"attribute-logits splits a difference of logits, and the score of behavior {experiment.behavior!r} does"
             " not compare tokens"
         )
-    difference = refusal_logit_difference(model, score, [] if len(score.against) else _harmless(session))
+    difference = logit_difference_of(model, score, [] if len(score.against) else _harmless(session))
     balanced, _ = balance(
         session.run.prompts.frame, None if category == ALL else category, experiment.prompts.hard_share, seed
     )

@@ -61,7 +61,7 @@ def page(finished: Finished) -> Page:
         ],
         guide=_guide(result, words),
         findings=_findings(result),
-        methods=_METHODS,
+        methods=_methods(words),
         limits=["Direct logit attribution sees what a part writes itself, not what it makes later parts write."],
     )
 
@@ -187,15 +187,16 @@ def _guide(result: Mapping[str, Any], words: Words) -> tuple[str, ...]:
     )
 
 
-_METHODS = (
-    Formula(
-        "Direct logit attribution (Elhage et al. 2021)",
-        "contribution = (output / norm scale, held) . (mean W_U of refusal tokens - mean W_U of tokens against); all"
-        " contributions sum to the logit difference",
-    ),
-    Formula(
-        "Guardrail head",
-        "contribution to toxic prompts above 0 (95 %) and larger than to safe ones (Welch's t, q < 0.05); compliance"
-        " head: the mirror image",
-    ),
-)
+def _methods(words: Words) -> tuple[Formula, ...]:
+    return (
+        Formula(
+            "Direct logit attribution (Elhage et al. 2021)",
+            "contribution = (output / norm scale, held) . (mean W_U of the score's tokens - mean W_U of tokens"
+            " against); all contributions sum to the logit difference",
+        ),
+        Formula(
+            "Guardrail head",
+            f"contribution to {words.positive} prompts above 0 (95 %) and larger than to {words.negative} ones (Welch's"
+            " t, q < 0.05); compliance head: the mirror image",
+        ),
+    )

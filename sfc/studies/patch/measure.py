@@ -15,11 +15,11 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.patch.alignment import expand
 from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
+from sfc.studies.patch.options import CRITICAL_Q, PatchingOptions, pairs_file
 from sfc.studies.patch.pairs import WRAPPERS, Candidates, load_wrappers, toxic_safe_pairs, wrapped_pairs
 from sfc.studies.patch.patching import patch_pairs
 from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, score_table
 from sfc.studies.patch.selection import Selection, select_pairs, unaligned
-from sfc.studies.patch.study import CRITICAL_Q, PatchingOptions, pairs_file
 from sfc.studies.study import Made
 
 _FEW_PAIRS = 10
@@ -105,7 +105,7 @@ def _check_some_left(selection: Selection, options: PatchingOptions, path: Path)
     lost = "; ".join(f"{count}: {reason}" for reason, count in _lost(selection).items())
     tried = f"{len(selection.table)} pairs tried" + (f", lost {lost}" if lost else ", none lost")
     if not selection.pairs:
-        hint = "; for a model that hardly refuses, --require score asks for a difference of the score alone"
+        hint = "; where replies hardly ever differ, --require score asks for a difference of the score alone"
         raise UserError(f"no pair can be used: {tried}; see {path}{hint if options.require == 'behaviour' else ''}")
     say(f"{len(selection.pairs)} pairs ({tried})")
     if len(selection.pairs) < _FEW_PAIRS:

@@ -1,4 +1,4 @@
-"""Where the model tells toxic from safe prompts: the refusal direction of each layer, and a linear probe beside it.
+"""Where the model tells the two sides of prompts apart: the direction between them at each layer, and a linear probe.
 
 The direction is the difference of the two sides' mean residual streams at the last prompt position, where the model
 decides (Arditi et al. 2024). It is taken from one set of prompts and judged on another. The probe says what any
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
@@ -49,7 +50,7 @@ def measure(session: Session, category: str, file: Path) -> Made:
     of = None if category == ALL else category
     balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
     prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
-    _check_sides(prompts)
+    _check_sides(prompts, session.run.behavior.words)
     batches = make_batches(tokenized, SlotLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
     with progress_bar("running", len(prompts), "prompts") as progress:
         residuals = last_residuals(model, batches, progress)
@@ -71,10 +72,10 @@ def measure(session: Session, category: str, file: Path) -> Made:
     )
 
 
-def _check_sides(prompts: pd.DataFrame) -> None:
+def _check_sides(prompts: pd.DataFrame, words: Words) -> None:
     for split in ("discovery", "test"):
-        toxic = prompts.loc[prompts["split"] == split, "refusal_label"]
-        for side, count in (("toxic", toxic.sum()), ("safe", (~toxic.astype(bool)).sum())):
+        positive = prompts.loc[prompts["split"] == split, "refusal_label"].astype(bool)
+        for side, count in ((words.positive, positive.sum()), (words.negative, (~positive).sum())):
             if count < 2:
                 raise UserError(f"a direction needs two {side} {split} prompts that are short enough, not {count}")
 
@@ -107,7 +108,7 @@ def _keep_last(into: Float[np.ndarray, "prompts d_model"], batch: Batch) -> Inte
 
 def probe_table(
     residuals: Float[np.ndarray, "layers prompts d_model"],
-    toxic: Bool[np.ndarray, " prompts"],
+    positive: Bool[np.ndarray, " prompts"],
     split: Sequence[str],
     seed: int,
 ) -> pd.DataFrame:
@@ -125,20 +126,20 @@ def probe_table(
     discovery, test = (np.array(split) == name for name in ("discovery", "test"))
     rows = []
     for layer, of_layer in enumerate(residuals.astype(np.float64)):
-        difference = difference_of_means(of_layer[discovery], toxic[discovery])
+        difference = difference_of_means(of_layer[discovery], positive[discovery])
         norm = float(np.linalg.norm(difference))
         projections = of_layer[test] @ (difference / (norm or 1.0))
-        ends = separation_interval(projections, toxic[test], seed)
-        probe = cross_validated_probe(of_layer, toxic, seed)
+        ends = separation_interval(projections, positive[test], seed)
+        probe = cross_validated_probe(of_layer, positive, seed)
         rows.append(
             {
                 "layer": layer,
                 "norm": norm,
                 "relative_norm": norm / float(np.linalg.norm(of_layer[discovery], axis=1).mean()),
-                "separation": separation(projections, toxic[test]),
+                "separation": separation(projections, positive[test]),
                 "separation_low": ends.low,
                 "separation_high": ends.high,
-                "auroc": auroc(projections, toxic[test]),
+                "auroc": auroc(projections, positive[test]),
                 **probe._asdict(),
             }
         )
@@ -146,37 +147,37 @@ def probe_table(
 
 
 def difference_of_means(
-    rows: Float[np.ndarray, "n d_model"], toxic: Bool[np.ndarray, " n"]
+    rows: Float[np.ndarray, "n d_model"], positive: Bool[np.ndarray, " n"]
 ) -> Float[np.ndarray, " d_model"]:
-    """Mean of the toxic rows minus mean of the others.
+    """Mean of the positive rows minus mean of the others.
 
     Raises:
         ValueError: one side is empty.
     """
-    if toxic.all() or not toxic.any():
+    if positive.all() or not positive.any():
         raise ValueError("a difference of means needs both sides")
-    return rows[toxic].mean(0) - rows[~toxic].mean(0)
+    return rows[positive].mean(0) - rows[~positive].mean(0)
 
 
-def separation(projections: Float[np.ndarray, " n"], toxic: Bool[np.ndarray, " n"]) -> float | None:
+def separation(projections: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float | None:
     """Distance of the two sides' means in pooled standard deviations (Cohen's d); None where nothing varies."""
-    sides = projections[toxic], projections[~toxic]
+    sides = projections[positive], projections[~positive]
     squares = sum(((side - side.mean()) ** 2).sum() for side in sides)
     if squares == 0 or len(projections) < 3:
         return None
     return float((sides[0].mean() - sides[1].mean()) / np.sqrt(squares / (len(projections) - 2)))
 
 
-def separation_interval(projections: Float[np.ndarray, " n"], toxic: Bool[np.ndarray, " n"], seed: int) -> Interval:
+def separation_interval(projections: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], seed: int) -> Interval:
     """Ends of the 95 % interval of `separation`: percentiles over both sides drawn again; NaN where nothing varies."""
     random = np.random.default_rng(seed)
     means, squares = [], 0.0
-    for side in (projections[toxic], projections[~toxic]):
+    for side in (projections[positive], projections[~positive]):
         weights = resampled_counts(len(side), _DRAWS, random)
         centred = side - side.mean()
         means.append(weights @ centred / len(side))
         squares = squares + weights @ centred**2 - len(side) * means[-1] ** 2
-    gap = projections[toxic].mean() - projections[~toxic].mean()
+    gap = projections[positive].mean() - projections[~positive].mean()
     pooled = np.sqrt(np.maximum(squares, 0) / max(len(projections) - 2, 1))
     varies = pooled > 0
     if not varies.any():
@@ -196,7 +197,7 @@ class Probe(NamedTuple):
     p_value: float
 
 
-def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], toxic: Bool[np.ndarray, " n"], seed: int) -> Probe:
+def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], positive: Bool[np.ndarray, " n"], seed: int) -> Probe:
     """Fit on all folds but one, judge on that one, in turn; the features are standardised by the rows fitted to.
 
     Labels are shuffled within folds, so that every fold keeps as many of either side: were a side overrepresented where
@@ -206,8 +207,8 @@ def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], toxic: Bool[np.n
         ValueError: a side has fewer than two rows.
     """
     random = np.random.default_rng(seed)
-    folds = stratified_folds(toxic, random)
-    signs = np.where(toxic, 1.0, -1.0)
+    folds = stratified_folds(positive, random)
+    signs = np.where(positive, 1.0, -1.0)
     labels = np.stack([signs, *(_shuffled_within(signs, folds, random) for _ in range(SHUFFLES))], 1)
     predicted = np.empty_like(labels)
     for fold in np.unique(folds):
@@ -225,22 +226,22 @@ def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], toxic: Bool[np.n
     )
 
 
-def n_folds(toxic: Bool[np.ndarray, " n"]) -> int:
+def n_folds(positive: Bool[np.ndarray, " n"]) -> int:
     """How many folds there are: five, or as many as the smaller side has rows."""
-    return int(min(_FOLDS, toxic.sum(), (~toxic).sum()))
+    return int(min(_FOLDS, positive.sum(), (~positive).sum()))
 
 
-def stratified_folds(toxic: Bool[np.ndarray, " n"], random: np.random.Generator) -> Int[np.ndarray, " n"]:
+def stratified_folds(positive: Bool[np.ndarray, " n"], random: np.random.Generator) -> Int[np.ndarray, " n"]:
     """A fold for each row, at random; each has its share of both sides.
 
     Raises:
         ValueError: a side has fewer than two rows.
     """
-    count = n_folds(toxic)
+    count = n_folds(positive)
     if count < 2:
         raise ValueError("cross-validation needs two rows of either side")
-    folds = np.empty(len(toxic), dtype=np.int64)
-    for side in (toxic, ~toxic):
+    folds = np.empty(len(positive), dtype=np.int64)
+    for side in (positive, ~positive):
         folds[side] = random.permutation(int(side.sum())) % count
     return folds
 

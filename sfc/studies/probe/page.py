@@ -1,4 +1,4 @@
-"""The page of the refusal direction and the probe: layers against separation, accuracy and the shuffled control."""
+"""The page of the direction and the probe: layers against separation, accuracy and the shuffled control."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,28 +23,28 @@ def page(finished: Finished) -> Page:
     place = f"layer {best['layer']}, where separation is largest"
     named = {"separation": "separation", "probe accuracy": "accuracy", "with shuffled labels": "control"}
     title = (
-        f"{result['category']}: refusal direction (separation in pooled standard deviations on {result['n_test']} test"
+        f"{result['category']}: {words.direction} (separation in pooled standard deviations on {result['n_test']} test"
         f" prompts) and linear probe ({result['n_folds']}-fold accuracy on {result['n_prompts']})"
     )
     table = records_table("Every layer", _COLUMNS, finished.records("layers.csv"))
     return Page(
-        title=f"Refusal direction and probe · {result['category']} · {result['preset']}",
+        title=f"{words.direction.capitalize()} and probe · {result['category']} · {result['preset']}",
         sentence=_sentence(result, words),
         summary=[records_table(title, _SUMMARY, result["layers"])],
         sections=[
-            Section("", [Figure("separation", lambda: separation_figure(layers), table)]),
+            Section("", [Figure("separation", lambda: separation_figure(layers, words), table)]),
             Section("", [Figure("accuracy", lambda: accuracy_figure(layers))]),
         ],
         guide=_guide(result, words),
         findings=[(f"{name}, {place}", cell(best[field])) for name, field in named.items()],
-        methods=_METHODS,
+        methods=_methods(words),
         limits=["That a probe can read a layer does not mean that the model reads it."],
     )
 
 
-def separation_figure(layers: pd.DataFrame) -> go.Figure:
-    """Separation along the refusal direction on test prompts, layer by layer, with its interval."""
-    figure = styled_figure("Separation along the refusal direction, test prompts", _HEIGHT)
+def separation_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
+    """Separation along the direction on test prompts, layer by layer, with its interval."""
+    figure = styled_figure(f"Separation along the {words.direction}, test prompts", _HEIGHT)
     known = layers.dropna(subset=["separation"])
     figure.add_scatter(
         x=known["layer"].tolist(),
@@ -137,15 +137,22 @@ _COLUMNS = {
     "probe from": "accuracy_low", "probe to": "accuracy_high", "shuffled": "control",
     "shuffled, 95th percentile": "control_high", "p": "p_value",
 }  # fmt: skip
-_METHODS = (
-    Formula(
-        "Refusal direction (Arditi et al. 2024)",
-        "mean over toxic - mean over safe discovery prompts, residual stream at the last position",
-    ),
-    Formula("Separation", "(mean of toxic - mean of safe projections) / pooled standard deviation, test prompts"),
-    Formula(
-        "Probe",
-        "ridge regression on the standardised residual stream, accuracy by cross-validation; the control is the same"
-        " with labels shuffled within folds (Hewitt and Liang 2019)",
-    ),
-)
+
+
+def _methods(words: Words) -> tuple[Formula, ...]:
+    positive, negative = words.positive, words.negative
+    return (
+        Formula(
+            f"{words.direction.capitalize()} (Arditi et al. 2024)",
+            f"mean over {positive} - mean over {negative} discovery prompts, residual stream at the last position",
+        ),
+        Formula(
+            "Separation",
+            f"(mean of {positive} - mean of {negative} projections) / pooled standard deviation, test prompts",
+        ),
+        Formula(
+            "Probe",
+            "ridge regression on the standardised residual stream, accuracy by cross-validation; the control is the"
+            " same with labels shuffled within folds (Hewitt and Liang 2019)",
+        ),
+    )

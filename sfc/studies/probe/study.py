@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
-from sfc.data.schema import category_or_all
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
@@ -17,11 +16,11 @@ class ProbeOptions(Options):
     """Whose prompts are told apart."""
 
     section = "probe"
-    category: str = option("violence", description="OR-Bench category, or all")
+    category: str | None = option(None, description="OR-Bench category, or all. [default: violence]")
 
 
 class Probe(Study[ProbeOptions]):
-    """At which layers can toxic prompts be told from safe ones? The refusal direction, and a linear probe beside it.
+    """At which layers can the two sides be told apart? The refusal direction, and a linear probe beside it.
 
     Example: sfc probe --category all
     """
@@ -36,19 +35,19 @@ class Probe(Study[ProbeOptions]):
     model_headline: ClassVar = ("separation", "probe_accuracy")
 
     def label(self, run: Run) -> str:
-        return f"probe-{category_or_all(self.of(run).category)}"
+        return f"probe-{run.group(self.of(run).category)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return {
             "model": model_identity(run.experiment.model),
             "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
-            "category": category_or_all(self.of(run).category),
+            "category": run.group(self.of(run).category),
         }
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.probe.measure import measure
 
-        return measure(session, category_or_all(self.of(session.run).category), folder / self.files["layers"])
+        return measure(session, session.run.group(self.of(session.run).category), folder / self.files["layers"])
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.probe.page import page

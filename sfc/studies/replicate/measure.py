@@ -1,13 +1,12 @@
 """One category's circuit beside that of SAEs trained from another seed."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sfc.circuits.files import load_circuit
 from sfc.circuits.options import DiscoveryOptions
-from sfc.core.artifacts import read_json, write_csv
+from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
 from sfc.models.loading import choose_device
 from sfc.run import Run
@@ -24,7 +23,7 @@ from sfc.studies.replicate.matching import (
     site_counts,
 )
 from sfc.studies.replicate.options import ORIGINAL, REPLICATION
-from sfc.studies.study import Made
+from sfc.studies.study import Finished, Made
 
 _MEASURED = ("faithfulness", "completeness", "completeness_normalised")
 _FIGURES = ("n_nodes", *(f"{name}{end}" for name in _MEASURED for end in ("", "_low", "_high")), "random_faithfulness")
@@ -40,29 +39,31 @@ def measure(run: Run, other: Run, folder: Path) -> Made:
         UserError: a circuit or a dictionary is corrupt.
     """
     matchings = _matchings(run, other)
-    original, replication = (load_circuit(DISCOVER.artifact(each).folder / "circuit.json") for each in (run, other))
+    circuits = [Finished(DISCOVER.artifact(each).folder) for each in (run, other)]
+    original, replication = (load_circuit(circuit.files["circuit"]) for circuit in circuits)
     nodes = matched_nodes(original, replication, matchings)
     sites = site_counts(nodes, matchings)
     cosines = np.concatenate([of_original.cosine for of_original, _ in matchings.values()])
     write_csv(folder / "nodes.csv", nodes, digits=6)
     write_csv(folder / "cosines.csv", cosine_counts(nodes, cosines), digits=6)
-    circuits = {
+    figures = {
         name: {
             "sae_seed": each.experiment.sae_seed,
-            **_figures(each),
+            "circuit": circuit.folder.name,
+            **{figure: circuit.result[figure] for figure in _FIGURES},
             **_rounded({"share_with_partner": share_with_partner(nodes, name)}),
         }
-        for name, each in ((ORIGINAL, run), (REPLICATION, other))
+        for name, each, circuit in zip((ORIGINAL, REPLICATION), (run, other), circuits, strict=True)
     }
     return Made(
         {
             "preset": run.experiment.name,
-            "category": run.group(DiscoveryOptions.of(run.experiment).category),
+            "category": circuits[0].result["category"],
             "method": DiscoveryOptions.of(run.experiment).method,
             "effect_unit": original.graph["effect_unit"],
             "same_from_cosine": SAME,
             **_rounded(circuit_agreement(nodes, sites)),
-            **circuits,
+            **figures,
             "sites": sites.round(4).rename_axis("site").reset_index().to_dict("records"),
         }
     )
@@ -77,13 +78,6 @@ def _matchings(run: Run, other: Run) -> Matchings:
             matchings[site] = match_features(*decoders)
             progress(1)
     return matchings
-
-
-def _figures(run: Run) -> dict[str, Any]:
-    """What a circuit's own result says of it, and where it lies."""
-    folder = DISCOVER.artifact(run).folder
-    result = read_json(folder / "result.json")
-    return {"circuit": folder.name, **{name: result[name] for name in _FIGURES}}
 
 
 def _rounded(figures: dict[str, float | None]) -> dict[str, float | None]:

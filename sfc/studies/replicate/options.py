@@ -1,4 +1,4 @@
-"""Whose circuit is discovered a second time, with which SAEs. No torch here."""
+"""With which other SAEs a circuit is discovered. No torch here."""
 
 from sfc.core.options import Options, option
 
@@ -7,9 +7,8 @@ BOTH, ORIGINAL, REPLICATION = "both", "original", "replication"
 
 
 class ReplicationOptions(Options):
-    """Whose circuit is discovered a second time, with which SAEs."""
+    """With which other SAEs the circuit is discovered."""
 
     section = "replicate"
 
-    category: str | None = option(None, description="OR-Bench category, or all; null: as of discover")
     sae_seed: int = option(1, ge=0, description="seed that the other SAEs are trained from")

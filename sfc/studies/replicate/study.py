@@ -25,7 +25,7 @@ class Replicate(Study[ReplicationOptions]):
     name = "replicate"
     options = ReplicationOptions
     schema = 2
-    also = ((DiscoveryOptions, "method"),)
+    also = ((DiscoveryOptions, "category"), (DiscoveryOptions, "method"))
     files: ClassVar = {"page": "replication.html", "nodes": "nodes.csv", "cosines": "cosines.csv"}
 
     def check(self, run: Run) -> None:
@@ -46,31 +46,23 @@ class Replicate(Study[ReplicationOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"replication-{run.group(self.of(run).category)}{discovery.name_of_prompts}-{discovery.method}"
+        return f"replication-{run.group(discovery.category)}{discovery.name_of_prompts}-{discovery.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return {
             "prompts": run.store.inputs,
-            "original": DISCOVER.artifact(self._discovering(run)).inputs,
-            "replication": DISCOVER.artifact(self._discovering(self.other(run))).inputs,
+            "original": DISCOVER.artifact(run).inputs,
+            "replication": DISCOVER.artifact(self.other(run)).inputs,
         }
 
     def needs(self, run: Run) -> list[Need]:
-        # A circuit that is there may have outlived its SAEs.
-        return [
-            need
-            for each in (self._discovering(run), self._discovering(self.other(run)))
-            for need in (Need(DISCOVER, each), Need(TRAIN, each))
-        ]
+        # SAEs as well: a circuit that is there may have outlived those that it was found with.
+        return [Need(study, each) for each in (run, self.other(run)) for study in (DISCOVER, TRAIN)]
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.replicate.measure import measure
 
-        run = session.run
-        return measure(self._discovering(run), self._discovering(self.other(run)), folder)
-
-    def _discovering(self, run: Run) -> Run:
-        return run.having(DiscoveryOptions, category=self.of(run).category)
+        return measure(session.run, self.other(session.run), folder)
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.replicate.page import page

@@ -179,14 +179,15 @@ def reconstruction_figure(quality: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def splicing_figure(quality: pd.DataFrame) -> go.Figure:
-    """Cross-entropy and refusal score of the model with each site replaced, above the shares that are recovered."""
+def splicing_figure(quality: pd.DataFrame, score: str) -> go.Figure:
+    """Cross-entropy and score of the model with each site replaced, above the shares that are recovered."""
     quality = quality[quality["role"] == _ALL]
     columns = columns_of_sites(_sites(quality))
     figure = styled_figure("The model with one site replaced, on held-out prompts", 640)
+    score = f"{score[:1].upper()}{score[1:]}"
     headings = (
-        "Cross-entropy of the next token", "Refusal score after the prompt",
-        "Loss recovered by the SAE", "Refusal score recovered by the SAE",
+        "Cross-entropy of the next token", f"{score} after the prompt",
+        "Loss recovered by the SAE", f"{score} recovered by the SAE",
     )  # fmt: skip
     make_subplots(
         rows=2,
@@ -257,7 +258,7 @@ def quality_page(finished: Finished) -> Page:
         sections=[
             Section("", [Figure("reconstruction", lambda: reconstruction_figure(quality))]),
             Section("", [Figure("density", lambda: density_figure(density, finished.result["dense_rate"]))]),
-            Section("", [Figure("splicing", lambda: splicing_figure(quality))]),
+            Section("", [Figure("splicing", lambda: splicing_figure(quality, score))]),
             Section("Spliced into the model", [
                 records_table("Cross-entropy (nats), and the share recovered of each ablation", _LOSSES, of_all),
                 records_table(f"{score[:1].upper()}{score[1:]} (nats), and the share recovered", _SCORES, of_all),
