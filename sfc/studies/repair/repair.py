@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 
+from sfc.circuits.baselines import tables_of
 from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, random_circuits, top_circuits
 from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
@@ -134,7 +135,9 @@ def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = Fal
 
 def _hook(run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Repair:
     ablation = inputs.problem.ablation
-    return Repair.of(torch.from_numpy(chosen.copy()), ablation.nodes, ablation.reference, run.saes.folder.name)
+    return Repair.of(
+        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.reference), run.saes.folder.name
+    )
 
 
 def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subspaces:
