@@ -315,3 +315,33 @@ def test_prompts_that_do_not_correspond_and_batches_without_pairs_are_refused(
         problem.ablation.interventions(nothing, torch.zeros_like(batch.lengths), batch)
     with pytest.raises(ValueError, match="of pairs"):
         problem.score(torch.zeros(1, 260), batch)
+
+
+def agreement(problem: Problem, keep: np.ndarray) -> float:
+    full = full_scores(problem.model, problem.score, problem.runs)
+    empty, *circuits = scores_of(problem, np.stack([np.zeros_like(keep), keep]))
+    return 1 - np.square(circuits[0] - full).sum() / np.square(empty - full).sum()
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_a_learned_mask_agrees_on_both_sides_better_than_random_circuits_do(
+    paired: tuple[Problem, list[TokenizedPrompt]], kl_weight: float
+) -> None:
+    problem, _ = paired
+    settings = {"steps": 120, "pairs": 4, "price": 5e-3, "last_price": 3e-2, "kl_weight": kl_weight}
+    problem = problem.with_settings(learned_mask=settings)
+    ranking, n_nodes = METHODS["learned-mask"].rank(problem).ranking, problem.ablation.nodes.n_nodes
+    learned = np.isin(np.arange(n_nodes), ranking[:30])
+    random = [np.isin(np.arange(n_nodes), np.random.default_rng(i).permutation(n_nodes)[:30]) for i in range(5)]
+    assert agreement(problem, learned) > max(agreement(problem, keep) for keep in random) + 0.05
+
+
+def test_what_a_mask_learns_depends_on_the_weight_of_the_divergence(
+    paired: tuple[Problem, list[TokenizedPrompt]],
+) -> None:
+    problem = paired[0].with_settings(learned_mask={"steps": 5, "pairs": 4})
+    masks = [
+        METHODS["learned-mask"].rank(problem.with_settings(learned_mask={"kl_weight": w})).attributes["mask"]
+        for w in (0.0, 0.0, 1.0)
+    ]
+    assert (masks[0] == masks[1]).all() and not np.allclose(masks[0], masks[2])

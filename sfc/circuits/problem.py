@@ -98,6 +98,11 @@ class PromptRuns:
     def n_prompts(self) -> int:
         return sum(len(batch.prompts) for batch in self.batches)
 
+    @property
+    def are_pairs(self) -> bool:
+        """Whether every row is a prompt with a counterfactual."""
+        return all(batch.pair is not None for batch in self.batches)
+
     def sample(self, count: int, seed: int) -> "PromptRuns":
         """At most `count` of the prompts, drawn at random, renumbered from 0, in the batches they are in."""
         return self.subset(np.random.default_rng(seed).permutation(self.n_prompts)[:count])
