@@ -45,7 +45,7 @@ def test_pairs_by_hand() -> None:
     assert found.counts["test"] == {
         "pairs": 9, "positive": 3, "negative": 2, "unmatched_positive": 2, "unmatched_negative": 1, "other_category": 1,
     }  # fmt: skip
-    assert found.counts["discovery"]["pairs"] == 2 and "2 and 1 have no equally long" in found.lines()[1]
+    assert found.counts["discovery"]["pairs"] == 2 and "left out: 2 and 1" in found.lines("toxic", "safe")[1]
     assert (found.table["positive"] == PROMPTS["positive"][found.table["prompt"]].to_numpy()).all()
     assert found.table["prompt"].ne(found.table["prompt"].shift()).sum() == found.table["prompt"].nunique()
 

@@ -26,11 +26,12 @@ class CounterfactualPairs(NamedTuple):
     """by split: `pairs`, `positive` and `negative` (prompts with a counterfactual), `unmatched_positive` and
     `unmatched_negative` (prompts without), `other_category` (pairs of two categories)"""
 
-    def lines(self) -> list[str]:
-        """What was paired and what was not, a line per split."""
+    def lines(self, positive: str, negative: str) -> list[str]:
+        """What was paired and what was not, a line per split; the arguments are what the two sides are called."""
         return [
-            f"{split}: {n['pairs']:,} pairs of {n['positive']:,} positive and {n['negative']:,} negative prompts;"
-            f" {n['unmatched_positive']:,} and {n['unmatched_negative']:,} have no equally long counterfactual"
+            f"counterfactuals for {split}: {n['pairs']:,} pairs, of {n['positive']:,} {positive} and"
+            f" {n['negative']:,} {negative} prompts; left out: {n['unmatched_positive']:,} and"
+            f" {n['unmatched_negative']:,} without an equally long one of the other side"
             for split, n in self.counts.items()
         ]
 
@@ -52,11 +53,11 @@ def counterfactual_pairs(
         UserError: in some split no prompt of one of the sides finds a counterfactual.
     """
     rows = prompts[list(COLUMNS)].assign(explained=explained).drop_duplicates(["id", "split"])
-    found: list[dict[str, object]] = []
+    found: list[pd.DataFrame] = []
     counts: dict[str, dict[str, int]] = {}
     for split, of_split in rows.groupby("split", sort=True):
         pairs, unmatched = _paired(of_split, pairs_per_prompt, seed)
-        found += [pair | {"split": split} for pair in pairs]
+        found.append(pd.DataFrame(pairs).assign(split=split))
         counts[str(split)] = _counts(rows, pairs, unmatched)
     missing = [split for split, n in counts.items() if not (n["positive"] and n["negative"])]
     if missing or not counts:
@@ -65,7 +66,7 @@ def counterfactual_pairs(
             f"no prompt of one side has an equally long one of the other{where}: counterfactuals need more prompts;"
             " take --category all, or a mean as discovery.reference"
         )
-    return CounterfactualPairs(pd.DataFrame(found), counts)
+    return CounterfactualPairs(pd.concat(found, ignore_index=True), counts)
 
 
 def _paired(rows: pd.DataFrame, pairs_per_prompt: int, seed: int) -> tuple[list[dict], list]:
@@ -74,16 +75,16 @@ def _paired(rows: pd.DataFrame, pairs_per_prompt: int, seed: int) -> tuple[list[
     served: Counter = Counter()
     pairs, unmatched = [], []
     wanted = rows[rows["explained"]]
-    order = sorted(wanted.index, key=lambda row: _number(seed, wanted.at[row, "id"]))
-    for row in order:
+    names = wanted["id"].to_dict()
+    for row in sorted(names, key=lambda row: _number(seed, names[row])):
         prompt = wanted.loc[row]
         others = candidates.get((not prompt["positive"], prompt["length"], prompt["first_token"]))
         if others is None:
             unmatched.append(row)
             continue
         alike = others[others["category"] == prompt["category"]]
-        ids = (alike if len(alike) else others)["id"]
-        chosen = sorted(ids.index, key=lambda other: (served[other], _number(seed, prompt["id"], ids[other])))
+        ids = (alike if len(alike) else others)["id"].to_dict()
+        chosen = sorted(ids, key=lambda other: (served[other], _number(seed, names[row], ids[other])))
         for other in chosen[:pairs_per_prompt]:
             served[other] += 1
             pairs.append({"prompt": row, "counterfactual": other, "positive": bool(prompt["positive"])})
