@@ -1,8 +1,8 @@
-"""sfc: find the sparse feature circuits behind a language model's refusals, and prove them.
+"""sfc: find the sparse feature circuits behind a language model's behavior, such as refusing, and test them.
 
     from sfc import load_preset, discover, plot, plot_curve, run_study, open_model, steer
 
-gives what a notebook needs. The names are imported when they are first used: `import sfc` takes no time and no torch.
+gives what a notebook needs. Names are imported when they are first used: `import sfc` is fast and loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ class Finished(NamedTuple):
     status: int
     stdout: str
     stderr: str
+    imported_torch: bool = True
+    """whether its process had imported torch when it ended"""
 
     @property
     def result(self) -> dict:
@@ -39,7 +42,7 @@ def sfc(*arguments: object, root: Path) -> Finished:
             main()
         except SystemExit as end:
             status = int(end.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue())
+    return Finished(status, out.getvalue(), err.getvalue(), "torch" in sys.modules)
 
 
 def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
@@ -49,6 +52,19 @@ def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
         capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "200", **environment},
     )  # fmt: skip
     return Finished(ran.returncode, ran.stdout, ran.stderr)
+
+
+def sfc_commands(commands: Sequence[Sequence[object]], root: Path, **environment: str) -> list[Finished]:
+    """Run several commands, one after the other, in one process of their own."""
+    program = "import sys, json, pathlib, commands; root = pathlib.Path(sys.argv[1]); print(json.dumps(["
+    program += "commands.sfc(*arguments, root=root) for arguments in json.load(sys.stdin)]))"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, root],
+        input=json.dumps([list(map(str, arguments)) for arguments in commands]),
+        capture_output=True, text=True, cwd=Path(__file__).parent, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return [Finished(*one) for one in json.loads(ran.stdout)]
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:

@@ -18,6 +18,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.experiments import experiment_of, load_experiment
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.collect import collect
@@ -116,4 +117,4 @@ def problem(
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     # The settings of methods and of discovery are the defaults.
     experiment = experiment_of(load_experiment("tiny").model_dump(include={"name", "model", "activations"}))
-    return Problem(model, score, ablation, runs, Store(folder), frame, experiment)
+    return Problem(model, score, ablation, runs, Store(folder), frame, experiment, is_refusal)

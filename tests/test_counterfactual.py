@@ -27,7 +27,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
-from sfc.run import Run, about_pairs
+from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
@@ -56,6 +56,10 @@ def written(path: Path, records: list[dict[str, str]]) -> Path:
     return path
 
 
+def about_pairs(root: Path, file: Path) -> Run:
+    return Run.of(load_experiment("tiny", ["behavior=pairs", f"pairs.file={file}"]), root)
+
+
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("pairs") / "endings.jsonl", RECORDS)
@@ -68,7 +72,7 @@ def discovered(root: Path, pairs_file: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def prepared(discovered: dict, root: Path, pairs_file: Path) -> tuple[Problem, PromptRuns, Mapping]:
-    return prepare_problem(Session(about_pairs(Run(load_experiment("tiny"), root), pairs_file)), "endings")
+    return prepare_problem(Session(about_pairs(root, pairs_file)), "endings")
 
 
 def test_discover_explains_pairs_by_the_same_way_as_refusals(discovered: dict, root: Path) -> None:
@@ -129,7 +133,7 @@ def test_bad_pairs_end_with_one_line_that_names_the_row(
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl"):
-        about_pairs(Run(load_experiment("tiny")), tmp_path / "nowhere.jsonl")
+        about_pairs(tmp_path, tmp_path / "nowhere.jsonl")
 
 
 def test_prompts_find_their_activations_by_id(prepared: tuple[Problem, PromptRuns, Mapping]) -> None:

@@ -13,7 +13,7 @@ from commands import Finished, assert_one_line, sfc
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.nodes import Nodes
 from sfc.core.errors import UserError
-from sfc.studies.evaluate import circuit_names
+from sfc.studies.evaluate.measure import circuit_names
 
 NODES = Nodes.of({"blocks.6.hook_resid_pre": 800, "blocks.7.hook_resid_pre": 50})
 RANKED = {

@@ -31,7 +31,7 @@ from sfc.studies.logits.attribution import (
     LogitDifference,
     attribute_logits,
     by_layer,
-    refusal_logit_difference,
+    logit_difference_of,
 )
 from sfc.studies.logits.roles import component_table, group_table, strongest
 
@@ -160,11 +160,11 @@ def test_without_tokens_to_compare_with_the_likeliest_after_harmless_prompts_are
 ) -> None:
     probabilities = torch.cat([last_logits(model, batch).softmax(-1) for batch in batches]).mean(0)
     probabilities[ord("I") - ord("!")] = 0  # the byte-level alphabet begins with "!"
-    difference = refusal_logit_difference(model, RefusalScore.of(model), batches, count=4)
+    difference = logit_difference_of(model, RefusalScore.of(model), batches, count=4)
     assert difference.tokens(model)["refusal"] == ["I"]
     assert sorted(difference.against.tolist()) == sorted(probabilities.topk(4).indices.tolist())
     config = model.config.model_copy(update={"against_tokens": ["S", "H"]})
-    named = refusal_logit_difference(model, RefusalScore.of(replace(model, config=config)), [])
+    named = logit_difference_of(model, RefusalScore.of(replace(model, config=config)), [])
     assert sorted(named.tokens(model)["against"]) == ["H", "S"]
 
 

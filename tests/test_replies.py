@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sfc.circuits import replies
 from sfc.circuits.methods import METHODS
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem
@@ -20,14 +19,9 @@ def config(**values: object) -> EvaluationOptions:
     return EvaluationOptions(sizes=SIZES, replies=4, reply_tokens=5).model_copy(update=values)
 
 
-@pytest.fixture
-def odd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model never refuses: take replies of oddly many letters for refusals, so that rates differ."""
-    monkeypatch.setattr(replies, "is_refusal", lambda reply: len(reply) % 2 == 1)
-
-
-@pytest.mark.usefixtures("odd")
 def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
+    """The tiny model never refuses: replies of oddly many letters are taken for refusals, so that rates differ."""
+    problem = replace(problem, judge=lambda reply: len(reply) % 2 == 1)
     ranking = METHODS["attribution"].rank(problem).ranking
     n_nodes = problem.ablation.nodes.n_nodes
     curve = pd.DataFrame({"size": [*SIZES, n_nodes]})
@@ -54,5 +48,7 @@ def test_no_replies_are_generated_where_none_are_wanted(problem: Problem) -> Non
     curve, ranking = pd.DataFrame({"size": SIZES}), np.arange(64)
     figures = with_replies(curve, problem, problem.runs, ranking, 4, config(replies=0), seed=0)
     assert figures[list(COLUMNS)].isna().all(axis=None)
-    other_task = replace(problem, score=object())
-    assert with_replies(curve, other_task, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)
+    without_judge = replace(problem, judge=None)
+    assert (
+        with_replies(curve, without_judge, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)
+    )

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sfc.circuits.attribution import attributed_effects
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch, SlotLayout

@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -19,10 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from sfc.pages.circuit import write_page
+from sfc.core.artifacts import write_text
+from sfc.pages.circuit import circuit_page
 from sfc.pages.curve import curve_figure
 from sfc.pages.explorable import shown_sizes
 from sfc.pages.graph import circuit_figure, layers_figure
+from sfc.pages.html import page_html
 from sfc.pages.placement import PLOT_WIDTH
 
 HOSTILE = [
@@ -39,6 +42,11 @@ HOSTILE = [
     "日本 🙂",
 ]
 tokens = st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=30)), max_size=10)
+
+
+def write_page(path: Path, *arguments: Any) -> None:
+    """Write a circuit's page; arguments as `circuit_page`."""
+    write_text(path, page_html(circuit_page(*arguments)))
 
 
 def make_circuit(effects, columns=None, n_columns=11, **facts) -> nx.DiGraph:
@@ -480,7 +488,7 @@ def test_a_page_shows_every_figure_and_says_what_is_not_measurable(tmp_path):
     ):
         assert part in page.text, part
     assert page.text.count("not measurable") == 2  # the tile, and the sentence that explains it
-    assert sum(tag == "tr" for tag, _ in page.elements) == 31
+    assert sum(tag == "tr" for tag, _ in page.elements) == 31 + 2, "30 nodes and a head; a table of one more figure"
     names = [name for trace in page.data["circuit-data"]["data"] for name in trace.get("ids", ())]
     assert set(names) == set(graph)
 
@@ -517,6 +525,6 @@ def test_equal_input_makes_equal_bytes_whatever_the_order_of_the_nodes(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
-def test_the_viewer_does_not_import_torch():
-    program = "import sys, sfc.viewer.page; sys.exit('torch' in sys.modules)"
+def test_the_circuits_page_does_not_import_torch():
+    program = "import sys, sfc.pages.circuit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0

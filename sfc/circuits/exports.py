@@ -13,7 +13,6 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from sfc.circuits.files import words_of
 from sfc.core.artifacts import replacing, write_csv, write_json
 from sfc.core.errors import UserError, suggestion
 from sfc.core.sites import kind_of
@@ -141,7 +140,7 @@ def _score_node(graph: nx.DiGraph, position: int) -> dict[str, Any]:
         "ctx_idx": position,
         "feature_type": "logit",
         "jsNodeId": f"L_0-{position}",
-        "clerp": words_of(graph).score,
+        "clerp": graph.graph.get("words", {}).get("score", "score"),
         "is_target_logit": True,
         "token_prob": 1.0,
     }

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import networkx as nx
 
-from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.errors import UserError
 
@@ -31,8 +30,3 @@ def load_circuit(path: Path) -> nx.DiGraph:
     if len(graph) != len(data["nodes"]):
         raise UserError(f"{path} is not a circuit: a node is listed twice, or an edge joins an unlisted node")
     return graph
-
-
-def words_of(graph: nx.DiGraph) -> Words:
-    """How a circuit's behavior is spoken of; circuits of others do not say, and are taken to be of refusal."""
-    return Words(**graph.graph["words"]) if "words" in graph.graph else Words()

@@ -13,12 +13,12 @@ import plotly.graph_objects as go
 
 from sfc.api import open_model, steer
 from sfc.behaviors.behavior import Words
-from sfc.circuits.files import load_circuit, words_of
+from sfc.circuits.files import load_circuit
 from sfc.core.experiments import experiment_of
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, Probe
 from sfc.models.edits import Steering
-from sfc.pages.style import axis, styled_figure
+from sfc.pages.style import axis, styled_figure, words_of
 from sfc.pages.text import hover_text, printable
 from sfc.run import Run
 from sfc.studies.steer.directions import finished_directions

@@ -19,7 +19,6 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
-from sfc.circuits.files import words_of
 from sfc.pages.placement import Placement, place
 from sfc.pages.style import (
     BAND,
@@ -34,6 +33,7 @@ from sfc.pages.style import (
     sign_of,
     signs,
     styled_figure,
+    words_of,
 )
 from sfc.pages.text import count_text, hover_text, number_text, tokens_text
 

@@ -12,7 +12,7 @@ import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
 
-from sfc.circuits.files import words_of
+from sfc.behaviors.behavior import Words
 from sfc.circuits.methods import METHODS
 from sfc.pages.text import hover_text
 
@@ -149,6 +149,11 @@ class Sign(NamedTuple):
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey.
 _COLOURS = {1: "#d55e00", -1: "#0072b2", 0: "#7a828c"}
+
+
+def words_of(graph: nx.DiGraph) -> Words:
+    """How a circuit's behavior is spoken of; circuits of others do not say, and are taken to be of refusal."""
+    return Words(**graph.graph["words"]) if "words" in graph.graph else Words()
 
 
 def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:

@@ -1,10 +1,11 @@
 """A study of one's own: `sfc scores` asks how far apart the scores of the two sides are."""
 
+from sfc.core.artifacts import write_csv
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Figure, Page, Section, Tile, Tiles, cell, records_table
-from sfc.pages.style import axis, styled_figure
+from sfc.pages.style import styled_figure
 from sfc.studies.study import STUDIES, Made, Study
 
 
@@ -30,33 +31,29 @@ class Scores(Study[ScoresOptions]):
         from sfc.models.batches import SlotLayout, make_batches
         from sfc.models.score import auroc, score_prompts
 
-        run, frame, group = session.run, session.run.prompts.frame, session.run.group(self.of(session.run).category)
-        test = frame[(frame["split"] == "test") & ((frame["category"] == group) | (group == "all"))]
-        tokens = session.model.tokenize(test["prompt"].tolist())
+        run, group = session.run, session.run.group(self.of(session.run).category)
+        test = run.prompts.frame.query(f"split == 'test' and (category == {group!r} or {group!r} == 'all')")
+        tokens, positive = session.model.tokenize(list(test["prompt"])), test["refusal_label"].to_numpy(bool)
         batches = make_batches(tokens, SlotLayout.of(tokens), 4096, session.model.device)
-        scores, positive = score_prompts(session.model, session.metric, batches), test["refusal_label"].to_numpy(bool)
-        test[["prompt"]].assign(positive=positive, score=scores).to_csv(folder / "scores.csv", index=False)
-        means = [float(scores[positive].mean()), float(scores[~positive].mean())]
+        scores = score_prompts(session.model, session.metric, batches)
+        write_csv(folder / "scores.csv", test[["prompt"]].assign(positive=positive, score=scores))
+        means = [float(scores[side].mean()) for side in (positive, ~positive)]
         return Made({"preset": run.experiment.name, "n": len(test), "means": means, "auroc": auroc(scores, positive)})
 
     def page(self, finished):
         result, words = finished.result, finished.words
-        means = {words.positive: result["means"][0], words.negative: result["means"][1]}
+        sides, scores = enumerate((words.positive, words.negative)), finished.table("scores.csv")["score"]
         table = records_table("", {"prompt": "prompt", words.score: "score"}, finished.records("scores.csv"))
         return Page(
             title=f"The {words.score} · {result['preset']}",
             sentence=f"The {words.score} of {result['n']} test prompts.",
-            summary=[Tiles([Tile(f"{side} prompts", cell(mean), words.unit) for side, mean in means.items()])],
-            sections=[Section("", [Figure("scores", lambda: drawn(finished.table("scores.csv"), words), table)])],
+            summary=[Tiles([Tile(f"{side} prompts", cell(result["means"][i]), words.unit) for i, side in sides])],
+            sections=[Section("", [Figure("scores", lambda: styled_figure("", 400).add_histogram(x=scores)), table])],
             findings=[(f"AUROC of the {words.score}", cell(result["auroc"]))],
         )
 
     def model_row(self, finished):
         return {"auroc": finished.result["auroc"]}
-
-
-def drawn(scores, words):
-    return styled_figure("Scores", 400).add_histogram(x=scores["score"].tolist()).update_layout(xaxis=axis(words.unit))
 
 
 STUDIES.register(Scores())

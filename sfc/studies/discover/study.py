@@ -27,7 +27,7 @@ from sfc.studies.train.study import TRAIN
 class Discover(Study[DiscoveryOptions]):
     """Discover, evaluate and draw the circuit of one category; collects and trains first where needed.
 
-    Example: sfc discover --category privacy --method correlation --set discovery.threshold=0.2
+    Example: sfc discover --category privacy --method correlation --set correlation.threshold=0.2
     """
 
     name = "discover"
@@ -42,10 +42,8 @@ class Discover(Study[DiscoveryOptions]):
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
-        "n_nodes": "nodes",
-        "faithfulness": "faithfulness",
-        "completeness_normalised": "completeness, normalised",
-    }
+        "n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised",
+    }  # fmt: skip
     model_headline: ClassVar = ("faithfulness",)
 
     def label(self, run: Run) -> str:

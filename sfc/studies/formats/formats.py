@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from sfc.core.errors import UserError
-from sfc.core.options import Section
+from sfc.core.options import Options, Section, option
 
 FORMATS = Path(__file__).with_name("formats.yaml")
 _SLOT = "{instruction}"
@@ -61,3 +61,25 @@ def load_formats(path: Path = FORMATS) -> Formats:
     if len(formats) < 3 or not all(formats.values()):
         raise UserError(f"{path} must hold three formats or more, each with a version, to be compared; see {FORMATS}")
     return formats
+
+
+class FormatsOptions(Options):
+    """Which instructions are asked, in which formats."""
+
+    section = "formats"
+    prompts: Path | None = option(
+        None, description="CSV of harmful instructions, column prompt or goal; by default those of the test split"
+    )
+    category: str = option("all", description="without --prompts: OR-Bench category, or all")
+    limit: int | None = option(None, ge=2, description="at most this many of each side, chosen by hash")
+    definitions: Path | None = option(
+        None, description="YAML file with other formats or answers; by default the package's three formats"
+    )
+
+    def formats(self) -> Formats:
+        """The formats to compare.
+
+        Raises:
+            UserError: the file is missing or malformed.
+        """
+        return load_formats(self.definitions or FORMATS)

@@ -31,8 +31,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
 from sfc.studies.collect.fill import short_enough
-from sfc.studies.formats.formats import Formats, Version
-from sfc.studies.formats.study import FormatsOptions
+from sfc.studies.formats.formats import Formats, FormatsOptions, Version
 from sfc.studies.study import Made
 
 _ANY_INSTRUCTION = "Name a river."

@@ -5,36 +5,13 @@ from typing import Any, ClassVar
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
 from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.formats.formats import FORMATS, Formats, load_formats
+from sfc.studies.formats.formats import FormatsOptions
 from sfc.studies.study import STUDIES, Finished, Made, Study
-
-
-class FormatsOptions(Options):
-    """Which instructions are asked, in which formats."""
-
-    section = "formats"
-    prompts: Path | None = option(
-        None, description="CSV of harmful instructions, column prompt or goal; by default those of the test split"
-    )
-    category: str = option("all", description="without --prompts: OR-Bench category, or all")
-    limit: int | None = option(None, ge=2, description="at most this many of each side, chosen by hash")
-    definitions: Path | None = option(
-        None, description="YAML file with other formats or answers; by default the package's three formats"
-    )
-
-    def formats(self) -> Formats:
-        """The formats to compare.
-
-        Raises:
-            UserError: the file is missing or malformed.
-        """
-        return load_formats(self.definitions or FORMATS)
 
 
 class PromptFormats(Study[FormatsOptions]):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sfc.core.sites import StoredKind, site_of
-from sfc.studies.patch.study import ComponentKind
+from sfc.studies.patch.options import ComponentKind
 
 _WHERE: dict[ComponentKind, StoredKind] = {
     "resid": "resid_post",

@@ -15,11 +15,11 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.patch.alignment import expand
 from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
+from sfc.studies.patch.options import CRITICAL_Q, PatchingOptions, pairs_file
 from sfc.studies.patch.pairs import WRAPPERS, Candidates, load_wrappers, toxic_safe_pairs, wrapped_pairs
 from sfc.studies.patch.patching import patch_pairs
 from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, score_table
 from sfc.studies.patch.selection import Selection, select_pairs, unaligned
-from sfc.studies.patch.study import CRITICAL_Q, PatchingOptions, pairs_file
 from sfc.studies.study import Made
 
 _FEW_PAIRS = 10

@@ -26,7 +26,7 @@ from sfc.pages.blocks import (
 )
 from sfc.pages.style import BLUE, GREEN, INK, PINK, QUIET, axis, error_bars, heat_map, styled_figure
 from sfc.pages.text import hover_text, number_text
-from sfc.studies.patch.study import CRITICAL_Q
+from sfc.studies.patch.options import CRITICAL_Q
 from sfc.studies.study import Finished
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}

@@ -25,8 +25,8 @@ from sfc.models.judge import judged_somewhere
 from sfc.models.loading import Model
 from sfc.models.score import score_prompts
 from sfc.studies.patch.alignment import Unalignable, align, expand
+from sfc.studies.patch.options import PatchingOptions
 from sfc.studies.patch.pairs import Candidates, Pair
-from sfc.studies.patch.study import PatchingOptions
 
 
 class TokenizedPair(NamedTuple):
