@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 
+from sfc.circuits.baselines import tables_of
 from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, random_circuits, top_circuits
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
@@ -109,7 +110,9 @@ def measure(session: Session, folder: Path) -> Made:
 
 def _hook(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"], dictionaries: str) -> FeatureAblation:
     ablation = inputs.problem.ablation
-    return FeatureAblation.of(torch.from_numpy(chosen.copy()), ablation.nodes, ablation.reference, dictionaries)
+    return FeatureAblation.of(
+        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.reference), dictionaries
+    )
 
 
 def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subspaces:
