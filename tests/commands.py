@@ -21,6 +21,8 @@ class Finished(NamedTuple):
     status: int
     stdout: str
     stderr: str
+    imported_torch: bool = True
+    """whether its process had imported torch when it ended"""
 
     @property
     def result(self) -> dict:
@@ -40,7 +42,7 @@ def sfc(*arguments: object, root: Path) -> Finished:
             main()
         except SystemExit as end:
             status = int(end.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue())
+    return Finished(status, out.getvalue(), err.getvalue(), "torch" in sys.modules)
 
 
 def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:

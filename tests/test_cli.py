@@ -1,7 +1,12 @@
 """The commands as a user types them, on the tiny preset: results, second runs, and every kind of bad input."""
 
+import contextlib
+import io
 import json
 import os
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +15,12 @@ from pathlib import Path
 import networkx as nx
 import pandas as pd
 import pytest
-from commands import assert_one_line, sfc, sfc_process
+from commands import Finished, assert_one_line, sfc, sfc_process
+from typer.main import get_command
+
+from sfc.cli import command_line
+from sfc.core.experiments import load_experiment
+from sfc.studies.study import STUDIES, Study
 
 REPOSITORY = Path(__file__).parents[1]
 MINI = REPOSITORY / "sfc" / "data" / "mini"
@@ -61,29 +71,6 @@ def test_the_splits_in_the_circuit_are_disjoint_and_test_prompts_are_not_in_the_
     assert not used["prompt"].duplicated().any()
     assert set(used["split"]) == {"discovery", "reference", "test"}
     assert not set(used.loc[used["split"] == "test", "prompt"]) & set(stored["prompt"])
-
-
-def test_a_second_run_recomputes_nothing_and_imports_no_torch(discovered: dict, root: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    code = (
-        "import sys; from sfc.cli import main; sys.argv = ['sfc', 'discover', '--preset', 'tiny', '--json',"
-        f" '--root', {str(root)!r}]\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    assert json.loads(second.stdout) == discovered
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-
-
-def test_the_same_command_gives_the_same_circuit(discovered: dict, root: Path, tmp_path: Path) -> None:
-    again = sfc("discover", "--preset", "tiny", "--json", root=tmp_path).result
-    first, second = ((base / r["files"]["circuit"]).read_bytes() for base, r in ((root, discovered), (tmp_path, again)))
-    assert first == second
-    assert {k: v for k, v in again.items() if k not in ("seconds", "files")} == {
-        k: v for k, v in discovered.items() if k not in ("seconds", "files")
-    }
 
 
 def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dict, root: Path) -> None:
@@ -153,19 +140,27 @@ def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
         assert list(graph["roles"].values()) == ["template before the prompt", "prompt", "<|end|>", "<|assistant|>"]
 
 
+def _run_script(name: str, *arguments: str) -> Finished:
+    """Run a script in this process."""
+    out, status = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_path(str(REPOSITORY / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Finished(status, out.getvalue(), "")
+
+
 def test_scripts_are_doors_into_the_same_commands(discovered: dict, root: Path) -> None:
     for script in ("train_saes.py", "collect_activations.py", "discover_circuits.py"):
-        command = [
-            sys.executable,
-            str(REPOSITORY / "scripts" / script),
-            "--preset",
-            "tiny",
-            "--root",
-            str(root),
-            "--json",
-        ]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == 0 and json.loads(ran.stdout)["preset"] == "tiny", ran.stderr
+        assert _run_script(script, "--preset", "tiny", "--root", str(root), "--json").result["preset"] == "tiny"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py")))
+def test_every_script_says_how_it_is_called(script: str) -> None:
+    told = _run_script(script, "--help")
+    assert told.status == 0 and "--help" in told.stdout
 
 
 def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) -> None:
@@ -173,6 +168,8 @@ def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) ->
     assert {path.name for path in map(Path, result["files"].values()) if path.is_file()} == {
         "quality.csv",
         "quality.html",
+        "density.csv",
+        "result.json",
     }
     assert [row["role"] for row in result["quality"]] == ["all", "content", "suffix"] * 2
     assert all(
@@ -204,13 +201,10 @@ def test_a_corrupt_store_or_sae_is_one_line_and_status_2(discovered: dict, root:
 
 
 BAD_OPTIONS = {
-    "no such preset": (("--preset", "tony"), "did you mean 'tiny'"),
     "no such key": (("--preset", "tiny", "--set", "saes.kk=3"), "saes.kk"),
     "bad value": (("--preset", "tiny", "--set", "saes.k=none"), "saes"),
     "no such layer": (("--preset", "tiny", "--set", "activations.layers=[0,7]"), "layers 0 to 1"),
-    "no such category": (("--preset", "tiny", "--category", "violense"), "did you mean 'violence'"),
     "no such method": (("--preset", "tiny", "--method", "magic"), "discovery.method"),
-    "no such data": (("--preset", "tiny", "--data", "nowhere"), "sfc download"),
     "no such model": (("--preset", "tiny", "--set", "model.source=/no/such/model"), "/no/such/model"),
     "no such device": (("--preset", "tiny", "--device", "cuda:99"), "cuda:99"),
     "no such token": (("--preset", "tiny", "--set", "model.refusal_tokens=[Sorry]"), "single tokens"),
@@ -281,3 +275,87 @@ def test_data_and_presets_say_what_is_there(tmp_path: Path) -> None:
     assert described["counts"]["violence"]["toxic"] == 100
     assert all(Path(path).is_file() for path in described["files"].values())
     assert {"smollm2", "llama2-7b-chat", "tiny"} <= set(sfc("presets", "--json", root=tmp_path).result["presets"])
+
+
+BAD_USES = {
+    "no such command": (("discovr",), "did you mean 'discover'"),
+    "no such option": (("discover", "--categories", "x"), "--category"),
+    "not a number": (("discover", "--seed", "many"), "--seed"),
+    "no such behavior": (("probe", "--behavior", "refusing"), "did you mean 'refusal'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_bad_uses_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> None:
+    arguments, expected = BAD_USES[case]
+    finished = sfc(*arguments, root=tmp_path)
+    assert_one_line(finished, expected)
+    assert len(finished.stderr.splitlines()) == 1
+
+
+PLUGIN = """
+from sfc.core.options import Options
+from sfc.studies.study import STUDIES, Study
+
+class Ending(Study[Options]):
+    "A study that does not end well."
+    name, options = "ending", Options
+
+    def inputs(self, run):
+        return {}
+
+    def make(self, session, folder):
+        ENDS
+
+    def page(self, finished):
+        raise NotImplementedError
+
+STUDIES.register(Ending())
+"""
+
+
+def _ending(ends: str, folder: Path) -> Finished:
+    plugin = folder / "ending.py"
+    plugin.write_text(PLUGIN.replace("ENDS", ends))
+    cache = {"SFC_CACHE": str(folder / "cache")}
+    return sfc_process("ending", "--preset", "tiny", root=folder, SFC_PLUGINS=str(plugin), **cache)
+
+
+def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_lies(tmp_path: Path) -> None:
+    finished = _ending("raise ValueError('one line\\nand another')", tmp_path)
+    assert finished.status == 1 and "Traceback" not in finished.stderr
+    (told,) = (tmp_path / "cache" / "faults").iterdir()
+    last = finished.stderr.splitlines()[-1]
+    assert last == f"error: unexpected ValueError: one line and another; its traceback is in {told}"
+    text = told.read_text(encoding="utf-8")
+    assert text.startswith("sfc ending --preset tiny") and "Traceback" in text and "ending.py" in text
+
+
+def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
+    finished = _ending("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)", tmp_path)
+    assert finished.status == 130 and "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("interrupted: ")
+
+
+def test_a_plugin_that_cannot_be_loaded_is_one_line_and_status_2(tmp_path: Path) -> None:
+    finished = _ending("}", tmp_path)
+    assert_one_line(finished, "ending.py", "SyntaxError")
+
+
+def test_help_groups_options_and_shows_their_defaults_and_further_settings(tmp_path: Path) -> None:
+    page = sfc_process("discover", "--help", root=tmp_path).stdout
+    own, of_pairs, of_all = (page.index(title) for title in ("─ Options ─", "Settings of pairs", "every command"))
+    assert own < page.index("--method") < of_pairs < page.index("--pairs") < of_all < page.index("--preset")
+    assert "[default: learned-mask]" in page and "integrated-gradients" in page
+    assert "Also by --set discovery.NAME=VALUE: nodes, base, reference" in page
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_the_examples_of_its_help_are_commands_that_it_takes(study: Study) -> None:
+    example = " ".join((study.__doc__ or "").split()).partition("Example")[2]
+    lines = [line for line in re.split("s?: |; ", example) if line.startswith(f"sfc {study.name}")]
+    assert lines
+    command = get_command(command_line()).commands[study.name]  # pyright: ignore[reportAttributeAccessIssue]
+    for line in lines:
+        parsed = command.make_context("sfc", shlex.split(line)[2:]).params
+        load_experiment("tiny", parsed["set"] or ())

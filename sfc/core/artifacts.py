@@ -74,7 +74,7 @@ class Artifact:
         """A manifest: `facts` (figures, files, times), the inputs, versions of packages and the command that runs."""
         return {
             "fingerprint": self.fingerprint,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),  # reports put artifacts in this order
             "command": shlex.join(["sfc", *sys.argv[1:]]),
             "versions": package_versions(),
             **facts,
