@@ -23,12 +23,8 @@ from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
-<<<<<<< HEAD
 from sfc.session import Session
 from sfc.studies.study import Finished, ensure
-=======
-from sfc.studies.study import ensure
->>>>>>> main
 from sfc.studies.train.rows import training_rows
 from sfc.studies.train.study import TRAIN
 

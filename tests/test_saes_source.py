@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sfc.circuits.options import DiscoveryOptions
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.format import fetch_pretrained, load_dictionaries
-from sfc.studies.discover.study import circuit_of
+from sfc.studies.discover.study import DISCOVER, circuit_of
 from sfc.studies.study import ensure
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
@@ -127,7 +128,8 @@ def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, 
     moved = shutil.copytree(copied, tmp_path / "moved")
     here, there = run_with(trained.root, copied), run_with(trained.root, moved)
     assert here.saes.folder == there.saes.folder != trained.saes.folder
-    assert here.circuit("violence").folder == there.circuit("violence").folder
+    circuits = [DISCOVER.artifact(run.having(DiscoveryOptions, category="violence")) for run in (here, there)]
+    assert circuits[0].folder == circuits[1].folder
     assert run_with(trained.root, copied, "saes.k=9").saes.folder == here.saes.folder, "nothing is trained"
     assert run_with(trained.root, copied, "saes.min_variance_explained=0.1").saes.folder != here.saes.folder
     for name in (CONFIG_FILE, WEIGHTS_FILE):
