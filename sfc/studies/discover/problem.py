@@ -129,7 +129,7 @@ def against_counterfactuals(
     baseline = Counterfactuals.of(model, spaces, tokenized, pairs, SlotLayout.of(tokenized), tokens)
     discovery, test = (
         baseline.batches(
-            tokenized, torch.from_numpy((found.table["split"] == split).to_numpy()).to(model.device), tokens
+            tokenized, torch.from_numpy((found.table["split"] == split).to_numpy(copy=True)).to(model.device), tokens
         )
         for split in ("discovery", "test")
     )
