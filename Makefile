@@ -30,7 +30,7 @@ test: setup ## all tests
 test-fast: setup ## the tests that need only the tiny model
 	$(PYTEST) -m "not slow"
 
-pictures: setup ## the README's pictures, anew, of the demo's circuit in a real browser
+pictures: setup ## take the README's pictures again, of the demo's circuit in a real browser
 	$(BIN)/python -m pytest tests/test_screenshots.py --screenshots docs
 
 lint: setup ## ruff and pyright

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,11 @@ import networkx as nx
 import pandas as pd
 import pytest
 from commands import Finished, assert_one_line, sfc, sfc_process
+from typer.main import get_command
+
+from sfc.cli import command_line
+from sfc.core.experiments import load_experiment
+from sfc.studies.study import STUDIES, Study
 
 REPOSITORY = Path(__file__).parents[1]
 MINI = REPOSITORY / "sfc" / "data" / "mini"
@@ -161,6 +168,8 @@ def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) ->
     assert {path.name for path in map(Path, result["files"].values()) if path.is_file()} == {
         "quality.csv",
         "quality.html",
+        "density.csv",
+        "result.json",
     }
     assert [row["role"] for row in result["quality"]] == ["all", "content", "suffix"] * 2
     assert all(
@@ -266,3 +275,87 @@ def test_data_and_presets_say_what_is_there(tmp_path: Path) -> None:
     assert described["counts"]["violence"]["toxic"] == 100
     assert all(Path(path).is_file() for path in described["files"].values())
     assert {"smollm2", "llama2-7b-chat", "tiny"} <= set(sfc("presets", "--json", root=tmp_path).result["presets"])
+
+
+BAD_USES = {
+    "no such command": (("discovr",), "did you mean 'discover'"),
+    "no such option": (("discover", "--categories", "x"), "--category"),
+    "not a number": (("discover", "--seed", "many"), "--seed"),
+    "no such behavior": (("probe", "--behavior", "refusing"), "did you mean 'refusal'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_bad_uses_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> None:
+    arguments, expected = BAD_USES[case]
+    finished = sfc(*arguments, root=tmp_path)
+    assert_one_line(finished, expected)
+    assert len(finished.stderr.splitlines()) == 1
+
+
+PLUGIN = """
+from sfc.core.options import Options
+from sfc.studies.study import STUDIES, Study
+
+class Ending(Study[Options]):
+    "A study that does not end well."
+    name, options = "ending", Options
+
+    def inputs(self, run):
+        return {}
+
+    def make(self, session, folder):
+        ENDS
+
+    def page(self, finished):
+        raise NotImplementedError
+
+STUDIES.register(Ending())
+"""
+
+
+def _ending(ends: str, folder: Path) -> Finished:
+    plugin = folder / "ending.py"
+    plugin.write_text(PLUGIN.replace("ENDS", ends))
+    cache = {"SFC_CACHE": str(folder / "cache")}
+    return sfc_process("ending", "--preset", "tiny", root=folder, SFC_PLUGINS=str(plugin), **cache)
+
+
+def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_lies(tmp_path: Path) -> None:
+    finished = _ending("raise ValueError('one line\\nand another')", tmp_path)
+    assert finished.status == 1 and "Traceback" not in finished.stderr
+    (told,) = (tmp_path / "cache" / "faults").iterdir()
+    last = finished.stderr.splitlines()[-1]
+    assert last == f"error: unexpected ValueError: one line and another; its traceback is in {told}"
+    text = told.read_text(encoding="utf-8")
+    assert text.startswith("sfc ending --preset tiny") and "Traceback" in text and "ending.py" in text
+
+
+def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
+    finished = _ending("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)", tmp_path)
+    assert finished.status == 130 and "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("interrupted: ")
+
+
+def test_a_plugin_that_cannot_be_loaded_is_one_line_and_status_2(tmp_path: Path) -> None:
+    finished = _ending("}", tmp_path)
+    assert_one_line(finished, "ending.py", "SyntaxError")
+
+
+def test_help_groups_options_and_shows_their_defaults_and_further_settings(tmp_path: Path) -> None:
+    page = sfc_process("discover", "--help", root=tmp_path).stdout
+    own, of_pairs, of_all = (page.index(title) for title in ("─ Options ─", "Settings of pairs", "every command"))
+    assert own < page.index("--method") < of_pairs < page.index("--pairs") < of_all < page.index("--preset")
+    assert "[default: learned-mask]" in page and "integrated-gradients" in page
+    assert "Also by --set discovery.NAME=VALUE: nodes, base, reference" in page
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_the_examples_of_its_help_are_commands_that_it_takes(study: Study) -> None:
+    example = " ".join((study.__doc__ or "").split()).partition("Example")[2]
+    lines = [line for line in re.split("s?: |; ", example) if line.startswith(f"sfc {study.name}")]
+    assert lines
+    command = get_command(command_line()).commands[study.name]  # pyright: ignore[reportAttributeAccessIssue]
+    for line in lines:
+        parsed = command.make_context("sfc", shlex.split(line)[2:]).params
+        load_experiment("tiny", parsed["set"] or ())

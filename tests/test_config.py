@@ -63,7 +63,7 @@ def test_a_yaml_file_is_a_preset(tmp_path: Path) -> None:
     [
         ("saes.kk=3", "did you mean 'k'"),
         ("sae.k=3", "did you mean 'saes'"),
-        ("zzz=3", "known: name, description, seed, model"),
+        ("zzz=3", "known: name, description, seed, behavior, model"),
         ("activations.layers=[-1,2]", "not negative"),
         ("activations.layers=two", "activations.layers"),
         ("evaluation.error_mode=keep", "evaluation.error_mode"),

@@ -170,7 +170,7 @@ def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -
         "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
     }  # fmt: skip
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    stages = "behaviour,probe,logits,patching,circuit"
+    stages = "behaviour,probe,attribute-logits,patch,discover"
     options = ("--models", preset, "--stages", stages, "--limit", 2, "--json", *overrides)
     result = sfc("batch", *options, root=tmp_path).result
     assert result["failures"] == []

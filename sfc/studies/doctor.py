@@ -4,11 +4,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import NamedTuple
 
 from sfc.core.artifacts import MANIFEST, Artifact
 from sfc.core.errors import UserError
 from sfc.run import Run
+from sfc.studies.study import Finished
 
 _WANTED_DISK = 3 << 30
 _WANTED_MEMORY = 6 << 30
@@ -114,7 +116,8 @@ def _saes(run: Run) -> str:
     from sfc.saes.format import load_dictionaries
 
     dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
-    unexplained = run.saes.manifest()["variance_unexplained"]
+    quality = Finished(run.saes.folder).result["quality"]
+    unexplained = fmean(row["fvu"] for row in quality if row["role"] == "all")
     return f"{run.saes.folder}: {len(dictionaries)} dictionaries, variance unexplained {unexplained:.3f} on average"
 
 

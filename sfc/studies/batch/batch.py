@@ -13,13 +13,12 @@ import pandas as pd
 
 from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.artifacts import MANIFEST, Artifact, write_csv, write_json, write_text
-from sfc.core.errors import CannotLoadModel, UserError, suggestion
+from sfc.core.errors import CannotLoadModel, UserError
 from sfc.core.progress import say
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.batch.bridge import BRIDGE, Stage
 from sfc.studies.batch.depth import critical_table, frequencies, probe_table
 from sfc.studies.batch.page import batch_page
 from sfc.studies.study import RESULT, STUDIES, Finished, Study, ensure
@@ -63,23 +62,17 @@ class Batch(NamedTuple):
     page: Page
 
 
-def stages_of(text: str) -> dict[str, Study[Any] | Stage]:
+def stages_of(text: str) -> dict[str, Study[Any]]:
     """The studies that `--stages` names, separated by commas.
 
     Raises:
         UserError: there is no such study.
     """
     names = [name.strip() for name in text.split(",")]
-    known = [*STUDIES.names(), *BRIDGE]
-    for name in names:
-        if name not in known:
-            raise UserError(f"no study {name!r} to be a stage: {suggestion(name, known)}")
-    return {name: STUDIES[name] if name in STUDIES else BRIDGE[name] for name in names}
+    return {name: STUDIES[name] for name in names}
 
 
-def make_batch(
-    runs: Sequence[Run], stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None
-) -> Batch:
+def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: str | None, limit: int | None) -> Batch:
     """Run the studies of every model as far as they are missing, and write the comparison.
 
     The comparison is put together again each time: the studies are what costs.
@@ -136,16 +129,13 @@ def _artifact(runs: Sequence[Run], stages: Sequence[str], category: str | None, 
     return Artifact.of(runs[0].root / "circuits" / "batch", category or "models", inputs)
 
 
-def _study(run: Run, stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None) -> Studied:
+def _study(run: Run, stages: Mapping[str, Study[Any]], category: str | None, limit: int | None) -> Studied:
     name, studied, session = run.experiment.name, Studied(run, {}, []), Session(run)
     for stage, study in stages.items():
         say(f"{name}: {stage}")
         try:
-            if isinstance(study, Study):
-                chosen = with_options(study, run, category, limit)
-                studied.finished[stage] = ensure(study, chosen, session=session)
-            else:
-                studied.finished[stage] = Finished(study.ensure(run).folder)
+            chosen = with_options(study, run, category, limit)
+            studied.finished[stage] = ensure(study, chosen, session=session)
         except UserError as error:
             studied.failures.append(Failure(name, stage, " ".join(str(error).split())))
             if isinstance(error, CannotLoadModel):
@@ -169,7 +159,7 @@ def with_options(study: Study[Any], run: Run, category: str | None, limit: int |
     return run.having(study.options, **values) if values else run
 
 
-def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str, Any]:
+def _row(studied: Studied, stages: Mapping[str, Study[Any]]) -> dict[str, Any]:
     """One model's line of the table of models; what was not measured is None."""
     experiment = studied.run.experiment
     failed = ", ".join(failure.stage for failure in studied.failures)
@@ -182,6 +172,5 @@ def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str
 
 def _page(finished: Finished) -> str:
     """The page of an artifact, relative to the folder of a batch, which lies beside those of the presets."""
-    manifest = finished.manifest
-    files = manifest.get("files") or manifest["result"]["files"]
-    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, files.get("page", MANIFEST)))
+    file = finished.manifest["files"].get("page", MANIFEST)
+    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, file))

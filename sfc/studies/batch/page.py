@@ -11,17 +11,15 @@ from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Block, Figure, Links, Page, Section, Table, cell
 from sfc.pages.style import BLUE, ROLE_COLOURS, axis, remark, styled_figure
 from sfc.pages.text import count_text, hover_text
-from sfc.studies.batch.bridge import Stage
 from sfc.studies.study import Study
 
 _TENTHS = [f"{10 * tenth}–{10 * tenth + 10} %" for tenth in range(10)]
 _LISTED = 30
-_Stage = Study[Any] | Stage
 
 
 def batch_page(
     result: Mapping[str, Any],
-    stages: Mapping[str, _Stage],
+    stages: Mapping[str, Study[Any]],
     frequency: pd.DataFrame,
     layers: pd.DataFrame,
     links: Mapping[str, Mapping[str, str]],
@@ -125,7 +123,9 @@ def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
     return figure.update_layout(margin={"t": 100}, showlegend=True, legend={"y": 1.08})
 
 
-def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Sequence[str]], words: Words) -> Table:
+def _models_table(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[Study[Any], Sequence[str]], words: Words
+) -> Table:
     """A line per model, with some columns of each study; a dash where a study came to nothing for a model."""
     spoken = words._asdict()
     titles = [study.model_columns[column].format_map(spoken) for study, of in columns.items() for column in of]
@@ -133,7 +133,7 @@ def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Se
     return Table("", ("model", *titles), cells)
 
 
-def _cells(row: Mapping[str, Any], study: _Stage, columns: Sequence[str]) -> list[str]:
+def _cells(row: Mapping[str, Any], study: Study[Any], columns: Sequence[str]) -> list[str]:
     is_finished = any(row[column] is not None for column in study.model_columns)
     return [cell(row[column]) if is_finished else "–" for column in columns]
 

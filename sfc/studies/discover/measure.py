@@ -142,6 +142,8 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
 def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
     """The facts that the circuit's graph carries."""
     config, words = problem.config, run.behavior.words
+    # The group is spelt out, so that a circuit is the same whether it was named or is the usual one.
+    experiment = run.having(DiscoveryOptions, category=run.group(config.category)).experiment
     return {
         "behavior": run.experiment.behavior,
         "words": words._asdict(),
@@ -153,7 +155,7 @@ def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
         "edges": config.edges,
         "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=words.unit),
         "versions": package_versions(),
-        "experiment": run.experiment.model_dump(mode="json"),
+        "experiment": experiment.model_dump(mode="json"),
         "sites": list(problem.ablation.nodes.sites),
     }
 

@@ -15,16 +15,17 @@ from sfc.core.errors import UserError
 from sfc.data.balance import balance
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
-from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import Model, without_adapter
+from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.generation import with_replies
+from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.run import Run
 from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
+from sfc.session import Session
 from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
 from sfc.studies.repair.options import RepairOptions
-from sfc.studies.steer.sweep import with_replies
 
 KINDS = {"hard": "hard", "toxic": "toxic", "safe": "safe_80k"}
 """groups of prompts, by the `dataset_type` they are of"""
@@ -100,7 +101,9 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
         experiment=experiment,
     )
-    ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
+    ordinary = with_replies(
+        Session(run).without_adapter, corpora["ordinary"].sequences, config.ordinary_tokens, PACKED_TOKENS
+    )
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)
 
 
