@@ -4,6 +4,7 @@ A study that fails for a model is listed with its reason, and the others go on. 
 and dropped from memory before the next.
 """
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,10 @@ def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: 
     by_model = {each.run.experiment.name: each.finished for each in studied}
     critical, measured = critical_table(by_model)
     frequency = frequencies(critical, measured)
-    links = {model: {stage: _page(each) for stage, each in of.items()} for model, of in by_model.items()}
+    artifact = _artifact(runs, list(stages), category, limit)
+    links = {
+        model: {stage: _page(each, artifact.folder) for stage, each in of.items()} for model, of in by_model.items()
+    }
     result = {
         "category": category,
         "stages": list(stages),
@@ -102,7 +106,6 @@ def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: 
     }
     words = BEHAVIORS[runs[0].experiment.behavior].words
     page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
-    artifact = _artifact(runs, list(stages), category, limit)
     with artifact.being_made() as folder:
         tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
         for name, table in tables.items():
@@ -170,7 +173,7 @@ def _row(studied: Studied, stages: Mapping[str, Study[Any]]) -> dict[str, Any]:
     return row
 
 
-def _page(finished: Finished) -> str:
-    """The page of an artifact, relative to the folder of a batch, which lies beside those of the presets."""
-    file = finished.manifest["files"].get("page", MANIFEST)
-    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, file))
+def _page(finished: Finished, folder: Path) -> str:
+    """The page of an artifact, or its manifest where it has none, relative to a folder."""
+    page = finished.files.get("page", finished.folder / MANIFEST)
+    return Path(os.path.relpath(page, folder)).as_posix()
