@@ -7,10 +7,12 @@ import harness
 
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.experiments import load_experiment
-from sfc.pipeline import ensure_saes, ensure_store
 from sfc.run import Run
 from sfc.session import Session
+from sfc.studies.collect.study import COLLECT
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.study import ensure
+from sfc.studies.train.study import TRAIN
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,7 +28,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def prepared(options: argparse.Namespace) -> tuple[Problem, PromptRuns]:
     """The problem, and the runs of its test prompts; activations and SAEs are made first where they are missing."""
     run = Run(load_experiment(options.preset), options.root, device=options.device)
-    ensure_saes(run)
-    ensure_store(run)
-    problem, test_runs, _ = prepare_problem(Session(run), options.category)
+    session = Session(run)
+    for study in (TRAIN, COLLECT):
+        ensure(study, run, session=session)
+    problem, test_runs, _ = prepare_problem(session, options.category)
     return problem, test_runs

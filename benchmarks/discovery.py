@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from sfc.circuits.baselines import tables_of
 from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
 from sfc.circuits.methods import METHODS, LearnedMaskOptions
 from sfc.circuits.problem import Problem, PromptRuns
@@ -161,7 +162,7 @@ def _along(
     problem: Problem, batch: Batch, site: str, nodes: Int[np.ndarray, " n"], x: torch.Tensor, v: torch.Tensor
 ) -> Float[np.ndarray, " n"]:
     """`v . displacement` of each node, over all prompts: what ablating it would change."""
-    dictionary, reference = problem.ablation.dictionaries[site], problem.ablation.reference
+    dictionary, reference = problem.ablation.dictionaries[site], tables_of(problem.ablation.reference)
     x, v, slots = x[batch.touchable], v[batch.touchable], batch.slots[batch.touchable]
     f = dictionary.encode(x)
     features = torch.from_numpy(nodes[nodes < dictionary.d_sae]).to(x.device)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sfc.circuits.baselines import tables_of
 from sfc.circuits.faithfulness import ablated_scores, top_circuits
 from sfc.circuits.methods import METHODS
 from sfc.circuits.problem import Problem, PromptRuns
@@ -128,7 +129,7 @@ def hooked_scores(
 
 
 def _dense_hook(problem: Problem, site: str, mask: Float[Tensor, "batch nodes"], batch: Batch) -> Callable:
-    dictionary, reference = problem.ablation.dictionaries[site], problem.ablation.reference
+    dictionary, reference = problem.ablation.dictionaries[site], tables_of(problem.ablation.reference)
     touchable = batch.touchable
     slots = batch.slots[touchable]
     keep = mask[:, None].expand(*batch.slots.shape, -1)[touchable]

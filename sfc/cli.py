@@ -20,7 +20,6 @@ import typer
 from rich.markup import escape
 
 from sfc.cli_options import Shared, command_of, finish, further_settings, with_shared_options
-from sfc.cli_study import repair, steer
 from sfc.core.artifacts import package_versions
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
@@ -170,7 +169,7 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
-_COMMANDS = (batch, draw, export, explore, data, download, presets, doctor, steer, repair)
+_COMMANDS = (batch, draw, export, explore, data, download, presets, doctor)
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",

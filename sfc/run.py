@@ -3,6 +3,7 @@
 Nothing here imports torch: asking whether anything has to be done takes no time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,18 @@ class Run:
     def behavior(self) -> Behavior:
         """What is explained."""
         return BEHAVIORS[self.experiment.behavior]
+
+    @property
+    def judge(self) -> Callable[[str], bool]:
+        """Whether a reply shows the behavior.
+
+        Raises:
+            UserError: replies do not tell.
+        """
+        judge = self.behavior.judge()
+        if judge is None:
+            raise UserError(f"replies do not show {self.experiment.behavior!r}: that behavior has no judge of replies")
+        return judge
 
     @cached_property
     def prompts(self) -> Prepared:

@@ -60,6 +60,15 @@ class Session:
         """
         return self.run.behavior.metric(self.model, self.run.experiment)
 
+    @property
+    def without_adapter(self) -> "Model":
+        """The model that the adapter was merged into; the model itself where it has none.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        return self.load(self.run.experiment.model.model_copy(update={"adapter": None}))
+
     def load(self, config: ModelConfig) -> "Model":
         """Any model, on the run's device, loaded once.
 

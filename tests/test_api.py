@@ -19,7 +19,8 @@ import sfc
 from sfc.api import Discovered
 from sfc.cli import command_line
 from sfc.core.errors import UserError
-from sfc.pipeline_study import ensure_steering
+from sfc.studies.steer.study import STEER
+from sfc.studies.study import ensure
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.ipynb"
@@ -126,7 +127,7 @@ def test_steering_along_a_finished_direction_is_what_its_sweep_did(circuit: Disc
     overrides = [text for text in LENIENT if text != "--set"]
     short = ["steering.prompts=8", "steering.test_prompts=2", "steering.alphas=[-0.5, 0.5]", "steering.layers=[0]"]
     run = sfc.load_preset("tiny", [*overrides, *short], root=circuit.run.root)
-    folder = ensure_steering(run).folder
+    folder = ensure(STEER, run).folder
     sweep = pd.read_csv(folder / "sweep.csv")
     sweep = sweep[(sweep["direction"] == "toxic-safe") & (sweep["alpha"] == 0.5)]
     probe, steering = sfc.open_model(run), sfc.steer(circuit.run, folder.name, 0.5)

@@ -101,8 +101,9 @@ def test_nothing_changes_between_a_model_and_itself(root: Path, discovered: dict
     """Only what lies in the content is pooled and thereby moved."""
     same = [f"discovery.base={tiny_model_folder()}", "discovery.contrast=model-base"]
     run = Run(load_experiment("tiny", same), root)
-    problem, test_runs, _ = prepare_problem(Session(run), "violence")
-    table, figures = base_changes(run, problem, test_runs, range(problem.ablation.nodes.n_nodes))
+    session = Session(run)
+    problem, test_runs, _ = prepare_problem(session, "violence")
+    table, figures = base_changes(session, problem, test_runs, range(problem.ablation.nodes.n_nodes))
     assert set(table["change"]) <= {"stays", "not a feature"}
     np.testing.assert_array_equal(table["fires"], table["fired"])
     np.testing.assert_allclose(table["effect"], -table["effect_in_base"], atol=1e-6)

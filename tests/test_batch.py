@@ -1,6 +1,7 @@
 """`sfc batch`: several models, some of which fail; critical components by relative depth."""
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from commands import sfc
+from test_steer_command import LENIENT
 
 from sfc.behaviors.behavior import Words
 from sfc.core.errors import UserError
@@ -176,6 +178,18 @@ def test_a_model_is_loaded_once_and_dropped_before_the_next(tmp_path: Path, monk
     options = ("--stages", "behaviour,probe", "--limit", 2, "--set", "prompts.limit=12")
     assert sfc("batch", "--file", tmp_path / "study.yaml", *options, root=tmp_path).status == 0
     assert len(loaded) == 2
+
+
+def test_rates_of_steering_stand_in_the_table_of_models(tmp_path: Path) -> None:
+    options = ("--stages", "probe,steer", *LENIENT, "--set", "steering.test_prompts=2", "--set", "steering.layers=[0]")
+    result = sfc("batch", "--models", "tiny", *options, "--json", root=tmp_path).result
+    [row] = result["models"]
+    [steered] = (tmp_path / "circuits" / "tiny").glob("steering-*/result.json")
+    points = json.loads(steered.read_text())["operating_points"]
+    assert {"force", "suppress"} & set(points) and row["separation"] is not None
+    for intent, point in points.items():
+        assert row[f"{intent}_rate"] == point["changed_rate"] and row[f"{intent}_alpha"] == point["alpha"]
+    assert "forces refusal" in (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_the_error_of_integrated_gradients_falls_with_the_square_of_the_steps(pr
 def test_one_step_of_integrated_gradients_is_the_gradient_half_way(problem: Problem) -> None:
     batch, prefix = next(iter(problem.runs))
     site = problem.ablation.nodes.sites[1]
-    x_ref = problem.ablation.reference_activation(site)[batch.slots]
+    table = problem.ablation.dictionaries[site].decode(problem.ablation.reference.features[site])
+    x_ref = (table + problem.ablation.reference.errors[site])[batch.slots]
     kept: list[Tensor] = []
 
     def half_way(x: Tensor) -> Tensor:
@@ -293,7 +294,8 @@ def test_the_part_of_one_role_is_that_of_ablating_there_alone(linear: Problem) -
     part = effects_by_role(METHODS["attribution"].rank(one).by_slot, layout)["effect_content"]  # pyright: ignore
 
     def content_ablated(activation: Tensor) -> Tensor:
-        x_ref = linear.ablation.reference_activation(site)[content]
+        reference = linear.ablation.reference
+        x_ref = (linear.ablation.dictionaries[site].decode(reference.features[site]) + reference.errors[site])[content]
         return torch.where((batch.slots == content)[..., None] & batch.touchable[..., None], x_ref, activation)
 
     with torch.no_grad():

@@ -57,7 +57,9 @@ def judged_by_hand(root: Path) -> Path:
     """The replies to hard prompts, judged; since the tiny model only babbles, verdicts are then written by hand."""
     refused = sfc(*BEHAVIOUR, root=root)
     assert refused.status == 2 and "Traceback" not in refused.stderr
-    assert "refused and answered are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
+    assert (
+        "refused and not refused are 0 and 40 in discovery, 0 and 10 in reference, 0 and 30 in test" in refused.stderr
+    )
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
     assert set(table["label"]) == {"hard"} and len(table) == 80

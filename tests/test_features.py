@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SITES, TEXTS
 
+from sfc.behaviors.behavior import Words
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, activity, prompt_blocks
@@ -113,11 +114,11 @@ def test_neighbours_are_the_features_of_largest_cosine() -> None:
     ],
 )
 def test_a_feature_belongs_to_the_side_on_which_it_peaks_twice_as_high(mean_peak: list[float], expected: str) -> None:
-    assert fires_on(mean_peak, GROUPS_AS_WRITTEN, "violence") == expected
+    assert fires_on(mean_peak, GROUPS_AS_WRITTEN, "violence", Words()) == expected
 
 
 def test_without_prompts_on_both_sides_a_feature_is_shared() -> None:
-    assert fires_on([0, 0, 0, 5], GROUPS_AS_WRITTEN, "privacy") == "shared"
+    assert fires_on([0, 0, 0, 5], GROUPS_AS_WRITTEN, "privacy", Words()) == "shared"
 
 
 def _peaks(tokens: str, template: str = "", population: str = "toxic", category: str = "violence") -> list[Peak]:
@@ -170,7 +171,7 @@ def test_cards_say_what_was_measured(store: Store, dictionaries: dict[str, Dicti
     graph.add_node("resid_post.1/error", site=SITES[1], kind="error")
     prompts = pd.DataFrame({"category": ["violence"] * 6, "dataset_type": ["toxic", "hard", "safe_80k"] * 2})
     cards = feature_cards(
-        store, dictionaries, graph, list(graph), prompts, lambda token: model.tokenizer.decode([token])
+        store, dictionaries, graph, list(graph), prompts, lambda token: model.tokenizer.decode([token]), Words()
     )
     assert [tuple(group.values()) for group in cards["groups"]] == [
         ("toxic", "violence", 2), ("hard", "violence", 2), ("safe", "violence", 2)

@@ -1,8 +1,6 @@
 """`sfc patch` as a user types it, on the tiny preset, and its page."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,29 +71,6 @@ def test_the_effects_are_those_of_the_scores(patched: dict, root: Path) -> None:
         np.testing.assert_allclose(effects[column], expected, atol=2e-3)
 
 
-def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(patched: dict, root: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    options = [
-        *BY_SCORE,
-        "--positions",
-        "content,suffix,content[0],suffix[-1]",
-        "--cumulative",
-        "--json",
-        "--root",
-        str(root),
-    ]
-    script = str(Path(__file__).parents[1] / "scripts" / "run_patching.py")
-    code = (
-        f"import runpy, sys; sys.argv = ['x', *{options!r}]\n"
-        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == patched and "up to date" in again.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-
-
 def test_the_page_holds_its_figures_and_says_how_pairs_were_chosen(patched: dict, root: Path) -> None:
     page = (root / patched["files"]["page"]).read_text(encoding="utf-8")
     assert "NOT read" in page and "content[0]" in page and "resid.1" in page
@@ -156,7 +131,6 @@ BAD_OPTIONS = {
     "no such layers": (("--layers", "x"), "not a list of numbers"),
     "layers backwards": (("--layers", "5-3"), "not a list of numbers"),
     "no such pairs": (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
-    "no such category": (("--category", "violense"), "did you mean 'violence'"),
     "no such wrappers": (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),
     "wrappers without wrapped pairs": (("--wrappers", "none.csv"), "goes with --pairs wrapped"),
 }
@@ -185,12 +159,6 @@ def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
     }  # fmt: skip
     write_json(folder / "result.json", result)
     return page_html(page(Finished(folder, {"words": Words()._asdict()})))
-
-
-def test_the_page_shows_no_markup_of_the_data(tmp_path: Path) -> None:
-    page = _page(tmp_path, np.ones(3), "<u>last")
-    for markup in ("<b>&", "</script><b>", "<i>no", "<u>last"):
-        assert markup not in page
 
 
 def test_maps_stand_in_the_order_of_heads_layers_and_positions_and_not_of_effects() -> None:

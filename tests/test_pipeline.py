@@ -5,16 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from sfc.core.artifacts import MANIFEST
+from sfc.circuits.options import DiscoveryOptions
+from sfc.core.artifacts import MANIFEST, Artifact
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.models.identity import model_identity
-from sfc.pipeline import ensure_circuit, ensure_saes, ensure_store
 from sfc.run import Run
+from sfc.studies.collect.study import COLLECT
+from sfc.studies.discover.study import DISCOVER
+from sfc.studies.repair.options import RepairOptions
+from sfc.studies.steer.options import SteeringOptions
+from sfc.studies.study import STUDIES, ensure
+from sfc.studies.train.study import TRAIN
 
 
 def _run(root: Path, *overrides: str) -> Run:
     return Run(load_experiment("tiny", overrides), root)
+
+
+def _circuit(run: Run, category: str = "violence") -> Artifact:
+    return DISCOVER.artifact(run.having(DiscoveryOptions, category=category))
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +60,51 @@ def test_a_setting_changes_the_artifacts_that_depend_on_it(plain: Run, override:
     folders = {
         "store": (plain.store.folder, other.store.folder),
         "saes": (plain.saes.folder, other.saes.folder),
-        "circuit": (plain.circuit("violence").folder, other.circuit("violence").folder),
+        "circuit": (_circuit(plain).folder, _circuit(other).folder),
     }
     assert {name for name, (before, after) in folders.items() if before != after} == changed
 
 
 def test_each_category_has_its_own_circuit(plain: Run) -> None:
-    assert plain.circuit("violence").folder != plain.circuit("privacy").folder
+    assert _circuit(plain).folder != _circuit(plain, "privacy").folder
+
+
+def test_steering_and_repair_depend_on_their_options_and_on_what_they_need(plain: Run) -> None:
+    def folder(name: str, run: Run) -> Path:
+        return STUDIES[name].artifact(run).folder
+
+    steer, repair = folder("steer", plain), folder("repair", plain)
+    other = _run(plain.root, "saes.k=9")
+    assert folder("repair", other) != repair and folder("steer", other) == steer, "no SAE is asked for a direction"
+    along_feature = {"direction": "resid_post.1/F5"}
+    assert folder("steer", other.having(SteeringOptions, **along_feature)) != folder(
+        "steer", plain.having(SteeringOptions, **along_feature)
+    )
+    assert folder("steer", plain.having(SteeringOptions, category="self_harm")) == folder(
+        "steer", plain.having(SteeringOptions, category="self-harm")
+    )
+    assert folder("repair", plain.having(RepairOptions, sizes=[7])) != repair
 
 
 def test_what_is_complete_is_not_made_again(plain: Run) -> None:
     """Manifests alone: making anything would need a store that is not there."""
-    artifacts = plain.store, plain.saes, plain.circuit("violence")
-    for artifact in artifacts:
+    artifacts = {COLLECT: plain.store, TRAIN: plain.saes, DISCOVER: DISCOVER.artifact(plain)}
+    for artifact in artifacts.values():
         artifact.folder.mkdir(parents=True)
         artifact.finish(sites=plain.experiment.activations.sites)
-    assert (ensure_store(plain), ensure_saes(plain), ensure_circuit(plain, "violence")) == artifacts
-    assert [list(artifact.folder.iterdir()) for artifact in artifacts] == [[a.folder / MANIFEST] for a in artifacts]
+    for study, artifact in artifacts.items():
+        assert ensure(study, plain).folder == artifact.folder
+        assert list(artifact.folder.iterdir()) == [artifact.folder / MANIFEST]
 
 
-def test_a_corrupt_manifest_is_told_and_mended_by_rebuilding(tmp_path: Path) -> None:
+def test_a_corrupt_manifest_is_told_and_replaced_by_rebuilding(tmp_path: Path) -> None:
     run = _run(tmp_path, "prompts.limit=4", "activations.layers=[0]")
     run.store.folder.mkdir(parents=True)
     (run.store.folder / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is not JSON.*--rebuild"):
-        ensure_store(run)
-    assert ensure_store(run, rebuild=True).is_complete()
+        ensure(COLLECT, run)
+    ensure(COLLECT, run, rebuild=True)
+    assert run.store.is_complete()
 
 
 def test_a_missing_data_set_is_named(tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role
-from sfc.pipeline import ensure_saes
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
+from sfc.studies.study import ensure
 from sfc.studies.train.rows import training_rows
+from sfc.studies.train.study import TRAIN
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX
@@ -157,7 +158,7 @@ def test_what_rows_do_not_define_is_nan(count: int) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(load_experiment("tiny", ["activations.dtype=float32"]), root=tmp_path_factory.mktemp("run"))
-    ensure_saes(run)
+    ensure(TRAIN, run)
     return run
 
 
@@ -197,7 +198,7 @@ def corpus_run(tmp_path: Path) -> Callable[[str], Run]:
         settings = [f"corpus.source={source}", "corpus.reply_tokens=5", "corpus.context=32"]
         settings += ["prompts.limit=8", "saes.steps=10", "saes.batch_size=32"]
         run = Run(load_experiment("tiny", settings), tmp_path)
-        ensure_saes(run)
+        ensure(TRAIN, run)
         return run
 
     return run

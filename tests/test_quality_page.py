@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,6 @@ from sfc.studies.train.page import density_figure, quality_page, reconstruction_
 
 SITES = ["blocks.19.hook_resid_post", "blocks.20.hook_resid_post"]
 ROLES = ["all", "content", "suffix"]
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 SPLICED = (
     "cross_entropy", "cross_entropy_spliced", "cross_entropy_mean_ablated", "cross_entropy_zero_ablated",
     "loss_recovered", "loss_recovered_zero", "score", "score_spliced", "score_mean_ablated", "score_zero_ablated",
@@ -127,14 +125,3 @@ def test_a_page_says_what_was_measured_in_words_and_tables(tmp_path: Path) -> No
     assert page.count('<td class="number">not measurable</td>') == 4, "of two sites, in two tables"
     assert page.count('<td class="number">25.00 %</td>') == 6
     assert "more than 10 % of them" in page
-
-
-def test_no_text_of_a_page_becomes_markup_or_script(tmp_path: Path) -> None:
-    shapes = []
-    for name in ("plain", HOSTILE):
-        sites = [f"blocks.0.{name}"]
-        page = drawn(tmp_path, name, make_quality(sites), make_density(sites))
-        shapes.append((page.count("<script"), page.lower().count("</script"), page.count("<img")))
-        for figure in re.findall(r'-data">(.*?)</script>', page, re.DOTALL):
-            json.loads(figure)
-    assert shapes[0] == shapes[1]

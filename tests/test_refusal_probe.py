@@ -137,11 +137,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert result["layers"][1]["separation"] == pytest.approx(layers["separation"][1], abs=1e-4)
     page = (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
     assert page.count('class="figure"') == 2 and "shuffled" in page
-    again = sfc("probe", "--preset", "tiny", "--json", root=tmp_path)
-    assert again.result == result and "up to date" in again.stderr
     assert json.loads(sfc("probe", "--preset", "tiny", "--category", "all", "--json", root=tmp_path).stdout)
-
-
-def test_too_few_prompts_are_one_clear_line(tmp_path: Path) -> None:
-    finished = sfc("probe", "--preset", "tiny", "--category", "cooking", root=tmp_path)
-    assert finished.status == 2 and "cooking" in finished.stderr.splitlines()[-1]

@@ -26,10 +26,10 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.studies.repair.choose import best_size, mean_effects, qualified
 from sfc.studies.repair.edits import (
+    FeatureAblation,
     Projections,
-    Repair,
     load_repair,
-    project_weights,
+    projected_weights,
     save_repair,
     writers_before,
     written_subspaces,
@@ -39,8 +39,8 @@ CHOSEN = torch.tensor([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error a
 
 
 @pytest.fixture(scope="module")
-def repair(ablation: Ablation) -> Repair:
-    return Repair.of(CHOSEN, ablation.nodes, ablation.reference, "saes/x")
+def repair(ablation: Ablation) -> FeatureAblation:
+    return FeatureAblation.of(CHOSEN, ablation.nodes, ablation.reference, "saes/x")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,12 @@ def hook(ablation: Ablation) -> Ablations:
 
 
 def test_the_hook_sets_its_features_to_their_references_and_leaves_all_else(
-    model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch], repair: Repair, hook: Ablations
+    model: Model,
+    score: RefusalScore,
+    ablation: Ablation,
+    batches: list[Batch],
+    repair: FeatureAblation,
+    hook: Ablations,
 ) -> None:
     names = [ablation.nodes.name(int(node)) for node in CHOSEN]
     assert [f"{site.split('.')[1]}/F{n}" for site, of in repair.features.items() for n in of.tolist()] == [
@@ -85,7 +90,7 @@ def test_the_hook_sets_its_features_to_their_references_and_leaves_all_else(
 
 def test_replies_are_those_of_the_hook_on_each_prompt_alone(
     model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout,
-    repair: Repair, hook: Ablations,
+    repair: FeatureAblation, hook: Ablations,
 ) -> None:  # fmt: skip
     some = PreparedPrompts.of(model, make_batches(prompts, layout, 200, model.device))
     [replies] = engine.replies(some, score, hook, 4).texts
@@ -108,7 +113,7 @@ def _with_slots(prompt: TokenizedPrompt, ids: torch.Tensor, layout: SlotLayout) 
 
 
 def test_losses_of_given_replies_are_those_of_one_run_each(
-    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, repair: Repair,
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, repair: FeatureAblation,
     hook: Ablations,
 ) -> None:  # fmt: skip
     reply = np.array([5, 9, 7], dtype=prompts[0].ids.dtype)
@@ -129,7 +134,7 @@ def test_losses_of_given_replies_are_those_of_one_run_each(
 
 
 def test_a_saved_repair_is_the_same_repair(
-    repair: Repair, ablation: Ablation, batches: list[Batch], tmp_path: Path
+    repair: FeatureAblation, ablation: Ablation, batches: list[Batch], tmp_path: Path
 ) -> None:
     save_repair(repair, tmp_path / "repair.safetensors")
     loaded = load_repair(tmp_path / "repair.safetensors")
@@ -141,7 +146,7 @@ def test_a_saved_repair_is_the_same_repair(
         loaded.interventions({SITES[0]: ablation.dictionaries[SITES[0]]}, batches[0])
     (tmp_path / "no.safetensors").write_bytes(b"x" * 20)
     for bad in ("no.safetensors", "none.safetensors"):
-        with pytest.raises(UserError, match="is no repair"):
+        with pytest.raises(UserError, match="is not a repair"):
             load_repair(tmp_path / bad)
 
 
@@ -161,8 +166,9 @@ def test_changed_weights_do_exactly_what_projecting_the_outputs_does(architectur
         [whole] = make_batches(changed.tokenize(TEXTS[:1]), SlotLayout(9, 9), 1000, changed.device)
         with intervening(changed, Projections([subspaces]).interventions(whole, [0]).in_prompt):
             hooked = changed.hf(input_ids=ids).logits
-        project_weights(changed, subspaces)
-        torch.testing.assert_close(changed.hf(input_ids=ids).logits, hooked, atol=2e-5, rtol=1e-4)
+        with projected_weights(changed, subspaces):
+            torch.testing.assert_close(changed.hf(input_ids=ids).logits, hooked, atol=2e-5, rtol=1e-4)
+        assert torch.equal(changed.hf(input_ids=ids).logits, plain)
     assert (hooked - plain).abs().max() > 1e-3
 
 

@@ -99,7 +99,7 @@ def test_what_is_exported_does_to_a_fresh_model_what_was_measured(repaired: dict
     assert repaired["weights_difference"] < 1e-3
 
 
-def test_a_second_run_makes_nothing_anew(repaired: dict, root: Path) -> None:
+def test_a_second_run_makes_nothing(repaired: dict, root: Path) -> None:
     again = sfc(*TINY, "--json", root=root)
     assert json.loads(again.stdout) == repaired and "up to date" in again.stderr
 
@@ -107,7 +107,7 @@ def test_a_second_run_makes_nothing_anew(repaired: dict, root: Path) -> None:
 BAD = {
     "no over-refusal": (("--set", "repair.refused_above=99"), "too few to repair"),
     "no such category": (("--category", "violense"), "did you mean 'violence'"),
-    "no number": (("--sizes", "five"), "no list of numbers"),
+    "no number": (("--sizes", "five"), "is not a list of numbers"),
     "no feature": (("--set", "repair.toxic_share=-1e9"), "no feature qualifies"),
 }
 

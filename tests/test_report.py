@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -265,18 +263,3 @@ def test_a_damaged_artifact_is_one_line(root: Path) -> None:
 def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
     finished = sfc("report", "--preset", "tiny", root=tmp_path)
     assert finished.status == 2 and "nothing to report" in finished.stderr.splitlines()[-1]
-
-
-def test_a_second_run_by_the_script_writes_nothing_and_imports_no_torch(root: Path) -> None:
-    _report(root)
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    script = str(Path(__file__).parents[1] / "scripts" / "make_report.py")
-    code = (
-        f"import runpy, sys; sys.argv = ['x', *{[*TINY, '--root', str(root)]!r}]\n"
-        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "up to date" in again.stderr and "report.html" in again.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.pipeline import ensure_circuit, ensure_saes
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.studies.discover.study import circuit_of
+from sfc.studies.study import ensure
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
 from sfc.studies.train.rows import HeldOutBlock
+from sfc.studies.train.study import TRAIN
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32
@@ -41,7 +43,7 @@ def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
 def trained(root: Path) -> Run:
     """A run that trained its own dictionaries and found a circuit."""
     run = Run(load_experiment("tiny"), root)
-    ensure_circuit(run, "violence")
+    circuit_of(run, "violence")
     return run
 
 
@@ -79,27 +81,27 @@ def test_the_command_gives_the_circuit_of_dictionaries_trained_in_place(trained:
     assert finished.returncode == 0, finished.stderr
     assert "training" not in finished.stderr
     result = json.loads(finished.stdout)
-    before = trained.circuit("violence")
+    before = circuit_of(trained, "violence")
     ours = json.loads((before.folder / "circuit.json").read_text())
     theirs = json.loads((root / result["files"]["circuit"]).read_text())
     assert theirs["nodes"] == ours["nodes"] and theirs["edges"] == ours["edges"]
-    expected = before.manifest()["result"]
+    expected = before.result
     keys = set(expected) - {"files", "seconds"}
     assert {key: result[key] for key in keys} == {key: expected[key] for key in keys}
 
 
 def test_what_is_adopted_is_copied_measured_recorded_and_kept(trained: Run, copied: Path, root: Path) -> None:
     run = run_with(root, copied)
-    artifact = ensure_saes(run)
+    artifact = ensure(TRAIN, run)
     for site in SITES:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             assert (artifact.folder / site / name).read_bytes() == (copied / site / name).read_bytes()
-    assert Path(artifact.manifest()["source"]).name == "copied"
+    assert Path(artifact.manifest["source"]).name == "copied"
     assert trained.saes.manifest()["source"] == "trained"
     ours, theirs = (pd.read_csv(a.folder / QUALITY_FILE) for a in (trained.saes, artifact))
     pd.testing.assert_frame_equal(ours, theirs)
     before = (artifact.folder / "manifest.json").stat().st_mtime_ns
-    assert (ensure_saes(run).folder / "manifest.json").stat().st_mtime_ns == before
+    assert (ensure(TRAIN, run).folder / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
@@ -115,7 +117,7 @@ def test_a_perfect_normalised_dictionary_leaves_nothing_to_the_error_nodes(
         "discovery.method=attribution",
         "evaluation.sizes=[8,64]",
     )
-    result = ensure_circuit(run, "violence").manifest()["result"]
+    result = circuit_of(run, "violence").result
     quality = pd.read_csv(run.saes.folder / QUALITY_FILE)
     assert (quality["fvu"] < 1e-6).all() and (quality["loss_recovered"].dropna() > 0.999).all()
     assert result["error_share"] < 1e-3 and result["n_nodes"] > 0
@@ -139,7 +141,7 @@ def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, 
 
 def test_one_dictionary_serves_one_site(trained: Run, copied: Path) -> None:
     run = run_with(trained.root, copied / SITES[1], "activations.layers=[1]")
-    assert list(load_dictionaries(ensure_saes(run).folder, [SITES[1]])) == [SITES[1]]
+    assert list(load_dictionaries(ensure(TRAIN, run).folder, [SITES[1]])) == [SITES[1]]
     with pytest.raises(UserError, match=r"is one of blocks\.1\.hook_resid_post, not of blocks\.0\.hook_resid_post"):
         _ = run_with(trained.root, copied / SITES[1]).saes
 
@@ -172,7 +174,7 @@ def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
     assert last.startswith(f"error: {SITES[1]}: the dictionary explains -")
     assert "less than saes.min_variance_explained=0.5" in last
     assert not [folder for folder in root.glob("saes/tiny-*/manifest.json") if folder.parent not in before]
-    assert ensure_saes(run_with(root, copied, "saes.min_variance_explained=-1e9")).is_complete()
+    assert ensure(TRAIN, run_with(root, copied, "saes.min_variance_explained=-1e9")).result["quality"]
 
 
 def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`sfc steer` as a user types it, on the tiny preset, and its page."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from commands import assert_one_line, sfc
 from safetensors.torch import load_file
 
+from sfc.pages.html import page_html
 from sfc.stats import wilson
-from sfc.studies.steer.page import write_steering_page
 from sfc.studies.steer.sweep import best_defence, trade_off
+from sfc.studies.study import Finished
 
 # A random model refuses nothing, so that nothing may be asked of its directions.
 LENIENT = (
@@ -117,12 +119,11 @@ def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(
 def test_the_page_holds_its_figures_and_no_markup_of_the_data(steered: dict, root: Path, tmp_path: Path) -> None:
     page = (root / steered["files"]["page"]).read_text(encoding="utf-8")
     assert page.count('class="figure"') == 6 and "<b>odd" not in page
-    names = ("candidates", "rates", "controls", "directions", "writers")
-    tables = {name: pd.read_csv(root / steered["files"][name], keep_default_na=name != "candidates") for name in names}
-    tables["candidates"]["rejected"] = "</script><u>"
-    write_steering_page(tmp_path / "page.html", tables, {**steered, "preset": "<i>p", "operating_points": {}})
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count('class="figure"') == 3 and "<i>p" not in page and "<u>" not in page
+    copy = shutil.copytree((root / steered["files"]["page"]).parent, tmp_path / "copy")
+    pd.read_csv(copy / "candidates.csv").assign(rejected="</script><u>").to_csv(copy / "candidates.csv")
+    (copy / "result.json").write_text(json.dumps({**steered, "preset": "<i>p"}))
+    page = page_html(Finished(copy).page)
+    assert page.count('class="figure"') == 6 and "<i>p" not in page and "<u>" not in page
     for part in page.split('<script type="application/json"')[1:]:
         assert json.loads(part[part.index(">") + 1 : part.index("</script>")])
 
@@ -139,7 +140,7 @@ def test_a_condition_leaves_prompts_without_the_feature_as_they_are(root: Path, 
     assert facts["feature"].startswith("resid_post.") and set(facts["matched"]) == {"test", "xstest"}
     assert facts["holds_on_discovery"]["toxic"] > facts["holds_on_discovery"]["safe"]
     page = (root / result["files"]["page"]).read_text(encoding="utf-8")
-    assert page.count('class="figure"') == 7 and "Both dials at equal refusal" in page
+    assert page.count('class="figure"') == 7 and "both dials where equally many toxic prompts are refused" in page
 
 
 OTHERS = {
@@ -176,7 +177,7 @@ BAD_OPTIONS = {
     "no dictionary there": (("--direction", "resid_mid.1/F1"), "no dictionary at resid_mid.1"),
     "no such edit": (("--edit", "subtract"), "steering.edit"),
     "no such units": (("--units", "nats"), "steering.units"),
-    "no numbers": (("--alphas=1,x",), "'x' is no number"),
+    "no numbers": (("--alphas=1,x",), "'x' is not a number"),
     "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
     "nothing to turn": (("--alphas=0",), "0 leaves all as it is"),
     "a negative share": (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
@@ -206,7 +207,7 @@ def test_bad_options_end_with_one_line_and_status_2(case: str, root: Path) -> No
 
 def test_where_no_direction_passes_all_are_listed_with_the_reason(tmp_path: Path) -> None:
     few = ("--set", "steering.contrasts=[]", "--set", "steering.tried_prompts=2", "--set", "steering.min_induced=50")
-    assert_one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces no refusal")
+    assert_one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces too little")
     table = pd.read_csv(next(tmp_path.rglob("candidates.csv")))
     assert table["rejected"].notna().all() and not list(tmp_path.rglob("manifest.json"))
 

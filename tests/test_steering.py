@@ -19,22 +19,24 @@ from sfc.models.edits import Steering, SteeringEdit, residual_sites, steering
 from sfc.models.engine import NO_EDIT, PreparedPrompts, prepare_suffixes
 from sfc.models.generation import end_tokens
 from sfc.models.interventions import intervening, recorder
+from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
 from sfc.models.positions import steered_tokens
 from sfc.models.score import RefusalScore, score_batch
+from sfc.studies.steer.dial import Dial, Setting
 from sfc.studies.steer.directions import (
     circuit_directions,
     difference_of_means,
     feature_direction,
     in_span,
-    make_contrast,
     probe_direction,
     random_directions,
     span_share,
 )
-from sfc.studies.steer.options import SteeringOptions
-from sfc.studies.steer.select import best_per_layer, ranked, record
-from sfc.studies.steer.sweep import FORCE, RANDOM, SHUFFLED, SUPPRESS, Setting, band, best_alphas, rates, sweep
+from sfc.studies.steer.learning import make_contrast, record
+from sfc.studies.steer.options import FORCE, SUPPRESS, SteeringOptions
+from sfc.studies.steer.select import best_per_layer, ranked
+from sfc.studies.steer.sweep import RANDOM, SHUFFLED, band, best_alphas, rates, sweep
 
 REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")
@@ -283,7 +285,7 @@ def test_a_recording_is_what_single_runs_show(
     model: Model, score: RefusalScore, prompts: list[TokenizedPrompt]
 ) -> None:
     sites = ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_post"]
-    found = record(model, pd.DataFrame({"prompt": TEXTS}), prompts, sites, 2)
+    found = record(model, score, pd.DataFrame({"prompt": TEXTS}), prompts, sites, 2)
     assert found.n_tokens == 2
     for i, prompt in enumerate(prompts):
         (batch,) = make_batches([prompt], SlotLayout.of([prompt]), 1, model.device)
@@ -349,14 +351,16 @@ def test_the_best_alpha_is_within_the_limit_where_one_is() -> None:
     assert best_alphas(changes, 0.15) == {FORCE: 0.2, SUPPRESS: -0.1}
 
 
-def test_only_changes_in_the_intended_direction_count(model: Model, prompts: list[TokenizedPrompt]) -> None:
-    config = SteeringOptions(positions="last", reply_tokens=3)
+def test_only_changes_in_the_intended_direction_count(
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt]
+) -> None:
+    dial = Dial(model, SteeringOptions(positions="last", reply_tokens=3), score, is_refusal)
     vector, site = random_directions(1, 32, 0)[0], "blocks.0.hook_resid_post"
     settings = [
         Setting("d", site, -1, alpha, SteeringEdit("add", (site,), vector, alpha)) for alpha in (-1.0, 0.0, 1.0)
     ]
     prepared = _prepared(model, prompts, "last", 1000)
-    rows = sweep(prepared, pd.DataFrame({"prompt": TEXTS}), settings, config, lambda _: None)
+    rows = sweep(dial, prepared, pd.DataFrame({"prompt": TEXTS}), settings, lambda _: None)
     assert len(rows) == 3 * len(TEXTS) and not rows["refused"].any(), "this model says nothing sensible"
     assert rows.groupby("intent")["eligible"].sum().to_dict() == {"": 0, FORCE: len(TEXTS), SUPPRESS: 0}
     rows["unsteered_refused"] = [True, True, False, False, False, False] * 3

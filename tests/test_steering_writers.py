@@ -22,10 +22,10 @@ TOXIC = np.array(LABELS)
     [("blocks.1.hook_resid_post", 10), ("blocks.1.hook_resid_mid", 9), ("blocks.1.hook_resid_pre", 5)],
 )
 def test_the_parts_sum_to_what_stands_at_the_site(
-    model: Model, prompts: list[TokenizedPrompt], site: str, n_parts: int
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], site: str, n_parts: int
 ) -> None:
     u = random_directions(1, 32, 0)[0]
-    table = writers_table(model, prompts, TOXIC, site, -2, 5 * u, 0)
+    table = writers_table(model, score, prompts, TOXIC, site, -2, 5 * u, 0)
     assert len(table) == n_parts and table["share"].sum() == pytest.approx(1, abs=1e-4)
     seen: dict[str, torch.Tensor] = {}
     last_logits(model, make_tails(model, prompts, 2), {site: recorder(seen, site)})
@@ -38,7 +38,7 @@ def test_an_ablated_part_writes_what_it_writes_on_safe_prompts(
     model: Model, score: RefusalScore, prompts: list[TokenizedPrompt]
 ) -> None:
     site, u = "blocks.1.hook_resid_post", random_directions(1, 32, 1)[0]
-    table = writers_table(model, prompts, TOXIC, site, -1, u, 10).set_index("component")
+    table = writers_table(model, score, prompts, TOXIC, site, -1, u, 10).set_index("component")
     tails = make_tails(model, prompts, 1)
     for part in parts_before(model, site):
         seen: dict[str, torch.Tensor] = {}

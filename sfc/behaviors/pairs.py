@@ -68,14 +68,14 @@ class Pairs(Behavior):
         discovery = DiscoveryOptions.of(experiment)
         if discovery.contrast != "toxic-safe":
             raise UserError("--pairs are a contrast of their own: leave --contrast out")
-        if discovery.reference not in (None, "paired"):
+        if discovery.reference not in (None, "paired", "counterfactual"):
             raise UserError(
                 f"--pairs: each prompt's reference is its partner, so leave discovery.reference={discovery.reference}"
                 " out"
             )
         update = {
             "model": experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
-            "discovery": discovery.model_copy(update={"reference": "paired"}),
+            "discovery": discovery.model_copy(update={"reference": discovery.reference or "paired"}),
         }
         return experiment.model_copy(update=update)
 

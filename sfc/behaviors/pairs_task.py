@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfc.circuits.baselines import check_covered, paired_reference
+from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Task
 from sfc.core.config import Experiment
@@ -22,7 +23,7 @@ from sfc.models.batches import Batch, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
-from sfc.models.score import AnswerDifference, auroc, score_prompts
+from sfc.models.score import AnswerDifference, DirectedScore, auroc, score_prompts
 from sfc.saes.dictionary import Dictionary
 
 LOW_SHARE, LOW_VARIANCE_EXPLAINED = 0.8, 0.5
@@ -31,7 +32,8 @@ LOW_SHARE, LOW_VARIANCE_EXPLAINED = 0.8, 0.5
 def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
     """The pairs of a file: each prompt of the population (toxic: the clean ones) has its partner as its reference.
 
-    A pair whose prompts cannot be aligned, or are too long, is left out, and said to be.
+    With counterfactuals as the reference both prompts of a pair are explained, each against the other, and must be
+    equally long. A pair whose prompts cannot be aligned, or are too long, is left out, and said to be.
 
     Raises:
         UserError: the file is malformed, an answer is not one token, or no pair of some split can be used.
@@ -45,6 +47,9 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     longest = [max(len(a.ids), len(b.ids)) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     is_short = np.array(longest) <= experiment.prompts.max_tokens
     is_aligned = np.array([pair is not None for pair in roles])
+    both_ways = DiscoveryOptions.of(experiment).reference == "counterfactual"
+    if both_ways:
+        is_aligned &= [_correspond(a, b) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     counts = _counts(pairs, is_short, is_aligned)
     pairs = pairs[is_short & is_aligned].reset_index(drop=True)
     if set(pairs["split"]) != {"discovery", "test"}:
@@ -64,25 +69,45 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
 
     in_discovery = (pairs["split"] == "discovery").to_numpy()
     discovery, test = batches(explained, in_discovery), batches(explained, ~in_discovery)
-    reference = paired_reference(model, dictionaries, make_batches(partners, layout, budget, model.device), layout)
-    check_covered(reference, [*discovery, *test])
     partners_batches = batches(partners, in_discovery)
     sides = [score_prompts(model, score, side) for side in (discovery, partners_batches)]
+    variance = _variance_explained(model, dictionaries, [*discovery, *partners_batches])
+    if both_ways:
+        prompts, numbers, n = [*explained, *partners], torch.arange(2 * len(explained)), len(explained)
+        both = Pairs(*(values.to(model.device) for values in (numbers, (numbers + n) % (2 * n), numbers < n)))
+        reference = Counterfactuals.of(model, dictionaries, prompts, both, layout, budget)
+        discovery, test = (
+            [
+                batch.with_tables(batch.pair % n, layout)  # pyright: ignore[reportOptionalOperand]
+                for batch in reference.batches(prompts, torch.from_numpy(wanted).to(model.device).repeat(2), budget)
+            ]
+            for wanted in (in_discovery, ~in_discovery)
+        )
+        task_score = DirectedScore(score, both.direction)
+    else:
+        reference = paired_reference(model, dictionaries, make_batches(partners, layout, budget, model.device), layout)
+        check_covered(reference, [*discovery, *test])
+        task_score = score
     rows = [_side(pairs, side, path.stem) for side in (ours, theirs)]
     return Task(
-        score=score,
+        score=task_score,
         reference=reference,
         discovery=discovery,
         test=test,
         labelled=pd.concat([side[in_discovery] for side in rows]),
-        population=ours,
+        population=f"{ours} and {theirs}" if both_ways else ours,
         facts={
             "prompts": pd.concat([rows[0], rows[1].assign(split="reference")]),
             "pairs": counts | _preference(sides[0]),
-            "variance_explained": _variance_explained(model, dictionaries, [*discovery, *partners_batches]),
+            "variance_explained": variance,
             "score_auroc": auroc(np.concatenate(sides), np.repeat([True, False], len(sides[0]))),
         },
     )
+
+
+def _correspond(a: TokenizedPrompt, b: TokenizedPrompt) -> bool:
+    """Whether each may be the other's counterfactual: as many tokens, and the same first one, a sink."""
+    return len(a.ids) == len(b.ids) and a.ids[0] == b.ids[0]
 
 
 def _answer_ids(

@@ -2,8 +2,8 @@
 
 Sites run in their order, and each dictionary encodes the *current* x. With m the mask of a circuit (1 keeps):
 `x <- x_hat(m f + (1 - m) f_ref) + m_error (x - x_hat(f)) + (1 - m_error) error_ref`. Padding and the attention sink
-are never touched. Since decoding is linear, the part that does not depend on x is a small table (a row per circuit and
-slot), and the rest is one sparse decoding.
+are never touched. Since decoding is linear, the part that does not depend on x is known before the run (for means per
+slot a small table, a row per circuit and slot), and the rest is one sparse decoding.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,12 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.circuits.baselines import Reference
+from sfc.circuits.baselines import Baseline, by_coordinate
 from sfc.circuits.nodes import ERROR, Nodes
 from sfc.circuits.options import ErrorMode
 from sfc.circuits.spaces import NodeSpace
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
-from sfc.models.linear import linear
 from sfc.models.loading import Model
 from sfc.models.running import Prefix, run_to
 
@@ -37,7 +36,8 @@ class Ablation:
     nodes: Nodes
     dictionaries: Mapping[str, NodeSpace]
     """what takes the activation at each site apart into its nodes"""
-    reference: Reference
+    reference: Baseline
+    """what ablated nodes are set to: means per slot, or what each prompt's counterfactual has there"""
     error_mode: ErrorMode
     clean_errors: Mapping[str, Float[Tensor, "batch pos d_in"]] | None = None
     """for `keep-clean`, the errors of one batch in the model as it is, at sites that have one: from `for_batch`"""
@@ -69,9 +69,9 @@ class Ablation:
         masks = self.nodes.split(self._with_error_mode(keep))
         return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
 
-    def reference_activation(self, site: str) -> Float[Tensor, "slots d_in"]:
-        """The activation that ablating all of a site's nodes leaves there."""
-        return self.dictionaries[site].decode(self.reference.features[site]) + self.reference.errors[site]
+    def ablated_activation(self, site: str, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+        """The activation that ablating all of a site's nodes leaves at the touchable tokens of a batch."""
+        return self.reference.activations(self.dictionaries[site], batch)
 
     def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
         dictionary, rows = self.dictionaries[site], rearrange(x, "batch pos d_in -> (batch pos) d_in")
@@ -89,11 +89,11 @@ class Ablation:
         touchable = batch.touchable
         circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
         error_weight = keep_error[circuit_of_token]
-        constant = self._ablated_part(site, mask, circuit_of_token, batch.slots[touchable])
+        constant = self.reference.ablated_part(dictionary, mask, circuit_of_token, batch)
         if self.clean_errors is not None and site in self.clean_errors:
             clean = self.clean_errors[site]
             clean = repeat(clean, "batch ... -> (copies batch) ...", copies=len(touchable) // len(clean))[touchable]
-            constant = constant + clean - self.reference.errors[site][batch.slots[touchable]]
+            constant = constant + clean - self.reference.errors_at(dictionary, batch)
 
         def ablate(activation: Tensor) -> Tensor:
             x = activation[touchable].float()
@@ -105,23 +105,3 @@ class Ablation:
             return activation.masked_scatter(touchable[..., None], replaced.to(activation.dtype))
 
         return ablate
-
-    def _ablated_part(
-        self, site: str, mask: Tensor, circuit_of_token: Int[Tensor, " tokens"], slots: Int[Tensor, " tokens"]
-    ) -> Float[Tensor, "tokens d_in"]:
-        """What ablated nodes add up to at each token: the same for all tokens of one circuit and slot."""
-        dictionary, features_ref = self.dictionaries[site], self.reference.features[site]
-        row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
-        circuit, slot = row // len(features_ref), row % len(features_ref)
-        ablated = 1 - mask[circuit]
-        of_features = linear(features_ref[slot] * ablated[:, : dictionary.d_sae], dictionary.W_dec.t())
-        left_ref = self.reference.errors[site][slot] + dictionary.b_dec
-        of_error = by_coordinate(ablated[:, dictionary.d_sae :], dictionary) * left_ref
-        return (of_features + of_error)[row_of_token]
-
-
-def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: NodeSpace) -> Float[Tensor, "rows coordinates"]:
-    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
-    if space.n_parts == 1:
-        return of_parts
-    return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_in // space.n_parts)

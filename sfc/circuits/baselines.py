@@ -1,23 +1,79 @@
 """References: what a node's value is set to when it is ablated.
 
-The mean reference is role-aligned: one value per slot (see `sfc.models.batches`), taken within a prompt first (content
-tokens are pooled) and then across the prompts of the reference split, so that long prompts count no more than short.
-The attention sink (the first token) is never pooled with others: where the template has no prefix, it would drown them.
+A reference is a table of values per position of the template, or what each prompt's counterfactual has at the very same
+position (see `sfc.circuits.counterfactuals`). The mean reference is role-aligned: one value per slot (see
+`sfc.models.batches`), taken within a prompt first (content tokens are pooled) and then across the prompts of the
+reference split, so that long prompts count no more than short. The attention sink (the first token) is never pooled
+with others: where the template has no prefix, it would drown them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.errors import UserError
 from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
 from sfc.models.interventions import recorder
+from sfc.models.linear import linear
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
+
+
+class Baseline(Protocol):
+    """What ablation, attribution and edges ask of a reference: values at the touchable tokens of a batch, in order.
+
+    `space` is what takes the activation at its site apart: the features of an SAE and its error, or components.
+    """
+
+    @property
+    def layout(self) -> SlotLayout:
+        """What the slots of a prompt are, by which effects are told apart."""
+        ...
+
+    def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+        """The activation that ablating all of a site's nodes leaves there."""
+        ...
+
+    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+        """What is left of it without the features."""
+        ...
+
+    def features_at(
+        self, space: Dictionary, batch: Batch, features: Int[Tensor, " features"]
+    ) -> Float[Tensor, "tokens features"]:
+        """The values of some features."""
+        ...
+
+    def ablated_part(
+        self,
+        space: Dictionary,
+        mask: Float[Tensor, "circuits site_nodes"],
+        circuit_of_token: Int[Tensor, " tokens"],
+        batch: Batch,
+    ) -> Float[Tensor, "tokens d_in"]:
+        """What ablated nodes add up to: `sum_i (1 - m_i) f_ref_i d_i + (1 - m_error) (error_ref + b_dec)`.
+
+        Args:
+            mask: of the site's nodes, features first; differentiable.
+        """
+        ...
+
+    def attributed(
+        self,
+        space: Dictionary,
+        g: Float[Tensor, "tokens d_in"],
+        batch: Batch,
+        place_of_token: Int[Tensor, " tokens"],
+        n_places: int,
+    ) -> Float[Tensor, "places d_sae"]:
+        """`sum_t (g_t . d_i) f_ref_ti` over the tokens of each place, which are of one prompt and slot."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +84,72 @@ class Reference:
     """what the slots of a table are"""
     features: Mapping[str, Float[Tensor, "slots d_sae"]]
     errors: Mapping[str, Float[Tensor, "slots d_in"]]
+
+    def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+        """See `Baseline`."""
+        table = space.decode(self.features[space.site]) + self.errors[space.site]
+        return table[batch.slots[batch.touchable]]
+
+    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+        """See `Baseline`."""
+        return self.errors[space.site][batch.slots[batch.touchable]]
+
+    def features_at(
+        self, space: Dictionary, batch: Batch, features: Int[Tensor, " features"]
+    ) -> Float[Tensor, "tokens features"]:
+        """See `Baseline`."""
+        return self.features[space.site][:, features][batch.slots[batch.touchable]]
+
+    def ablated_part(
+        self,
+        space: Dictionary,
+        mask: Float[Tensor, "circuits site_nodes"],
+        circuit_of_token: Int[Tensor, " tokens"],
+        batch: Batch,
+    ) -> Float[Tensor, "tokens d_in"]:
+        """See `Baseline`: the same for all tokens of one circuit and slot."""
+        features_ref, slots = self.features[space.site], batch.slots[batch.touchable]
+        row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
+        circuit, slot = row // len(features_ref), row % len(features_ref)
+        ablated = 1 - mask[circuit]
+        of_features = linear(features_ref[slot] * ablated[:, : space.d_sae], space.W_dec.t())
+        left_ref = self.errors[space.site][slot] + space.b_dec
+        of_error = by_coordinate(ablated[:, space.d_sae :], space) * left_ref
+        return (of_features + of_error)[row_of_token]
+
+    def attributed(
+        self,
+        space: Dictionary,
+        g: Float[Tensor, "tokens d_in"],
+        batch: Batch,
+        place_of_token: Int[Tensor, " tokens"],
+        n_places: int,
+    ) -> Float[Tensor, "places d_sae"]:
+        """See `Baseline`: gradients are summed per place first, so that features that are off cost nothing."""
+        slots = batch.slots[batch.touchable]
+        slot_of_place = slots.new_zeros(n_places).scatter_(0, place_of_token, slots)
+        summed = g.new_zeros(n_places, space.d_in).index_add_(0, place_of_token, g)
+        return linear(summed, space.W_dec) * self.features[space.site][slot_of_place]
+
+
+def tables_of(baseline: Baseline) -> Reference:
+    """The baseline, if it is a table of values per slot.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(baseline, Reference):
+        raise UserError(
+            "this needs one value per position of the template for what is ablated: take a mean as discovery.reference"
+        )
+    return baseline
+
+
+def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: Dictionary) -> Float[Tensor, "rows coordinates"]:
+    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
+    if space.n_parts == 1:
+        return of_parts
+    return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_in // space.n_parts)
 
 
 def mean_reference(

@@ -169,10 +169,9 @@ def _activation(
 ) -> Float[Tensor, "copies batch pos d_in"]:
     """The activation at a site with only these nodes, for each copy others, at their values."""
     dictionary, touchable = ablation.dictionaries[run.site], run.batch.touchable
-    x = ablation.reference_activation(run.site)[run.batch.slots[touchable]]
+    x = ablation.ablated_activation(run.site, run.batch)
     if ablation.clean_errors is not None:
-        errors = ablation.reference.errors[run.site][run.batch.slots[touchable]]
-        x = x + ablation.clean_errors[run.site][touchable] - errors
+        x = x + ablation.clean_errors[run.site][touchable] - ablation.reference.errors_at(dictionary, run.batch)
     result = repeat(run.x.float(), "batch pos d_in -> copies batch pos d_in", copies=len(kept)).clone()
     for copy, nodes in zip(result, kept, strict=True):
         keeps = torch.tensor([feature in nodes for feature in values.features], device=x.device, dtype=x.dtype)
@@ -187,7 +186,7 @@ def _values(
     """The values of each group's targets in its own copy of the activation."""
     dictionary, reference = ablation.dictionaries[run.site], ablation.reference
     touchable = run.batch.touchable
-    slots, n_tokens = run.batch.slots[touchable], int(touchable.sum())
+    n_tokens = int(touchable.sum())
     features, moved = [], [x.new_zeros(0, n_tokens, dtype=torch.float32)]
     of_error = x.new_zeros(n_tokens, dictionary.d_in, dtype=torch.float32)
     for copy, group in zip(x[: len(groups)], groups, strict=True):
@@ -195,11 +194,12 @@ def _values(
         values, indices = dictionary.encode_sparse(rows)
         for node in group.targets:
             if node == dictionary.d_sae:
-                of_error = rows - dictionary.decode_sparse(values, indices) - reference.errors[run.site][slots]
+                of_error = rows - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, run.batch)
             else:
                 f = torch.where(indices == node, values, 0).sum(-1)
                 features.append(node)
-                moved.append((f - reference.features[run.site][slots, node])[None])
+                f_ref = reference.features_at(dictionary, run.batch, torch.tensor([node], device=f.device))
+                moved.append((f - f_ref[:, 0])[None])
     return _Values(features, torch.cat(moved), of_error)
 
 

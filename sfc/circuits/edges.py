@@ -149,12 +149,12 @@ def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient)
     """What ablating each source takes away from the activation."""
     dictionary, reference = problem.ablation.dictionaries[pair.upstream], problem.ablation.reference
     features, column = _columns(pair.sources, dictionary.d_sae)
-    prompt, slots = prompt_of_token(batch), batch.slots[batch.touchable]
+    prompt = prompt_of_token(batch)
     x = at.x[batch.touchable].float()
     values, indices = dictionary.encode_sparse(x)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
-    moved = f - reference.features[pair.upstream][:, features][slots]
-    error = x - dictionary.decode_sparse(values, indices) - reference.errors[pair.upstream][slots]
+    moved = f - reference.features_at(dictionary, batch, features)
+    error = x - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, batch)
     directions = dictionary.W_dec[features]
 
     def spread(weights: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Metrics(NamedTuple):
     """Ratios without a unit; None where the denominator cannot be told from zero."""
 
     faithfulness: float | None
-    """`(F(C) - F(0)) / (F(M) - F(0))`: 1 where the circuit alone does what the model does (Marks et al. 2024)"""
+    """`(F(C) - F(0)) / (F(M) - F(0))`: 1 where the mean score comes back in full (Marks et al. 2024)"""
     completeness: float | None
     """`F(M\\C) / F(M)`, as the published pipeline defines it; depends on where the score's zero lies"""
     completeness_normalised: float | None

@@ -14,7 +14,9 @@ EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
 Population = Literal["toxic", "safe"]
 PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-base"]
-ReferenceChoice = Literal["safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired"]
+ReferenceChoice = Literal[
+    "safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired", "counterfactual"
+]
 _OWN_REFERENCES: dict[PromptContrast, ReferenceChoice] = {"refused-complied": "complied-mean", "model-base": "base"}
 
 
@@ -41,8 +43,11 @@ class DiscoveryOptions(Options):
         None, description="contrast model-base: that model, a folder or a model id; null: itself without its adapter"
     )
     reference: ReferenceChoice | None = Field(
-        None, description="what ablated nodes are set to; null: the mean of the other population"
+        None,
+        description="what ablated nodes are set to; null: the mean of the other population; counterfactual: what they"
+        " are in the run of an equally long prompt of the other side, for prompts of both sides",
     )
+    pairs_per_prompt: int = Field(3, ge=1, description="counterfactual: at most so many other prompts for each")
     aggregation: Literal["mean", "max", "last"] = Field(
         "max", description="what is made of a feature's values over the sequence, where prompts have one each"
     )

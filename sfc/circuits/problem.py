@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import Reference
+from sfc.circuits.baselines import Baseline
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
@@ -68,6 +68,17 @@ def aggregated_features(
     return result.cpu().numpy()
 
 
+def _each_prompt_once(model: Model, batch: Batch, layer: int) -> Prefix:
+    """The residual stream of a batch in which a prompt may be in several pairs: it is run once."""
+    if batch.pair is None:
+        return prefix_after(model, batch, layer)
+    prompts = torch.cat([batch.ids, batch.lengths[:, None]], dim=1)
+    unique, row = prompts.unique(dim=0, return_inverse=True)
+    first = torch.full((len(unique),), len(row), device=row.device)
+    first.scatter_reduce_(0, row, torch.arange(len(row), device=row.device), "amin")
+    return prefix_after(model, batch.select(first), layer).select(row)
+
+
 @dataclass(frozen=True)
 class PromptRuns:
     """Batches of prompts whose runs start from a cached residual stream before the first dictionary."""
@@ -78,7 +89,7 @@ class PromptRuns:
     @classmethod
     def of(cls, model: Model, batches: Sequence[Batch], first_site: str) -> "PromptRuns":
         """Run every batch once, up to the first site."""
-        return cls(batches, [prefix_after(model, batch, layer_before(first_site)) for batch in batches])
+        return cls(batches, [_each_prompt_once(model, batch, layer_before(first_site)) for batch in batches])
 
     def __iter__(self) -> Iterator[tuple[Batch, Prefix]]:
         return zip(self.batches, self.prefixes, strict=True)
@@ -86,6 +97,11 @@ class PromptRuns:
     @property
     def n_prompts(self) -> int:
         return sum(len(batch.prompts) for batch in self.batches)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether every row is a prompt with a counterfactual."""
+        return all(batch.pair is not None for batch in self.batches)
 
     def sample(self, count: int, seed: int) -> "PromptRuns":
         """At most `count` of the prompts, drawn at random, renumbered from 0, in the batches they are in."""
@@ -175,7 +191,7 @@ class Task(NamedTuple):
     """Everything that discovery and evaluation must be told beside the model and its dictionaries."""
 
     score: Score
-    reference: Reference
+    reference: Baseline
     discovery: list[Batch]
     """the prompts that the circuit explains"""
     test: list[Batch]

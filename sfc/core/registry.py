@@ -26,8 +26,6 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
-    "sfc.studies.steer.options",
-    "sfc.studies.repair.options",
     "sfc.studies.collect.study",
     "sfc.studies.train.study",
     "sfc.studies.discover.study",
@@ -39,6 +37,8 @@ BUILT_IN = (
     "sfc.studies.logits.study",
     "sfc.studies.patch.study",
     "sfc.studies.formats.study",
+    "sfc.studies.steer.study",
+    "sfc.studies.repair.study",
     "sfc.studies.report",
 )
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"

@@ -5,7 +5,7 @@ start) and of its suffix (counted from its end) has its own, and all content and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -63,6 +63,8 @@ class Batch:
     """slot of each token, which is its row in the reference's tables; `PAD_SLOT` for padding"""
     roles: Int[Tensor, "batch pos"]
     """`Role` of each token; `PAD_ROLE` for padding"""
+    pair: Int[Tensor, " batch"] | None = field(default=None, kw_only=True)
+    """number of each row's pair, where every row is a prompt with a counterfactual (`sfc.circuits.counterfactuals`)"""
 
     @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
@@ -95,6 +97,10 @@ class Batch:
     def without_tables(self, layout: SlotLayout) -> "Batch":
         """The same prompts with the slots of the layout, as they were before `with_tables`."""
         return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, self.slots % layout.n_slots))
+
+    def with_pairs(self, pair: Int[Tensor, " batch"]) -> Self:
+        """The same prompts, each of them that of a pair."""
+        return replace(self, pair=pair)
 
     def tables(self, layout: SlotLayout) -> Int[Tensor, " batch"]:
         """Which table each row's slots are of, as `with_tables` was told."""

@@ -7,11 +7,12 @@ batch. Attention masks and positions are explicit: a reply does not depend on th
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sfc.data.render import TokenizedPrompt
+from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import SlotLayout, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model
@@ -63,6 +64,24 @@ def generate_ids(
             replies[i] = ids
         progress(len(group))
     return replies
+
+
+def with_replies(
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    max_new_tokens: int,
+    batch_tokens: int,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> list[TokenizedPrompt]:
+    """The prompts with the model's greedy replies after them; arguments as `generate_ids`."""
+    replies = generate_ids(model, prompts, max_new_tokens, batch_tokens, progress)
+    return [
+        TokenizedPrompt(
+            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
+            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
+        )
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -158,13 +158,6 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     return Model(bridge, tokenizer, config)
 
 
-def without_adapter(model: Model) -> Model:
-    """The model that the adapter was merged into, loaded beside it; the model itself where it has none."""
-    if model.config.adapter is None:
-        return model
-    return load_model(model.config.model_copy(update={"adapter": None}), model.device)
-
-
 def load_outline(config: ModelConfig) -> Outline:
     """Load the tokenizer and the sizes, not the weights.
 

@@ -88,6 +88,30 @@ class AnswerDifference:
         return own - other
 
 
+@dataclass(frozen=True)
+class DirectedScore:
+    """A score as each row's own side would have it: negated where a higher one speaks for the other side.
+
+    Rows are pairs of a prompt and its counterfactual. Under this score a prompt is above its counterfactual wherever
+    the model tells the two sides apart, whichever of them it is on, so that effects, faithfulness and completeness add
+    up over both directions.
+    """
+
+    score: Score
+    direction: Float[Tensor, " pairs"]
+    """1 where the prompt of a pair is of the positive side, -1 where it is of the negative"""
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"], batch: Batch, /) -> Float[Tensor, " batch"]:
+        """The score of each row, in nats. Differentiable.
+
+        Raises:
+            ValueError: the rows are not pairs.
+        """
+        if batch.pair is None:
+            raise ValueError("a directed score is of pairs; these prompts have no counterfactuals")
+        return self.direction[batch.pair] * self.score(logits, batch)
+
+
 def _single_tokens(model: Model, tokens: Sequence[str]) -> list[int]:
     ids = []
     for token in tokens:

@@ -94,6 +94,7 @@ def flush_right(batch: Batch) -> Tails:
         mask=mask,
         positions=(mask.cumsum(-1) - 1).clamp_min(0),
         cache=DynamicCache(),
+        pair=batch.pair,
     )
 
 

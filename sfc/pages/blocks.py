@@ -131,6 +131,13 @@ def cell(value: object) -> str:
     return f"{value:,}".replace("-", "−") if isinstance(value, int) else number_text(value)
 
 
+def share_cell(value: object, signed: bool = False) -> str:
+    """A share in percent; one that says how far something rose, in tenths and with its sign."""
+    if not isinstance(value, int | float) or value != value:  # NaN
+        return NOT_MEASURABLE
+    return f"{value:{'+.1' if signed else '.0'}%}".replace("-", "−")
+
+
 def interval_cell(low: object, high: object) -> str:
     """The ends of an interval."""
     return f"{cell(low)} to {cell(high)}"

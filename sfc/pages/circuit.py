@@ -128,11 +128,15 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
     share = result.get("error_share")
     return Tiles(
         [
-            Tile("faithfulness", cell(result.get("faithfulness")), interval("faithfulness", "1: the circuit suffices")),
+            Tile(
+                "faithfulness",
+                cell(result.get("faithfulness")),
+                interval("faithfulness", "score restored"),
+            ),
             Tile(
                 "completeness, normalised",
                 cell(result.get("completeness_normalised")),
-                interval("completeness_normalised", "0: nothing works without it"),
+                interval("completeness_normalised", "share left without it"),
             ),
             Tile("random circuits", cell(result.get("random_faithfulness")), by_chance),
             Tile("nodes", cell(result.get("n_nodes")), "of all kinds"),
@@ -307,8 +311,10 @@ def _guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
         "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
         "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)). F is the mean score: of the full model M, of the "
         "circuit C alone, of the model without it (M\\C), and with everything ablated (0), that is, set to its mean "
-        "on reference prompts. 1 means that the circuit alone does what the model does; random circuits of the "
-        "same size per layer show what size alone would give.",
+        f"on reference prompts. 1 means that the mean score of {words.positive} prompts comes back in full. A circuit "
+        "that gives every prompt that score has 1 as well, whatever the prompt says, so that this figure alone does "
+        "not show that a circuit decides as the model does. Random circuits of the same size per layer show what size "
+        "alone would give; they say nothing of circuits that were optimised.",
         "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
         "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
         "Where a denominator is too small to divide by, a figure is not measurable.",

@@ -10,19 +10,12 @@ import json
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from sfc.core.artifacts import write_text
 from sfc.pages.text import printable
-
-
-def write_document(path: Path, title: str, body: str) -> None:
-    """Write a page, whole or not at all; arguments as `document_html`."""
-    write_text(path, document_html(title, body))
 
 
 def document_html(title: str, body: str, scripts: Sequence[str] = ()) -> str:
@@ -53,14 +46,6 @@ def document_html(title: str, body: str, scripts: Sequence[str] = ()) -> str:
 """
 
 
-def header_html(title: str, sentence: str) -> str:
-    """The heading of a page and the sentence under it, escaped."""
-    return (
-        f"<header><h1>{escape(printable(title))}</h1><p>{escape(printable(sentence))}</p></header>\n"
-        "<noscript><p>The pictures need JavaScript; figures and table are readable without it.</p></noscript>"
-    )
-
-
 def figure_html(name: str, figure: go.Figure) -> str:
     """The place of a figure, and beside it what page.js draws there."""
     height = figure.layout["height"]
@@ -71,11 +56,6 @@ def figure_html(name: str, figure: go.Figure) -> str:
 def data_html(name: str, value: Any) -> str:
     """Data for a script of the page: the JSON of `value` in an element named `name`."""
     return _json_html(name, json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":")))
-
-
-def guide_html(paragraphs: tuple[str, ...]) -> str:
-    """Paragraphs of HTML that say how a page is read."""
-    return f'<div class="guide">{"".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)}</div>'
 
 
 def _json_html(name: str, text: str) -> str:

@@ -18,7 +18,7 @@ from sfc.pages.blocks import (
     Widget,
     spans,
 )
-from sfc.pages.document import document_html, figure_html, header_html
+from sfc.pages.document import document_html, figure_html
 from sfc.pages.text import NOT_MEASURABLE, printable
 
 _MOST_WITHOUT_CONTENTS = 6
@@ -27,8 +27,12 @@ _TAGS = {"strong": "b", "code": "code"}
 
 def page_html(page: Page) -> str:
     """The page of an artifact; equal input makes equal text. A long page begins with its contents."""
+    header = (
+        f"<header><h1>{_text(page.title)}</h1><p>{_text(page.sentence)}</p></header>\n"
+        "<noscript><p>The pictures need JavaScript; figures and table are readable without it.</p></noscript>"
+    )
     taken: set[str] = set()
-    body = [header_html(page.title, page.sentence), *(_bare(block, taken) for block in page.summary)]
+    body = [header, *(_bare(block, taken) for block in page.summary)]
     titles = [(f"s{number}", section.title) for number, section in enumerate(page.sections) if section.title]
     if len(titles) > _MOST_WITHOUT_CONTENTS:
         links = "".join(f'<a href="#{name}">{_text(title)}</a><br>' for name, title in titles)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
-from sfc.core.artifacts import MANIFEST, Artifact, Json, read_json, write_json, write_text
+from sfc.core.artifacts import MANIFEST, Artifact, Json, read_json, write_csv, write_json, write_text
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.core.progress import say
@@ -122,6 +122,14 @@ class Made(NamedTuple):
     """the files it wrote into the folder, by name, beside those that it always writes"""
     facts: Json = MappingProxyType({})
     """what the manifest tells beside"""
+
+
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Write tables as CSV, floats to six decimals; the files by the tables' names, for `Made`."""
+    files = {name: f"{name}.csv" for name in tables}
+    for name, table in tables.items():
+        write_csv(folder / files[name], table.round(6))
+    return files
 
 
 class Need(NamedTuple):

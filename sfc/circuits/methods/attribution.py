@@ -19,7 +19,6 @@ from sfc.circuits.gradients import prompt_of_token, score_gradients
 from sfc.circuits.methods import Effects
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
-from sfc.models.linear import linear
 from sfc.models.running import Prefix
 from sfc.saes.kernels import row_dots
 
@@ -49,23 +48,22 @@ def effects_at_site(
 ) -> BatchEffects:
     """The effects of one site's nodes, its features first, for activations x and gradients g.
 
-    The reference's part needs gradients only summed per prompt and slot, so that features that are off cost nothing.
+    The reference's part is its own to sum (see `Baseline.attributed`), per prompt and slot.
     """
     dictionary, reference = ablation.dictionaries[site], ablation.reference
     touchable = batch.touchable
     prompt = prompt_of_token(batch)
     slots, g, x = batch.slots[touchable], g[touchable].float(), x[touchable].float()
-    n_slots, n_table = len(reference.features[site]), reference.layout.n_slots
+    n_slots, n_table = int(slots.max()) + 1, reference.layout.n_slots
     place, place_of_token = (prompt * n_slots + slots).unique(return_inverse=True)
     prompt_of_place, slot_of_place = place // n_slots, place % n_slots
     values, indices = dictionary.encode_sparse(x)
 
-    summed = x.new_zeros(len(place), dictionary.d_in).index_add_(0, place_of_token, g)
-    of_features = -linear(summed, dictionary.W_dec) * reference.features[site][slot_of_place]
+    of_features = -reference.attributed(dictionary, g, batch, place_of_token, len(place))
     active = (place_of_token[:, None] * dictionary.d_sae + indices).flatten()
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 
-    error = x - dictionary.decode_sparse(values, indices) - reference.errors[site][slots]
+    error = x - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, batch)
     of_parts = reduce(g * error, "tokens (parts width) -> tokens parts", "sum", parts=dictionary.n_parts)
     of_error = x.new_zeros(len(place), dictionary.n_parts).index_add_(0, place_of_token, of_parts)
     effects = torch.cat([of_features, of_error], dim=1)

@@ -71,10 +71,9 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
     """The activation at the site with each of these nodes of the site alone set to its reference."""
     dictionary, reference = run.problem.ablation.dictionaries[run.site], run.problem.ablation.reference
     touchable = run.batch.touchable
-    slots, x = run.batch.slots[touchable], run.x[touchable].float()
+    x = run.x[touchable].float()
     values, indices = dictionary.encode_sparse(x)
-    features_ref, errors_ref = reference.features[run.site], reference.errors[run.site][slots]
-    error_ablated = dictionary.decode_sparse(values, indices) + errors_ref
+    error_ablated = dictionary.decode_sparse(values, indices) + reference.errors_at(dictionary, run.batch)
     width = dictionary.d_in // dictionary.n_parts
     result = repeat(run.x.float(), "batch pos d_in -> nodes batch pos d_in", nodes=len(within_site)).clone()
     for copy, node in zip(result, within_site, strict=True):
@@ -83,5 +82,6 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
             copy[touchable] = torch.where(part, error_ablated, x)
         else:
             f = torch.where(indices == node, values, 0).sum(-1)
-            copy[touchable] = x - (f - features_ref[slots, node])[:, None] * dictionary.W_dec[node]
+            f_ref = reference.features_at(dictionary, run.batch, torch.tensor([node], device=x.device))
+            copy[touchable] = x - (f[:, None] - f_ref) * dictionary.W_dec[node]
     return result

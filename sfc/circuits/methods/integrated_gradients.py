@@ -46,8 +46,8 @@ def integrated_effects(problem: Problem, batch: Batch, prefix: Prefix, steps: in
 def _mean_gradient(run: SiteRun, steps: int) -> Float[Tensor, "batch pos d_in"]:
     """The mean gradient of the score along the path; several points of it go through in one batch."""
     x, batch = run.x.float(), run.batch
-    x_ref = run.problem.ablation.reference_activation(run.site)[batch.slots]
-    away = (x - x_ref) * batch.touchable[..., None]
+    away = torch.zeros_like(x)
+    away[batch.touchable] = x[batch.touchable] - run.problem.ablation.ablated_activation(run.site, batch)
     left = 1 - (torch.arange(steps, device=x.device) + 0.5) / steps
     total = torch.zeros_like(x)
     for part in left.split(batch.copies_in(PACKED_TOKENS)):

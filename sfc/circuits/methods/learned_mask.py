@@ -4,6 +4,9 @@ One number per node between 0 and 1 is optimised by gradient descent through the
 evaluated by, at a price per node that grows from step to step: cheap nodes go first. What is left at a moment is a
 circuit for the price of that moment, so that one run goes through all sizes, and nodes are ranked by how long they
 held out.
+
+A mask that sees one side only can learn to score high whatever the prompt. Where prompts have counterfactuals, those of
+both sides are learned from, each against the other, which no constant satisfies.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,8 @@ from sfc.circuits.methods import Effects, LearnedMaskOptions, attribution
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.progress import progress_bar
 from sfc.models.batches import Batch
-from sfc.models.running import Prefix
+from sfc.models.engine import kl
+from sfc.models.running import Prefix, last_logits
 from sfc.models.score import score_batch
 
 START_LOGIT = 1.0
@@ -54,8 +58,9 @@ def learn_mask(
 ) -> LearnedMask:
     """Learn a mask on the discovery prompts.
 
-    The loss is the squared difference between the masked model's score and the full model's, in units of
-    F(M) - F(0), plus the price times the sum of the mask. The price rises to `price` linearly over the first 40 % of
+    The loss is the mean squared difference between the masked model's score and the full model's, in units of
+    F(M) - F(0) (of pairs: of its root mean square), plus `kl_weight` times the divergence of their next-token
+    distributions, plus the price times the sum of the mask. The price rises to `price` linearly over the first 40 % of
     the steps, and from there to `last_price` by a constant factor.
 
     Args:
@@ -71,12 +76,18 @@ def learn_mask(
     with torch.no_grad():
         full = [_score(problem, batch, prefix, None) for batch, prefix in problem.runs]
         empty = [_score(problem, batch, prefix, torch.zeros_like(logits)) for batch, prefix in problem.runs]
-    span = max(abs(float(torch.cat(full).mean() - torch.cat(empty).mean())), SMALLEST_SPAN)
+    span = _span(torch.cat(full), torch.cat(empty), problem.runs.are_pairs)
+    at_once = options.pairs if problem.runs.are_pairs else options.prompts
     for step in range(1, options.steps + 1):
-        batch, prefix, target = _draw(problem.runs, full, options.prompts, random)
+        batch, prefix, target = _draw(problem.runs, full, at_once, random)
         mask = logits.sigmoid()
-        difference = (_score(problem, batch, prefix, mask) - target) / span
+        last = _last_logits(problem, batch, prefix, mask)
+        difference = (problem.score(last, batch) - target) / span
         loss = difference.square().mean() + price(step, options) * mask.sum()
+        if options.kl_weight:
+            with torch.no_grad():
+                plain = last_logits(problem.model, batch, prefix=prefix).log_softmax(-1)
+            loss = loss + options.kl_weight * kl(plain, last.log_softmax(-1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,13 +106,24 @@ def price(step: int, options: LearnedMaskOptions) -> float:
     return options.price * (options.last_price / options.price) ** done
 
 
+def _span(full: Float[Tensor, " prompts"], empty: Float[Tensor, " prompts"], are_pairs: bool) -> float:
+    """What differences of scores are measured in, in nats."""
+    lost = full - empty
+    size = lost.square().mean().sqrt() if are_pairs else (full.mean() - empty.mean()).abs()
+    return max(float(size), SMALLEST_SPAN)
+
+
 def _score(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor | None) -> Float[Tensor, " batch"]:
     if mask is None:
         return score_batch(problem.model, problem.score, batch, prefix=prefix)
+    return problem.score(_last_logits(problem, batch, prefix, mask), batch)
+
+
+def _last_logits(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor) -> Float[Tensor, "batch vocab"]:
     circuit = torch.zeros_like(batch.lengths)
     ablation = problem.ablation.for_batch(problem.model, batch, prefix)
     interventions = ablation.interventions(mask[None], circuit, batch)
-    return score_batch(problem.model, problem.score, batch, interventions, prefix)
+    return last_logits(problem.model, batch, interventions, prefix)
 
 
 def _draw(

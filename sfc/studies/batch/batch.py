@@ -4,6 +4,7 @@ A study that fails for a model is listed with its reason, and the others go on. 
 and dropped from memory before the next.
 """
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,12 @@ import pandas as pd
 
 from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.artifacts import MANIFEST, Artifact, write_csv, write_json, write_text
-from sfc.core.errors import CannotLoadModel, UserError, suggestion
+from sfc.core.errors import CannotLoadModel, UserError
 from sfc.core.progress import say
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.batch.bridge import BRIDGE, Stage
 from sfc.studies.batch.depth import critical_table, frequencies, probe_table
 from sfc.studies.batch.page import batch_page
 from sfc.studies.study import RESULT, STUDIES, Finished, Study, ensure
@@ -63,23 +63,17 @@ class Batch(NamedTuple):
     page: Page
 
 
-def stages_of(text: str) -> dict[str, Study[Any] | Stage]:
+def stages_of(text: str) -> dict[str, Study[Any]]:
     """The studies that `--stages` names, separated by commas.
 
     Raises:
         UserError: there is no such study.
     """
     names = [name.strip() for name in text.split(",")]
-    known = [*STUDIES.names(), *BRIDGE]
-    for name in names:
-        if name not in known:
-            raise UserError(f"no study {name!r} to be a stage: {suggestion(name, known)}")
-    return {name: STUDIES[name] if name in STUDIES else BRIDGE[name] for name in names}
+    return {name: STUDIES[name] for name in names}
 
 
-def make_batch(
-    runs: Sequence[Run], stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None
-) -> Batch:
+def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: str | None, limit: int | None) -> Batch:
     """Run the studies of every model as far as they are missing, and write the comparison.
 
     The comparison is put together again each time: the studies are what costs.
@@ -100,7 +94,10 @@ def make_batch(
     by_model = {each.run.experiment.name: each.finished for each in studied}
     critical, measured = critical_table(by_model)
     frequency = frequencies(critical, measured)
-    links = {model: {stage: _page(each) for stage, each in of.items()} for model, of in by_model.items()}
+    artifact = _artifact(runs, list(stages), category, limit)
+    links = {
+        model: {stage: _page(each, artifact.folder) for stage, each in of.items()} for model, of in by_model.items()
+    }
     result = {
         "category": category,
         "stages": list(stages),
@@ -109,7 +106,6 @@ def make_batch(
     }
     words = BEHAVIORS[runs[0].experiment.behavior].words
     page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
-    artifact = _artifact(runs, list(stages), category, limit)
     with artifact.being_made() as folder:
         tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
         for name, table in tables.items():
@@ -136,16 +132,13 @@ def _artifact(runs: Sequence[Run], stages: Sequence[str], category: str | None, 
     return Artifact.of(runs[0].root / "circuits" / "batch", category or "models", inputs)
 
 
-def _study(run: Run, stages: Mapping[str, Study[Any] | Stage], category: str | None, limit: int | None) -> Studied:
+def _study(run: Run, stages: Mapping[str, Study[Any]], category: str | None, limit: int | None) -> Studied:
     name, studied, session = run.experiment.name, Studied(run, {}, []), Session(run)
     for stage, study in stages.items():
         say(f"{name}: {stage}")
         try:
-            if isinstance(study, Study):
-                chosen = with_options(study, run, category, limit)
-                studied.finished[stage] = ensure(study, chosen, session=session)
-            else:
-                studied.finished[stage] = Finished(study.ensure(run).folder)
+            chosen = with_options(study, run, category, limit)
+            studied.finished[stage] = ensure(study, chosen, session=session)
         except UserError as error:
             studied.failures.append(Failure(name, stage, " ".join(str(error).split())))
             if isinstance(error, CannotLoadModel):
@@ -169,7 +162,7 @@ def with_options(study: Study[Any], run: Run, category: str | None, limit: int |
     return run.having(study.options, **values) if values else run
 
 
-def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str, Any]:
+def _row(studied: Studied, stages: Mapping[str, Study[Any]]) -> dict[str, Any]:
     """One model's line of the table of models; what was not measured is None."""
     experiment = studied.run.experiment
     failed = ", ".join(failure.stage for failure in studied.failures)
@@ -180,8 +173,7 @@ def _row(studied: Studied, stages: Mapping[str, Study[Any] | Stage]) -> dict[str
     return row
 
 
-def _page(finished: Finished) -> str:
-    """The page of an artifact, relative to the folder of a batch, which lies beside those of the presets."""
-    manifest = finished.manifest
-    files = manifest.get("files") or manifest["result"]["files"]
-    return str(Path("..", "..", finished.folder.parent.name, finished.folder.name, files.get("page", MANIFEST)))
+def _page(finished: Finished, folder: Path) -> str:
+    """The page of an artifact, or its manifest where it has none, relative to a folder."""
+    page = finished.files.get("page", finished.folder / MANIFEST)
+    return Path(os.path.relpath(page, folder)).as_posix()

@@ -11,17 +11,15 @@ from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Block, Figure, Links, Page, Section, Table, cell
 from sfc.pages.style import BLUE, ROLE_COLOURS, axis, remark, styled_figure
 from sfc.pages.text import count_text, hover_text
-from sfc.studies.batch.bridge import Stage
 from sfc.studies.study import Study
 
 _TENTHS = [f"{10 * tenth}–{10 * tenth + 10} %" for tenth in range(10)]
 _LISTED = 30
-_Stage = Study[Any] | Stage
 
 
 def batch_page(
     result: Mapping[str, Any],
-    stages: Mapping[str, _Stage],
+    stages: Mapping[str, Study[Any]],
     frequency: pd.DataFrame,
     layers: pd.DataFrame,
     links: Mapping[str, Mapping[str, str]],
@@ -37,20 +35,34 @@ def batch_page(
         links: addresses of pages, by model and stage.
     """
     rows, failures = result["models"], result["failures"]
-    headline = {study: study.model_headline for study in stages.values()}
-    summary: list[Block] = [_models_table(rows, headline, words)]
+
+    def models_table(columns: Mapping[str, Sequence[str]]) -> Table:
+        """A line per model, with some columns of each study; a dash where the study came to nothing."""
+        titles = [stages[stage].model_columns[column] for stage, of in columns.items() for column in of]
+        cells = [
+            [
+                cell(row[column]) if stage in links[row["model"]] else "–"
+                for stage, of in columns.items()
+                for column in of
+            ]
+            for row in rows
+        ]
+        spoken = [title.format_map(words._asdict()) for title in titles]
+        return Table("", ("model", *spoken), [[row["model"], *of] for row, of in zip(rows, cells, strict=True)])
+
+    summary: list[Block] = [models_table({stage: study.model_headline for stage, study in stages.items()})]
     if failures:
         columns = ("model", "stage", "reason")
         cells = [[failure[column] for column in columns] for failure in failures]
         summary.append(Table("What failed", columns, cells, texts=("stage", "reason")))
     sections = [
-        Section(name, [_models_table(rows, {study: list(study.model_columns)}, words)])
-        for name, study in stages.items()
+        Section(stage, [models_table({stage: list(study.model_columns)})])
+        for stage, study in stages.items()
         if study.model_columns
     ]
     if {"patch", "attribute-logits"} & set(stages):
         figure = Figure("frequency", lambda: frequency_figure(frequency))
-        sections.append(Section("", [figure, _frequency_table(frequency)]))
+        sections.append(Section("", [figure, *([] if frequency.empty else [_frequency_table(frequency)])]))
     if "probe" in stages:
         sections.append(Section("", [Figure("layers", lambda: layers_figure(layers, words))]))
     pages = [Links(model, [*of_model.items()]) for model, of_model in links.items()]
@@ -125,19 +137,6 @@ def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
     return figure.update_layout(margin={"t": 100}, showlegend=True, legend={"y": 1.08})
 
 
-def _models_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[_Stage, Sequence[str]], words: Words) -> Table:
-    """A line per model, with some columns of each study; a dash where a study came to nothing for a model."""
-    spoken = words._asdict()
-    titles = [study.model_columns[column].format_map(spoken) for study, of in columns.items() for column in of]
-    cells = [[row["model"], *(text for of_study in columns.items() for text in _cells(row, *of_study))] for row in rows]
-    return Table("", ("model", *titles), cells)
-
-
-def _cells(row: Mapping[str, Any], study: _Stage, columns: Sequence[str]) -> list[str]:
-    is_finished = any(row[column] is not None for column in study.model_columns)
-    return [cell(row[column]) if is_finished else "–" for column in columns]
-
-
 def _frequency_table(frequency: pd.DataFrame) -> Table:
     titles = ("evidence", "kind", "depth", "models", "of", "components", "strongest in each model")
     rows = [
@@ -148,8 +147,7 @@ def _frequency_table(frequency: pd.DataFrame) -> Table:
         ]
         for row in frequency.head(_LISTED).to_dict("records")
     ]
-    title = "Critical components by frequency" if rows else "No component is critical in any model"
-    return Table(title, titles, rows, texts=("kind", "strongest in each model"))
+    return Table("Critical components by frequency", titles, rows, texts=("kind", "strongest in each model"))
 
 
 def _hover(cell: Mapping[Any, Any] | None) -> str:

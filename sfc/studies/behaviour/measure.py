@@ -32,9 +32,7 @@ class Behaviour(NamedTuple):
 def measure(session: Session, prompts: pd.DataFrame, replies_file: Path, groups_file: Path) -> Made:
     """Answer and judge prompts (see `measure_behaviour`) by the run's behavior, and write both tables."""
     experiment, model = session.run.experiment, session.model
-    judge = session.run.behavior.judge()
-    assert judge is not None, "the study has checked it"
-    measured = measure_behaviour(model, prompts, session.metric, judge)
+    measured = measure_behaviour(model, prompts, session.metric, session.run.judge)
     write_csv(replies_file, measured.replies, digits=5)
     write_csv(groups_file, measured.groups, digits=5)
     groups = measured.groups.to_dict("records")

@@ -59,8 +59,7 @@ class Behaviour(Study[BehaviourOptions]):
         if options.split not in (known := (*SPLITS, ALL)):
             raise UserError(f"no split {options.split!r}: {suggestion(options.split, known)}")
         _category(run)
-        if run.behavior.judge() is None:
-            raise UserError(f"replies do not show {run.experiment.behavior!r}: that behavior has no judge of replies")
+        _ = run.judge
 
     def label(self, run: Run) -> str:
         options = self.of(run)

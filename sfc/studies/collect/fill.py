@@ -15,7 +15,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.data.corpus import pieces, read_texts
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.data.schema import with_ids
-from sfc.models.generation import generate_ids
+from sfc.models.generation import with_replies
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
@@ -61,7 +61,7 @@ def sae_corpus(run: Run, model: Model) -> Corpus:
     if config.source == "prompts":
         return circuit_prompts(run, model.tokenize)
     if config.source == "replies":
-        return _with_replies(circuit_prompts(run, model.tokenize), model, config.reply_tokens)
+        return _replied(circuit_prompts(run, model.tokenize), model, config.reply_tokens)
     return _texts(config, model.tokenizer)
 
 
@@ -85,16 +85,9 @@ def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
     return lambda texts: tokenize_prompts(tokenizer, texts, config.template, config.system_prompt)
 
 
-def _with_replies(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
+def _replied(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
     with progress_bar("the model's replies", len(corpus.sequences), "prompts") as progress:
-        replies = generate_ids(model, corpus.sequences, reply_tokens, _REPLY_BATCH_TOKENS, progress=progress)
-    sequences = [
-        TokenizedPrompt(
-            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
-            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
-        )
-        for prompt, reply in zip(corpus.sequences, replies, strict=True)
-    ]
+        sequences = with_replies(model, corpus.sequences, reply_tokens, _REPLY_BATCH_TOKENS, progress)
     return Corpus(corpus.table, sequences)
 
 

@@ -47,7 +47,7 @@ class Compare(Study[ComparisonOptions]):
         if len(self.categories(run)) < 2:
             raise UserError("compare needs at least two categories, for example --categories violence,privacy")
         discovery = DiscoveryOptions.of(run.experiment)
-        if discovery.reference_choice in ("paired", "base", "complied-mean"):
+        if discovery.reference_choice in ("paired", "base", "complied-mean", "counterfactual"):
             raise UserError(
                 f"compare pools prompts of categories, whose reference {discovery.reference_choice!r} is not the same"
             )

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from sfc.circuits.baselines import Reference, reference_in_tables
+from sfc.circuits.baselines import Reference, reference_in_tables, tables_of
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import attribution
 from sfc.circuits.options import base_model
@@ -82,7 +82,8 @@ def base_changes(
         `f_base`, and the base's score with the circuit's and with all nodes' values of the model.
     """
     nodes, dictionaries = problem.ablation.nodes, problem.ablation.dictionaries
-    layout, before = problem.ablation.reference.layout, problem.ablation.reference
+    before = tables_of(problem.ablation.reference)
+    layout = before.layout
     batches = [*problem.runs.batches, *test_runs.batches]
     now = reference_in_tables(problem.model, dictionaries, batches, layout)
     base = load_base(session)

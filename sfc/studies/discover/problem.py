@@ -2,7 +2,7 @@
 
 A behavior may set a task of its own. Others have two sides: prompts of one are explained, and the reference is a mean
 over those of the other, their partners in `pairs.csv`, those that the model answered, or the same prompts in the base
-model.
+model. Against counterfactuals, prompts of both sides are explained.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE, Words
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
+from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.nodes import NODES, Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
 from sfc.circuits.problem import Problem, PromptRuns, Task
@@ -23,11 +24,12 @@ from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
 from sfc.data.balance import balance
+from sfc.data.counterfactual import counterfactual_pairs
 from sfc.data.pairs import load_pairs
 from sfc.data.schema import ALL, looked_up, with_ids
 from sfc.data.topics import listed_topics
 from sfc.models.batches import Batch, SlotLayout, make_batches
-from sfc.models.score import auroc, score_prompts
+from sfc.models.score import DirectedScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
@@ -86,6 +88,57 @@ def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpa
     return Paired(reference, discovery, test, prompts)
 
 
+class AgainstCounterfactuals(NamedTuple):
+    """Prompts of both sides, each with equally long ones of the other."""
+
+    baseline: Counterfactuals
+    score: DirectedScore
+    discovery: list[Batch]
+    test: list[Batch]
+    prompts: pd.DataFrame
+    """all prompts that are in a pair"""
+    counts: dict[str, dict[str, int]]
+    """by split: see `CounterfactualPairs`"""
+
+
+def against_counterfactuals(
+    session: Session, explained: pd.DataFrame, candidates: pd.DataFrame, spaces: Mapping[str, NodeSpace]
+) -> AgainstCounterfactuals:
+    """Pair the discovery and test prompts that are explained with counterfactuals among all candidates.
+
+    Raises:
+        UserError: in a split no prompt of one of the sides finds a counterfactual.
+    """
+    run, model = session.run, session.model
+    experiment, tokens = run.experiment, run.experiment.activations.batch_tokens
+    both = pd.concat([explained, candidates])
+    both = both[both["split"].isin(["discovery", "test"])].drop_duplicates("id")
+    table, tokenized = short_enough(model.tokenize, both, experiment.prompts.max_tokens)
+    table = table.reset_index(drop=True)
+    described = table.assign(
+        positive=table["refusal_label"].astype(bool),
+        length=[len(prompt.ids) for prompt in tokenized],
+        first_token=[int(prompt.ids[0]) for prompt in tokenized],
+    )
+    per_prompt = DiscoveryOptions.of(experiment).pairs_per_prompt
+    found = counterfactual_pairs(described, table["id"].isin(explained["id"]), per_prompt, experiment.seed)
+    for line in found.lines(run.behavior.words.positive, run.behavior.words.negative):
+        say(line)
+    columns = (torch.from_numpy(found.table[name].to_numpy(copy=True)) for name in Pairs._fields)
+    pairs = Pairs(*(values.to(model.device) for values in columns))
+    baseline = Counterfactuals.of(model, spaces, tokenized, pairs, SlotLayout.of(tokenized), tokens)
+    discovery, test = (
+        baseline.batches(
+            tokenized, torch.from_numpy((found.table["split"] == split).to_numpy()).to(model.device), tokens
+        )
+        for split in ("discovery", "test")
+    )
+    used = table.loc[sorted({*found.table["prompt"], *found.table["counterfactual"]})]
+    return AgainstCounterfactuals(
+        baseline, DirectedScore(session.metric, pairs.direction), discovery, test, used, found.counts
+    )
+
+
 LOW_AUROC = 0.8
 _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "safe-mean": [False],
@@ -95,6 +148,7 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
     "base": [],
     "zero": [],
     "paired": [],
+    "counterfactual": [],
 }
 """which prompts of the reference split are averaged, by their expected label"""
 
@@ -133,12 +187,18 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     in_reference = used["split"] == "reference"
     to_explain = [batches(discovery & explained), batches(test & explained)]
     facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
+    explained_side, task_score = words.said(config.population), session.metric
     hard = f", its {words.negative} prompts being hard ones" if config.contrast == "toxic-hard" else ""
     say(f"reference: {words.said(config.reference_choice)}{hard}")
     if config.reference_choice == "paired":
         paired = paired_prompts(session, category, spaces)
         reference, to_explain = paired.reference, [paired.discovery, paired.test]
         facts["prompts"] = pd.concat([used[discovery], paired.prompts])
+    elif config.reference_choice == "counterfactual":
+        paired = against_counterfactuals(session, used, everyone, spaces)
+        reference, to_explain = paired.baseline, [paired.discovery, paired.test]
+        facts |= {"prompts": pd.concat([used, paired.prompts]).drop_duplicates("id"), "counterfactuals": paired.counts}
+        explained_side, task_score = f"{words.positive} and {words.negative}", paired.score
     elif config.reference_choice == "base":
         reference, to_explain = against_base(session, spaces, to_explain, layout)
     elif config.reference_choice == "zero":
@@ -149,8 +209,7 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
     facts["score_auroc"] = None if separation is None else round(separation, 4)
     _warn_of_low(separation, words)
-    explained_side = words.said(config.population)
-    return Task(score, reference, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
+    return Task(task_score, reference, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
 
 
 def _warn_of_low(separation: float | None, words: Words) -> None:

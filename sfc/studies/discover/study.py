@@ -42,10 +42,8 @@ class Discover(Study[DiscoveryOptions]):
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
-        "n_nodes": "nodes",
-        "faithfulness": "faithfulness",
-        "completeness_normalised": "completeness, normalised",
-    }
+        "n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised",
+    }  # fmt: skip
     model_headline: ClassVar = ("faithfulness",)
 
     def label(self, run: Run) -> str:

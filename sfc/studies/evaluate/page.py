@@ -108,7 +108,8 @@ def _guide(words: Words) -> tuple[str, ...]:
         "alone with everything else set to its reference, of the model without it (M\\C), and with everything ablated"
         " (0). "
         "A good circuit has its circle at F(M) and its diamond at F(0).",
-        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)): 1 where the circuit alone does what the model does. "
+        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)): 1 where the score comes back in full, even if it does so on"
+        " every prompt. "
         "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)): 0 where nothing is left without it; as "
         "published it is F(M\\C) / F(M). Where a denominator is too small to divide by, a figure is not measurable.",
         "**Random circuits** have as many features at each site and the same error nodes: what size alone gives. "

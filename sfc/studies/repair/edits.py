@@ -12,7 +12,8 @@ feature's value, leaves what the embedding writes, and puts no mean in its place
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ _META = "repair"
 
 
 @dataclass(frozen=True)
-class Repair:
+class FeatureAblation:
     """Features that are set to a reference, by site."""
 
     layout: SlotLayout
@@ -51,7 +52,9 @@ class Repair:
     """the folder of the dictionaries whose features these are"""
 
     @classmethod
-    def of(cls, chosen: Int[Tensor, " chosen"], nodes: Nodes, reference: Reference, dictionaries: str) -> "Repair":
+    def of(
+        cls, chosen: Int[Tensor, " chosen"], nodes: Nodes, reference: Reference, dictionaries: str
+    ) -> "FeatureAblation":
         """The repair that ablates these nodes, all of them features."""
         site_of = torch.from_numpy(nodes.site_numbers)[chosen]
         starts = torch.tensor([0, *nodes.sizes[:-1]]).cumsum(0)
@@ -84,7 +87,7 @@ class Repair:
         return Ablations(ablation, keep).interventions(batch, [0]).in_prompt
 
 
-def save_repair(repair: Repair, path: Path) -> None:
+def save_repair(repair: FeatureAblation, path: Path) -> None:
     """Write the features and their references as safetensors."""
     tensors = {f"{site}/features": values.contiguous() for site, values in repair.features.items()}
     tensors |= {f"{site}/reference": values.contiguous() for site, values in repair.reference.items()}
@@ -97,11 +100,11 @@ def save_repair(repair: Repair, path: Path) -> None:
         save_file(tensors, temporary, {_META: json.dumps(about)})
 
 
-def load_repair(path: Path) -> Repair:
+def load_repair(path: Path) -> FeatureAblation:
     """Read what `save_repair` wrote.
 
     Raises:
-        UserError: the file is missing or is no repair.
+        UserError: the file is missing or is not a repair.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -112,9 +115,9 @@ def load_repair(path: Path) -> Repair:
             for kind in ("features", "reference")
         }
         layout = SlotLayout(about["n_prefix"], about["n_suffix"])
-        return Repair(layout, by_kind["features"], by_kind["reference"], about["dictionaries"])
+        return FeatureAblation(layout, by_kind["features"], by_kind["reference"], about["dictionaries"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no repair that `sfc repair` wrote ({error})") from None
+        raise UserError(f"{path} is not a repair that `sfc repair` wrote ({error})") from None
 
 
 Subspaces = Mapping[str, Float[Tensor, "directions d_model"]]
@@ -178,13 +181,10 @@ def project_weights(model: Model, subspaces: Subspaces) -> None:
     """Change the model's output weights and biases in place, so that they write nothing into the subspaces.
 
     Raises:
-        UserError: an output is no linear layer.
+        UserError: an output is not a linear layer.
     """
     for site, basis in subspaces.items():
-        block = model.bridge.blocks[layer_of(site)]
-        layer = (block.attn.o if kind_of(site) == "attn_out" else block.mlp.out).original_component
-        if not isinstance(layer, nn.Linear | Conv1D):
-            raise UserError(f"the output of {site} is a {type(layer).__name__}, not a linear layer")
+        layer = _output_layer(model, site)
         u = basis.to(layer.weight.device)
         weight = layer.weight.double() if isinstance(layer, Conv1D) else layer.weight.double().T
         projected = weight - (weight @ u.T) @ u  # [d_in, d_out]
@@ -192,6 +192,31 @@ def project_weights(model: Model, subspaces: Subspaces) -> None:
         if layer.bias is not None:
             bias = layer.bias.double()
             layer.bias.copy_(bias - (bias @ u.T) @ u)
+
+
+@contextmanager
+def projected_weights(model: Model, subspaces: Subspaces) -> Iterator[None]:
+    """As `project_weights`, undone at the end of the block.
+
+    Raises:
+        UserError: an output is not a linear layer.
+    """
+    layers = [_output_layer(model, site) for site in subspaces]
+    before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
+    project_weights(model, subspaces)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer.load_state_dict(state)
+
+
+def _output_layer(model: Model, site: str) -> nn.Linear | Conv1D:
+    block = model.bridge.blocks[layer_of(site)]
+    layer = (block.attn.o if kind_of(site) == "attn_out" else block.mlp.out).original_component
+    if not isinstance(layer, nn.Linear | Conv1D):
+        raise UserError(f"the output of {site} is a {type(layer).__name__}, not a linear layer")
+    return layer
 
 
 def save_subspaces(subspaces: Subspaces, path: Path) -> None:

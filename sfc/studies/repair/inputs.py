@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_reference
@@ -15,19 +14,14 @@ from sfc.core.errors import UserError
 from sfc.data.balance import balance
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
-from sfc.models.batches import SlotLayout, make_batches
-from sfc.models.loading import Model, without_adapter
-from sfc.models.score import RefusalScore, score_prompts
-from sfc.run import Run
-from sfc.saes.format import load_dictionaries
-from sfc.saes.store import Store
+from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.generation import with_replies
+from sfc.models.score import score_prompts
+from sfc.session import Session
 from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
-from sfc.studies.repair.options import RepairOptions
-from sfc.studies.steer.sweep import with_replies
+from sfc.studies.repair.options import KINDS, RepairOptions
 
-KINDS = {"hard": "hard", "toxic": "toxic", "safe": "safe_80k"}
-"""groups of prompts, by the `dataset_type` they are of"""
 _FEWEST = 2
 
 
@@ -46,27 +40,28 @@ class RepairInputs(NamedTuple):
 
     @property
     def layout(self) -> SlotLayout:
+        """The slots of the template that all these prompts have."""
         return self.problem.ablation.reference.layout
 
 
-def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
-    """Load, tokenize and score the prompts; compute the references.
+def repair_inputs(session: Session) -> RepairInputs:
+    """Tokenize and score the prompts; compute the references.
 
     Raises:
         UserError: prompts of a kind are missing, or too few of them are refused.
     """
-    experiment, config, seed = run.experiment, RepairOptions.of(run.experiment), run.experiment.seed
-    dictionaries = load_dictionaries(run.saes.folder, experiment.activations.sites, model.device)
-    frame = run.prompts.frame
+    run, model, score, dictionaries = session.run, session.model, session.metric, session.dictionaries
+    experiment, options, seed = run.experiment, RepairOptions.of(run.experiment), run.experiment.seed
+    category, frame = run.group(options.category), run.prompts.frame
     ours = frame if category == ALL else frame[frame["category"] == category]
     place = keyed_ranks(ours, ["dataset_type", "split"], f"repair {seed}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, seed)
     everywhere = frame[(frame["split"] == "test") & (frame["dataset_type"] == KINDS["safe"])]
     wanted = {
-        "discovery": ours[(ours["split"] == "discovery") & (place < config.prompts)],
-        "test": ours[(ours["split"] == "test") & (place < config.test_prompts)],
+        "discovery": ours[(ours["split"] == "discovery") & (place < options.prompts)],
+        "test": ours[(ours["split"] == "test") & (place < options.test_prompts)],
         "reference": everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]],
-        "ordinary": everywhere[keyed_ranks(everywhere, ["split"], f"ordinary {seed}") < config.ordinary_prompts],
+        "ordinary": everywhere[keyed_ranks(everywhere, ["split"], f"ordinary {seed}") < options.ordinary_prompts],
     }
     corpora = {name: short_enough(model.tokenize, rows, experiment.prompts.max_tokens) for name, rows in wanted.items()}
     layout = SlotLayout.of([prompt for corpus in corpora.values() for prompt in corpus.sequences])
@@ -75,7 +70,6 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         batches = make_batches(prompts, layout, experiment.activations.batch_tokens, model.device)
         return PromptRuns.of(model, batches, next(iter(dictionaries)))
 
-    score = RefusalScore.of(model)
     reference_batches = runs(corpora["reference"].sequences).batches
     reference = mean_reference(model, dictionaries, reference_batches, layout)
     discovery = {kind: _of_kind(corpora["discovery"], kind) for kind in ("hard", "toxic")}
@@ -84,11 +78,11 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         first_half = keyed_ranks(corpus.table, ["dataset_type"], f"half {seed}").to_numpy() % 2 == 0
         chosen = [prompt for prompt, first in zip(corpus.sequences, first_half, strict=True) if first]
         tried[kind] = runs([prompt for prompt, first in zip(corpus.sequences, first_half, strict=True) if not first])
-        refused = _scores(model, score, runs(chosen)) > config.refused_above
+        refused = score_prompts(model, score, runs(chosen).batches) > options.refused_above
         if refused.sum() < _FEWEST:
             raise UserError(
-                f"{refused.sum()} of {len(chosen)} {kind} discovery prompts are refused (score above"
-                f" {config.refused_above}), too few to repair: take --category all, or lower repair.refused_above"
+                f"{refused.sum()} of {len(chosen)} {kind} discovery prompts are {run.behavior.words.acted} (score above"
+                f" {options.refused_above}), too few to repair: take --category all, or lower repair.refused_above"
             )
         scored[kind] = runs([prompt for prompt, one in zip(chosen, refused, strict=True) if one])
     problem = Problem(
@@ -96,11 +90,13 @@ def repair_inputs(run: Run, model: Model, category: str) -> RepairInputs:
         score=score,
         ablation=Ablation(Nodes.of_spaces(dictionaries), dictionaries, reference, "node"),
         runs=scored["hard"],
-        store=Store(run.store.folder),
+        store=session.store,
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),
         experiment=experiment,
     )
-    ordinary = with_replies(without_adapter(model), corpora["ordinary"].sequences, config.ordinary_tokens)
+    ordinary = with_replies(
+        session.without_adapter, corpora["ordinary"].sequences, options.ordinary_tokens, PACKED_TOKENS
+    )
     return RepairInputs(problem, scored, tried, {kind: _of_kind(corpora["test"], kind) for kind in KINDS}, ordinary)
 
 
@@ -109,7 +105,3 @@ def _of_kind(corpus: Corpus, kind: str) -> Corpus:
     if len(rows) < _FEWEST:
         raise UserError(f"a repair needs {kind} prompts, and there are {len(rows)} in a split: take --category all")
     return Corpus(corpus.table.iloc[rows].reset_index(drop=True), [corpus.sequences[row] for row in rows])
-
-
-def _scores(model: Model, score: RefusalScore, runs: PromptRuns) -> Float[np.ndarray, " prompts"]:
-    return score_prompts(model, score, runs.batches)

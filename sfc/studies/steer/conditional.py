@@ -7,7 +7,7 @@ unconditional dial has it or as the model is, and the rows of a sweep hold both.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,15 +15,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sfc.behaviors.behavior import HARD
 from sfc.core.errors import UserError
-from sfc.core.sites import short_site
+from sfc.core.sites import in_order, short_site
 from sfc.data.render import TokenizedPrompt
+from sfc.data.schema import looked_up
 from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
+from sfc.session import Session
 from sfc.stats import wilson
+from sfc.studies.steer.dial import Candidate
+from sfc.studies.steer.directions import check_feature
+from sfc.studies.steer.learning import Learned
+from sfc.studies.steer.options import BEST, SteeringOptions, named_feature
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 TOXIC = "toxic"
@@ -64,6 +71,77 @@ def largest_values(
             of_batch.scatter_reduce_(0, row[:, None].expand_as(values), values, "amax")
             largest[site][batch.prompts.cpu().numpy()] = of_batch.cpu().numpy()
     return largest
+
+
+def named_condition(session: Session) -> Condition | None:
+    """The feature that `steering.when` names; None where it names none.
+
+    Raises:
+        UserError: there is no such feature.
+    """
+    options = SteeringOptions.of(session.run.experiment)
+    if options.when in (None, BEST):
+        return None
+    site, feature = named_feature(str(options.when), session.run.experiment.activations.sites)
+    check_feature(session.dictionaries[site], feature)
+    return Condition(site, feature, options.when_above)
+
+
+def found_condition(session: Session, learned: Learned, chosen: Candidate) -> Condition:
+    """The feature, at or before the chosen site, that tells the recorded discovery prompts apart best."""
+    sites = session.run.experiment.activations.sites
+    before = [site for site in sites if in_order([site, chosen.site])[0] == site]
+    dictionaries = {site: session.dictionaries[site] for site in before}
+    values = largest_values(session.model, dictionaries, learned.recording.tokenized)
+    return best_condition(values, learned.recording.prompts["refusal_label"].to_numpy(dtype=bool))
+
+
+def both_dials(
+    session: Session, learned: Learned, condition: Condition, rows: Mapping[str, pd.DataFrame]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What both dials do on each set of prompts.
+
+    Args:
+        rows: by the name of the set, of a sweep along the chosen direction, with a column `group`.
+
+    Returns:
+        As `conditional_table`, with a column `data`; and figures for the result.
+    """
+    model, dictionary = session.model, {condition.site: session.dictionaries[condition.site]}
+
+    def holds(texts: list[str]) -> np.ndarray:
+        values = largest_values(model, dictionary, model.tokenize(texts))[condition.site]
+        return values[:, condition.feature] > condition.threshold
+
+    tables, at_equal = [], {}
+    for data, of_data in rows.items():
+        prompts = of_data.drop_duplicates("id")
+        prompts = prompts.assign(holds=holds(prompts["prompt"].tolist()))
+        table = conditional_table(of_data, looked_up(of_data["id"], prompts, "holds"))
+        tables.append(table.assign(data=data))
+        at_equal[data] = [
+            {name: None if share is None else round(share, 4) for name, share in row.items()}
+            for row in matched(table).to_dict("records")
+        ]
+    toxic = learned.recording.prompts["refusal_label"].to_numpy(dtype=bool)
+    on_discovery = holds(learned.recording.prompts["prompt"].tolist())
+    facts = {
+        "feature": condition.name,
+        "above": round(condition.threshold, 4),
+        "holds_on_discovery": {
+            "toxic": round(float(on_discovery[toxic].mean()), 4),
+            "safe": round(float(on_discovery[~toxic].mean()), 4),
+        },
+        "matched": at_equal,
+    }
+    return pd.concat(tables, ignore_index=True), facts
+
+
+def grouped(rows: pd.DataFrame, of_hard: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the test prompts by group: toxic, safe without the hard ones, and hard ones from a sweep of their own."""
+    easy = rows[rows["dataset_type"] != HARD]
+    by_label = easy.assign(group=np.where(easy["label"] == TOXIC, TOXIC, "safe"))
+    return pd.concat([by_label, of_hard.assign(group="hard")], ignore_index=True)
 
 
 def best_condition(

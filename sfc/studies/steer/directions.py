@@ -1,24 +1,13 @@
-"""Two sides of prompts, equally many on each, whose difference of means is a direction.
-
-toxic-safe        what the data set expects: toxic prompts against safe and hard ones
-refused-complied  what the model did: judged refusals against compliances
-hard-score        among hard prompts alone: the upper half by refusal score against the lower half
-
-Directions in the residual stream, in float64, from what stands on two sides of a contrast or from a dictionary.
-
-Directions to steer along: of features, and those that finished `sfc steer` runs have chosen.
-"""
+"""Directions in the residual stream, in float64: learned from two sides, from dictionaries, or of a finished run."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -26,72 +15,14 @@ from torch import Tensor
 
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.core.errors import UserError
-from sfc.core.sites import site_from_short
-from sfc.data.schema import keyed_numbers
+from sfc.core.sites import short_site, site_from_short
 from sfc.models.edits import Steering, SteeringEdit
 from sfc.models.identity import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
-from sfc.studies.steer.options import ContrastKind, SteeringOptions
-
-_FEWEST = 4
-
-
-class Contrast(NamedTuple):
-    """Rows of a recording, and on which side each stands."""
-
-    rows: Int[np.ndarray, " chosen"]
-    positive: Bool[np.ndarray, " chosen"]
-
-    def among(self, wanted: Bool[np.ndarray, " prompts"]) -> "Contrast":
-        """The contrast without the rows that are not wanted."""
-        kept = wanted[self.rows]
-        return Contrast(self.rows[kept], self.positive[kept])
-
-    def shuffled(self, seed: int) -> "Contrast":
-        """The same rows, dealt to the two sides by lot."""
-        return Contrast(self.rows, np.random.default_rng(seed).permutation(self.positive))
-
-
-def make_contrast(
-    kind: ContrastKind,
-    prompts: pd.DataFrame,
-    scores: Float[np.ndarray, " prompts"],
-    refused: Bool[np.ndarray, " prompts"] | None,
-    seed: int,
-) -> Contrast:
-    """Choose the rows of each side; of the longer side, some by hash.
-
-    Args:
-        prompts: `prompt`, `dataset_type` and `refusal_label`, a row per prompt.
-        refused: judged replies; only `refused-complied` asks for them.
-
-    Raises:
-        UserError: a side has fewer than four prompts.
-    """
-    toxic = prompts["refusal_label"].to_numpy(dtype=bool)
-    if kind == "toxic-safe":
-        sides = toxic, ~toxic
-    elif kind == "refused-complied":
-        if refused is None:
-            raise ValueError("refused-complied needs judged replies")
-        sides = refused, ~refused
-    else:
-        hard = (prompts["dataset_type"] == "hard").to_numpy()
-        middle = np.median(scores[hard]) if hard.any() else 0.0
-        sides = hard & (scores > middle), hard & (scores < middle)
-    size = min(int(side.sum()) for side in sides)
-    if size < _FEWEST:
-        raise UserError(
-            f"the contrast {kind} has {int(sides[0].sum())} against {int(sides[1].sum())} discovery prompts, and needs"
-            f" {_FEWEST} on each side: raise --set steering.prompts=…, or choose other --contrasts"
-        )
-    numbers = keyed_numbers(prompts["prompt"], f"contrast {kind} {seed}")
-    chosen = [np.flatnonzero(side)[np.argsort(numbers[side], kind="stable")[:size]] for side in sides]
-    return Contrast(np.concatenate(chosen), np.repeat([True, False], size))
-
+from sfc.studies.steer.options import SteeringOptions, named_feature
 
 Vector = Float[Tensor, " d_model"]
 
@@ -143,9 +74,14 @@ def feature_direction(dictionary: Dictionary, feature: int) -> Vector:
     Raises:
         UserError: the dictionary has no such feature.
     """
-    if not 0 <= feature < dictionary.d_sae:
-        raise UserError(f"no feature F{feature} at {dictionary.site}: it has F0 to F{dictionary.d_sae - 1}")
+    check_feature(dictionary, feature)
     return dictionary.W_dec[feature].detach().double().cpu()
+
+
+def check_feature(dictionary: Dictionary, feature: int) -> None:
+    """Raise a `UserError` if the dictionary has no such feature."""
+    if not 0 <= feature < dictionary.d_sae:
+        raise UserError(f"no feature F{feature} at {short_site(dictionary.site)}: it has F0 to F{dictionary.d_sae - 1}")
 
 
 def circuit_directions(circuit: nx.DiGraph, dictionaries: Mapping[str, Dictionary]) -> dict[str, Vector]:
@@ -155,7 +91,7 @@ def circuit_directions(circuit: nx.DiGraph, dictionaries: Mapping[str, Dictionar
     Error nodes have no direction.
 
     Raises:
-        UserError: a feature is none of these dictionaries', or the circuit has no features.
+        UserError: these dictionaries lack a feature, or the circuit has no features.
     """
     sums: dict[str, Vector] = {}
     for name, node in circuit.nodes(data=True):
@@ -210,7 +146,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
             feature, and as `sfc steer` measured it for a direction of its own. Negative steers away.
 
     Raises:
-        UserError: there is no such direction, or of a feature no store to measure the norm on.
+        UserError: there is no such direction, or no store on which the norm at a feature's site can be measured.
     """
     if direction in finished_directions(run):
         folder = run.root / "circuits" / run.experiment.name / direction
@@ -222,10 +158,11 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
         raise UserError(
             f"no direction {direction!r}: name a feature, or a finished `sfc steer` of this model ({known})"
         )
-    site, vector = direction_of_feature(run, direction)
-    config = SteeringOptions.of(run.experiment)
+    site, feature = named_feature(direction, run.experiment.activations.sites)
+    vector = feature_direction(load_dictionaries(run.saes.folder, [site])[site], feature)
+    options = SteeringOptions.of(run.experiment)
     amount = alpha * _mean_norm(run.store.folder, site)
-    return Steering([SteeringEdit("add", (site,), vector, amount)], config.positions, config.during_reply)
+    return Steering([SteeringEdit("add", (site,), vector, amount)], options.positions, options.during_reply)
 
 
 def finished_directions(run: Run) -> list[str]:
@@ -233,20 +170,6 @@ def finished_directions(run: Run) -> list[str]:
     model = json.loads(json.dumps(model_identity(run.experiment.model)))
     manifests = sorted((run.root / "circuits" / run.experiment.name).glob(f"steering-*/{MANIFEST}"))
     return [path.parent.name for path in manifests if read_json(path)["inputs"]["model"] == model]
-
-
-def direction_of_feature(run: Run, name: str) -> tuple[str, Vector]:
-    """The site of a feature such as `resid_post.21/F463`, and its decoder direction.
-
-    Raises:
-        UserError: there is no such feature.
-    """
-    short, _, feature = name.partition("/F")
-    sites = run.experiment.activations.sites
-    if not feature.isdecimal() or site_from_short(short) not in sites:
-        raise UserError(f"no dictionary at {short}: there are SAEs at {', '.join(sites)}")
-    site = site_from_short(short)
-    return site, feature_direction(load_dictionaries(run.saes.folder, [site])[site], int(feature))
 
 
 def _mean_norm(folder: Path, site: str) -> float:

@@ -1,14 +1,54 @@
-"""How directions are found, chosen and steered along: a section of an experiment. No torch here."""
+"""How directions are found, chosen and steered along, and what names of directions and conditions mean. No torch."""
 
-from typing import Literal
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from pydantic import Field
 
-from sfc.core.options import Options, Share
+from sfc.core.errors import UserError, suggestion
+from sfc.core.options import Options, Share, option
+from sfc.core.sites import site_from_short
 from sfc.models.positions import EditKind
 
 ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
 SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]
+
+BEST = "best"
+"""the condition that tells the two sides apart best"""
+FORCE, SUPPRESS = "force", "suppress"
+"""what a turn of the dial is for"""
+INTENDED_LABEL = {FORCE: "safe", SUPPRESS: "toxic"}
+"""on which prompts it is judged"""
+
+
+def intent_of(edit: EditKind, alpha: float) -> str:
+    """What turning the dial to an alpha is for; blank where it leaves all as it is."""
+    if edit == "project-out":
+        return SUPPRESS if alpha > 0 else ""
+    if edit == "clamp":
+        return FORCE if alpha > 0 else SUPPRESS
+    return FORCE if alpha > 0 else SUPPRESS if alpha < 0 else ""
+
+
+def named_feature(name: str, sites: Sequence[str]) -> tuple[str, int]:
+    """The site and the number of a feature such as `resid_post.21/F463`.
+
+    Args:
+        sites: those that have dictionaries.
+
+    Raises:
+        UserError: it is at none of them.
+    """
+    short, _, number = name.partition("/F")
+    if not number.isdecimal() or site_from_short(short) not in sites:
+        raise UserError(f"no dictionary at {short}: there are SAEs at {', '.join(sites)}")
+    return site_from_short(short), int(number)
+
+
+def is_feature(name: str) -> bool:
+    """Whether a name is that of a feature of the residual stream, such as `resid_post.21/F12`."""
+    return re.fullmatch(r"resid_(?:pre|mid|post)\.\d+/F\d+", name) is not None
 
 
 class SteeringOptions(Options):
@@ -16,36 +56,41 @@ class SteeringOptions(Options):
 
     section = "steering"
 
-    category: str = Field("all", description="prompts of one category, or of all")
-    direction: str = Field(
-        "toxic-safe", description="what is steered along: a contrast, probe, circuit, or a feature resid_post.21/F12"
+    category: str = option("all", description="OR-Bench category, or all")
+    direction: str = option(
+        "toxic-safe",
+        description="what is steered along: toxic-safe, refused-complied, hard-score, probe, circuit, or a feature such"
+        " as resid_post.21/F12",
     )
     contrasts: list[ContrastKind] = Field(
-        ["toxic-safe", "refused-complied", "hard-score"], description="whose directions are held against each other"
+        ["toxic-safe", "refused-complied", "hard-score"], description="whose directions are compared"
     )
     kinds: list[SteeringKind] = Field(["resid_post"], min_length=1, description="sites of candidates")
-    layers: list[int] = Field([], description="layers of candidates; empty: ten, evenly spread")
+    layers: list[int] = option([], description="layers of candidates, such as 10-20,25; by default ten, evenly spread")
     prompts: int = Field(128, ge=4, description="discovery prompts per side that directions are learned from")
     folds: int = Field(2, ge=2, description="parts of them: each candidate is learned on all but one, and tried on it")
     tried_prompts: int = Field(24, ge=2, description="prompts per side, of all folds, that candidates are tried on")
-    tried_alpha: float = Field(0.2, gt=0, description="amount at which candidates must induce refusal")
+    tried_alpha: float = Field(0.2, gt=0, description="amount at which candidates must induce the behavior")
     min_induced: float = Field(0.0, description="a candidate must bring the mean score of safe prompts above this")
     max_kl: float = Field(1.0, ge=0, description="nats by which turning down may change safe prompts' next token")
     latest: Share = Field(0.8, description="candidates in layers after this share of the model are rejected")
-    edit: EditKind = "add"
-    everywhere: bool = Field(False, description="project-out: at every site of the residual stream")
-    units: Literal["norm", "raw"] = Field(
-        "norm", description="of alpha: the mean residual norm at the site, or the direction's own length"
+    edit: EditKind = option("add", description="how activations are edited along the direction")
+    everywhere: bool = option(False, description="with project-out: at every site of the residual stream")
+    units: Literal["norm", "raw"] = option(
+        "norm", description="of alpha: norm (the mean residual norm at the site) or raw (the direction's own length)"
     )
-    alphas: list[float] = Field([], description="empty: nine from -0.32 to 0.32; raw: -4 to 4; project-out: 0 to 1")
-    positions: str = Field("suffix", description="tokens of the prompt that are steered: last, last-K, suffix, prompt")
-    during_reply: bool = Field(False, description="also steer every token that is generated")
-    when: str | None = Field(
-        None, description="steer only prompts in whose text this feature fires: resid_post.21/F12, or best; null: all"
+    alphas: list[float] = option(
+        [],
+        description="such as --alphas=-0.3,0,0.3; by default nine from -0.32 to 0.32, raw -4 to 4, project-out 0 to 1",
+    )
+    positions: str = option("suffix", description="tokens of the prompt that are steered: last, last-K, suffix, prompt")
+    during_reply: bool = option(False, description="also steer every token that is generated")
+    when: str | None = option(
+        None, description="also steer only prompts in whose text this feature fires: resid_post.21/F12, or best"
     )
     when_above: float = Field(0.0, ge=0, description="the value above which it fires; best brings its own")
     swept_layers: int = Field(5, ge=1, description="layers of the sweep: those of the best candidates")
-    test_prompts: int = Field(30, ge=1, description="test prompts per side")
+    test_prompts: int = option(30, flag="--limit", ge=1, description="test prompts per side")
     reply_tokens: int = Field(16, ge=1, description="length of the replies that are judged")
     ordinary_prompts: int = Field(20, ge=1, description="safe prompts whose replies by the base model must stay likely")
     ordinary_tokens: int = Field(48, ge=1, description="length of those replies")
@@ -53,9 +98,9 @@ class SteeringOptions(Options):
     random_directions: int = Field(20, ge=2)
     shuffled_directions: int = Field(5, ge=1, description="directions between sides to which prompts are dealt by lot")
     ablated_writers: int = Field(10, ge=0, description="heads and MLPs that write most of it, which are ablated")
-    features: bool = Field(False, description="also the direction's cosine with every SAE feature")
-    xstest: str | None = Field(
-        None, description="also steer the prompts of this file: XSTest, or any CSV with prompt and label, and category"
+    features: bool = option(False, description="also the direction's cosine with every SAE feature; trains SAEs first")
+    xstest: str | None = option(
+        None, description="also steer the prompts of this file: XSTest's CSV, or one with prompt, label and category"
     )
 
     @property
@@ -66,3 +111,29 @@ class SteeringOptions(Options):
         if self.edit == "project-out":
             return [0.0, 0.5, 1.0]
         return [round(0.08 * step, 2) if self.units == "norm" else float(step) for step in range(-4, 5)]
+
+    @property
+    def contrast(self) -> ContrastKind | None:
+        """The contrast that the direction is learned from; None where it comes from dictionaries.
+
+        Raises:
+            UserError: there is no such direction.
+        """
+        if self.direction in (kinds := get_args(ContrastKind)):
+            return self.direction  # pyright: ignore[reportReturnType]
+        if self.direction == "probe":
+            return "toxic-safe"
+        if self.direction == "circuit" or is_feature(self.direction):
+            return None
+        close = suggestion(self.direction, [*kinds, "probe", "circuit"])
+        raise UserError(f"no direction {self.direction!r}: {close}, or a feature such as resid_post.21/F12")
+
+    @property
+    def wanted_contrasts(self) -> list[ContrastKind]:
+        """Those to be compared, and the one that is steered along, which comes first."""
+        return list(dict.fromkeys([*([self.contrast] if self.contrast else []), *self.contrasts]))
+
+    @property
+    def needs_saes(self) -> bool:
+        """Whether anything is asked of dictionaries."""
+        return self.contrast is None or self.features or self.when is not None

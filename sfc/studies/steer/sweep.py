@@ -1,86 +1,35 @@
-"""The dial: every prompt under every setting, its score, its reply and the judgement of it.
+"""The dial swept: every prompt under every setting, its score, its reply and the judgement of it; and what that costs.
 
-What a dial's effect is worth: the same edit along directions that should do nothing, at the same amount.
+Controls say what an effect is worth: the same edit along directions that should do nothing, at the same amount.
 
-Does the dial generalise, and what does it cost? Refusal of unsafe against refusal of safe prompts, alpha by alpha.
+The trade-off, refusals of unsafe against those of safe prompts alpha by alpha, is for XSTest (Röttger et al. 2024),
+whose safe prompts look like unsafe ones: a dial that only makes the model refuse more raises both rates, and moves
+along the curve that over-refusal makes. A defence raises one and not the other.
 
-Made for XSTest (Röttger et al. 2024), whose safe prompts look like unsafe ones: a dial that only makes the model refuse
-more raises both rates, and moves along the curve that over-refusal makes. A defence raises one and not the other.
-
-What steering costs on text that has nothing to do with refusing: replies that the base model gives to safe prompts.
-
-The replies are given, not generated: their cross-entropy, and how far the distribution of each token moves. What is
-steered is what the dial steers when it is used, so that the opening token, which a forced refusal replaces, counts.
+The cost is measured on text that has nothing to do with the behavior: replies that the base model gives to safe
+prompts. They are given, not generated: their cross-entropy, and how far the distribution of each token moves. The same
+tokens are steered as when the dial is used, so that the opening token, which a forced refusal replaces, counts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from sfc.core.sites import layer_of
-from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
-from sfc.models.batches import PACKED_TOKENS
-from sfc.models.edits import SteeringEdit, residual_sites
-from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress, Replies
-from sfc.models.generation import generate_ids
-from sfc.models.judge import is_refusal
-from sfc.models.loading import Model
-from sfc.models.score import RefusalScore
+from sfc.models.edits import SteeringEdit
+from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress
 from sfc.stats import wilson
+from sfc.studies.steer.dial import Candidate, Dial, Setting
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
-from sfc.studies.steer.options import SteeringOptions
-from sfc.studies.steer.select import Candidate, Fold, plain_scores, steering
-
-FORCE, SUPPRESS, NONE = "force", "suppress", ""
-INTENDED_LABEL = {FORCE: "safe", SUPPRESS: "toxic"}
-"""on which prompts a turn of the dial is judged"""
-Intent = Literal["force", "suppress", ""]
-
-
-class Setting(NamedTuple):
-    """A direction at a site, and how far the dial is turned."""
-
-    name: str
-    site: str
-    token: int | None
-    alpha: float
-    edit: SteeringEdit
-
-    @property
-    def intent(self) -> Intent:
-        """What turning the dial so is for."""
-        if self.edit.kind == "project-out":
-            return SUPPRESS if self.alpha > 0 else NONE
-        if self.edit.kind == "clamp":
-            return FORCE if self.alpha > 0 else SUPPRESS
-        return FORCE if self.alpha > 0 else SUPPRESS if self.alpha < 0 else NONE
-
-
-def setting(
-    model: Model,
-    candidate: Candidate,
-    alpha: float,
-    config: SteeringOptions,
-    vector: Vector | None = None,
-    name: str = "chosen",
-) -> Setting:
-    """The dial at an alpha; another `vector` takes the place of the candidate's at an equal amount."""
-    everywhere = config.edit == "project-out" and config.everywhere
-    sites = residual_sites(model) if everywhere else (candidate.site,)
-    amount = candidate.amount(alpha, config)
-    edit = SteeringEdit(config.edit, sites, candidate.vector if vector is None else vector, amount)
-    return Setting(name, candidate.site, candidate.token, alpha, edit)
+from sfc.studies.steer.options import FORCE, SUPPRESS
+from sfc.studies.steer.select import Fold
 
 
 def sweep(
-    prepared: PreparedPrompts,
-    prompts: pd.DataFrame,
-    settings: Sequence[Setting],
-    config: SteeringOptions,
-    progress: Progress,
+    dial: Dial, prepared: PreparedPrompts, prompts: pd.DataFrame, settings: Sequence[Setting], progress: Progress
 ) -> pd.DataFrame:
     """One row per setting and prompt.
 
@@ -91,13 +40,12 @@ def sweep(
     Args:
         prompts: what was prepared, in the same order.
     """
-    score = RefusalScore.of(prepared.model)
-    plain = engine.replies(prepared, score, NO_EDIT, config.reply_tokens)
-    edits = steering([each.edit for each in settings], config)
-    steered = engine.replies(prepared, score, edits, config.reply_tokens, progress)
-    before = _judged(plain)[0]
+    plain = engine.replies(prepared, dial.score, NO_EDIT, dial.options.reply_tokens)
+    edits = dial.steering([each.edit for each in settings])
+    steered = engine.replies(prepared, dial.score, edits, dial.options.reply_tokens, progress)
+    before, after = dial.judged(plain)[0], dial.judged(steered)
     tables = []
-    for each, scores, refused, replies in zip(settings, steered.scores, _judged(steered), steered.texts, strict=True):
+    for each, scores, refused, replies in zip(settings, steered.scores, after, steered.texts, strict=True):
         eligible = ~before if each.intent == FORCE else before if each.intent == SUPPRESS else np.zeros_like(before)
         tables.append(
             prompts.assign(
@@ -119,12 +67,8 @@ def sweep(
     return pd.concat(tables, ignore_index=True)
 
 
-def _judged(replies: Replies) -> np.ndarray:
-    return np.array([[is_refusal(text) for text in texts] for texts in replies.texts], dtype=bool)
-
-
 def rates(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Refusals and changes per group of a sweep's rows, with Wilson intervals of 95 %.
+    """Replies that show the behavior, `refusals`, and changes, per group of a sweep's rows, with 95 % Wilson intervals.
 
     Columns: those of `by`, `n`, `refusals`, `rate`, `low`, `high`, `score` and `score_change` (means, in nats),
     `eligible`, `changed`, `changed_rate` (None where no prompt could change), `changed_low`, `changed_high`.
@@ -152,7 +96,7 @@ def best_alphas(changes: pd.DataFrame, max_loss: float) -> Mapping[str, float]:
             text rises; where it rises by more than `max_loss` at every alpha, that of the smallest rise is taken.
     """
     chosen = {}
-    for intent, group in changes[changes["intent"] != NONE].groupby("intent"):
+    for intent, group in changes[changes["intent"] != ""].groupby("intent"):
         within = group[group["loss_rise"] <= max_loss]
         order = ["changed_rate", "loss_rise"] if len(within) else ["loss_rise"]
         best = (within if len(within) else group).sort_values(
@@ -166,20 +110,13 @@ SHUFFLED, RANDOM = "shuffled labels", "random"
 
 
 def control_settings(
-    model: Model,
-    candidate: Candidate,
-    shuffled: Sequence[Vector],
-    alphas: Sequence[float],
-    config: SteeringOptions,
-    seed: int,
+    dial: Dial, candidate: Candidate, shuffled: Sequence[Vector], alphas: Sequence[float], seed: int
 ) -> list[Setting]:
     """At each alpha, directions beside the candidate's, of equal norm: shuffled labels', and random ones."""
     others = {f"{SHUFFLED} {number}": vector for number, vector in enumerate(shuffled)}
-    drawn = random_directions(config.random_directions, len(candidate.vector), seed)
+    drawn = random_directions(dial.options.random_directions, len(candidate.vector), seed)
     others |= {f"{RANDOM} {number}": vector for number, vector in enumerate(drawn)}
-    return [
-        setting(model, candidate, alpha, config, vector, name) for alpha in alphas for name, vector in others.items()
-    ]
+    return [dial.setting(candidate, alpha, vector, name) for alpha in alphas for name, vector in others.items()]
 
 
 class Band(NamedTuple):
@@ -201,7 +138,7 @@ def band(table: pd.DataFrame, control: str, column: str) -> Band:
 
 
 def subspace_table(
-    directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold], config: SteeringOptions
+    dial: Dial, directions: Mapping[str, Vector], candidate: Candidate, folds: Sequence[Fold]
 ) -> pd.DataFrame:
     """How much of each direction, and of its effect, lies in the span of the others.
 
@@ -210,9 +147,8 @@ def subspace_table(
     `effect_in_span` and `effect_outside` (with its part in the span, and with the rest, each at its share of the
     amount). The two parts' effects need not sum to the whole's: the model is not linear.
     """
-    rows, safe = [], [fold.safe for fold in folds]
-    score = RefusalScore.of(safe[0].model)
-    plain = plain_scores(safe, score)
+    rows, safe, amount = [], [fold.safe for fold in folds], dial.options.tried_alpha * candidate.norm
+    plain = dial.plain_scores(safe)
     for name, vector in directions.items():
         others = [other for key, other in directions.items() if key != name]
         inside = in_span(vector, others)
@@ -220,23 +156,15 @@ def subspace_table(
         lengths = [float(part.norm() / vector.norm()) for part in parts]
         edits = [
             # A part of no length has no direction, and an amount of zero along any other.
-            SteeringEdit(
-                "add", (candidate.site,), part if length else vector, config.tried_alpha * candidate.norm * length
-            )
+            SteeringEdit("add", (candidate.site,), part if length else vector, amount * length)
             for part, length in zip(parts, lengths, strict=True)
         ]
-        scores = np.concatenate([engine.scores(some, score, steering(edits, config)) for some in safe], axis=1)
+        scores = np.concatenate([dial.scores(some, edits) for some in safe], axis=1)
         effects = (scores - plain).mean(1)
-        rows.append(
-            {
-                "direction": name,
-                "cosine": cosine(vector, candidate.vector),
-                "length": float(vector.norm()) / candidate.norm,
-                "span_share": span_share(vector, others),
-                **dict(zip(("effect", "effect_in_span", "effect_outside"), effects.tolist(), strict=True)),
-            }
-        )
-    return pd.DataFrame(rows)
+        length = float(vector.norm()) / candidate.norm
+        rows.append((name, cosine(vector, candidate.vector), length, span_share(vector, others), *effects.tolist()))
+    columns = ["direction", "cosine", "length", "span_share", "effect", "effect_in_span", "effect_outside"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 UNSAFE, SAFE = "unsafe", "safe"
@@ -279,20 +207,8 @@ def best_defence(curve: pd.DataFrame) -> float | None:
     return float(better.sort_values([UNSAFE, SAFE], ascending=[False, True])["alpha"].iloc[0])
 
 
-def with_replies(base: Model, prompts: Sequence[TokenizedPrompt], reply_tokens: int) -> list[TokenizedPrompt]:
-    """The prompts with a model's greedy replies after them."""
-    replies = generate_ids(base, prompts, reply_tokens, PACKED_TOKENS)
-    return [
-        TokenizedPrompt(
-            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
-            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
-        )
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
-
-
 def ordinary_effect(
-    prepared: PreparedPrompts, settings: Sequence[Setting], config: SteeringOptions, progress: Progress
+    dial: Dial, prepared: PreparedPrompts, settings: Sequence[Setting], progress: Progress
 ) -> pd.DataFrame:
     """One row per setting.
 
@@ -301,9 +217,9 @@ def ordinary_effect(
     tokens; `kl`, the mean divergence per token.
 
     Args:
-        prepared: prompts with replies, as `with_replies` makes them.
+        prepared: prompts with replies after them.
     """
-    effect = engine.losses(prepared, steering([each.edit for each in settings], config), progress)
+    effect = engine.losses(prepared, dial.steering([each.edit for each in settings]), progress)
     plain, plain_later = effect.plain_losses.mean(), effect.plain_losses[~effect.is_first].mean()
     losses, later = effect.losses.mean(1), effect.losses[:, ~effect.is_first].mean(1)
     return pd.DataFrame(

@@ -28,11 +28,11 @@ from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.positions import steered_tokens
 from sfc.models.running import Prefix, last_logits
-from sfc.models.score import RefusalScore
+from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 from sfc.studies.logits.attribution import MOST_ERROR
 from sfc.studies.steer.directions import Vector
-from sfc.studies.steer.select import last_tokens
+from sfc.studies.steer.learning import last_tokens
 
 
 class Part(NamedTuple):
@@ -62,6 +62,7 @@ def parts_before(model: Model, site: str) -> list[Part]:
 @torch.no_grad()
 def writers_table(
     model: Model,
+    score: Score,
     prompts: Sequence[TokenizedPrompt],
     toxic: Bool[np.ndarray, " prompts"],
     site: str,
@@ -84,7 +85,7 @@ def writers_table(
         UserError: the blocks of this model do not simply add what they write.
     """
     parts, u = parts_before(model, site), direction / direction.norm()
-    _, seen = last_tokens(model, prompts, [*dict.fromkeys(part.site for part in parts), site], -token)
+    _, seen = last_tokens(model, score, prompts, [*dict.fromkeys(part.site for part in parts), site], -token)
     outputs = {name: activation[:, token] for name, activation in seen.items()}
     written = _written(model, parts, outputs, u)
     at_site = (outputs[site].double() @ u).numpy()
@@ -108,7 +109,7 @@ def writers_table(
     strongest = [parts[i] for i in table.index[:n_ablated]]
     safe_means = {name: values[torch.from_numpy(~toxic)].mean(0) for name, values in outputs.items()}
     of_toxic = [prompt for prompt, one in zip(prompts, toxic, strict=True) if one]
-    lost, changes = _ablated(model, of_toxic, strongest, safe_means, site, token, u)
+    lost, changes = _ablated(model, score, of_toxic, strongest, safe_means, site, token, u)
     table.loc[table.index[:n_ablated], "lost_share"] = lost / difference
     table.loc[table.index[:n_ablated], "score_change"] = changes
     return table.drop(columns="site").reset_index(drop=True)
@@ -134,6 +135,7 @@ def _of_head(head: int, d_head: int) -> slice:
 @torch.no_grad()
 def _ablated(
     model: Model,
+    score: Score,
     prompts: Sequence[TokenizedPrompt],
     parts: Sequence[Part],
     means: Mapping[str, Float[Tensor, " width"]],
@@ -145,12 +147,12 @@ def _ablated(
 
     A part is ablated by setting what it writes at the token to its mean.
     """
-    score, n_heads = RefusalScore.of(model), model.bridge.cfg.n_heads
+    n_heads = model.bridge.cfg.n_heads
 
     def measure(batch: Batch, start: Prefix | None, acting: Mapping[str, Intervention]) -> tuple[Tensor, Tensor]:
         """The component, and the score."""
         seen: dict[str, Tensor] = {}
-        of_run = score(last_logits(model, batch, {**acting, site: recorder(seen, site)}, start))
+        of_run = score(last_logits(model, batch, {**acting, site: recorder(seen, site)}, start), batch)
         return seen[site][:, token].double() @ u.to(model.device), of_run
 
     outputs = [

@@ -1,7 +1,4 @@
-"""Stage: an edit that lowers over-refusal.
-
-Features and their number are chosen on discovery prompts, and what the edits do is measured on test prompts.
-"""
+"""An edit that lowers over-refusal: chosen on discovery prompts, and measured on test prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,44 +10,31 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 
+from sfc.circuits.baselines import tables_of
 from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, random_circuits, top_circuits
-from sfc.core.artifacts import Artifact, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.render import TokenizedPrompt
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS, make_batches
 from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts
-from sfc.models.judge import is_refusal
-from sfc.models.loading import choose_device, load_model
-from sfc.run import Run
-from sfc.session import Clock
+from sfc.session import Session
 from sfc.stats import wilson
 from sfc.studies.repair.choose import best_size, mean_effects, qualified, shares_refused
 from sfc.studies.repair.edits import (
+    FeatureAblation,
     Projections,
-    Repair,
     Subspaces,
-    project_weights,
+    projected_weights,
     save_repair,
     save_subspaces,
     written_subspaces,
 )
-from sfc.studies.repair.inputs import KINDS, RepairInputs, repair_inputs
-from sfc.studies.repair.options import RepairOptions
-from sfc.studies.repair.page import write_repair_page
+from sfc.studies.repair.inputs import RepairInputs, repair_inputs
+from sfc.studies.repair.options import HOOK, KINDS, WEIGHTS, RepairOptions
+from sfc.studies.study import Made, write_tables
 
-FILES = {
-    "page": "repair.html",
-    "features": "features.csv",
-    "tried": "tried.csv",
-    "rates": "rates.csv",
-    "replies": "replies.csv",
-    "hook": "repair.safetensors",
-    "weights": "weights.safetensors",
-    "result": "result.json",
-}
-HOOK, WEIGHTS = "hook", "weights"
+_EXPORTS = {HOOK: "repair.safetensors", WEIGHTS: "weights.safetensors"}
 _LISTED = 500  # features in the table
 _MOST_DIFFERENT = 0.01  # nats between changed weights and the hook that they stand for
 
@@ -74,67 +58,61 @@ class Settings(NamedTuple):
 UNEDITED = Settings("none", [0], [-1], NO_EDIT)
 
 
-def make_repair(run: Run, artifact: Artifact, category: str, rebuild: bool = False) -> None:
-    """Score, choose, measure beside chance, export, and write all of it with a page.
+def measure(session: Session, folder: Path) -> Made:
+    """Score, choose, measure beside chance, and export.
 
     Raises:
         UserError: there are too few prompts, or no feature qualifies.
     """
-    clock, config = Clock(), RepairOptions.of(run.experiment)
-    model = load_model(run.experiment.model, choose_device(run.device))
-    with artifact.being_made(rebuild) as folder:
-        inputs = repair_inputs(run, model, category)
-        clock.lap("prepare")
-        problem, nodes = inputs.problem, inputs.problem.ablation.nodes
-        on_hard, on_toxic = (mean_effects(problem, inputs.scored[kind]) for kind in ("hard", "toxic"))
-        ranking = qualified(on_hard, on_toxic, nodes.is_error, config.toxic_share)
-        if not len(ranking):
-            raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
-        sizes = sorted({min(size, len(ranking)) for size in config.sizes})
-        clock.lap("effects")
-        best = top_circuits(ranking, sizes, nodes.n_nodes)
-        settings = [Settings(kind, sizes, [-1] * len(sizes), make(inputs, best)) for kind, make in _EDITS.items()]
-        tried = _tried(inputs, [UNEDITED, *settings], config.refused_above)
-        chosen = {kind: best_size(_with_plain(tried, kind), config.most_lost) for kind in _EDITS}
-        clock.lap("choice")
-        by_chance = _random_settings(run, inputs, best, sizes)
-        replies, losses = _measured(inputs, [UNEDITED, *settings, *by_chance], config)
-        rates = _rates(replies).merge(losses, on=["kind", "size", "draw"])
-        clock.lap("test prompts")
-        features = _features(inputs, on_hard, on_toxic, ranking)
-        if chosen[HOOK]:
-            save_repair(_hook(run, inputs, ranking[: chosen[HOOK]]), folder / FILES["hook"])
-        difference = None
-        if chosen[WEIGHTS]:
-            difference = _export_weights(inputs, _subspaces(inputs, ranking[: chosen[WEIGHTS]]), folder)
-        clock.lap("export")
-        tables = {"features": features, "tried": tried, "rates": rates}
-        for name, table in {**tables, "replies": replies}.items():
-            write_csv(folder / FILES[name], table.round(6))
-        result = {
-            "preset": run.experiment.name,
-            "category": category,
-            "n_features": int((~nodes.is_error).sum()),
-            "n_qualified": len(ranking),
-            "n_scored": {kind: runs.n_prompts for kind, runs in inputs.scored.items()},
-            "n_tried": {kind: runs.n_prompts for kind, runs in inputs.tried.items()},
-            "toxic_share": config.toxic_share,
-            "most_lost": config.most_lost,
-            "unedited": _point(rates, "none", 0),
-            "chosen": {kind: _point(rates, kind, size) if size else None for kind, size in chosen.items()},
-            "weights_difference": difference,
-        }
-        write_repair_page(folder / FILES["page"], tables, result)
-        clock.lap("drawing")
-        files = {name: file for name, file in FILES.items() if (folder / file).exists() or name == "result"}
-        result |= {"files": files, "seconds": clock.laps}
-        write_json(folder / FILES["result"], result)
-        artifact.finish(result=result)
+    experiment, clock, options = session.run.experiment, session.clock, RepairOptions.of(session.run.experiment)
+    inputs = repair_inputs(session)
+    clock.lap("prepare")
+    problem, nodes = inputs.problem, inputs.problem.ablation.nodes
+    on_hard, on_toxic = (mean_effects(problem, inputs.scored[kind]) for kind in ("hard", "toxic"))
+    ranking = qualified(on_hard, on_toxic, nodes.is_error, options.toxic_share)
+    if not len(ranking):
+        raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
+    sizes = sorted({min(size, len(ranking)) for size in options.sizes})
+    clock.lap("effects")
+    best = top_circuits(ranking, sizes, nodes.n_nodes)
+    settings = [Settings(kind, sizes, [-1] * len(sizes), make(inputs, best)) for kind, make in _EDITS.items()]
+    tried = _tried(inputs, [UNEDITED, *settings], options.refused_above)
+    chosen = {kind: best_size(tried[tried["kind"].isin([kind, "none"])], options.most_lost) for kind in _EDITS}
+    clock.lap("choice")
+    by_chance = _random_settings(inputs, best, sizes, options.random_draws, experiment.seed)
+    replies, losses = _measured(session, inputs, [UNEDITED, *settings, *by_chance])
+    rates = _rates(replies).merge(losses, on=["kind", "size", "draw"])
+    clock.lap("test prompts")
+    features = _features(inputs, on_hard, on_toxic, ranking)
+    if chosen[HOOK]:
+        hook = _hook(inputs, ranking[: chosen[HOOK]], session.run.saes.folder.name)
+        save_repair(hook, folder / _EXPORTS[HOOK])
+    difference = None
+    if chosen[WEIGHTS]:
+        difference = _export_weights(inputs, _subspaces(inputs, ranking[: chosen[WEIGHTS]]), folder / _EXPORTS[WEIGHTS])
+    clock.lap("export")
+    files = write_tables(folder, {"features": features, "tried": tried, "rates": rates, "replies": replies})
+    result = {
+        "preset": experiment.name,
+        "category": session.run.group(options.category),
+        "n_features": int((~nodes.is_error).sum()),
+        "n_qualified": len(ranking),
+        "n_scored": {kind: runs.n_prompts for kind, runs in inputs.scored.items()},
+        "n_tried": {kind: runs.n_prompts for kind, runs in inputs.tried.items()},
+        "toxic_share": options.toxic_share,
+        "most_lost": options.most_lost,
+        "unedited": _point(rates, "none", 0),
+        "chosen": {kind: _point(rates, kind, size) if size else None for kind, size in chosen.items()},
+        "weights_difference": difference,
+    }
+    return Made(result, files | {kind: file for kind, file in _EXPORTS.items() if (folder / file).exists()})
 
 
-def _hook(run: Run, inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Repair:
+def _hook(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"], dictionaries: str) -> FeatureAblation:
     ablation = inputs.problem.ablation
-    return Repair.of(torch.from_numpy(chosen.copy()), ablation.nodes, ablation.reference, run.saes.folder.name)
+    return FeatureAblation.of(
+        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.reference), dictionaries
+    )
 
 
 def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subspaces:
@@ -162,11 +140,12 @@ def _projections(inputs: RepairInputs, features: Masks) -> Edits:
 _EDITS: Mapping[str, Callable[[RepairInputs, np.ndarray], Edits]] = {HOOK: _hooks, WEIGHTS: _projections}
 
 
-def _random_settings(run: Run, inputs: RepairInputs, best: Masks, sizes: Sequence[int]) -> list[Settings]:
+def _random_settings(
+    inputs: RepairInputs, best: Masks, sizes: Sequence[int], n_draws: int, seed: int
+) -> list[Settings]:
     """For each kind and size, edits by as many features of the same sites and ranges of firing rates."""
-    problem, n_draws = inputs.problem, RepairOptions.of(run.experiment).random_draws
-    strata = matching_strata(problem.ablation.nodes, problem.firing_rates)
-    drawn = random_circuits(best, strata, n_draws, run.experiment.seed)
+    strata = matching_strata(inputs.problem.ablation.nodes, inputs.problem.firing_rates)
+    drawn = random_circuits(best, strata, n_draws, seed)
     masks = rearrange(drawn, "draws sizes nodes -> (sizes draws) nodes")
     draws = list(range(n_draws)) * len(sizes)
     return [
@@ -193,15 +172,12 @@ def _n_runs(settings: Sequence[Settings], prompts: Mapping[str, PreparedPrompts]
     return sum(len(each.edits) for each in settings) * sum(some.n_prompts for some in prompts.values())
 
 
-def _with_plain(tried: pd.DataFrame, kind: str) -> pd.DataFrame:
-    return tried[tried["kind"].isin([kind, "none"])]
-
-
 def _measured(
-    inputs: RepairInputs, settings: Sequence[Settings], config: RepairOptions
+    session: Session, inputs: RepairInputs, settings: Sequence[Settings]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per edit and test prompt, with score and reply; and per edit the cross-entropy of ordinary replies."""
-    model, score = inputs.problem.model, inputs.problem.score
+    model, score, judge = session.model, session.metric, session.run.judge
+    reply_tokens = RepairOptions.of(session.run.experiment).reply_tokens
 
     def prompts(sequences: Sequence[TokenizedPrompt]) -> PreparedPrompts:
         return PreparedPrompts.of(model, make_batches(sequences, inputs.layout, PACKED_TOKENS, model.device))
@@ -212,23 +188,18 @@ def _measured(
     with progress_bar("test prompts", _n_runs(settings, {**tested, "ordinary": ordinary}), "runs") as progress:
         for each in settings:
             replied = {
-                group: engine.replies(some, score, each.edits, config.reply_tokens, progress)
-                for group, some in tested.items()
+                group: engine.replies(some, score, each.edits, reply_tokens, progress) for group, some in tested.items()
             }
             given = engine.losses(ordinary, each.edits, progress).losses.mean(1)
             for i, about in enumerate(each.about()):
-                tables += [_replied(inputs, about, group, of.scores[i], of.texts[i]) for group, of in replied.items()]
                 losses.append({**about, "loss": float(given[i])})
+                for group, of in replied.items():
+                    table = inputs.test[group].table[["id", "prompt", "category", "dataset_type"]]
+                    refused = [judge(text) for text in of.texts[i]]
+                    of_group = {"group": group, "score": of.scores[i], "refused": refused, "reply": of.texts[i]}
+                    tables.append(table.assign(**about, **of_group))
     table = pd.DataFrame(losses)
     return pd.concat(tables, ignore_index=True), table.assign(loss_rise=table["loss"] / table["loss"].iloc[0] - 1)
-
-
-def _replied(
-    inputs: RepairInputs, about: Mapping[str, Any], group: str, scores: np.ndarray, texts: list[str]
-) -> pd.DataFrame:
-    prompts = inputs.test[group].table[["id", "prompt", "category", "dataset_type"]]
-    refused = [is_refusal(text) for text in texts]
-    return prompts.assign(**about, group=group, score=scores, refused=refused, reply=texts)
 
 
 def _rates(replies: pd.DataFrame) -> pd.DataFrame:
@@ -261,22 +232,23 @@ def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, r
     return table.sort_values("hard", ascending=False, kind="stable", ignore_index=True)
 
 
-def _export_weights(inputs: RepairInputs, subspaces: Subspaces, folder: Path) -> float | None:
-    """Change the weights and write the file, if they do what the hook does: the largest difference of a score, in nats.
+def _export_weights(inputs: RepairInputs, subspaces: Subspaces, path: Path) -> float | None:
+    """Write the file if changed weights do what the hook does: the largest difference of a score, in nats.
 
-    None where the model has no weights that could be changed so. The model is not to be used after this.
+    None where the model has no weights that could be changed so.
     """
     model, score, batches = inputs.problem.model, inputs.problem.score, inputs.tried["hard"].batches
     hooked = engine.scores(PreparedPrompts.of(model, batches), score, Projections([subspaces]))
     try:
-        project_weights(model, subspaces)
+        with projected_weights(model, subspaces):
+            # What was cached before is of other weights.
+            changed = engine.scores(PreparedPrompts.of(model, batches), score, NO_EDIT)
     except UserError as error:
         say(f"no weights: {error}")
         return None
-    # What was cached before is of other weights.
-    difference = float(np.abs(engine.scores(PreparedPrompts.of(model, batches), score, NO_EDIT) - hooked).max())
+    difference = float(np.abs(changed - hooked).max())
     if difference <= _MOST_DIFFERENT:
-        save_subspaces(subspaces, folder / FILES["weights"])
+        save_subspaces(subspaces, path)
     else:
         say(f"no weights: they differ from the hook by {difference:.2f} nats; this model's blocks norm what they write")
     return difference

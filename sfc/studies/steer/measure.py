@@ -1,0 +1,279 @@
+"""Learn a direction and choose it on discovery prompts, steer test prompts along it, and control what that does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors.torch import save_file
+
+from sfc.core.artifacts import replacing, write_csv
+from sfc.core.progress import progress_bar, say
+from sfc.core.sites import layer_of, short_site
+from sfc.models.engine import PreparedPrompts
+from sfc.session import Session
+from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
+from sfc.studies.steer.dial import Candidate, Dial, Setting
+from sfc.studies.steer.directions import Vector
+from sfc.studies.steer.learning import Learned, learn
+from sfc.studies.steer.options import BEST, FORCE, INTENDED_LABEL, SUPPRESS, SteeringOptions
+from sfc.studies.steer.prompts import (
+    Tested,
+    hard_prompts,
+    n_prompts,
+    ordinary_prompts,
+    test_corpus,
+    test_prompts,
+    xstest_prompts,
+)
+from sfc.studies.steer.select import Fold, best_per_layer, candidate_table, folds_of, ranked
+from sfc.studies.steer.sweep import (
+    RANDOM,
+    SHUFFLED,
+    band,
+    best_alphas,
+    best_defence,
+    control_settings,
+    ordinary_effect,
+    rates,
+    subspace_table,
+    sweep,
+    trade_off,
+)
+from sfc.studies.steer.writers import feature_cosines, writers_table
+from sfc.studies.study import Made, write_tables
+
+
+def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
+    """Learn, choose, try out, sweep and control.
+
+    Args:
+        circuit: as `learn`.
+
+    Raises:
+        UserError: there are too few prompts, or no candidate passes the requirements.
+    """
+    options, seed, clock = SteeringOptions.of(session.run.experiment), session.run.experiment.seed, session.clock
+    condition, dial = named_condition(session), Dial.of(session)
+    learned = learn(session, circuit)
+    folds = folds_of(session, learned)
+    clock.lap("learning")
+    tables = {"candidates": _tried(dial, learned, folds)}
+    write_csv(folder / "candidates.csv", tables["candidates"].round(6))
+    kept = ranked(tables["candidates"])
+    swept = [learned.candidates[i] for i in best_per_layer(kept, options.swept_layers)]
+    chosen = learned.candidates[int(kept.index[0])]
+    say(f"chosen: {short_site(chosen.site)}{'' if chosen.token is None else f', read at token {chosen.token}'}")
+    if options.when == BEST:
+        condition = found_condition(session, learned, chosen)
+    clock.lap("selection")
+    ordinary = ordinary_prompts(session)
+    held_out = _held_out(dial, chosen, folds, ordinary["reference"])
+    alphas = best_alphas(held_out, options.max_loss)
+    clock.lap("alphas")
+    tested = test_prompts(session)
+    rows = _swept(dial, tested, swept)
+    of_dial = rates(rows, ["site", "layer", "token", "alpha", "intent", "label"])
+    tables["rates"] = of_dial.merge(_costs(dial, ordinary["test"], swept), on=["site", "alpha"])
+    clock.lap("sweep")
+    chance = _by_chance(dial, tested, chosen, _shuffled(learned, chosen, options, seed), alphas, seed)
+    tables["controls"] = rates(chance, ["direction", "alpha", "intent", "label"])
+    tables["sweep"] = pd.concat([rows, chance])
+    clock.lap("controls")
+    generalised = None
+    if options.xstest is not None:
+        generalised = _swept(dial, xstest_prompts(session), [chosen])
+        by_chance = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
+        tables["xstest"] = pd.concat([generalised, by_chance])
+        tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
+        tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(by_chance)])
+    clock.lap("xstest")
+    conditional = None
+    if condition:
+        of_hard = _swept(dial, {"hard": hard_prompts(session)}, [chosen])
+        compared = {"test": grouped(rows[rows["site"] == chosen.site], of_hard)}
+        if generalised is not None:
+            compared["xstest"] = generalised.assign(group=generalised["label"])
+        tables["conditional"], conditional = both_dials(session, learned, condition, compared)
+        clock.lap("condition")
+    vectors = {name: learned.vector(contrast, chosen) for name, contrast in learned.contrasts.items()}
+    tables["directions"] = subspace_table(dial, vectors, chosen, folds)
+    tables["writers"] = _writers(session, chosen)
+    if options.features:
+        tables["features"] = feature_cosines(chosen.vector, session.dictionaries)
+    clock.lap("circuit")
+    _save_vectors(folder / "vectors.safetensors", chosen, vectors)
+    result = {
+        "preset": session.run.experiment.name,
+        "category": session.run.group(options.category),
+        **_result(dial, chosen, tables, folds, alphas, held_out),
+        "conditional": conditional,
+    }
+    return Made(result, write_tables(folder, tables))
+
+
+def _tried(dial: Dial, learned: Learned, folds: list[Fold]) -> pd.DataFrame:
+    runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
+    with progress_bar("trying directions", runs, "runs") as progress:
+        return candidate_table(dial, learned.candidates, folds, progress)
+
+
+def _held_out(dial: Dial, chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts) -> pd.DataFrame:
+    """Changed replies per alpha on prompts that the direction was not learned from, with the cost beside them."""
+    tries: list[tuple[PreparedPrompts, pd.DataFrame, list[Setting]]] = []
+    for number, fold in enumerate(folds):
+        for intent, prompts in ((FORCE, fold.safe), (SUPPRESS, fold.toxic)):
+            settings = [dial.setting(chosen, alpha, chosen.by_fold[number]) for alpha in dial.options.dial]
+            wanted = [each for each in settings if each.intent == intent]
+            if wanted:
+                tries.append((prompts, pd.DataFrame({"fold": number}, index=range(prompts.n_prompts)), wanted))
+    every = [dial.setting(chosen, alpha) for alpha in dial.options.dial]
+    total = sum(prompts.n_prompts * len(wanted) for prompts, _, wanted in tries) + len(every) * ordinary.n_prompts
+    with progress_bar("choosing alphas", total, "runs") as progress:
+        parts = [sweep(dial, *each, progress) for each in tries]
+        losses = ordinary_effect(dial, ordinary, every, progress)[["alpha", "loss_rise"]]
+    return rates(pd.concat(parts), ["alpha", "intent"]).merge(losses, on="alpha")
+
+
+def _swept(dial: Dial, tested: Tested, candidates: list[Candidate]) -> pd.DataFrame:
+    """Every prompt at every alpha along every candidate."""
+    settings = [
+        dial.setting(each, alpha, name=dial.options.direction) for each in candidates for alpha in dial.options.dial
+    ]
+    with progress_bar("sweeping", len(settings) * n_prompts(tested), "replies") as progress:
+        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side in tested.values()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _costs(dial: Dial, ordinary: PreparedPrompts, candidates: list[Candidate]) -> pd.DataFrame:
+    """What the same settings cost on ordinary text."""
+    settings = [dial.setting(candidate, alpha) for candidate in candidates for alpha in dial.options.dial]
+    with progress_bar("ordinary text", len(settings) * ordinary.n_prompts, "runs") as progress:
+        return ordinary_effect(dial, ordinary, settings, progress).drop(columns="direction")
+
+
+def _by_chance(
+    dial: Dial, tested: Tested, chosen: Candidate, shuffled: list[Vector], alphas: Mapping[str, float], seed: int
+) -> pd.DataFrame:
+    """Control directions at the chosen alphas, each on the prompts that its turn of the dial is meant for."""
+    tries = [
+        (tested[INTENDED_LABEL[intent]], control_settings(dial, chosen, shuffled, [alpha], seed))
+        for intent, alpha in alphas.items()
+    ]
+    total = sum(len(settings) * len(side.prompts) for side, settings in tries)
+    with progress_bar("controls", total, "replies") as progress:
+        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side, settings in tries]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _generalised_chance(
+    dial: Dial, fewer: Tested, chosen: Candidate, alphas: Mapping[str, float], seed: int
+) -> pd.DataFrame:
+    """Random directions at the chosen alphas, on some prompts of both kinds."""
+    settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
+    with progress_bar("chance", len(settings) * n_prompts(fewer), "replies") as progress:
+        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side in fewer.values()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _writers(session: Session, chosen: Candidate) -> pd.DataFrame:
+    """Which heads and MLPs write the direction where it was read, on test prompts; at the last token elsewhere."""
+    prompts, tokenized = test_corpus(session)
+    toxic = prompts["refusal_label"].to_numpy(dtype=bool)
+    n_ablated = SteeringOptions.of(session.run.experiment).ablated_writers
+    return writers_table(
+        session.model, session.metric, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated
+    )
+
+
+def _shuffled(learned: Learned, chosen: Candidate, options: SteeringOptions, seed: int) -> list[Vector]:
+    """Differences of means between sides dealt by lot; none where nothing was learned from sides."""
+    if options.contrast is None:
+        return []
+    contrast = learned.contrasts[options.contrast]
+    return [learned.vector(contrast.shuffled(seed + number), chosen) for number in range(options.shuffled_directions)]
+
+
+def _save_vectors(path: Path, chosen: Candidate, vectors: Mapping[str, Vector]) -> None:
+    """The chosen direction, and each contrast's at the same place, in float64."""
+    tensors = {"chosen": chosen.vector, **vectors}
+    with replacing(path) as temporary:
+        save_file({name: vector.contiguous() for name, vector in tensors.items()}, temporary, {"site": chosen.site})
+
+
+def _result(
+    dial: Dial,
+    chosen: Candidate,
+    tables: Mapping[str, pd.DataFrame],
+    folds: list[Fold],
+    alphas: Mapping[str, float],
+    held_out: pd.DataFrame,
+) -> dict[str, Any]:
+    options, candidates = dial.options, tables["candidates"]
+    sides = {"safe": [fold.safe for fold in folds], "toxic": [fold.toxic for fold in folds]}
+    return {
+        "direction": options.direction,
+        "edit": options.edit,
+        "units": options.units,
+        "positions": options.positions,
+        "during_reply": options.during_reply,
+        "site": short_site(chosen.site),
+        "layer": layer_of(chosen.site),
+        "token": chosen.token,
+        "norm": _figure(chosen.norm),
+        "length": _figure(chosen.length),
+        "n_candidates": len(candidates),
+        "n_rejected": int((candidates["rejected"] != "").sum()),
+        "max_loss": options.max_loss,
+        "unsteered": {side: _figure(dial.plain_scores(prompts).mean()) for side, prompts in sides.items()},
+        "operating_points": {
+            intent: _operating_point(intent, alpha, chosen, held_out, tables) for intent, alpha in alphas.items()
+        },
+        "xstest": _xstest_figures(tables["trade_off"], options) if "trade_off" in tables else None,
+    }
+
+
+def _operating_point(
+    intent: str, alpha: float, chosen: Candidate, held_out: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """What the dial does at the alpha chosen for an intent: on the test split, on held-out folds, and by chance."""
+    dial, controls, label = tables["rates"], tables["controls"], INTENDED_LABEL[intent]
+    tested = dial[(dial["site"] == chosen.site) & (dial["alpha"] == alpha) & (dial["label"] == label)].iloc[0]
+    before = held_out[(held_out["alpha"] == alpha) & (held_out["intent"] == intent)].iloc[0]
+    chance = controls[(controls["alpha"] == alpha) & (controls["intent"] == intent)]
+    at_random, shuffled = (band(chance, control, "changed_rate") for control in (RANDOM, SHUFFLED))
+    figures = ["eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change"]
+    costs = ["loss_rise", "later_loss_rise", "kl"]
+    return {
+        "alpha": alpha,
+        "prompts": label,
+        **{name: _figure(tested[name]) for name in [*figures, *costs]},
+        "held_out_rate": _figure(before["changed_rate"]),
+        "held_out_loss_rise": _figure(before["loss_rise"]),
+        "random_mean": _figure(at_random.mean),
+        "random_highest": _figure(at_random.high),
+        "shuffled_mean": _figure(shuffled.mean),
+        "shuffled_highest": _figure(shuffled.high),
+    }
+
+
+def _xstest_figures(points: pd.DataFrame, options: SteeringOptions) -> dict[str, Any]:
+    """The trade-off as it is, and at the best defensive point, which may not exist."""
+    curve = points[points["direction"] == options.direction]
+    best = best_defence(curve)
+    there = curve[curve["alpha"] == best]
+    first = curve.iloc[0]
+    return {
+        "n_unsafe": int(first["n_unsafe"]),
+        "n_safe": int(first["n_safe"]),
+        "unsteered": {side: _figure(first[f"{side}_unsteered"]) for side in ("unsafe", "safe")},
+        "best_defence": None
+        if best is None
+        else {"alpha": best, **{side: _figure(there[side].iloc[0]) for side in ("unsafe", "safe")}},
+    }
+
+
+def _figure(value: Any) -> float | int | None:
+    if pd.isna(value):
+        return None
+    return int(value) if float(value).is_integer() and not isinstance(value, float) else round(float(value), 4)
