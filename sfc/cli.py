@@ -49,12 +49,10 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.data.schema import category_or_all
     from sfc.studies.batch.batch import make_batch, stages_of
 
-    chosen, wanted = stages_of(stages), category_or_all(category) if category else None
-    runs = shared.runs(models or (None if file else shared.preset), file)
-    made = make_batch(runs, chosen, wanted, limit)
+    chosen, runs = stages_of(stages), shared.runs(models or (None if file else shared.preset), file)
+    made = make_batch(runs, chosen, runs[0].group(category) if category else None, limit)
     show(made.page.summary)
     finish(made.report, shared.json)
 

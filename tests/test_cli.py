@@ -278,7 +278,7 @@ def test_data_and_presets_say_what_is_there(tmp_path: Path) -> None:
 
 
 BAD_USES = {
-    "no such command": (("discovr",), "did you mean 'discover'"),
+    "no such command": (("discovr",), "'discover'"),
     "no such option": (("discover", "--categories", "x"), "--category"),
     "not a number": (("discover", "--seed", "many"), "--seed"),
     "no such behavior": (("probe", "--behavior", "refusing"), "did you mean 'refusal'"),
@@ -332,7 +332,7 @@ def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_lies(tmp_
 
 
 def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
-    finished = _ending("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)", tmp_path)
+    finished = _ending("raise KeyboardInterrupt", tmp_path)
     assert finished.status == 130 and "Traceback" not in finished.stderr
     assert finished.stderr.splitlines()[-1].startswith("interrupted: ")
 
@@ -345,7 +345,7 @@ def test_a_plugin_that_cannot_be_loaded_is_one_line_and_status_2(tmp_path: Path)
 def test_help_groups_options_and_shows_their_defaults_and_further_settings(tmp_path: Path) -> None:
     page = sfc_process("discover", "--help", root=tmp_path).stdout
     own, of_pairs, of_all = (page.index(title) for title in ("─ Options ─", "Settings of pairs", "every command"))
-    assert own < page.index("--method") < of_pairs < page.index("--pairs") < of_all < page.index("--preset")
+    assert own < page.index("--population") < of_pairs < page.index("--pairs") < of_all < page.index("--preset")
     assert "[default: learned-mask]" in page and "integrated-gradients" in page
     assert "Also by --set discovery.NAME=VALUE: nodes, base, reference" in page
 

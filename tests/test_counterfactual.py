@@ -17,6 +17,7 @@ from test_cli import RESULT_KEYS
 
 from sfc.circuits.baselines import check_covered
 from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import PromptsConfig
 from sfc.core.errors import UserError
@@ -262,3 +263,48 @@ def test_pairs_that_all_share_prompts_cannot_be_split(tmp_path: Path) -> None:
     path = written(tmp_path / "pairs.jsonl", [record("a", "b"), record("b", "c"), record("c", "d")])
     with pytest.raises(UserError, match="share prompts"):
         load_counterfactuals(path, CONFIG, 0)
+
+
+def counterfactual_law(problem: Problem, runs: PromptRuns) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with nothing kept, and those of the counterfactuals where these are explained themselves."""
+    nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
+    empty = ablated_scores(problem.model, problem.score, problem.ablation, runs, nothing)[0]
+    full = full_scores(problem.model, problem.score, runs)
+    prompt, counterfactual, positive = (values.tolist() for values in problem.ablation.reference.pairs)
+    numbers = {
+        int(row): int(pair) for batch in runs.batches for row, pair in zip(batch.prompts, batch.pair, strict=True)
+    }
+    order = [numbers[row] for row in range(runs.n_prompts)]
+    assert {positive[pair] for pair in order} == {True, False}
+    by_prompt = {prompt[pair]: score for pair, score in zip(order, full, strict=True)}
+    known = [row for row, pair in enumerate(order) if counterfactual[pair] in by_prompt]
+    assert len(known) >= 8
+    # Under the directed score a prompt speaks for its own side, and its counterfactual against it.
+    return empty[known], np.array([-by_prompt[counterfactual[order[row]]] for row in known])
+
+
+def with_counterfactuals(run: Run) -> Run:
+    return run.having(DiscoveryOptions, reference="counterfactual")
+
+
+def test_both_prompts_of_a_pair_are_explained_against_each_other(
+    discovered: dict, root: Path, pairs_file: Path
+) -> None:
+    run = with_counterfactuals(about_pairs(root, pairs_file))
+    problem, test_runs, facts = prepare_problem(Session(run), "endings")
+    usable = sum(
+        len(r["clean_prefix"]) == len(r["patch_prefix"]) and r["clean_prefix"][0] == r["patch_prefix"][0]
+        for r in RECORDS
+    )
+    assert problem.runs.n_prompts + test_runs.n_prompts == 2 * usable > 0
+    assert facts["pairs"]["not_aligned"] == len(RECORDS) - usable and facts["population"] == "clean and patch"
+    for runs in (problem.runs, test_runs):
+        np.testing.assert_allclose(*counterfactual_law(problem, runs), atol=1e-4)
+
+
+def test_prompts_of_both_sides_are_explained_against_equally_long_ones(discovered: dict, root: Path) -> None:
+    run = with_counterfactuals(Run(load_experiment("tiny"), root))
+    problem, test_runs, facts = prepare_problem(Session(run), "violence")
+    counts = facts["counterfactuals"]
+    assert problem.runs.n_prompts == counts["discovery"]["pairs"] and test_runs.n_prompts == counts["test"]["pairs"]
+    np.testing.assert_allclose(*counterfactual_law(problem, problem.runs), atol=1e-4)

@@ -345,3 +345,14 @@ def test_what_a_mask_learns_depends_on_the_weight_of_the_divergence(
         for w in (0.0, 0.0, 1.0)
     ]
     assert (masks[0] == masks[1]).all() and not np.allclose(masks[0], masks[2])
+
+
+def test_other_dictionaries_need_no_other_runs(paired: tuple[Problem, list[TokenizedPrompt]]) -> None:
+    """Those of a null, say."""
+    problem, _ = paired
+    others = {site: random_dictionary(site, d_sae=40, k=5, seed=7 + number) for number, site in enumerate(SITES)}
+    anew, _ = paired_problem(problem.model, others, "ablate")
+    baseline = problem.ablation.reference.with_spaces(others)
+    ablation = Ablation(Nodes.of_spaces(others), others, baseline, "ablate")
+    keep = np.random.default_rng(5).random((2, ablation.nodes.n_nodes)) < 0.5
+    np.testing.assert_allclose(scores_of(replace(problem, ablation=ablation), keep), scores_of(anew, keep), atol=1e-5)

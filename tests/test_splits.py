@@ -98,14 +98,14 @@ def test_every_split_is_balanced_by_itself() -> None:
     assert (sides[True] == sides[False]).all()
     assert len(sides) == 6
     assert {(row.category, row.split) for row in report.rows} == set(sides.index)
-    assert report.lines()[0] == "hate: 29 of 300 safe_80k; 11 of 30 hard; 40 of 40 toxic"
+    assert report.lines({})[0] == "hate: 29 of 300 safe_80k; 11 of 30 hard; 40 of 40 toxic"
 
 
 def test_what_runs_short_is_filled_and_reported() -> None:
     chosen, report = balance(make_frame(100, 60, 40), "violence", 0.25, seed=0)
     assert chosen["dataset_type"].value_counts().to_dict() == {"toxic": 100, "safe_80k": 60, "hard": 40}
     line = "violence: 60 of 60 safe_80k, 75 wanted; 40 of 40 hard, 25 wanted; 100 of 100 toxic"
-    assert report.lines() == [line]
+    assert report.lines({}) == [line]
 
 
 def test_nothing_on_one_side() -> None:

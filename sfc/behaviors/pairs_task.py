@@ -79,7 +79,7 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
         discovery, test = (
             [
                 batch.with_tables(batch.pair % n, layout)  # pyright: ignore[reportOptionalOperand]
-                for batch in reference.batches(prompts, torch.from_numpy(wanted).to(model.device).repeat(2), budget)
+                for batch in reference.batches(prompts, torch.from_numpy(np.tile(wanted, 2)).to(model.device), budget)
             ]
             for wanted in (in_discovery, ~in_discovery)
         )

@@ -14,7 +14,7 @@ row, so that rows may be selected and repeated at will.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -31,6 +31,9 @@ from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.kernels import row_dots
+
+
+_BLOCK_ROWS = 4096
 
 
 class Pairs(NamedTuple):
@@ -119,6 +122,15 @@ class Counterfactuals:
             batch.with_pairs(numbers[batch.prompts])
             for batch in make_batches(explained, self.layout, batch_tokens, numbers.device)
         ]
+
+    @torch.no_grad()
+    def with_spaces(self, spaces: Mapping[str, Dictionary]) -> Self:
+        """The same runs, taken apart by other dictionaries at (some of) the same sites."""
+        recorded = {}
+        for site, space in spaces.items():
+            blocks = [Recorded(x, *space.encode_sparse(x)) for x in self.recorded[site].x.split(_BLOCK_ROWS)]
+            recorded[site] = _joined(blocks)
+        return replace(self, recorded=recorded)
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """What the counterfactuals have at the site."""

@@ -129,7 +129,7 @@ def against_counterfactuals(
     baseline = Counterfactuals.of(model, spaces, tokenized, pairs, SlotLayout.of(tokenized), tokens)
     discovery, test = (
         baseline.batches(
-            tokenized, torch.from_numpy((found.table["split"] == split).to_numpy()).to(model.device), tokens
+            tokenized, torch.from_numpy((found.table["split"] == split).to_numpy(copy=True)).to(model.device), tokens
         )
         for split in ("discovery", "test")
     )
@@ -277,14 +277,14 @@ def _check_sides(prompts: pd.DataFrame, kind: str, category: str, words: Words) 
     refused = {split: prompts.loc[prompts["split"] == split, "refused"] for split in FEWEST}
     sides = {split: (int(of_split.sum()), int((~of_split).sum())) for split, of_split in refused.items()}
     told = ", ".join(f"{yes} and {no} in {split}" for split, (yes, no) in sides.items())
-    say(f"{kind} prompts of {category}, {words.acted} and not: {told}")
+    say(f"{kind} prompts of {category}, {words.acted} and not {words.acted}: {told}")
     # Those that show it in the reference split and those that do not in the test split are not used.
     used = {"discovery": min(sides["discovery"]), "reference": sides["reference"][1], "test": sides["test"][0]}
     if any(used[split] < fewest for split, fewest in FEWEST.items()):
         raise UserError(
-            f"contrast refused-complied: of the {kind} prompts of {category}, {words.acted} and not are {told}; needed"
-            f" are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} not {words.acted} in reference and"
-            f" {FEWEST['test']} {words.acted} in test: take --category all, or --population"
+            f"contrast refused-complied: of the {kind} prompts of {category}, {words.acted} and not {words.acted} are"
+            f" {told}; needed are {FEWEST['discovery']} of both in discovery, {FEWEST['reference']} not {words.acted}"
+            f" in reference and {FEWEST['test']} {words.acted} in test: take --category all, or --population"
             f" {'safe (hard prompts)' if kind == words.positive else 'toxic'}"
         )
 
