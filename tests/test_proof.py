@@ -128,17 +128,19 @@ def test_the_reported_size_reaches_both_targets_or_is_the_best() -> None:
 def test_a_sentence_says_what_the_figures_allow() -> None:
     figures = {"recovered_toxic": 0.44, "recovered_safe": 0.38, "agreement": 0.65, "null_agreement": -0.001}
     refused = {"safe": (1, 1, 20), "hard": (4, 3, 35)}
-    assert says({**figures, "gap_kept": 0.8, "separation": 0.9, "prompt_free": 0.02}, refused) == (
-        "restores 0.44 of the difference on toxic prompts and 0.38 on safe ones, agreement 0.65; random features agree"
-        " 0.00; by means alone it keeps 0.80 of the gap between the sides; refuses 1 of 20 safe prompts where the model"
-        " refuses 1; refuses 3 of 35 hard prompts where the model refuses 4"
-    )
+    assert says({**figures, "gap_kept": 0.8, "separation": 0.9, "prompt_free": 0.02}, refused).split("; ") == [
+        "restores 0.44 of the difference on toxic prompts and 0.38 on safe ones, agreement 0.65",
+        "random features agree 0.00",
+        "under mean ablation it keeps 0.80 of the gap between the sides",
+        "refuses 1 of 20 safe prompts where the model refuses 1",
+        "refuses 3 of 35 hard prompts where the model refuses 4",
+    ]
     constant = {"recovered_toxic": 0.01, "recovered_safe": -0.001, "agreement": 0.0, "gap_kept": 0.0, "separation": 0.5}
-    assert says(constant | {"prompt_free": 0.89}) == (
-        "restores none of the difference between toxic and safe prompts (0.01, 0.00); by means alone it scores toxic"
-        " and safe prompts alike, so it does not decide; 0.89 of its faithfulness under mean ablation is left where the"
-        " prompt cannot enter"
-    )
+    assert says(constant | {"prompt_free": 0.89}).split("; ") == [
+        "restores none of the difference between toxic and safe prompts (0.01, 0.00)",
+        "under mean ablation it scores toxic and safe prompts alike, so it does not decide",
+        "0.89 of its faithfulness under mean ablation is left where the prompt cannot enter",
+    ]
     assert "too much alike" in says(dict.fromkeys(figures))
 
 

@@ -219,9 +219,11 @@ def says(
     kept, separation = figures.get("gap_kept"), figures.get("separation")
     if kept is not None and separation is not None:
         if kept < SMALL:
-            parts.append(f"by means alone it scores {positive} and {negative} prompts alike, so it does not decide")
+            parts.append(
+                f"under mean ablation it scores {positive} and {negative} prompts alike, so it does not decide"
+            )
         else:
-            parts.append(f"by means alone it keeps {_share(kept)} of the gap between the sides")
+            parts.append(f"under mean ablation it keeps {_share(kept)} of the gap between the sides")
     free = figures.get("prompt_free")
     if free is not None and free > LARGE_PROMPT_FREE:
         parts.append(f"{_share(free)} of its faithfulness under mean ablation is left where the prompt cannot enter")
