@@ -190,11 +190,10 @@ def choose_size(curve: pd.DataFrame, target: float) -> int:
 
     Where neither is measurable at any size, the smallest size.
     """
-    lesser = curve[["agreement", "recovered"]].min(axis=1, skipna=False)
-    reached = curve.loc[lesser >= target, "size"]
-    if len(reached):
-        return int(reached.min())
-    return int(curve["size"].min() if lesser.isna().all() else curve.loc[lesser.idxmax(), "size"])
+    sizes, lesser = curve["size"].to_numpy(), curve[["agreement", "recovered"]].min(axis=1, skipna=False).to_numpy()
+    if (lesser >= target).any():
+        return int(sizes[lesser >= target].min())
+    return int(sizes.min() if np.isnan(lesser).all() else sizes[np.nanargmax(lesser)])
 
 
 def says(
