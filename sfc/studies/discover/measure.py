@@ -38,6 +38,7 @@ from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import read_prompts
 from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
+from sfc.studies.discover.both_sides import judge_both_sides
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.study import Made
 
@@ -129,6 +130,11 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     clock.lap("controls")
     result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
     clock.lap("ablating edges")
+    mask = top_circuits(ranking, [len(members)], problem.ablation.nodes.n_nodes)[0]
+    both = judge_both_sides(session, problem, test_runs, mask)
+    result |= both.figures
+    clock.lap("both sides")
+    write_csv(folder / "scores.csv", both.scores, digits=6)
     save_circuit(graph, folder / "circuit.json")
     write_csv(folder / "curve.csv", curve)
     write_csv(folder / "prompts.csv", facts.pop("prompts"))

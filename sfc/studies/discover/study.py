@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pandas as pd
-
 from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
 from sfc.circuits.methods import METHODS
@@ -39,6 +37,7 @@ class Discover(Study[DiscoveryOptions]):
         "circuit": "circuit.json",
         "features": CARDS_FILE,
         "curve": "curve.csv",
+        "scores": "scores.csv",
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
@@ -77,7 +76,8 @@ class Discover(Study[DiscoveryOptions]):
         folder = finished.folder
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
-        return circuit_page(graph, pd.read_csv(folder / self.files["curve"]), finished.result, cards)
+        curve, scores = (finished.table(self.files[name]) for name in ("curve", "scores"))
+        return circuit_page(graph, curve, finished.result, cards, scores=scores)
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         return {name: finished.result.get(name) for name in self.model_columns}
