@@ -6,7 +6,7 @@
 - Pearson correlations of many columns at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -35,6 +35,13 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
         return Interval(0.0, 1.0)
     ends = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return Interval(float(ends.low), float(ends.high))
+
+
+def judged_rate(refused: Iterable[bool]) -> dict[str, float]:
+    """How many of some judged replies show the behavior: `n`, `refusals`, `rate`, and `low` and `high` after Wilson."""
+    verdicts = list(refused)
+    n, refusals = len(verdicts), int(sum(verdicts))
+    return {"n": n, "refusals": refusals, "rate": refusals / n, **wilson(refusals, n)._asdict()}
 
 
 class MeanIntervals(NamedTuple):

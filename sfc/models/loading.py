@@ -72,7 +72,7 @@ class Model:
 
     @cached_property
     def hooks(self) -> Mapping[str, torch.nn.Module]:
-        """The hook points by name. The bridge lists them anew each time it is asked: milliseconds that add up."""
+        """The hook points by name. The bridge lists them again each time it is asked: milliseconds that add up."""
         return self.bridge.hook_dict
 
     @property

@@ -27,7 +27,7 @@ def check_positions(name: str) -> str:
     """The name of a position set, if it is one.
 
     Raises:
-        UserError: it is none.
+        UserError: there is no such set.
     """
     if name in ("suffix", "prompt") or _LAST.fullmatch(name):
         return name

@@ -19,7 +19,7 @@ from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS, make_batches
 from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts
 from sfc.session import Session
-from sfc.stats import wilson
+from sfc.stats import judged_rate
 from sfc.studies.repair.choose import best_size, mean_effects, qualified, shares_refused
 from sfc.studies.repair.edits import (
     FeatureAblation,
@@ -203,13 +203,11 @@ def _measured(
 
 
 def _rates(replies: pd.DataFrame) -> pd.DataFrame:
-    """Judged refusals per edit and group, with Wilson intervals of 95 %; `draw` is -1 for the chosen features."""
-    rows = []
-    for key, part in replies.groupby(["kind", "size", "draw", "group"], sort=False):
-        n, refusals = len(part), int(part["refused"].sum())
-        about = dict(zip(("kind", "size", "draw", "group"), key, strict=True))  # pyright: ignore[reportArgumentType]
-        figures = {"n": n, "refusals": refusals, "rate": refusals / n, **wilson(refusals, n)._asdict()}
-        rows.append({**about, **figures, "score": part["score"].mean()})
+    """Judged replies per edit and group, with Wilson intervals of 95 %; `draw` is -1 for the chosen features."""
+    by, rows = ["kind", "size", "draw", "group"], []
+    for key, part in replies.groupby(by, sort=False):
+        about = dict(zip(by, key, strict=True))  # pyright: ignore[reportArgumentType]
+        rows.append({**about, **judged_rate(part["refused"]), "score": part["score"].mean()})
     return pd.DataFrame(rows)
 
 

@@ -29,7 +29,7 @@ def page(finished: Finished) -> Page:
     features, rates = finished.table("features.csv"), finished.table("rates.csv")
     every_edit = _rates_table(rates, words)
     return Page(
-        title=f"Repair of hard prompts {words.acted} · {result['category']} · {result['preset']}",
+        title=f"Repair of hard prompts that are {words.acted} · {result['category']} · {result['preset']}",
         sentence=_sentence(result, words),
         summary=[_points_table(result, words)],
         sections=[

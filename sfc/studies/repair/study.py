@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sfc.behaviors.behavior import HARD
+from sfc.core.errors import UserError
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
@@ -24,6 +26,8 @@ class Repair(Study[RepairOptions]):
 
     def check(self, run: Run) -> None:
         _ = run.judge
+        if HARD not in set(run.prompts.frame["dataset_type"]):
+            raise UserError(f"a repair needs hard prompts, and those of {run.experiment.behavior!r} have none")
 
     def label(self, run: Run) -> str:
         return f"repair-{run.group(self.of(run).category)}"

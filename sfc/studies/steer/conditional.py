@@ -26,7 +26,7 @@ from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
 from sfc.session import Session
-from sfc.stats import wilson
+from sfc.stats import judged_rate
 from sfc.studies.steer.dial import Candidate
 from sfc.studies.steer.directions import check_feature
 from sfc.studies.steer.learning import Learned
@@ -175,9 +175,9 @@ def best_condition(
 
 
 def conditional_table(rows: pd.DataFrame, holds: Bool[np.ndarray, " rows"]) -> pd.DataFrame:
-    """Refusals by both dials per alpha and group of prompts, with Wilson intervals of 95 %.
+    """Judged replies by both dials per alpha and group of prompts, with Wilson intervals of 95 %.
 
-    Columns: `dial`, `alpha`, `group`, `n`, `steered` (prompts), `refusals`, `rate`, `low`, `high`.
+    Columns: `dial`, `alpha`, `group`, `steered` (prompts), `n`, `refusals`, `rate`, `low`, `high`.
 
     Args:
         rows: of a sweep along one direction at one site, with a column `group`.
@@ -188,9 +188,8 @@ def conditional_table(rows: pd.DataFrame, holds: Bool[np.ndarray, " rows"]) -> p
         refused = np.where(steered, rows["refused"], rows["unsteered_refused"])
         of_dial = rows.assign(refused=refused, steered=steered)
         for (alpha, group), part in of_dial.groupby(["alpha", "group"], sort=False):  # pyright: ignore
-            n, refusals = len(part), int(part["refused"].sum())
-            line = {"dial": dial, "alpha": alpha, "group": group, "n": n, "steered": int(part["steered"].sum())}
-            lines.append(line | {"refusals": refusals, "rate": refusals / n} | wilson(refusals, n)._asdict())
+            line = {"dial": dial, "alpha": alpha, "group": group, "steered": int(part["steered"].sum())}
+            lines.append(line | judged_rate(part["refused"]))
     return pd.DataFrame(lines)
 
 

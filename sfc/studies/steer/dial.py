@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from sfc.models import engine
 from sfc.models.edits import Steering, SteeringEdit, residual_sites
-from sfc.models.engine import NO_EDIT, PreparedPrompts, Replies
+from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress, Replies
 from sfc.models.loading import Model
 from sfc.models.score import Score
 from sfc.session import Session
@@ -55,10 +55,6 @@ class Setting(NamedTuple):
         return intent_of(self.edit.kind, self.alpha)
 
 
-def _silent(_runs: int) -> None:
-    pass
-
-
 class Dial(NamedTuple):
     """How a model is steered, and by what its scores and replies are judged."""
 
@@ -95,7 +91,7 @@ class Dial(NamedTuple):
         return Steering(edits, self.options.positions, self.options.during_reply)
 
     def scores(
-        self, prompts: PreparedPrompts, edits: Sequence[SteeringEdit], progress: Callable[[int], None] = _silent
+        self, prompts: PreparedPrompts, edits: Sequence[SteeringEdit], progress: Progress = lambda _: None
     ) -> Float[np.ndarray, "edits prompts"]:
         """The score of every prompt under every edit, in nats."""
         return engine.scores(prompts, self.score, self.steering(edits), progress)

@@ -21,7 +21,7 @@ from sfc.core.sites import layer_of
 from sfc.models import engine
 from sfc.models.edits import SteeringEdit
 from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress
-from sfc.stats import wilson
+from sfc.stats import judged_rate, wilson
 from sfc.studies.steer.dial import Candidate, Dial, Setting
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
 from sfc.studies.steer.options import FORCE, SUPPRESS
@@ -75,12 +75,10 @@ def rates(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     groups = []
     for key, group in rows.groupby(list(by), sort=False, dropna=False):
-        n, refusals = len(group), int(group["refused"].sum())
         eligible, changed = int(group["eligible"].sum()), int(group["changed"].sum())
         groups.append(
             dict(zip(by, key, strict=True))  # pyright: ignore[reportArgumentType]
-            | {"n": n, "refusals": refusals, "rate": refusals / n}
-            | wilson(refusals, n)._asdict()
+            | judged_rate(group["refused"])
             | {"score": group["score"].mean(), "score_change": (group["score"] - group["unsteered_score"]).mean()}
             | {"eligible": eligible, "changed": changed, "changed_rate": changed / eligible if eligible else None}
             | {f"changed_{end}": value for end, value in wilson(changed, eligible)._asdict().items()}
@@ -185,9 +183,9 @@ def trade_off(rows: pd.DataFrame) -> pd.DataFrame:
         point: dict[str, object] = {"direction": direction, "alpha": alpha}
         for side, label in _SIDES.items():
             of_side = group[group["label"] == label]
-            n, refusals = len(of_side), int(of_side["refused"].sum())
-            low, high = wilson(refusals, n)
-            point |= {f"n_{side}": n, side: refusals / n, f"{side}_low": low, f"{side}_high": high}
+            rate = judged_rate(of_side["refused"])
+            point |= {f"n_{side}": rate["n"], side: rate["rate"]}
+            point |= {f"{side}_{end}": rate[end] for end in ("low", "high")}
             point[f"{side}_unsteered"] = float(of_side["unsteered_refused"].mean())
         points.append(point)
     return pd.DataFrame(points)
