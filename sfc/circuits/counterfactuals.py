@@ -32,7 +32,6 @@ from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.kernels import row_dots
 
-
 _BLOCK_ROWS = 4096
 
 
