@@ -1,6 +1,6 @@
 """Intervals, rank tests and correlations: scipy's where it has them, and what it lacks.
 
-- Intervals of rates (Wilson) and of means (bootstrap).
+- Intervals of rates (Wilson), and of means, ratios, gaps and separations (bootstrap).
 - Several measurements of the same subjects: Friedman's test asks whether any condition differs, Wilcoxon's signed-rank
   test with Holm's correction which do, each with its effect size. They go by ranks and assume no distribution.
 - Pearson correlations of many columns at once.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, friedmanchisquare, rankdata, wilcoxon
 
 
@@ -77,6 +77,90 @@ def resampled_means(
 def resampled_counts(n: int, draws: int, random: np.random.Generator) -> Int[np.ndarray, "draws n"]:
     """How often each of n rows comes up where n rows are drawn with replacement, again and again."""
     return random.multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+class Estimate(NamedTuple):
+    """A figure with the ends of its 95 % interval; None where it cannot be measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def affine(self, offset: float, factor: float) -> "Estimate":
+        """`offset + factor * figure`, ends in order."""
+        if self.value is None or self.low is None or self.high is None:
+            return self
+        low, high = sorted((offset + factor * self.low, offset + factor * self.high))
+        return Estimate(offset + factor * self.value, low, high)
+
+
+UNMEASURABLE = Estimate(None, None, None)
+_TAILS = (0.025, 0.975)
+
+
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, " n"],
+    denominator: Float[np.ndarray, " n"],
+    subjects: Int[np.ndarray, " n"],
+    seed: int,
+    smallest: float = 0.0,
+    draws: int = 2000,
+) -> Estimate:
+    """`sum(numerator) / sum(denominator)`, with a percentile interval over subjects drawn again with replacement.
+
+    Rows of one subject are not independent: they are drawn together. Numerator and denominator share the draws. Where
+    the mean denominator is not above `smallest` in size, or its own interval includes zero, there is no ratio.
+
+    Args:
+        subjects: which subject each row is of.
+    """
+    if len(numerator) == 0:
+        return UNMEASURABLE
+    names, of_row = np.unique(subjects, return_inverse=True)
+    sums = np.stack([np.bincount(of_row, values) for values in (numerator, denominator)], axis=1)
+    above, below = (resampled_counts(len(names), draws, np.random.default_rng(seed)) @ sums).T
+    low, high = np.quantile(below, _TAILS)
+    if abs(denominator.mean()) <= smallest or low <= 0 <= high:
+        return UNMEASURABLE
+    return Estimate(float(numerator.sum() / denominator.sum()), *np.quantile(above / below, _TAILS).tolist())
+
+
+def bootstrap_gap(
+    values: Float[np.ndarray, " n"],
+    reference: Float[np.ndarray, " n"],
+    positive: Bool[np.ndarray, " n"],
+    seed: int,
+    smallest: float = 0.0,
+    draws: int = 2000,
+) -> Estimate:
+    """The difference of the two sides' means of `values`, over that of `reference`; each side is drawn by itself.
+
+    No ratio where the reference's gap is not above `smallest`, or its interval includes zero.
+    """
+    if positive.all() or not positive.any():
+        return UNMEASURABLE
+    both = np.stack([values, reference], axis=1)
+    drawn = [resampled_means(both[side], seed + number, draws) for number, side in enumerate((positive, ~positive))]
+    gap, of_reference = both[positive].mean(0) - both[~positive].mean(0)
+    above, below = (drawn[0] - drawn[1]).T
+    low, high = np.quantile(below, _TAILS)
+    if abs(of_reference) <= smallest or low <= 0 <= high:
+        return UNMEASURABLE
+    return Estimate(float(gap / of_reference), *np.quantile(above / below, _TAILS).tolist())
+
+
+def bootstrap_auroc(
+    values: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], seed: int, draws: int = 2000
+) -> Estimate:
+    """The chance that a positive is above a negative, ties counted half; each side is drawn by itself."""
+    if positive.all() or not positive.any():
+        return UNMEASURABLE
+    above = values[positive][:, None] - values[~positive]
+    wins = (above > 0) + 0.5 * (above == 0)
+    random = np.random.default_rng(seed)
+    rows, columns = (resampled_counts(n, draws, random) / n for n in wins.shape)
+    drawn = ((rows @ wins) * columns).sum(1)
+    return Estimate(float(wins.mean()), *np.quantile(drawn, _TAILS).tolist())
 
 
 class Friedman(NamedTuple):

@@ -61,7 +61,11 @@ def test_every_page_of_the_documentation_can_be_reached_from_the_readme() -> Non
     assert set((REPOSITORY / "docs").glob("*.md")) <= linked
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # it names what is gone
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
+)
 def test_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`((?:sfc|tests|tools|scripts|benchmarks)/[\w./-]+)`", page.read_text(encoding="utf-8"))
     assert [path for path in named if not (REPOSITORY / path).exists()] == []

@@ -74,10 +74,10 @@ def _paired(rows: pd.DataFrame, pairs_per_prompt: int, seed: int) -> tuple[list[
     candidates = dict(iter(rows.groupby(["positive", "length", "first_token"])))
     served: Counter = Counter()
     pairs, unmatched = [], []
-    wanted = rows[rows["explained"]]
-    names = wanted["id"].to_dict()
-    for row in sorted(names, key=lambda row: _number(seed, names[row])):
-        prompt = wanted.loc[row]
+    wanted = rows[rows["explained"]].to_dict("index")
+    names = {row: str(prompt["id"]) for row, prompt in wanted.items()}
+    for row in sorted(wanted, key=lambda row: _number(seed, names[row])):
+        prompt = wanted[row]
         others = candidates.get((not prompt["positive"], prompt["length"], prompt["first_token"]))
         if others is None:
             unmatched.append(row)

@@ -224,6 +224,36 @@ def next_token_kl(
     return table
 
 
+class NextTokens(NamedTuple):
+    """What edits do to what comes next."""
+
+    scores: Float[np.ndarray, "edits prompts"]
+    """in nats"""
+    divergence: Float[np.ndarray, "edits prompts"]
+    """KL(as it is || edited) of the next token's distribution, in nats"""
+
+
+@torch.no_grad()
+def next_tokens(
+    prompts: PreparedPrompts,
+    score: Score,
+    edits: Edits,
+    progress: Progress = _silent,
+    batch_tokens: int = PACKED_TOKENS,
+) -> NextTokens:
+    """`scores` and `next_token_kl` from the same runs."""
+    scores, divergence = np.full((2, len(edits), prompts.n_prompts), np.nan)
+    for one in prompts.each():
+        plain = last_logits(one.model, one.batches[0], prefix=one.start(0, None)).log_softmax(-1)
+        for run in packed_runs(one, edits, batch_tokens):
+            edited = last_logits(one.model, run.batch, run.acting.in_prompt, run.start)
+            run.fill(scores, score(edited, run.batch))
+            as_it_is = repeat(plain, "prompts v -> (edits prompts) v", edits=len(run.members))
+            run.fill(divergence, kl(as_it_is, edited.log_softmax(-1)))
+            progress(len(run.batch.lengths))
+    return NextTokens(scores, divergence)
+
+
 def kl(p: Float[Tensor, "rows vocab"], q: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     """Kullback-Leibler divergence of distributions given by their log-probabilities, in nats."""
     return (p.exp() * (p - q)).sum(-1)

@@ -75,11 +75,13 @@ class RotatedDictionary(LinearDecoder):
     What it decodes is turned back, `(x_hat - b) R^T + b`: it reconstructs x turned as well as the inner one would.
     """
 
+    rotation: nn.Parameter  # [d_in, d_in]
+
     def __init__(self, inner: Dictionary, rotation: Float[Tensor, "d_in d_in"]) -> None:
         """`inner` is not changed."""
         super().__init__({"W_dec": inner.W_dec @ rotation.t(), "b_dec": inner.b_dec}, inner.site)
         self.inner = inner
-        self.register_buffer("rotation", rotation)
+        self.rotation = nn.Parameter(rotation.detach(), requires_grad=False)
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense."""

@@ -1,0 +1,250 @@
+"""What a circuit proves: figures on pairs of a prompt and its counterfactual, and on all prompts of both sides.
+
+A circuit that scores high whatever it is asked has a faithfulness of 1 on the side that should score high. These
+figures look at both sides. Under counterfactual ablation (`sfc.circuits.counterfactuals`), on pairs:
+
+    recovered       (F(C) - F(0)) / (F(M) - F(0)), F means over the pairs of one side, F(0) the counterfactuals' scores
+    agreement       1 - sum (s_C - s_M)^2 / sum (s_0 - s_M)^2, over all pairs; 1 - (1 - r)^2 where all recover r alike
+    KL recovered    1 - KL(M to C) / KL(M to 0) of the next token, by side
+
+and under mean ablation, on all prompts:
+
+    gap kept        what is left of the difference between the sides' mean scores
+    separation      the chance that a prompt of the positive side scores above one of the other (AUROC)
+    prompt-free     faithfulness on the positive side with every node of the first site ablated as well, so that nothing
+                    of the prompt can enter but its length: what no circuit should have
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from sfc.circuits.counterfactuals import Counterfactuals
+from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared, top_circuits
+from sfc.circuits.problem import Problem, PromptRuns
+from sfc.models import engine
+from sfc.models.engine import Progress
+from sfc.models.score import DirectedScore
+from sfc.stats import Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio
+
+LARGE_PROMPT_FREE = 0.1
+"""above this share, what a circuit restores under mean ablation is in good part not the prompt's doing"""
+SMALL = 0.1
+"""figures below this are called none"""
+
+
+class PairScores(NamedTuple):
+    """What a circuit does to pairs under counterfactual ablation: scores and divergences, in nats."""
+
+    model: Float[np.ndarray, " pairs"]
+    empty: Float[np.ndarray, " pairs"]
+    """with nothing kept: the counterfactuals' scores"""
+    circuit: Float[np.ndarray, " pairs"]
+    kl_empty: Float[np.ndarray, " pairs"]
+    """KL(model || nothing kept)"""
+    kl_circuit: Float[np.ndarray, " pairs"]
+    """KL(model || circuit)"""
+    positive: Bool[np.ndarray, " pairs"]
+    """whether the prompt is of the positive side"""
+    prompt: Int[np.ndarray, " pairs"]
+    """which prompt it is: a prompt is in several pairs"""
+
+
+class SideScores(NamedTuple):
+    """Scores of prompts of both sides under mean ablation, in nats."""
+
+    model: Float[np.ndarray, " prompts"]
+    empty: Float[np.ndarray, " prompts"]
+    circuit: Float[np.ndarray, " prompts"]
+    prompt_free: Float[np.ndarray, " prompts"]
+    """of the circuit with every node of the first site ablated as well"""
+    positive: Bool[np.ndarray, " prompts"]
+
+
+def pair_scores(
+    problem: Problem,
+    runs: PromptRuns,
+    keep: Bool[np.ndarray, "circuits nodes"],
+    progress: Progress = lambda _runs: None,
+) -> list[PairScores]:
+    """What each circuit does to the pairs of the runs. The problem's baseline is `Counterfactuals`.
+
+    Args:
+        progress: called with the number of pairs of a circuit and a row that are done since the last call; there is one
+            circuit more, the empty one.
+    """
+    baseline, score = problem.ablation.reference, problem.score
+    assert isinstance(baseline, Counterfactuals) and isinstance(score, DirectedScore)
+    circuits = Ablations(problem.ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
+    found = engine.next_tokens(prepared(problem.model, runs), score.score, circuits, progress)
+    model = full_scores(problem.model, score.score, runs)
+    pair = np.zeros(runs.n_prompts, dtype=int)
+    for batch in runs.batches:
+        assert batch.pair is not None
+        pair[batch.prompts.cpu().numpy()] = batch.pair.cpu().numpy()
+    positive, prompt = (values.cpu().numpy()[pair] for values in (baseline.pairs.positive, baseline.pairs.prompt))
+    (empty, *scores), (kl_empty, *divergences) = found
+    return [
+        PairScores(model, empty, circuit, kl_empty, kl_circuit, positive, prompt)
+        for circuit, kl_circuit in zip(scores, divergences, strict=True)
+    ]
+
+
+def side_scores(
+    problem: Problem,
+    runs: PromptRuns,
+    positive: Bool[np.ndarray, " prompts"],
+    keep: Bool[np.ndarray, "circuits nodes"],
+    progress: Progress = lambda _runs: None,
+) -> list[SideScores]:
+    """What each circuit does to prompts of both sides under the problem's own ablation, which is by means.
+
+    Args:
+        positive: of which side each prompt of the runs is.
+        progress: as `ablated_scores`; there are twice as many circuits and one more.
+    """
+    deaf = keep & (problem.ablation.nodes.site_numbers > 0)
+    packed = np.concatenate([np.zeros_like(keep[:1]), keep, deaf])
+    scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed, progress)
+    model = full_scores(problem.model, problem.score, runs)
+    circuits, prompt_free = np.split(scores[1:], 2)
+    return [
+        SideScores(model, scores[0], circuit, free, positive)
+        for circuit, free in zip(circuits, prompt_free, strict=True)
+    ]
+
+
+def pair_figures(scores: PairScores, min_denominator: float, seed: int) -> dict[str, float | None]:
+    """`recovered_toxic`, `recovered_safe`, `agreement`, `kl_recovered_toxic` and `kl_recovered_safe`.
+
+    Each with the ends of its 95 % interval, over prompts drawn again, as `…_low` and `…_high`; None where it cannot be
+    measured. Of the two sides `toxic` is the positive and `safe` the negative one.
+
+    Args:
+        min_denominator: a smaller mean difference of scores between prompts and counterfactuals is not measurable.
+    """
+    estimates = {}
+    for name, side in (("toxic", scores.positive), ("safe", ~scores.positive)):
+        of_side = PairScores(*(values[side] for values in scores))
+        moved, whole = of_side.circuit - of_side.empty, of_side.model - of_side.empty
+        estimates[f"recovered_{name}"] = bootstrap_ratio(moved, whole, of_side.prompt, seed, min_denominator)
+        lost = bootstrap_ratio(of_side.kl_circuit, of_side.kl_empty, of_side.prompt, seed)
+        estimates[f"kl_recovered_{name}"] = lost.affine(1, -1)
+    missed, whole = np.square(scores.circuit - scores.model), np.square(scores.empty - scores.model)
+    unlike = bootstrap_ratio(missed, whole, scores.prompt, seed, min_denominator**2)
+    return _flat(estimates | {"agreement": unlike.affine(1, -1)})
+
+
+def side_figures(scores: SideScores, min_denominator: float, seed: int) -> dict[str, float | None]:
+    """`gap_kept`, `separation`, `separation_model` and `prompt_free`, each with the ends of its 95 % interval.
+
+    Args:
+        min_denominator: a smaller gap, or F(M) - F(0), is not measurable.
+    """
+    of_side = SideScores(*(values[scores.positive] for values in scores))
+    left, whole = of_side.prompt_free - of_side.empty, of_side.model - of_side.empty
+    return _flat(
+        {
+            "gap_kept": bootstrap_gap(scores.circuit, scores.model, scores.positive, seed, min_denominator),
+            "separation": bootstrap_auroc(scores.circuit, scores.positive, seed),
+            "separation_model": bootstrap_auroc(scores.model, scores.positive, seed),
+            "prompt_free": bootstrap_ratio(left, whole, np.arange(len(left)), seed, min_denominator),
+        }
+    )
+
+
+def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+    figures = {}
+    for name, (value, low, high) in estimates.items():
+        figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return figures
+
+
+def sizes_on_pairs(
+    problem: Problem,
+    ranking: Int[np.ndarray, " ranked"],
+    sizes: Sequence[int],
+    min_denominator: float,
+    progress: Progress = lambda _runs: None,
+) -> pd.DataFrame:
+    """For each size of the ranking what `choose_size` asks for, on the discovery pairs.
+
+    Columns: `size`, `agreement`, and `recovered`, that of the worse of the two sides. Missing where not measurable.
+    """
+    circuits = top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes)
+    rows = []
+    for size, scores in zip(sizes, pair_scores(problem, problem.runs, circuits, progress), strict=True):
+        figures = pair_figures(scores, min_denominator, seed=0)
+        sides = [figures["recovered_toxic"], figures["recovered_safe"]]
+        recovered = min(np.nan if side is None else side for side in sides) if None not in sides else np.nan
+        agreement = figures["agreement"]
+        rows.append({"size": size, "agreement": np.nan if agreement is None else agreement, "recovered": recovered})
+    return pd.DataFrame(rows)
+
+
+def choose_size(curve: pd.DataFrame, target: float) -> int:
+    """The smallest size whose `agreement` and `recovered` both reach the target; else that whose lesser one is largest.
+
+    Where neither is measurable at any size, the smallest size.
+    """
+    sizes, lesser = curve["size"].to_numpy(), curve[["agreement", "recovered"]].min(axis=1, skipna=False).to_numpy()
+    if (lesser >= target).any():
+        return int(sizes[lesser >= target].min())
+    return int(sizes.min() if np.isnan(lesser).all() else sizes[np.nanargmax(lesser)])
+
+
+def says(
+    figures: Mapping[str, float | None],
+    refused: Mapping[str, Sequence[int | None]] | None = None,
+    positive: str = "toxic",
+    negative: str = "safe",
+    refuses: str = "refuses",
+) -> str:
+    """What the figures of a circuit allow to say, and what they do not: a sentence.
+
+    Args:
+        figures: those of `pair_figures` and `side_figures`, and perhaps `null_agreement`, that of a random dictionary's
+            circuit of the same size.
+        refused: for kinds of prompts, those of the negative side that were answered, how many replies show the behavior
+            by the model and by the circuit alone, and of how many.
+    """
+    parts = [_restored(figures, positive, negative)]
+    null = figures.get("null_agreement")
+    if null is not None:
+        parts.append(f"random features agree {_share(null)}")
+    kept, separation = figures.get("gap_kept"), figures.get("separation")
+    if kept is not None and separation is not None:
+        if kept < SMALL:
+            parts.append(
+                f"under mean ablation it scores {positive} and {negative} prompts alike, so it does not decide"
+            )
+        else:
+            parts.append(f"under mean ablation it keeps {_share(kept)} of the gap between the sides")
+    free = figures.get("prompt_free")
+    if free is not None and free > LARGE_PROMPT_FREE:
+        parts.append(f"{_share(free)} of its faithfulness under mean ablation is left where the prompt cannot enter")
+    for kind, (by_model, by_circuit, n) in (refused or {}).items():
+        parts.append(f"{refuses} {by_circuit} of {n} {kind} prompts where the model {refuses} {by_model}")
+    return "; ".join(parts)
+
+
+def _restored(figures: Mapping[str, float | None], positive: str, negative: str) -> str:
+    forth, back, agreement = (figures.get(name) for name in ("recovered_toxic", "recovered_safe", "agreement"))
+    if forth is None or back is None or agreement is None:
+        return "prompts and their counterfactuals score too much alike for anything to be restored"
+    if max(abs(forth), abs(back)) < SMALL:
+        return (
+            f"restores none of the difference between {positive} and {negative} prompts ({_share(forth)},"
+            f" {_share(back)})"
+        )
+    return (
+        f"restores {_share(forth)} of the difference on {positive} prompts and {_share(back)} on {negative} ones,"
+        f" agreement {_share(agreement)}"
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value + 0.0:.2f}".replace("-0.00", "0.00")
