@@ -1,9 +1,5 @@
 """`sfc steer` as a user types it, on the tiny preset, and its page."""
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +8,9 @@ import pytest
 from commands import assert_one_line, sfc
 from safetensors.torch import load_file
 
-from sfc.pages.html import page_html
 from sfc.stats import wilson
 from sfc.studies.steer.study import STEER
 from sfc.studies.steer.sweep import best_defence, trade_off
-from sfc.studies.study import Finished
 
 # A random model refuses nothing, so that nothing may be asked of its directions.
 LENIENT = (
@@ -107,33 +101,9 @@ def test_xstest_is_counted_by_type_and_alpha(steered: dict, root: Path) -> None:
     assert points["direction"].value_counts().to_dict() == {"toxic-safe": 3, "random 0": 2, "random 1": 2}
 
 
-def test_a_second_run_by_the_script_recomputes_nothing_and_imports_no_torch(
-    steered: dict, root: Path, xstest: Path
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    options = [*SMALL[1:], "--xstest", str(xstest), "--json", "--root", str(root)]
-    script = str(Path(__file__).parents[1] / "scripts" / "run_steering.py")
-    code = (
-        f"import runpy, sys; sys.argv = ['x', *{options!r}]\n"
-        f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == steered and "up to date" in again.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-
-
-def test_the_page_holds_its_figures_and_no_markup_of_the_data(steered: dict, root: Path, tmp_path: Path) -> None:
+def test_the_page_holds_its_figures(steered: dict, root: Path) -> None:
     page = (root / steered["files"]["page"]).read_text(encoding="utf-8")
-    assert page.count('class="figure"') == 6 and "<b>odd" not in page
-    copy = shutil.copytree((root / steered["files"]["page"]).parent, tmp_path / "copy")
-    pd.read_csv(copy / "candidates.csv").assign(rejected="</script><u>").to_csv(copy / "candidates.csv")
-    (copy / "result.json").write_text(json.dumps({**steered, "preset": "<i>p"}))
-    page = page_html(Finished(copy).page)
-    assert page.count('class="figure"') == 6 and "<i>p" not in page and "<u>" not in page
-    for part in page.split('<script type="application/json"')[1:]:
-        assert json.loads(part[part.index(">") + 1 : part.index("</script>")])
+    assert page.count('class="figure"') == 6
 
 
 def test_a_condition_leaves_prompts_without_the_feature_as_they_are(root: Path, xstest: Path) -> None:

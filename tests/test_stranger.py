@@ -21,6 +21,11 @@ FAST = (
     "evaluation.p_value_draws=2", "evaluation.replies=4", "discovery.audit_prompts=4", "discovery.audit_nodes=2",
 )  # fmt: skip
 TINY = ("--preset", "tiny", *(part for setting in FAST for part in ("--set", setting)))
+STEERING = (
+    "steering.min_induced=-99", "steering.max_kl=99", "steering.max_loss=99", "steering.contrasts=[]",
+    "steering.prompts=8", "steering.tried_prompts=4", "steering.random_directions=2", "steering.shuffled_directions=1",
+    "steering.ordinary_prompts=2", "steering.ordinary_tokens=4", "steering.reply_tokens=3",
+)  # fmt: skip
 COMMANDS = {
     "study": ("scores", *TINY, "--category", "food"),
     "behavior": ("discover", *TINY, "--method", "attribution"),
@@ -36,6 +41,7 @@ COMMANDS = {
     "evaluation": ("evaluate", *TINY, "--set", "discovery.method=attribution"),
     "comparison": ("compare", *TINY, "--method", "attribution", "--categories", "food,places"),
     "patching": ("patch", *TINY, "--pairs", "wrapped", "--require", "score", "--limit", "4"),
+    "steering": ("steer", *TINY, "--limit", "3", "--alphas=-0.5,0,0.5", *(p for s in STEERING for p in ("--set", s))),
     "saes": ("train", *TINY),
     "exports": ("export", *TINY, "--set", "discovery.method=attribution"),
     "report": ("report", *TINY),

@@ -57,7 +57,7 @@ class Compare(Study[ComparisonOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"comparison{discovery.name_of_prompts}-{discovery.method}"
+        return f"comparison{run.behavior.words.said(discovery.name_of_prompts)}-{discovery.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)

@@ -48,7 +48,8 @@ class Discover(Study[DiscoveryOptions]):
     def label(self, run: Run) -> str:
         options = self.of(run)
         nodes = "" if options.nodes == "features" else f"-{options.nodes}"
-        return f"circuit-{run.group(options.category)}{options.name_of_prompts}{nodes}-{options.method}"
+        of_prompts = run.behavior.words.said(options.name_of_prompts)
+        return f"circuit-{run.group(options.category)}{of_prompts}{nodes}-{options.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)

@@ -51,7 +51,7 @@ class Evaluate(Study[EvaluateOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"evaluation-{run.group(self.of(run).category)}{discovery.name_of_prompts}"
+        return f"evaluation-{run.group(self.of(run).category)}{run.behavior.words.said(discovery.name_of_prompts)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, discovery = run.experiment, DiscoveryOptions.of(run.experiment)

@@ -46,7 +46,8 @@ class Replicate(Study[ReplicationOptions]):
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"replication-{run.group(discovery.category)}{discovery.name_of_prompts}-{discovery.method}"
+        of_prompts = run.behavior.words.said(discovery.name_of_prompts)
+        return f"replication-{run.group(discovery.category)}{of_prompts}-{discovery.method}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return {

@@ -135,7 +135,7 @@ def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any], words: Wo
         rows = controls[(controls["alpha"] == point["alpha"]) & (controls["label"] == point["prompts"])]
         others = rows[rows["changed_rate"].notna()]
         chosen = points(
-            [result["direction"]],
+            [words.said(result["direction"])],
             [point["changed_rate"]],
             "",
             VERMILION,
@@ -162,7 +162,7 @@ def trade_off_figure(curves: pd.DataFrame, result: Mapping[str, Any], words: Wor
 
     def hovers(rows: pd.DataFrame) -> list[str]:
         return [
-            f"{hover_text(row['direction'])}, alpha {number_text(row['alpha'], signed=True)}<br>"
+            f"{hover_text(words.said(row['direction']))}, alpha {number_text(row['alpha'], signed=True)}<br>"
             f"unsafe {row['unsafe']:.0%} of {row['n_unsafe']}, safe {row['safe']:.0%} of {row['n_safe']}"
             for row in rows.to_dict("records")
         ]

@@ -37,7 +37,7 @@ def page(finished: Finished) -> Page:
     chosen = Figure("candidates", lambda: candidates_figure(candidates, result, words))
     of = "" if result["category"] == "all" else f" · {result['category']}"
     return Page(
-        title=f"Steering along {result['direction']}{of} · {result['preset']}",
+        title=f"Steering along {words.said(result['direction'])}{of} · {result['preset']}",
         sentence=_sentence(result, words),
         summary=[_points_table(result, words)],
         sections=[
@@ -52,7 +52,7 @@ def page(finished: Finished) -> Page:
             Section("Against chance", [Figure("controls", lambda: controls_figure(tables["controls"], result, words))]),
             *_xstest(tables, result, words),
             *_conditional(tables, result, words),
-            *_directions(tables["directions"]),
+            *_directions(tables["directions"], words),
             Section("What writes the direction", [_writers_table(tables["writers"], words)]),
             *_features(tables),
         ],
@@ -168,7 +168,7 @@ def _features(tables: Mapping[str, pd.DataFrame]) -> list[Section]:
     ]
 
 
-def _directions(directions: pd.DataFrame) -> list[Section]:
+def _directions(directions: pd.DataFrame, words: Words) -> list[Section]:
     if directions.empty:
         return []
     columns = {
@@ -176,7 +176,8 @@ def _directions(directions: pd.DataFrame) -> list[Section]:
         "in the span of the others": "span_share", "effect": "effect", "of that part": "effect_in_span",
         "of the rest": "effect_outside",
     }  # fmt: skip
-    return [Section("Several directions", [records_table("", columns, json_records(directions, digits=None))])]
+    named = directions.assign(direction=directions["direction"].map(words.said))
+    return [Section("Several directions", [records_table("", columns, json_records(named, digits=None))])]
 
 
 def _writers_table(writers: pd.DataFrame, words: Words) -> Table:

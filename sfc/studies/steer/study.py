@@ -65,7 +65,8 @@ class Steer(Study[SteeringOptions]):
 
     def label(self, run: Run) -> str:
         options = self.of(run)
-        return f"steering-{re.sub(r'[^a-z0-9]+', '-', options.direction.lower())}-{options.edit}"
+        direction = run.behavior.words.said(options.direction).lower()
+        return f"steering-{re.sub(r'[^a-z0-9]+', '-', direction)}-{options.edit}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
