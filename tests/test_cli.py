@@ -33,7 +33,15 @@ RESULT_KEYS = {
     "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high",
     "stability", "stability_jaccard", "halves_jaccard", "halves_chance", "n_replies", "refused_model", "refused_empty",
     "refused_circuit", "refused_circuit_low", "refused_circuit_high", "refused_complement", "refused_complement_low",
-    "refused_complement_high",
+    "refused_complement_high", "says",
+    *(
+        f"{figure}{end}"
+        for figure in (
+            "recovered_toxic", "recovered_safe", "agreement", "kl_recovered_toxic", "kl_recovered_safe", "gap_kept",
+            "separation", "separation_model", "prompt_free",
+        )
+        for end in ("", "_low", "_high")
+    ),
 }  # fmt: skip
 
 
