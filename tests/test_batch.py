@@ -189,7 +189,7 @@ def test_rates_of_steering_stand_in_the_table_of_models(tmp_path: Path) -> None:
     assert {"force", "suppress"} & set(points) and row["separation"] is not None
     for intent, point in points.items():
         assert row[f"{intent}_rate"] == point["changed_rate"] and row[f"{intent}_alpha"] == point["alpha"]
-    assert "forces refusal" in (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
+    assert "forced: safe, refused" in (tmp_path / result["files"]["page"]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
