@@ -9,7 +9,6 @@ from commands import assert_one_line, sfc
 from safetensors.torch import load_file
 
 from sfc.stats import wilson
-from sfc.studies.steer.study import STEER
 from sfc.studies.steer.sweep import best_defence, trade_off
 
 # A random model refuses nothing, so that nothing may be asked of its directions.
@@ -80,13 +79,6 @@ def test_the_sweep_has_a_row_per_prompt_layer_and_alpha_with_score_and_reply(ste
         assert (row["n"], row["score"]) == (len(group), pytest.approx(group["score"].mean(), rel=1e-3))
         assert (row["low"], row["high"]) == pytest.approx(wilson(row["refusals"], row["n"]), abs=1e-5)
     np.testing.assert_allclose(rates.loc[rates["alpha"] == 0, ["loss_rise", "kl"]], 0, atol=1e-5)
-
-
-def test_the_table_of_models_has_the_rates_at_the_operating_points(steered: dict, root: Path) -> None:
-    row = STEER.model_row(Finished((root / steered["files"]["page"]).parent))
-    assert set(row) <= set(STEER.model_columns) and row["steered_site"] == steered["site"]
-    for intent, point in steered["operating_points"].items():
-        assert (row[f"{intent}_alpha"], row[f"{intent}_rate"]) == (point["alpha"], point["changed_rate"])
 
 
 def test_xstest_is_counted_by_type_and_alpha(steered: dict, root: Path) -> None:
