@@ -206,12 +206,12 @@ def says(
     """What the figures of a circuit allow to say, and what they do not: a sentence.
 
     Args:
-        figures: those of `pair_figures` and `side_figures`, and perhaps `null_agreement`, that of a random dictionary's
-            circuit of the same size.
+        figures: those of `pair_figures` or `side_figures`, or both, and perhaps `null_agreement`, that of a random
+            dictionary's circuit of the same size.
         refused: for kinds of prompts, those of the negative side that were answered, how many replies show the behavior
             by the model and by the circuit alone, and of how many.
     """
-    parts = [_restored(figures, positive, negative)]
+    parts = [_restored(figures, positive, negative)] if "recovered_toxic" in figures else []
     null = figures.get("null_agreement")
     if null is not None:
         parts.append(f"random features agree {_share(null)}")
@@ -223,6 +223,8 @@ def says(
             )
         else:
             parts.append(f"under mean ablation it keeps {_share(kept)} of the gap between the sides")
+    elif "gap_kept" in figures and "recovered_toxic" not in figures:
+        parts.append(f"the model scores {positive} and {negative} prompts too much alike to tell whether it decides")
     free = figures.get("prompt_free")
     if free is not None and free > LARGE_PROMPT_FREE:
         parts.append(f"{_share(free)} of its faithfulness under mean ablation is left where the prompt cannot enter")

@@ -122,7 +122,8 @@ def _verdict(result: Mapping[str, Any]) -> list[Block]:
     """What the figures of both sides allow to say, and a warning where the prompt is not what a circuit goes by."""
     if not result.get("says"):
         return []
-    blocks: list[Block] = [Paragraph(f"**What the figures say.** This circuit {result['says']}.")]
+    told = result["says"]
+    blocks: list[Block] = [Paragraph(f"**What the figures say.** {told[:1].upper()}{told[1:]}.")]
     if (free := result.get("prompt_free")) is not None and free > LARGE_PROMPT_FREE:
         blocks.append(
             Paragraph(

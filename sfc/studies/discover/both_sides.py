@@ -44,12 +44,12 @@ def judge_both_sides(
     run, baseline = session.run, problem.ablation.reference
     config, seed, words = EvaluationOptions.of(run.experiment), run.experiment.seed, run.behavior.words
     has_sides = run.behavior.has_own_saes and problem.config.contrast in ("toxic-safe", "toxic-hard")
-    figures: dict[str, Any] = dict.fromkeys(_KEYS)
+    measured: dict[str, float | None] = {}
     table = pd.DataFrame(columns=["id", "kind", "model", "circuit"])
     if isinstance(baseline, Counterfactuals):
         with progress_bar("pairs of both sides", 2 * test_runs.n_prompts, "runs") as progress:
             [pairs] = pair_scores(problem, test_runs, circuit[None], progress)
-        figures |= pair_figures(pairs, config.min_denominator, seed)
+        measured = pair_figures(pairs, config.min_denominator, seed)
         kinds = np.where(pairs.positive, words.positive, words.negative)
         table = pd.DataFrame({"id": pairs.prompt, "kind": kinds, "model": pairs.model, "circuit": pairs.circuit})
     elif isinstance(baseline, Reference) and has_sides and problem.config.reference_choice != "paired":
@@ -58,12 +58,14 @@ def judge_both_sides(
         if positive.any() and not positive.all():
             with progress_bar("prompts of both sides", 3 * runs.n_prompts, "runs") as progress:
                 [sides] = side_scores(problem, runs, positive, circuit[None], progress)
-            figures |= side_figures(sides, config.min_denominator, seed)
+            measured = side_figures(sides, config.min_denominator, seed)
             kinds = frame["dataset_type"].map(words.kinds)
             table = pd.DataFrame({"id": frame["id"], "kind": kinds, "model": sides.model, "circuit": sides.circuit})
-    figures = {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
-    told = says(figures, None, words.positive, words.negative, f"{words.acts}s") if len(table) else None
-    return BothSides(figures | {"says": told}, table)
+    figures: dict[str, Any] = {
+        name: None if (value := measured.get(name)) is None else round(float(value), 4) for name in _KEYS
+    }
+    told = says(measured, None, words.positive, words.negative)
+    return BothSides(figures | {"says": told or None}, table)
 
 
 def _both(session: Session, problem: Problem) -> tuple[PromptRuns, pd.DataFrame]:
