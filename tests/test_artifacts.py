@@ -66,7 +66,7 @@ def test_a_failure_leaves_finished_parts_but_no_empty_folder(tmp_path: Path) -> 
 def test_a_second_process_is_told_and_stops(tmp_path: Path) -> None:
     artifact = Artifact.of(tmp_path, "x", {})
     code = (
-        "from pathlib import Path; from sfc.artifacts import Artifact\n"
+        "from pathlib import Path; from sfc.core.artifacts import Artifact\n"
         f"with Artifact.of(Path({str(tmp_path)!r}), 'x', {{}}).being_made(): pass"
     )
     with artifact.being_made() as folder:

@@ -7,7 +7,6 @@ from typing import Any
 
 import networkx as nx
 import pandas as pd
-import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import (
@@ -16,7 +15,6 @@ from sfc.pages.blocks import (
     Formula,
     Page,
     Pair,
-    Paragraph,
     Section,
     Table,
     Tile,
@@ -27,17 +25,16 @@ from sfc.pages.blocks import (
     interval_cell,
     records_table,
 )
+from sfc.pages.both_sides import both_sides, verdict
 from sfc.pages.curve import curve_figure
 from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
-from sfc.pages.style import AMBER, BLUE, QUIET, VERMILION, axis, signs, styled_figure, words_of
-from sfc.pages.text import count_text, hover_text, number_text, printable, tokens_text
+from sfc.pages.style import signs, words_of
+from sfc.pages.text import count_text, number_text, printable, tokens_text
 
 NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
 _LISTED_NODES, _DRAWN_NODES, _TOKENS = 30, 300, 5
-LARGE_PROMPT_FREE = 0.1
-"""share of the faithfulness left without the prompt above which a page warns"""
 
 
 def circuit_page(
@@ -68,9 +65,9 @@ def circuit_page(
     return Page(
         title=" · ".join(str(result[key]) for key in ("category", "method", "preset")),
         sentence=_sentence(graph, result, words),
-        summary=[*_verdict(result), _tiles(result, words)],
+        summary=[*verdict(result), _tiles(result, words)],
         sections=[
-            *_both_sides(scores, words),
+            *both_sides(scores, words),
             Section("", [picture]),
             Section("", [Pair(
                 Figure("curve", lambda: curve_figure(curve, len(graph)), _curve_table(curve)),
@@ -115,60 +112,6 @@ def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str
         f" behind {words.behind} ({words.group} {result['category']},"
         f" {graph.graph.get('population', words.positive)} prompts{against}, preset {result['preset']})."
         " All scores are from the test split, which discovery never saw."
-    )
-
-
-def _verdict(result: Mapping[str, Any]) -> list[Block]:
-    """What the figures of both sides allow to say, and a warning where the prompt is not what a circuit goes by."""
-    if not result.get("says"):
-        return []
-    told = result["says"]
-    blocks: list[Block] = [Paragraph(f"**What the figures say.** {told[:1].upper()}{told[1:]}.")]
-    if (free := result.get("prompt_free")) is not None and free > LARGE_PROMPT_FREE:
-        blocks.append(
-            Paragraph(
-                f"**Warning.** With every node of the first site ablated, so that nothing of the prompt can enter,"
-                f" {cell(free)} of the faithfulness is left: it is not the prompt's doing."
-            )
-        )
-    return blocks
-
-
-def _both_sides(scores: pd.DataFrame | None, words: Words) -> list[Section]:
-    """The scores of prompts of both sides, in the model and with the circuit alone."""
-    if scores is None or scores.empty:
-        return []
-    means = scores.groupby("kind", sort=False)[["model", "circuit"]].agg(["count", "mean"])
-    rows = [
-        (str(kind), cell(int(row["model", "count"])), cell(row["model", "mean"]), cell(row["circuit", "mean"]))
-        for kind, row in means.iterrows()
-    ]
-    table = Table("Mean scores by side", ("prompts", "n", "model", "the circuit alone"), rows)
-    return [Section("", [Figure("both-sides", lambda: both_sides_figure(scores, words), table)])]
-
-
-def both_sides_figure(scores: pd.DataFrame, words: Words) -> go.Figure:
-    """A dot per test prompt: its score in the model and with the circuit alone, coloured by side, with the diagonal."""
-    figure = styled_figure(f"Does the circuit decide? The {words.score} of test prompts of both sides", 460)
-    ends = [float(scores[["model", "circuit"]].min().min()), float(scores[["model", "circuit"]].max().max())]
-    figure.add_scatter(
-        x=ends, y=ends, mode="lines", line={"color": QUIET, "dash": "dot"}, name="as the model", hoverinfo="skip"
-    )
-    colours = {words.positive: VERMILION, "hard": AMBER, words.negative: BLUE}
-    for kind, of_kind in scores.groupby("kind", sort=False):
-        figure.add_scatter(
-            x=of_kind["model"].tolist(),
-            y=of_kind["circuit"].tolist(),
-            mode="markers",
-            marker={"color": colours.get(str(kind), QUIET), "size": 7, "opacity": 0.7},
-            name=hover_text(f"{kind} prompts"),
-            customdata=[hover_text(str(name)) for name in of_kind["id"]],
-            hovertemplate="%{customdata}<br>model %{x:.2f}, circuit %{y:.2f}<extra></extra>",
-        )
-    return figure.update_layout(
-        showlegend=True,
-        xaxis=axis(f"{words.score} of the model, nats", zeroline=True),
-        yaxis=axis("with the circuit alone, nats", zeroline=True),
     )
 
 
