@@ -1,12 +1,7 @@
-"""The columns of the picture: one per site of the experiment, from the first layer to the last.
+"""The picture of a circuit: layers from left to right, a node for each feature, a line for each edge.
 
-The groups that nodes are coloured by: the side a feature fires on where its card says so, else its effect's sign.
-
-The edges of a circuit as line traces: a trace has one width, so edges go into a few classes of weight.
-
-The picture of a circuit: layers from left to right, a node for each feature, a line for each edge.
-
-How many nodes of a circuit lie in each layer.
+A column is a site of the experiment, from the first layer to the last. Nodes are coloured by the side that a feature
+fires on where its card says so, else by the sign of the effect. Below the picture stand the counts of nodes per layer.
 """
 
 import math
@@ -19,6 +14,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
+from sfc.pages.edges import edge_hovers, edge_legend, edge_signs_of, edge_traces
 from sfc.pages.placement import Placement, place
 from sfc.pages.style import (
     BAND,
@@ -38,6 +34,13 @@ from sfc.pages.style import (
 from sfc.pages.text import count_text, hover_text, number_text, tokens_text
 
 _SITE = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
+_TOKENS = 8
+_SYMBOLS = {"feature": "circle", "error": "diamond"}
+# Plotly draws a diamond this much wider than a circle of the same size, so that they look equally large.
+_EXTENTS = {"feature": 1.0, "error": 1.3}
+_MARGIN = {"l": 12, "r": 12, "t": 76, "b": 46}
+_HEIGHT = 430
+_MOST_LABELS = 16
 
 
 class Columns(NamedTuple):
@@ -108,107 +111,6 @@ def _sides(words: Words) -> tuple[Group, ...]:
     )
 
 
-_SIGNS = (
-    Sign(1, "edge, positive", "#3d7a5a"),
-    Sign(-1, "edge, negative", "#a2418f"),
-    Sign(0, "edge without weight", QUIET),
-)
-_CLASSES = ((0.1, 0.7, 0.16), (0.25, 1.2, 0.3), (0.5, 2.0, 0.42), (1.0, 3.4, 0.55))
-"""(largest share of the greatest weight, width in pixels, opacity), weakest first"""
-
-
-def edge_signs_of(graph: nx.DiGraph) -> tuple[Sign, ...]:
-    """The signs that the circuit's edges have, in colours that no node has."""
-    present = {sign_of(weight) for *_, weight in graph.edges(data="weight", default=0.0)}
-    return tuple(sign for sign in _SIGNS if sign.number in present)
-
-
-def edge_traces(
-    graph: nx.DiGraph, positions: Mapping[str, tuple[float, float]], signs: tuple[Sign, ...]
-) -> Iterator[go.Scatter]:
-    """One trace per sign and class of weight, weak ones first; only edges between nodes that have a position."""
-    edges = [
-        (source, target, weight)
-        for source, target, weight in sorted(graph.edges(data="weight", default=0.0))
-        if source in positions and target in positions
-    ]
-    greatest = max((abs(weight) for *_, weight in edges), default=0) or 1
-    classed = [(ends, sign_of(weight), _class(abs(weight) / greatest)) for *ends, weight in edges]
-    for number, (_, width, opacity) in enumerate(_CLASSES):
-        for sign in signs:
-            lines = [ends for ends, of_sign, of_class in classed if (of_sign, of_class) == (sign.number, number)]
-            if lines:
-                yield go.Scatter(
-                    x=[x for start, end in lines for x in (positions[start][0], positions[end][0], None)],
-                    y=[y for start, end in lines for y in (positions[start][1], positions[end][1], None)],
-                    meta={"part": "edges"},
-                    customdata=[end for ends in lines for end in (*ends, None)],
-                    mode="lines",
-                    line={"width": width, "color": sign.colour},
-                    opacity=opacity,
-                    hoverinfo="skip",
-                    legendgroup=f"edges {sign.number}",
-                    showlegend=False,
-                )
-
-
-def edge_hovers(
-    graph: nx.DiGraph, positions: Mapping[str, tuple[float, float]], signs: tuple[Sign, ...]
-) -> Iterator[go.Scatter]:
-    """Invisible markers half-way along the edges, which say what an edge joins and weighs: a line has no hover text."""
-    unit = hover_text(str(graph.graph.get("edge_weight", "")))
-    for sign in signs:
-        edges = [
-            (source, target, weight)
-            for source, target, weight in sorted(graph.edges(data="weight", default=0.0))
-            if source in positions and target in positions and sign_of(weight) == sign.number
-        ]
-        if edges:
-            yield go.Scatter(
-                x=[(positions[source][0] + positions[target][0]) / 2 for source, target, _ in edges],
-                y=[(positions[source][1] + positions[target][1]) / 2 for source, target, _ in edges],
-                mode="markers",
-                marker={"size": 8, "color": sign.colour, "opacity": 0},
-                meta={"part": "edge hovers"},
-                customdata=[[source, target] for source, target, _ in edges],
-                hovertext=[
-                    f"<b>{hover_text(source)}</b> → <b>{hover_text(target)}</b>"
-                    f"<br>{number_text(weight, signed=True)} {unit}"
-                    for source, target, weight in edges
-                ],
-                hoverinfo="text",
-                legendgroup=f"edges {sign.number}",
-                showlegend=False,
-            )
-
-
-def edge_legend(graph: nx.DiGraph, signs: tuple[Sign, ...]) -> Iterator[go.Scatter]:
-    """An entry for each sign that an edge has; clicking on it shows and hides these edges."""
-    present = {sign_of(weight) for *_, weight in graph.edges(data="weight", default=0.0)}
-    for sign in signs:
-        if sign.number in present:
-            yield go.Scatter(
-                x=[None],
-                y=[None],
-                mode="lines",
-                line={"width": 2, "color": sign.colour},
-                opacity=0.6,
-                name=sign.words,
-                legendgroup=f"edges {sign.number}",
-            )
-
-
-def _class(share: float) -> int:
-    return next(number for number, (most, _, _) in enumerate(_CLASSES) if share <= most)
-
-
-_TOKENS = 8
-_SYMBOLS = {"feature": "circle", "error": "diamond"}
-# Plotly draws a diamond this much wider than a circle of the same size, so that they look equally large.
-_EXTENTS = {"feature": 1.0, "error": 1.3}
-_MARGIN = {"l": 12, "r": 12, "t": 76, "b": 46}
-
-
 def circuit_figure(
     graph: nx.DiGraph,
     max_nodes: int = 300,
@@ -249,7 +151,7 @@ def circuit_figure(
     if ringed := [number for number, name in enumerate(drawn) if name in set(marked)]:
         figure.add_trace(_rings(drawn, ringed, placement))
     figure.add_traces(list(_node_legend(graph, drawn, groups, group_of_node)))
-    figure.add_traces(list(edge_legend(graph.subgraph(drawn), edge_signs)))
+    figure.add_traces(list(edge_legend(edge_signs_of(graph.subgraph(drawn)))))
     if placement.labelled and drawn:
         figure.add_trace(_labels(drawn, placement))
     if not drawn:
@@ -415,10 +317,6 @@ def _labels(drawn: Sequence[str], placement: Placement) -> go.Scatter:
         hoverinfo="skip",
         showlegend=False,
     )
-
-
-_HEIGHT = 430
-_MOST_LABELS = 16
 
 
 def layers_figure(graph: nx.DiGraph, cards: Mapping[str, Any] | None = None) -> go.Figure:
