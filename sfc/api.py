@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from pydantic import ValidationError
 
 from sfc.core.artifacts import read_json
-from sfc.core.errors import UserError, suggestion
+from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.core.experiments import load_experiment
 from sfc.features.labels import with_own_labels
 from sfc.features.session import Probe
@@ -102,10 +102,7 @@ def run_study(run: Run, name: str, **options: Any) -> Finished:
         try:
             run = run.having(section, **values)
         except ValidationError as error:
-            problem = error.errors()[0]
-            raise UserError(
-                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
-            ) from None
+            raise UserError(first_problem(error)) from None
     return ensure(study, run)
 
 

@@ -126,10 +126,9 @@ def bootstrap_ratio(
     names, of_row = np.unique(subjects, return_inverse=True)
     sums = np.stack([np.bincount(of_row, values) for values in (numerator, denominator)], axis=1)
     above, below = (resampled_counts(len(names), draws, np.random.default_rng(seed)) @ sums).T
-    low, high = np.quantile(below, _TAILS)
-    if abs(denominator.mean()) <= smallest or low <= 0 <= high:
+    if abs(denominator.mean()) <= smallest:
         return UNMEASURABLE
-    return Estimate(float(numerator.sum() / denominator.sum()), *np.quantile(above / below, _TAILS).tolist())
+    return _quotient(numerator.sum(), denominator.sum(), above, below)
 
 
 def bootstrap_gap(
@@ -150,10 +149,19 @@ def bootstrap_gap(
     drawn = [resampled_means(both[side], seed + number, draws) for number, side in enumerate((positive, ~positive))]
     gap, of_reference = both[positive].mean(0) - both[~positive].mean(0)
     above, below = (drawn[0] - drawn[1]).T
-    low, high = np.quantile(below, _TAILS)
-    if abs(of_reference) <= smallest or low <= 0 <= high:
+    if abs(of_reference) <= smallest:
         return UNMEASURABLE
-    return Estimate(float(gap / of_reference), *np.quantile(above / below, _TAILS).tolist())
+    return _quotient(gap, of_reference, above, below)
+
+
+def _quotient(
+    numerator: float, denominator: float, above: Float[np.ndarray, " draws"], below: Float[np.ndarray, " draws"]
+) -> Estimate:
+    """A ratio with the interval of its draws; none where the interval of the denominator's draws includes zero."""
+    low, high = np.quantile(below, _TAILS)
+    if low <= 0 <= high:
+        return UNMEASURABLE
+    return Estimate(float(numerator / denominator), *np.quantile(above / below, _TAILS).tolist())
 
 
 def bootstrap_auroc(

@@ -33,10 +33,7 @@ def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         raise UserError(f"no preset {preset!r}: {suggestion(preset, preset_names())} (or give a .yaml file)")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold the sections of an experiment, for example 'model:' and 'activations:'")
     values.setdefault("name", path.stem)
@@ -46,6 +43,20 @@ def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
         return experiment_of(values)
     except ValidationError as error:
         raise UserError(f"{path.name}: {_first_problem(error)}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: the file is missing, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def experiment_of(values: Mapping[str, Any]) -> Experiment:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sfc.core.config import Experiment
-from sfc.core.errors import UserError
-from sfc.core.experiments import load_experiment
+from sfc.core.errors import UserError, first_problem
+from sfc.core.experiments import load_experiment, read_yaml
 
 
 class _Entry(BaseModel):
@@ -53,12 +52,6 @@ def load_study(models: str | None, file: Path | None, overrides: Sequence[str]) 
 
 def _read(file: Path) -> list[_Entry]:
     try:
-        return _Study.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))).models
-    except FileNotFoundError:
-        raise UserError(f"no file {file}: --file takes a YAML file with a list `models:`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        return _Study.model_validate(read_yaml(file)).models
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise UserError(f"{file}: {where}: {problem['msg']} (expected `models:`, a list of presets)") from None
+        raise UserError(f"{file}: {first_problem(error)}; expected `models:`, a list of presets") from None

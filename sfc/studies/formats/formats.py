@@ -5,10 +5,10 @@ The formats themselves are in `formats.yaml`; any file with the same keys can ta
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, first_problem
+from sfc.core.experiments import read_yaml
 from sfc.core.options import Options, Section, option
 
 FORMATS = Path(__file__).with_name("formats.yaml")
@@ -48,16 +48,9 @@ def load_formats(path: Path = FORMATS) -> Formats:
             formats, which the Friedman test needs.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        formats = TypeAdapter(Formats).validate_python(values)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: --definitions takes a YAML file like {FORMATS}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        formats = TypeAdapter(Formats).validate_python(read_yaml(path))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise UserError(f"{path}: {where}: {problem['msg'].removeprefix('Value error, ')}; see {FORMATS}") from None
+        raise UserError(f"{path}: {first_problem(error)}; see {FORMATS}") from None
     if len(formats) < 3 or not all(formats.values()):
         raise UserError(f"{path} must hold three formats or more, each with a version, to be compared; see {FORMATS}")
     return formats
