@@ -22,7 +22,6 @@ from sfc.session import Session
 from sfc.studies.train.foreign import adopt_dictionaries
 from sfc.studies.train.rows import TrainingRows, training_rows
 
-_SAMPLE_ROWS = 4096
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -73,7 +72,7 @@ def _train_group(
 ) -> list[TopKDictionary]:
     config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
     source = rows.source(sites)
-    n_sample = min(_SAMPLE_ROWS, int(trained.sum()))
+    n_sample = min(config.buffer_rows, int(trained.sum()))
     sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))
     return train_saes(
         lambda first: shuffled_batches(source, trained, config.batch_size, seed, config.buffer_rows, first),
