@@ -349,8 +349,8 @@ def _guide(dense_rate: float) -> tuple[str, ...]:
         "share of rows in which they are active; move the slider to change the site.",
         "**Restored.** A prompt and an equally long one of the other side: features are what the prompt gives them, "
         "errors are the other's. The share of the difference between their two scores that is there then, by the "
-        "prompt's side, and the agreement of the scores on both (1 where every prompt has its own). One dictionary at a "
-        "time, and all in series, as a circuit has them. The prompts explained are discovery prompts that were not "
+        "prompt's side, and the agreement of the scores on both (1 where every prompt has its own). One dictionary at "
+        "a time, and all in series, as a circuit has them. The prompts explained are discovery prompts that were not "
         "trained on.",
         "**Splicing.** The reconstruction replaces the activation of every token at one site, except padding and "
         "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
