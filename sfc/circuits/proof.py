@@ -82,11 +82,7 @@ def pair_scores(
         progress: called with the number of pairs of a circuit and a row that are done since the last call; there is one
             circuit more, the empty one.
     """
-<<<<<<< HEAD
     baseline = ablation.baseline
-=======
-    baseline, score = problem.ablation.baseline, problem.score
->>>>>>> main
     assert isinstance(baseline, Counterfactuals) and isinstance(score, DirectedScore)
     circuits = Ablations(ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
     found = engine.next_tokens(prepared(model, runs), score.score, circuits, progress)
