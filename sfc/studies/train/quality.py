@@ -52,7 +52,7 @@ def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[di
         The rows of `quality.csv`; what is not measurable is None.
     """
     run, model, score, dictionaries = session.run, session.model, session.metric, session.dictionaries
-    unseen = _prompts_not_trained_on(run, rows)
+    unseen = prompts_not_trained_on(run, rows)
     clean = _run_some(run, model, score, unseen["prompt"], list(dictionaries))
     figures, rates, of_features = [], {}, restored(session, dictionaries, unseen)
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
@@ -122,7 +122,7 @@ def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: l
     return run_clean(model, score, batches, sites)
 
 
-def _prompts_not_trained_on(run: Run, rows: TrainingRows) -> pd.DataFrame:
+def prompts_not_trained_on(run: Run, rows: TrainingRows) -> pd.DataFrame:
     """The circuits' prompts, test prompts aside, that were not among the texts trained on."""
     frame = run.prompts.frame
     trained = rows.table.loc[rows.table["trained"], "prompt"]

@@ -40,7 +40,10 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         rows = training_rows(session)
     source = experiment.saes.source
     if source is None:
-        say(f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}")
+        say(
+            f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
+            " commands use them with the same settings of saes and corpus"
+        )
         _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
