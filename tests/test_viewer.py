@@ -101,7 +101,7 @@ def make_curve(**columns) -> pd.DataFrame:
         "random_faithfulness": [0.0, 0.01, 0.05, 0.4],
         "random_low": [-0.02, -0.01, 0.03, 0.3],
         "random_high": [0.02, 0.03, 0.08, 0.5],
-        "discovery_faithfulness": [0.12, 0.55, 0.92, 1.0],
+        "on_discovery": [0.12, 0.55, 0.92, 1.0],
     }
     return pd.DataFrame(curve | columns)
 

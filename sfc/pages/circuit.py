@@ -214,7 +214,7 @@ def _sites(result: Mapping[str, Any]) -> list[Block]:
 def _curve_table(curve: pd.DataFrame) -> Table:
     fields = {
         "nodes": "size", "faithfulness": "faithfulness", "from": "faithfulness_low", "to": "faithfulness_high",
-        "on discovery prompts": "discovery_faithfulness", "completeness, normalised": "completeness_normalised",
+        "on discovery prompts": "on_discovery", "completeness, normalised": "completeness_normalised",
         "random circuits": "random_faithfulness", "random from": "random_low", "random to": "random_high",
     }  # fmt: skip
     present = {title: field for title, field in fields.items() if field in curve}

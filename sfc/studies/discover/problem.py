@@ -157,7 +157,7 @@ _REFERENCE_LABELS: dict[BaselineChoice, list[bool]] = {
     "base": [],
     "zero": [],
     "paired": [],
-    "counterfactual": [],
+    "counterfactual": [False],  # for the figures by means beside it
 }
 """which prompts of the reference split are averaged, by their expected label"""
 
