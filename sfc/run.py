@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sfc.behaviors.behavior import BEHAVIORS, Behavior
-from sfc.core.artifacts import Artifact
-from sfc.core.config import Experiment
+from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
@@ -20,9 +20,10 @@ from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA = 3, 3
+STORE_SCHEMA, SAMPLED_SCHEMA, SAES_SCHEMA = 3, 1, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
+EVERYDAY_STARTS = _EMBEDDED_DATA / "everyday_starts.txt"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,18 @@ class Run:
             "activations": experiment.activations.identity(),
         }
         return Artifact.of(self.root / "activations", experiment.name, inputs)
+
+    @cached_property
+    def sampled(self) -> Artifact:
+        """The conversations that the model writes itself, of however many tokens."""
+        experiment = self.experiment
+        inputs = {
+            **{name: self.store.inputs[name] for name in ("seed", "model", "prompts")},
+            "schema": SAMPLED_SCHEMA,
+            "starts": hash_of_file(EVERYDAY_STARTS),
+            "sample": SampleOptions.of(experiment).identity(),
+        }
+        return Artifact.of(self.root / "corpora", experiment.name, inputs)
 
     @cached_property
     def corpus(self) -> Artifact:

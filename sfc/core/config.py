@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sfc.core.options import Section, Share
+from sfc.core.options import Options, Section, Share, option
 from sfc.core.sites import SiteKind, in_order, site_of
 
 
@@ -95,6 +95,23 @@ class CorpusConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What the activations depend on: whether they are stored is not part of it."""
         return self.model_dump(exclude={"stored"})
+
+
+class SampleOptions(Options):
+    """The conversations that the model writes itself, both sides, at temperature 1."""
+
+    section = "sample"
+    tokens: int = option(2_000_000, ge=1, description="write at least this many: instructions, template and replies")
+    instruction_tokens: int = option(48, ge=4, description="leave out instructions that do not end within so many")
+    reply_tokens: int = option(48, ge=1, description="cut replies after so many")
+    positive_share: Share = option(
+        1 / 3, description="share of conversations begun with the first words of prompts that call for the behavior"
+    )
+    batch: int = option(128, ge=1, description="conversations written at once")
+
+    def identity(self) -> dict[str, Any]:
+        """What the conversations depend on; more of them begin with the same ones."""
+        return self.model_dump(exclude={"tokens"})
 
 
 class SaeConfig(Section):
