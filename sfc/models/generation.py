@@ -13,11 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import SlotLayout, pad, similar_lengths
+from sfc.models.batches import TemplateLayout, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
+from sfc.models.kv_cached_suffix import KVCachedSuffix, flush_right
 from sfc.models.loading import Model
-from sfc.models.tails import Tails, flush_right
-
 
 Choose = Callable[[Float[Tensor, "rows vocab"], Int[Tensor, " rows"], int], Int[Tensor, " rows"]]
 """Chooses the next tokens from their logits; it is told which rows of the batch these are, and the number of the step."""
@@ -85,7 +84,7 @@ def generate_ids(
     replies: list[list[int]] = [[] for _ in prompts]
     for group in similar_lengths(prompts, batch_tokens, max_new_tokens):
         some = [prompts[i] for i in group]
-        whole = flush_right(pad(some, SlotLayout.of(some), model.device))
+        whole = flush_right(pad(some, TemplateLayout.of(some), model.device))
         for i, ids in zip(group, continue_tails(model, whole, max_new_tokens).ids, strict=True):
             replies[i] = ids
         progress(len(group))
@@ -113,28 +112,33 @@ def with_replies(
 @torch.no_grad()
 def continue_tails(
     model: Model,
-    tails: Tails,
+    suffixes: KVCachedSuffix,
     max_new_tokens: int,
     in_prompt: Mapping[str, Intervention] | None = None,
     in_reply: Mapping[str, Intervention] | None = None,
     choose: Choose = greedy,
     also_end: Collection[int] = (),
 ) -> Continuations:
-    """The model's replies to prompts of which all but the tails was run before; the tails stay what they were.
+    """The model's replies to prompts of which all but the suffixes was run before; these stay what they were.
 
     A step is one column for the whole batch, until every reply has ended.
 
     Args:
         max_new_tokens: at most this many tokens per reply, at least one.
-        in_prompt: act in the pass over the tails, whose activations are [batch, pos, …].
+        in_prompt: act in the pass over the suffixes, whose activations are [batch, pos, …].
         in_reply: act in every step after it, on the token just added: activations are [batch, 1, …].
         choose: chooses each token; greedy unless told otherwise.
         also_end: ids of tokens that end a reply beside the model's own.
     """
-    device, n_rows = tails.ids.device, len(tails.ids)
+    device, n_rows = suffixes.ids.device, len(suffixes.ids)
     ends = torch.tensor(sorted(end_tokens(model) | set(also_end)), device=device)
-    first, cache = _step(model, {"input_ids": tails.ids, **tails.run_arguments}, in_prompt or {})
-    logits, rows, mask, positions = first, torch.arange(n_rows, device=device), tails.mask, tails.positions[:, -1:]
+    first, cache = _step(model, {"input_ids": suffixes.ids, **suffixes.run_arguments}, in_prompt or {})
+    logits, rows, mask, positions = (
+        first,
+        torch.arange(n_rows, device=device),
+        suffixes.mask,
+        suffixes.positions[:, -1:],
+    )
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     said = torch.full((n_rows, max_new_tokens), -1, device=device)
     for step in range(max_new_tokens):

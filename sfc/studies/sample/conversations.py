@@ -14,10 +14,10 @@ import torch
 
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import prompt_ids
-from sfc.models.batches import SlotLayout, pad
+from sfc.models.batches import TemplateLayout, pad
 from sfc.models.generation import continue_tails, sampled
+from sfc.models.kv_cached_suffix import flush_right
 from sfc.models.loading import Model
-from sfc.models.tails import flush_right
 
 FATES = ("unfinished", "malformed", "repeats", "test", "kept")
 """What becomes of an instruction: it did not end in time, is no plain request, is a copy of an earlier one or a test
@@ -25,7 +25,9 @@ prompt, or is kept"""
 
 _MOST_WORDS = 6
 _CODE = re.compile(r"[{}<>\[\]\\|=_#*~^`@$]|\w\(|\(\)|;\s*$|https?:|www\.", re.MULTILINE)
-_IN_THE_OTHER_ROLE = re.compile(r"\bI(?:'m sorry|'m unable|( am|'m) not able| can'?t| cannot| won't)\b.{0,20}\b(help|assist)", re.I)
+_IN_THE_OTHER_ROLE = re.compile(
+    r"\bI(?:'m sorry|'m unable|( am|'m) not able| can'?t| cannot| won't)\b.{0,20}\b(help|assist)", re.I
+)
 _ENDS_WELL = re.compile(r"[.?!][\"')\u2019\u201d]?$")
 _FEWEST_WORDS = 4
 _LEAST_LETTERS = 0.75
@@ -134,7 +136,7 @@ def _continued(
     model: Model, prompts: list[TokenizedPrompt], uniforms: np.ndarray[Any, Any], also_end: Sequence[int]
 ) -> list[tuple[list[int], bool]]:
     """What follows each prompt, and whether the model ended it."""
-    batch = flush_right(pad(prompts, SlotLayout.of(prompts), model.device))
+    batch = flush_right(pad(prompts, TemplateLayout.of(prompts), model.device))
     choose = sampled(torch.from_numpy(uniforms).to(model.device))
     said = continue_tails(model, batch, uniforms.shape[1], choose=choose, also_end=also_end)
     return list(zip(said.ids, said.ended, strict=True))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from sfc.behaviors.behavior import POSITIVE
 from sfc.core.artifacts import write_text
