@@ -14,7 +14,7 @@ from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options
-from sfc.data.corpus import corpus_identity
+from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
 from sfc.data.prepare import Prepared, prompts_fingerprint
 from sfc.models.identity import model_identity
 from sfc.saes.source import saes_identity
@@ -141,14 +141,24 @@ class Run:
         """The activations that the SAEs learn from: the store itself, or one of another corpus.
 
         Raises:
-            UserError: the corpus is a file that does not exist.
+            UserError: one of the sources is a file that does not exist.
         """
         corpus = self.experiment.corpus
-        if corpus.source == "prompts":
+        if corpus.is_prompts_alone:
             return self.store
-        text = {} if corpus.source == "replies" else {"prompts": corpus_identity(corpus.source)}
-        inputs = {**self.store.inputs, **text, "corpus": corpus.identity()}
+        inputs = {
+            **self.store.inputs,
+            "sources": [self._source_identity(source) for source in corpus.sources],
+            "corpus": corpus.identity(),
+        }
         return Artifact.of(self.root / "activations", f"{self.experiment.name}-corpus", inputs)
+
+    def _source_identity(self, source: str) -> Any:
+        if source == PROMPTS:
+            return source
+        if source == SAMPLED:
+            return {SAMPLED: self.sampled.fingerprint, "tokens": SampleOptions.of(self.experiment).tokens}
+        return corpus_identity(source)
 
     @cached_property
     def saes(self) -> Artifact:

@@ -7,19 +7,18 @@ batch. Attention masks and positions are explicit: a reply does not depend on th
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.data.render import Role, TokenizedPrompt
+from sfc.data.render import TokenizedPrompt, answered
 from sfc.models.batches import TemplateLayout, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
 from sfc.models.kv_cached_suffix import KVCachedSuffix, flush_right
 from sfc.models.loading import Model
 
 Choose = Callable[[Float[Tensor, "rows vocab"], Int[Tensor, " rows"], int], Int[Tensor, " rows"]]
-"""Chooses the next tokens from their logits; it is told which rows of the batch these are, and the number of the step."""
+"""Chooses the next tokens from their logits, of which it is told the rows in the batch and the number of the step."""
 
 _DROPPED_AT_ONCE = 0.15
 """share of ended rows at which the others go on without them: to drop rows copies the cache"""
@@ -100,13 +99,7 @@ def with_replies(
 ) -> list[TokenizedPrompt]:
     """The prompts with the model's greedy replies after them; arguments as `generate_ids`."""
     replies = generate_ids(model, prompts, max_new_tokens, batch_tokens, progress)
-    return [
-        TokenizedPrompt(
-            np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
-            np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
-        )
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    return [answered(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 @torch.no_grad()

@@ -25,10 +25,8 @@ prompt, or is kept"""
 
 _MOST_WORDS = 6
 _CODE = re.compile(r"[{}<>\[\]\\|=_#*~^`@$]|\w\(|\(\)|;\s*$|https?:|www\.", re.MULTILINE)
-_IN_THE_OTHER_ROLE = re.compile(
-    r"\bI(?:'m sorry|'m unable|( am|'m) not able| can'?t| cannot| won't)\b.{0,20}\b(help|assist)", re.I
-)
-_ENDS_WELL = re.compile(r"[.?!][\"')\u2019\u201d]?$")
+_DECLINES = re.compile(r"\bI(?:'m sorry|'m unable| am unable| can'?t| cannot| won't)\b.{0,20}\b(?:help|assist)", re.I)
+_ENDS_WELL = re.compile(r"[\w.?!][\"')\u2019\u201d]?$")
 _FEWEST_WORDS = 4
 _LEAST_LETTERS = 0.75
 _LEAST_DIFFERENT = 0.5
@@ -64,14 +62,14 @@ def first_words(text: str, number: float) -> str:
 def is_plain_request(text: str) -> bool:
     """Whether a text can stand as what somebody asks.
 
-    It has at least four words, begins with a letter or a digit, ends like a sentence, and is written in letters: no
+    It has at least four words, begins and ends like a sentence or a title, and is written in letters: no
     code, markup or addresses, at least three quarters of it letters and spaces, at least half of its words different
     ones. Nor does it decline to help, as a model does that has gone on in the other role.
     """
     words = text.lower().split()
     if len(words) < _FEWEST_WORDS or not text[0].isalnum() or not _ENDS_WELL.search(text):
         return False
-    if _CODE.search(text) or _IN_THE_OTHER_ROLE.search(text) or "\ufffd" in text or not text.isprintable():
+    if _CODE.search(text) or _DECLINES.search(text) or "\ufffd" in text or not text.isprintable():
         return False
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return letters >= _LEAST_LETTERS * len(text) and len(set(words)) >= _LEAST_DIFFERENT * len(words)

@@ -1,13 +1,13 @@
 """Write conversations batch by batch, and go on where a killed process stopped.
 
-`sampled.jsonl` has a line per conversation, `batches.jsonl` a line per batch, which is written after its conversations: a
-batch without one is written again, and becomes what it was.
+`sampled.jsonl` has a line per conversation, `batches.jsonl` a line per batch, which is written after its conversations:
+a batch without one is written again, and becomes what it was.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from sfc.behaviors.behavior import POSITIVE
 from sfc.core.artifacts import write_text
+from sfc.core.config import SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
 from sfc.data.read import read_text
@@ -32,7 +33,7 @@ class Starts:
     def __init__(self, run: Run) -> None:
         known = run.prompts.frame[run.prompts.frame["split"] != "test"]
         is_positive = known["dataset_type"] == POSITIVE
-        self._share = run.experiment.sample.positive_share  # pyright: ignore
+        self._share = SampleOptions.of(run.experiment).positive_share
         self._positive = list(zip(known["prompt"][is_positive], known["dataset_type"][is_positive], strict=True))
         everyday = [(line, EVERYDAY) for line in read_text(EVERYDAY_STARTS).splitlines() if line.strip()]
         negative = list(zip(known["prompt"][~is_positive], known["dataset_type"][~is_positive], strict=True))
@@ -41,10 +42,7 @@ class Starts:
     def draw(self, random: np.random.Generator) -> Start:
         """A start of one of the kinds."""
         wants_positive, which, place, words = random.random(4)
-        if wants_positive < self._share:
-            pool = self._positive
-        else:
-            pool = self._others[int(which * 2)]
+        pool = self._positive if wants_positive < self._share else self._others[int(which * len(self._others))]
         text, kind = pool[int(place * len(pool))]
         return Start(text if kind == EVERYDAY else first_words(text, words), kind)
 
@@ -59,7 +57,7 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
         UserError: what was written before is damaged.
     """
     run, model = session.run, session.model
-    options = run.experiment.sample  # pyright: ignore
+    options = SampleOptions.of(run.experiment)
     batches = _whole_lines(folder / BATCHES)
     done = [line for line in _whole_lines(folder / SAMPLED) if line["batch"] < len(batches)]
     for name, lines in ((BATCHES, batches), (SAMPLED, done)):
@@ -89,6 +87,15 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
         "n_tokens": totals["n_tokens"],
         "fates": {name: totals[name] for name in FATES},
     }
+
+
+def read_sample(folder: Path, tokens: int) -> Iterator[tuple[str, str]]:
+    """The first conversations that were written, instructions with replies, until they have so many tokens."""
+    for line in _whole_lines(folder / SAMPLED):
+        yield line["prompt"], line["reply"]
+        tokens -= line["n_tokens"]
+        if tokens <= 0:
+            return
 
 
 def _append(path: Path, lines: Iterable[dict[str, Any]]) -> None:

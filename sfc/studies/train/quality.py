@@ -8,6 +8,7 @@ import pandas as pd
 
 from sfc.core.artifacts import json_records, write_csv
 from sfc.core.progress import progress_bar
+from sfc.data.corpus import PROMPTS
 from sfc.data.schema import keyed_numbers
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
@@ -17,6 +18,7 @@ from sfc.saes.quality import ALL, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality
 from sfc.session import Session
 from sfc.studies.collect.fill import circuit_prompts
+from sfc.studies.train.corpus import NO_PROMPTS
 from sfc.studies.train.rows import TrainingRows
 
 QUALITY_FILE, DENSITY_FILE = "quality.csv", "density.csv"
@@ -63,7 +65,7 @@ def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: l
 
 
 def _prompts_not_trained_on(run: Run, rows: TrainingRows, model: Model) -> pd.Series:
-    """The held-out prompts; all prompts of the store where the dictionaries are trained on ordinary texts."""
-    if run.experiment.corpus.source in ("prompts", "replies"):
-        return rows.table.loc[rows.table["held_out"], "prompt"]
+    """The circuits' prompts that are held out; all of them where they are not among what is learned from."""
+    if PROMPTS in run.experiment.corpus.sources:
+        return rows.table.loc[rows.table["held_out"] & (rows.table["split"] != NO_PROMPTS), "prompt"]
     return circuit_prompts(run, model.tokenize).table["prompt"]
