@@ -55,28 +55,28 @@ def _texts(session: Session, source: str) -> Corpus:
 
 def _chats(session: Session, source: str, before: Sequence[Corpus]) -> Corpus:
     """Instructions in the model's template, with their replies where these are known or wanted."""
-    run, model, config = session.run, session.model, session.run.experiment.corpus
+    model, config, longest = session.model, session.run.experiment.corpus, session.run.experiment.prompts.max_tokens
     if source == PROMPTS:
-        corpus = circuit_prompts(run, model.tokenize)
-        replies = [""] * len(corpus.sequences)
+        table, sequences = circuit_prompts(session.run, model.tokenize)
+        replies = [""] * len(sequences)
     else:
-        rows = _new_rows(session, source, before)
-        corpus = _cut(short_enough(model.tokenize, rows, run.experiment.prompts.max_tokens), config.max_tokens)
-        replies = corpus.table.pop("reply").tolist()
-    sequences = list(corpus.sequences)
-    longest = None if source == SAMPLED else config.reply_tokens
-    for row, reply in enumerate(replies):
-        if reply:
-            ids = model.tokenizer(reply, add_special_tokens=False)["input_ids"]
-            sequences[row] = answered(sequences[row], ids[:longest])
-    open_ones = [row for row, reply in enumerate(replies) if not reply] if config.replies else []
-    if open_ones:
-        asked = [sequences[row] for row in open_ones]
+        table, sequences = short_enough(model.tokenize, _new_rows(session, source, before), longest)
+        replies = table.pop("reply").tolist()
+    known = model.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    most = None if source == SAMPLED else config.reply_tokens
+    sequences = [answered(sequence, ids[:most]) for sequence, ids in zip(sequences, known, strict=True)]
+    wanted = np.array([config.replies and not reply for reply in replies])
+    if source not in (PROMPTS, SAMPLED) and config.max_tokens is not None:
+        lengths = np.array([len(sequence.ids) for sequence in sequences]) + wanted * config.reply_tokens
+        fits = max(int((lengths.cumsum() <= config.max_tokens).sum()), 1)
+        table, sequences, wanted = table.iloc[:fits], sequences[:fits], wanted[:fits]
+    if wanted.any():
+        asked = [sequences[row] for row in np.flatnonzero(wanted)]
         with progress_bar("the model's replies", len(asked), "prompts") as progress:
             made = with_replies(model, asked, config.reply_tokens, _REPLY_BATCH_TOKENS, progress)
-        for row, sequence in zip(open_ones, made, strict=True):
+        for row, sequence in zip(np.flatnonzero(wanted), made, strict=True):
             sequences[row] = sequence
-    return Corpus(corpus.table, sequences)
+    return Corpus(table, sequences)
 
 
 def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.DataFrame:
@@ -101,10 +101,3 @@ def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.Dat
     if len(new) < len(rows):
         say(f"left out: {len(rows) - len(new):,} instructions of {source} that are test prompts or known already")
     return new
-
-
-def _cut(corpus: Corpus, max_tokens: int | None) -> Corpus:
-    """The first instructions, of so many tokens together; at least one."""
-    lengths = np.cumsum([len(sequence.ids) for sequence in corpus.sequences])
-    n = len(lengths) if max_tokens is None else max(int((lengths <= max_tokens).sum()), 1)
-    return Corpus(corpus.table.iloc[:n], corpus.sequences[:n])
