@@ -241,7 +241,7 @@ def test_a_source_cannot_be_named_twice_and_must_exist(tmp_path: Path) -> None:
 def test_test_prompts_are_in_no_corpus_however_they_are_written(tmp_path: Path) -> None:
     frame = tiny(tmp_path).prompts.frame
     test, others = (frame.loc[frame["split"].eq("test") == is_test, "prompt"].tolist() for is_test in (True, False))
-    disguised = [f"  {text.upper()} ".replace(" ", "  ") for text in test[:3]] + test[3:]
+    disguised = [f"  {text.upper()} ".replace(" ", " \n") for text in test[:3]] + test[3:]
     asked = [{"prompt": text} for text in [*disguised, "What is new?", others[0]]]
     asked += [{"prompt": f"Say it:\n{test[0]}"}, {"prompt": "What do they ask?", "reply": f"This:\n{test[1]}"}]
     chats = written(tmp_path / "chats.jsonl", asked)

@@ -23,7 +23,7 @@ from sfc.run import EVERYDAY_STARTS, Run
 from sfc.session import Session
 from sfc.studies.sample.conversations import FATES, Start, Writer, first_words
 
-SAMPLED, BATCHES = "sampled.jsonl", "batches.jsonl"
+CONVERSATIONS, BATCHES = "sampled.jsonl", "batches.jsonl"
 EVERYDAY = "everyday"
 _FRUITLESS = 10
 """batches in a row without a conversation, after which it is given up"""
@@ -60,8 +60,8 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
     """
     run, options, prompts = session.run, SampleOptions.of(session.run.experiment), session.run.prompts.frame
     batches = _whole_lines(folder / BATCHES)
-    conversations = [line for line in _whole_lines(folder / SAMPLED) if line["batch"] < len(batches)]
-    for name, lines in ((BATCHES, batches), (SAMPLED, conversations)):
+    conversations = [line for line in _whole_lines(folder / CONVERSATIONS) if line["batch"] < len(batches)]
+    for name, lines in ((BATCHES, batches), (CONVERSATIONS, conversations)):
         write_text(folder / name, "".join(map(_line, lines)))
     writer = Writer(session.model, options, set(prompts.loc[prompts["split"] == "test", "id"]))
     for line in conversations:
@@ -74,7 +74,7 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
             random = np.random.default_rng([int(run.sampled.fingerprint, 16), len(batches)])
             made, fates = writer.write([starts.draw(random) for _ in range(options.batch)], random)
             lines = [{**conversation._asdict(), "batch": len(batches)} for conversation in made]
-            _append(folder / SAMPLED, lines)
+            _append(folder / CONVERSATIONS, lines)
             _append(folder / BATCHES, [fates])
             conversations += lines
             batches.append(fates)
@@ -96,7 +96,7 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
 
 def read_sample(folder: Path, tokens: int) -> Iterator[tuple[str, str]]:
     """The first conversations that were written, instructions with replies, until they have so many tokens."""
-    for line in _whole_lines(folder / SAMPLED):
+    for line in _whole_lines(folder / CONVERSATIONS):
         yield line["prompt"], line["reply"]
         tokens -= line["n_tokens"]
         if tokens <= 0:

@@ -92,7 +92,9 @@ def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.Dat
     else:
         chats = read_chats(source)
     rows = with_ids(pd.DataFrame(list(chats), columns=["prompt", "reply"])).assign(split=NO_PROMPTS)
-    in_test = [holds_prompt(f"{row.prompt}\n{row.reply}", test) for row in rows.itertuples()]
+    in_test = [
+        any(holds_prompt(text, test) for text in texts) for texts in zip(rows["prompt"], rows["reply"], strict=True)
+    ]
     known = {id for corpus in before for id in corpus.table["id"]}
     is_old = rows.duplicated("id") | rows["id"].isin(known)
     new = rows[~is_old & ~np.array(in_test, dtype=bool)]
