@@ -18,7 +18,7 @@ from sfc.studies.sample.study import SAMPLE
 from sfc.studies.sample.write import read_sample
 from sfc.studies.study import ensure
 
-NO_PROMPTS = "corpus"
+_SPLIT = "corpus"
 """the split of whatever is not among the circuits' prompts"""
 _REPLY_BATCH_TOKENS = 4096
 
@@ -49,7 +49,7 @@ def _texts(session: Session, source: str) -> Corpus:
     config, tokenizer, test = session.run.experiment.corpus, session.model.tokenizer, _test_ids(session)
     texts = (text for text in read_texts(source) if not holds_prompt(text, test))
     sequences = pieces(tokenizer, texts, config.context, config.max_tokens)
-    table = pd.DataFrame({"prompt": [tokenizer.decode(sequence.ids) for sequence in sequences], "split": NO_PROMPTS})
+    table = pd.DataFrame({"prompt": [tokenizer.decode(sequence.ids) for sequence in sequences], "split": _SPLIT})
     return Corpus(with_ids(table), sequences)
 
 
@@ -91,7 +91,7 @@ def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.Dat
         chats = read_sample(folder, SampleOptions.of(run.experiment).tokens)
     else:
         chats = read_chats(source)
-    rows = with_ids(pd.DataFrame(list(chats), columns=["prompt", "reply"])).assign(split=NO_PROMPTS)
+    rows = with_ids(pd.DataFrame(list(chats), columns=["prompt", "reply"])).assign(split=_SPLIT)
     in_test = [
         any(holds_prompt(text, test) for text in texts) for texts in zip(rows["prompt"], rows["reply"], strict=True)
     ]
