@@ -287,7 +287,7 @@ def test_a_mixture_is_learned_from_alike_with_a_store_and_without(tmp_path: Path
         finished = ensure(TRAIN, run)
         weights.append([path.read_bytes() for path in sorted(finished.folder.rglob("*.safetensors"))])
         roles = {row["role"] for row in finished.result["quality"]}
-        assert roles == {"all", "content", "suffix", "reply"}
+        assert roles >= {"all", "content", "suffix", "reply"}
     assert weights[0] == weights[1] and len(weights[0]) == 2
 
 
