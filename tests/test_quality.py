@@ -207,7 +207,7 @@ def corpus_run(tmp_path: Path) -> Callable[..., Run]:
 
 def check_quality(run: Run, roles: list[str]) -> None:
     quality = pd.read_csv(run.saes.folder / "quality.csv")
-    assert quality["role"].tolist() == roles * 2
+    assert quality["role"].tolist() == [*roles * 2, "in series"]
     assert quality.loc[quality["role"] == "all", "score_recovered"].notna().all()
     assert (run.saes.folder / "quality.html").is_file()
     assert len(load_dictionaries(run.saes.folder, run.experiment.activations.sites)) == 2
