@@ -29,6 +29,7 @@ BUILT_IN = (
     "sfc.studies.sample.study",
     "sfc.studies.collect.study",
     "sfc.studies.train.study",
+    "sfc.studies.nulls",
     "sfc.studies.discover.study",
     "sfc.studies.evaluate.study",
     "sfc.studies.behaviour.study",
