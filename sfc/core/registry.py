@@ -26,6 +26,7 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
+    "sfc.studies.sample.study",
     "sfc.studies.collect.study",
     "sfc.studies.train.study",
     "sfc.studies.discover.study",

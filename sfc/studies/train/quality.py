@@ -83,7 +83,7 @@ def restored(
     Measured once with the dictionary of one site alone, site by site, and under `IN_SERIES` with those of all sites.
 
     Args:
-        prompts: the discovery prompts among these, at most some of either side, are paired with an equally long one each.
+        prompts: some discovery prompts among these, of either side, are paired with an equally long one each.
 
     Returns:
         For each `restored_toxic`, `restored_safe` and `agreement` (see `sfc.circuits.proof`), with the ends of their
