@@ -1,0 +1,154 @@
+"""Dictionaries that our trainer learns from the activations of a model whose features are known.
+
+How many of the true features are among the learned ones, and is the circuit that is found in them the planted one?
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from planted_circuits import Node
+from planted_problems import ACTIVATIONS, load, load_planted_model
+from planted_proofs import Asked
+from planted_superposed import Superposed
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sfc.core.config import SaeConfig
+from sfc.core.sites import layer_of
+from sfc.saes.collect import collect
+from sfc.saes.dictionary import TopKDictionary
+from sfc.saes.nulls import random_dictionaries
+from sfc.saes.quality import reconstruction_quality
+from sfc.saes.store import Store
+from sfc.saes.stream import shuffled_batches, stored_source
+from sfc.saes.train import train_saes
+
+ALIKE = 0.9
+"""the cosine from which a learned feature is a true one"""
+_BLOCK_ROWS = 2048
+
+
+def learn(superposed: Superposed, n_prompts: int, config: SaeConfig, seed: int) -> dict[str, TopKDictionary]:
+    """Dictionaries of all sites, from nothing but activations on `n_prompts` prompts of each side."""
+    store, sites = corpus(superposed, "corpus", n_prompts, seed), ACTIVATIONS.sites
+    source = stored_source(store, sites, _BLOCK_ROWS)
+    wanted = np.ones(source.n_rows, dtype=bool)
+    n_sample = min(config.buffer_rows, source.n_rows)
+    learned = train_saes(
+        lambda first: shuffled_batches(source, wanted, config.batch_size, seed, config.buffer_rows, first),
+        next(shuffled_batches(source, wanted, n_sample, seed, n_sample)),
+        config,
+        sites=sites,
+        seed=seed,
+    )
+    return dict(zip(sites, learned, strict=True))
+
+
+def corpus(superposed: Superposed, name: str, n_prompts: int, seed: int) -> Store:
+    """The activations of new prompts, `n_prompts` of each side."""
+    random = np.random.default_rng([seed, *name.encode()])
+    prompts = [prompt for toxic in (True, False) for prompt in superposed.drawn_prompts(n_prompts, toxic, random)]
+    model, folder = load_planted_model(superposed.folder), superposed.folder / name
+    collect(model, model.tokenize(prompts), ACTIVATIONS.sites, ACTIVATIONS, folder, lambda _tokens: None)
+    return Store(folder)
+
+
+class Recovery(NamedTuple):
+    """What dictionaries have of the truth, as means over the sites."""
+
+    recovered: float
+    """share of the true features that have a learned one of cosine `ALIKE` or more"""
+    planted_recovered: float
+    """the same of the planted nodes"""
+    explained: float
+    """variance explained of rows that were not trained on"""
+
+
+def recovery(superposed: Superposed, dictionaries: Mapping[str, TopKDictionary], held_out: Store) -> Recovery:
+    """Compare dictionaries with the true features."""
+    recovered, explained, planted = [], [], []
+    for site, dictionary in dictionaries.items():
+        features = superposed.features_at(site)
+        best = _cosines(superposed, features, dictionary).amax(1)
+        recovered.append(float((best >= ALIKE).float().mean()))
+        planted += [
+            float(cosine) >= ALIKE
+            for feature, cosine in zip(features, best, strict=True)
+            if Node(layer_of(site), feature) in superposed.planted
+        ]
+        explained.append(1 - reconstruction_quality(dictionary, held_out.read(site, 0, held_out.n_tokens)).fvu)
+    return Recovery(*(float(np.mean(values)) for values in (recovered, planted, explained)))
+
+
+def true_nodes(
+    superposed: Superposed, dictionaries: Mapping[str, TopKDictionary], circuit: Sequence[Bool[np.ndarray, " features"]]
+) -> list[Node | None]:
+    """What each learned feature of a circuit is in truth; None where it is nothing of cosine `ALIKE`.
+
+    Args:
+        circuit: by site, which features are in it.
+    """
+    nodes: list[Node | None] = []
+    for (site, dictionary), chosen in zip(dictionaries.items(), circuit, strict=True):
+        features = superposed.features_at(site)
+        cosine, nearest = _cosines(superposed, features, dictionary).max(0)
+        for number in np.flatnonzero(chosen):
+            node = Node(layer_of(site), features[int(nearest[number])])
+            nodes.append(node if cosine[number] >= ALIKE else None)
+    return nodes
+
+
+def _cosines(
+    superposed: Superposed, features: Sequence[str], dictionary: TopKDictionary
+) -> Float[Tensor, "features d_sae"]:
+    return superposed.directions(features) @ normalize(dictionary.W_dec).T
+
+
+class Trial(NamedTuple):
+    """What is learned, and from what."""
+
+    kind: str
+    superposition: Superposition
+    saes: SaeConfig
+    prompts: int
+    """of each side, to learn from"""
+    seed: int
+
+
+Rows = list[dict[str, Any]]
+
+
+def measure(trial: Trial) -> Rows:
+    """A row for the learned dictionaries and one for random ones: `Recovery`, and the circuit with its figures.
+
+    Both circuits are of one size, that of the smallest in the learned dictionaries that reaches the target. `precision`
+    is the share of the circuit's features that are planted nodes in truth, `recall` the share of planted nodes that are
+    among them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        superposed = superpose(trial.kind, trial.superposition, PROMPTS, trial.seed, Path(folder))
+        held_out = corpus(superposed, "held out", HELD_OUT_PROMPTS, trial.seed)
+        learned = learn(superposed, trial.prompts, trial.saes, trial.seed)
+        rows: Rows = []
+        size = None
+        for name, dictionaries in {"learned": learned, "random": random_dictionaries(learned, trial.seed)}.items():
+            asked = Asked.of(load(superposed.folder, superposed.prompts, dictionaries, MASK_STEPS), superposed.prompts)
+            ranking = asked.ranking(METHOD, "pairs")
+            circuit = asked.smallest(ranking, "pairs") if size is None else asked.best(ranking, size)
+            size = int(circuit.sum())
+            nodes = true_nodes(superposed, dictionaries, circuit)
+            rows.append(
+                {
+                    "dictionaries": name,
+                    **recovery(superposed, dictionaries, held_out)._asdict(),
+                    "nodes": size,
+                    "precision": sum(node in superposed.planted for node in nodes) / size,
+                    "recall": len(superposed.planted.intersection(nodes)) / len(superposed.planted),
+                    **asked.figures(circuit),
+                }
+            )
+        return rows
