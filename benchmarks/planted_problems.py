@@ -12,13 +12,13 @@ from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OTHER, Circuit, Node
 from planted_models import BOS, UNKNOWN, Basis, write_model
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ActivationsConfig, ModelConfig
 from sfc.core.experiments import experiment_of
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.collect import collect
@@ -48,7 +48,7 @@ class Prompts(NamedTuple):
     toxic: list[str]
     safe: list[str]
     """on which circuits are found"""
-    reference: list[str]
+    baseline: list[str]
     """safe ones, whose means ablated nodes are set to"""
     test_toxic: list[str]
     test_safe: list[str]
@@ -185,10 +185,10 @@ def load(folder: Path, prompts: Prompts, dictionaries: Mapping[str, Dictionary],
     """The problem that discovery would make of the model in a folder, dictionaries, toxic prompts and safe means."""
     model = load_planted_model(folder)
     toxic, safe = prompts.toxic, prompts.safe
-    layout = SlotLayout.of(model.tokenize(toxic))
-    runs, references = (
+    layout = TemplateLayout.of(model.tokenize(toxic))
+    runs, baselines = (
         make_batches(model.tokenize(side), layout, ACTIVATIONS.batch_tokens, model.device)
-        for side in (toxic, prompts.reference)
+        for side in (toxic, prompts.baseline)
     )
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     collect(model, model.tokenize(toxic + safe), ACTIVATIONS.sites, ACTIVATIONS, folder / "store", lambda _tokens: None)
@@ -196,7 +196,7 @@ def load(folder: Path, prompts: Prompts, dictionaries: Mapping[str, Dictionary],
     return Problem(
         model=model,
         score=RefusalScore.of(model),
-        ablation=Ablation(nodes, dictionaries, mean_reference(model, dictionaries, references, layout), "node"),
+        ablation=Ablation(nodes, dictionaries, mean_baseline(model, dictionaries, baselines, layout), "node"),
         runs=PromptRuns.of(model, runs, nodes.sites[0]),
         store=Store(folder / "store"),
         prompts=pd.DataFrame({"prompt": toxic + safe, "store_index": range(len(labels)), "refusal_label": labels}),

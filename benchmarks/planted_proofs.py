@@ -52,7 +52,7 @@ class Asked:
     @classmethod
     def of(cls, problem: Problem, prompts: Prompts) -> "Asked":
         """Ask in both ways what `problem` asks by means."""
-        model, spaces, layout = problem.model, problem.ablation.dictionaries, problem.ablation.reference.layout
+        model, spaces, layout = problem.model, problem.ablation.dictionaries, problem.ablation.baseline.layout
         sides = [(True, "discovery"), (False, "discovery"), (True, "test"), (False, "test")]
         texts = [prompts.toxic, prompts.safe, prompts.test_toxic, prompts.test_safe]
         tokenized = model.tokenize([text for side in texts for text in side])
@@ -77,7 +77,7 @@ class Asked:
         by_pairs = replace(
             by_means,
             score=DirectedScore(problem.score, pairs.direction),
-            ablation=replace(by_means.ablation, reference=baseline),
+            ablation=replace(by_means.ablation, baseline=baseline),
             runs=runs_of("discovery"),
         )
         in_test = np.flatnonzero(table["split"] == "test")
@@ -116,7 +116,7 @@ class Asked:
 
 
 def _size(problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: list[int]) -> int:
-    if isinstance(problem.ablation.reference, Counterfactuals):
+    if isinstance(problem.ablation.baseline, Counterfactuals):
         return proof.choose_size(proof.sizes_on_pairs(problem, ranking, sizes, MIN_DENOMINATOR), TARGET)
     shares = faithfulness.faithfulness_of_sizes(
         problem, problem.runs, ranking, sizes, MIN_DENOMINATOR, lambda _runs: None

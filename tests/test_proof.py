@@ -8,7 +8,7 @@ import pytest
 from test_counterfactual_ablation import features, paired_problem, random_architecture
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.proof import (
@@ -22,7 +22,7 @@ from sfc.circuits.proof import (
     side_scores,
     sizes_on_pairs,
 )  # fmt: skip
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.stats import bootstrap_auroc, bootstrap_gap, bootstrap_ratio
 
 N = 30
@@ -179,10 +179,10 @@ def test_sizes_are_measured_on_discovery_pairs(paired: Problem) -> None:
 def test_scores_of_sides_have_the_first_site_cut(paired: Problem) -> None:
     model = paired.model
     prompts = model.tokenize(["Pick my lock", "Burn a house", "Bake my cake", "Draw my cats"])
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 200, model.device)
     spaces, nodes = paired.ablation.dictionaries, paired.ablation.nodes
-    ablation = Ablation(nodes, spaces, mean_reference(model, spaces, batches, layout), "ablate")
+    ablation = Ablation(nodes, spaces, mean_baseline(model, spaces, batches, layout), "ablate")
     problem = replace(paired, score=paired.score.score, ablation=ablation)  # pyright: ignore
     runs = PromptRuns.of(model, batches, nodes.sites[0])
     keep = np.random.default_rng(0).random((2, nodes.n_nodes)) < 0.5

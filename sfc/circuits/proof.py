@@ -76,7 +76,7 @@ def pair_scores(
         progress: called with the number of pairs of a circuit and a row that are done since the last call; there is one
             circuit more, the empty one.
     """
-    baseline, score = problem.ablation.reference, problem.score
+    baseline, score = problem.ablation.baseline, problem.score
     assert isinstance(baseline, Counterfactuals) and isinstance(score, DirectedScore)
     circuits = Ablations(problem.ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
     found = engine.next_tokens(prepared(problem.model, runs), score.score, circuits, progress)

@@ -9,7 +9,7 @@ import pandas as pd
 from sfc.core.artifacts import json_records, write_csv
 from sfc.core.progress import progress_bar
 from sfc.data.schema import keyed_numbers
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import Score
 from sfc.run import Run
@@ -56,7 +56,9 @@ def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: l
     """Run some of the prompts, chosen by hash and so from all categories, as they are."""
     order = np.argsort(keyed_numbers(prompts, f"spliced {run.experiment.seed}"), kind="stable")
     tokenized = model.tokenize(prompts.iloc[order[:_SPLICED_PROMPTS]].tolist())
-    batches = make_batches(tokenized, SlotLayout.of(tokenized), run.experiment.activations.batch_tokens, model.device)
+    batches = make_batches(
+        tokenized, TemplateLayout.of(tokenized), run.experiment.activations.batch_tokens, model.device
+    )
     return run_clean(model, score, batches, sites)
 
 
