@@ -3,20 +3,22 @@
 How many of the true features are among the learned ones, and is the circuit that is found in them the planted one?
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from planted_circuits import Node
 from planted_problems import ACTIVATIONS, load, load_planted_model
 from planted_proofs import Asked
-from planted_superposed import Superposed
+from planted_superposed import Superposed, Superposition, superpose
+from scipy.linalg import block_diag
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sfc.circuits.nodes import Nodes
 from sfc.core.config import SaeConfig
 from sfc.core.sites import layer_of
 from sfc.saes.collect import collect
@@ -29,11 +31,18 @@ from sfc.saes.train import train_saes
 
 ALIKE = 0.9
 """the cosine from which a learned feature is a true one"""
+MIXED = 0.5
+"""the cosine from which a true feature is a good part of a learned one"""
+PROMPTS, HELD_OUT_PROMPTS = 24, 200
+"""of each side in each split, and for the variance explained"""
+METHOD, MASK_STEPS = "learned-mask", 240
 _BLOCK_ROWS = 2048
+
+Rows = list[dict[str, Any]]
 
 
 def learn(superposed: Superposed, n_prompts: int, config: SaeConfig, seed: int) -> dict[str, TopKDictionary]:
-    """Dictionaries of all sites, from nothing but activations on `n_prompts` prompts of each side."""
+    """Dictionaries of all sites, from nothing but activations on `n_prompts` prompts."""
     store, sites = corpus(superposed, "corpus", n_prompts, seed), ACTIVATIONS.sites
     source = stored_source(store, sites, _BLOCK_ROWS)
     wanted = np.ones(source.n_rows, dtype=bool)
@@ -49,9 +58,10 @@ def learn(superposed: Superposed, n_prompts: int, config: SaeConfig, seed: int) 
 
 
 def corpus(superposed: Superposed, name: str, n_prompts: int, seed: int) -> Store:
-    """The activations of new prompts, `n_prompts` of each side."""
+    """The activations of new prompts: of each side a quarter, the others ordinary."""
     random = np.random.default_rng([seed, *name.encode()])
-    prompts = [prompt for toxic in (True, False) for prompt in superposed.drawn_prompts(n_prompts, toxic, random)]
+    prompts = superposed.ordinary_prompts(n_prompts // 2, random)
+    prompts += [prompt for toxic in (True, False) for prompt in superposed.prompts_of(toxic, n_prompts // 4, random)]
     model, folder = load_planted_model(superposed.folder), superposed.folder / name
     collect(model, model.tokenize(prompts), ACTIVATIONS.sites, ACTIVATIONS, folder, lambda _tokens: None)
     return Store(folder)
@@ -84,22 +94,16 @@ def recovery(superposed: Superposed, dictionaries: Mapping[str, TopKDictionary],
     return Recovery(*(float(np.mean(values)) for values in (recovered, planted, explained)))
 
 
-def true_nodes(
-    superposed: Superposed, dictionaries: Mapping[str, TopKDictionary], circuit: Sequence[Bool[np.ndarray, " features"]]
-) -> list[Node | None]:
-    """What each learned feature of a circuit is in truth; None where it is nothing of cosine `ALIKE`.
-
-    Args:
-        circuit: by site, which features are in it.
-    """
-    nodes: list[Node | None] = []
-    for (site, dictionary), chosen in zip(dictionaries.items(), circuit, strict=True):
-        features = superposed.features_at(site)
-        cosine, nearest = _cosines(superposed, features, dictionary).max(0)
-        for number in np.flatnonzero(chosen):
-            node = Node(layer_of(site), features[int(nearest[number])])
-            nodes.append(node if cosine[number] >= ALIKE else None)
-    return nodes
+def likeness(
+    superposed: Superposed, dictionaries: Mapping[str, TopKDictionary], circuit: Bool[np.ndarray, " nodes"]
+) -> Float[np.ndarray, "planted chosen"]:
+    """The cosines of the planted nodes and the features of a circuit without errors, 0 between sites."""
+    first_numbers = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()}).first_numbers
+    blocks = []
+    for (site, dictionary), chosen in zip(dictionaries.items(), np.split(circuit, first_numbers[1:]), strict=True):
+        planted = [node.feature for node in sorted(superposed.planted) if node.layer == layer_of(site)]
+        blocks.append(_cosines(superposed, planted, dictionary)[:, np.flatnonzero(chosen)].numpy())
+    return block_diag(*blocks)
 
 
 def _cosines(
@@ -108,46 +112,44 @@ def _cosines(
     return superposed.directions(features) @ normalize(dictionary.W_dec).T
 
 
-class Trial(NamedTuple):
+class Setting(NamedTuple):
     """What is learned, and from what."""
 
-    kind: str
     superposition: Superposition
     saes: SaeConfig
     prompts: int
-    """of each side, to learn from"""
-    seed: int
+    """to learn from"""
 
 
-Rows = list[dict[str, Any]]
-
-
-def measure(trial: Trial) -> Rows:
+def measure(setting: Setting, kind: str, seed: int) -> Rows:
     """A row for the learned dictionaries and one for random ones: `Recovery`, and the circuit with its figures.
 
     Both circuits are of one size, that of the smallest in the learned dictionaries that reaches the target. `precision`
-    is the share of the circuit's features that are planted nodes in truth, `recall` the share of planted nodes that are
-    among them.
+    is the share of the circuit's features that are planted nodes, by a cosine of `ALIKE` or more, `recall` the share of
+    planted nodes that are among them; `mixed_precision` and `mixed_recall` are the same by a cosine of `MIXED`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        superposed = superpose(trial.kind, trial.superposition, PROMPTS, trial.seed, Path(folder))
-        held_out = corpus(superposed, "held out", HELD_OUT_PROMPTS, trial.seed)
-        learned = learn(superposed, trial.prompts, trial.saes, trial.seed)
+        superposed = superpose(kind, setting.superposition, PROMPTS, seed, Path(folder))
+        held_out = corpus(superposed, "held out", HELD_OUT_PROMPTS, seed)
+        learned = learn(superposed, setting.prompts, setting.saes, seed)
         rows: Rows = []
         size = None
-        for name, dictionaries in {"learned": learned, "random": random_dictionaries(learned, trial.seed)}.items():
+        for name, dictionaries in {"learned": learned, "random": random_dictionaries(learned, seed)}.items():
             asked = Asked.of(load(superposed.folder, superposed.prompts, dictionaries, MASK_STEPS), superposed.prompts)
             ranking = asked.ranking(METHOD, "pairs")
             circuit = asked.smallest(ranking, "pairs") if size is None else asked.best(ranking, size)
             size = int(circuit.sum())
-            nodes = true_nodes(superposed, dictionaries, circuit)
+            alike = likeness(superposed, dictionaries, circuit)
             rows.append(
                 {
                     "dictionaries": name,
+                    "seed": seed,
                     **recovery(superposed, dictionaries, held_out)._asdict(),
-                    "nodes": size,
-                    "precision": sum(node in superposed.planted for node in nodes) / size,
-                    "recall": len(superposed.planted.intersection(nodes)) / len(superposed.planted),
+                    "nodes": float(size),
+                    "precision": float((alike.max(0) >= ALIKE).mean()),
+                    "recall": float((alike.max(1) >= ALIKE).mean()),
+                    "mixed_precision": float((alike.max(0) >= MIXED).mean()),
+                    "mixed_recall": float((alike.max(1) >= MIXED).mean()),
                     **asked.figures(circuit),
                 }
             )

@@ -5,9 +5,10 @@ By *means*, of toxic prompts alone, as circuits are published: whatever is ablat
 ablated in both: a circuit is made of features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import harness
 import numpy as np
 import pandas as pd
 import torch
@@ -33,6 +34,7 @@ FIGURES = (
     "faithfulness", "recovered_toxic", "recovered_safe", "agreement", "kl_recovered_toxic", "kl_recovered_safe",
     "gap_kept", "separation", "prompt_free",
 )  # fmt: skip
+"""of the circuit on test prompts: faithfulness by means, and those of `sfc.circuits.proof`"""
 
 Circuit = Bool[np.ndarray, " nodes"]
 Figures = dict[str, float | None]
@@ -122,3 +124,21 @@ def _size(problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: list[int
         problem, problem.runs, ranking, sizes, MIN_DENOMINATOR, lambda _runs: None
     )
     return faithfulness.choose_size(pd.DataFrame({"size": sizes, "discovery_faithfulness": shares}), TARGET)
+
+
+def means(measured: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """A row for each value of `by`, in the order in which they come: means of all other columns where measurable."""
+    return measured.drop(columns="seed").groupby(list(by), sort=False).mean().reset_index()
+
+
+def table(averaged: pd.DataFrame) -> str:
+    """The rows in Markdown, names of figures with spaces, two digits."""
+    rows = averaged.astype(object).where(averaged.notna(), None).to_numpy().tolist()
+    cells = [[f"{value:.2f}" if isinstance(value, float) else value for value in row] for row in rows]
+    return harness.markdown_table([column.replace("_", " ") for column in averaged.columns], cells)
+
+
+def figures_of(averaged: pd.DataFrame) -> list[dict[str, float | str | None]]:
+    """The rows for JSON, rounded."""
+    rows = averaged.round(4).astype(object)
+    return rows.where(averaged.notna(), None).to_dict("records")

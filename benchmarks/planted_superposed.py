@@ -33,6 +33,8 @@ TURNED = 0.8
 """share of a background direction's part in the span of the sources that is taken away"""
 DISTRACTED = {True: 0.5, False: 0.25}
 """how often the source of a distractor fires in toxic prompts and in safe ones"""
+ORDINARY = 0.15
+"""how often any source fires in prompts of neither side"""
 
 
 class Superposition(NamedTuple):
@@ -70,9 +72,14 @@ class Superposed:
         """Where they lie, in unit length."""
         return torch.stack([self.basis.directions[feature] for feature in features])
 
-    def drawn_prompts(self, n_prompts: int, toxic: bool, random: np.random.Generator) -> list[str]:
-        """Prompts of one side. Circuits' words are in random places among those of the background alone."""
-        return _drawn_prompts(self.circuits, n_prompts, toxic, random)
+    def ordinary_prompts(self, n_prompts: int, random: np.random.Generator) -> list[str]:
+        """Prompts in which all sources fire independently of each other."""
+        sources = [source for circuit in self.circuits for source in circuit.sources]
+        return [_drawn_prompt([s for s in sources if random.random() < ORDINARY], random) for _ in range(n_prompts)]
+
+    def prompts_of(self, toxic: bool, n_prompts: int, random: np.random.Generator) -> list[str]:
+        """Prompts of one side."""
+        return _prompts_of(self.circuits, toxic, n_prompts, random)
 
 
 def superpose(kind: str, superposition: Superposition, n_prompts: int, seed: int, folder: Path) -> Superposed:
@@ -91,7 +98,7 @@ def superpose(kind: str, superposition: Superposition, n_prompts: int, seed: int
     query[:, 0] = basis.constant / CONSTANT - reads[1] / basis.scales[LAST]
     key[:, 0] = ATTENTION * D_MODEL**0.5 * reads[0] / basis.scales[FIRST]
     write_model([_gated(circuit) for circuit in circuits], basis, words, N_WORDS + 3, random, folder, (query, key))
-    prompts = Prompts.drawn(lambda toxic: _drawn_prompts(circuits, n_prompts, toxic, random))
+    prompts = Prompts.drawn(lambda toxic: _prompts_of(circuits, toxic, n_prompts, random))
     born = dict.fromkeys([*background, LAST], 0) | circuit_born
     return Superposed(folder, circuits, basis, words, born, prompts)
 
@@ -136,15 +143,18 @@ def _drawn_words(
     return words | {AFTER: {LAST: 1.0}, BOS: {FIRST: 1.0}} | {w: {} for w in (UNKNOWN, BEFORE, FOR, AGAINST, OTHER)}
 
 
-def _drawn_prompts(
-    circuits: Sequence[Circuit], n_prompts: int, toxic: bool, random: np.random.Generator
-) -> list[str]:
+def _prompts_of(circuits: Sequence[Circuit], toxic: bool, n_prompts: int, random: np.random.Generator) -> list[str]:
     planted, *distractors = circuits
-    prompts = []
-    for sources in random.permutation(np.resize(planted.toxic if toxic else planted.safe, n_prompts)):
-        firing = [source for circuit in distractors for source in circuit.sources if random.random() < DISTRACTED[toxic]]
-        firing = [*sources, *random.permutation(firing)[: N_WORDS - len(sources)]]
-        chosen = [f"{source}{random.integers(WORDS_PER_SOURCE)}" for source in firing]
-        chosen += [f"word{random.integers(BACKGROUND_WORDS)}" for _ in range(N_WORDS - len(chosen))]
-        prompts.append(" ".join(random.permutation(chosen)))
-    return prompts
+    others = [source for circuit in distractors for source in circuit.sources]
+    combinations = np.resize(planted.toxic if toxic else planted.safe, n_prompts)
+    return [
+        _drawn_prompt([*sources, *(s for s in others if random.random() < DISTRACTED[toxic])], random)
+        for sources in random.permutation(combinations)
+    ]
+
+
+def _drawn_prompt(firing: Sequence[str], random: np.random.Generator) -> str:
+    """Words of sources, as many as there is room for, in random places among those of the background alone."""
+    words = [f"{source}{random.integers(WORDS_PER_SOURCE)}" for source in firing[:N_WORDS]]
+    words += [f"word{random.integers(BACKGROUND_WORDS)}" for _ in range(N_WORDS - len(words))]
+    return " ".join(random.permutation(words))
