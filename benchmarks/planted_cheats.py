@@ -20,6 +20,8 @@ from sfc.circuits.methods import METHODS
 PROMPTS = 12
 """per side and split"""
 MASK_STEPS = 240
+ABOUT = ("method", "asked")
+"""the columns that say what a row is of"""
 ASKED = {"means": "toxic prompts, means", "pairs": "both sides, counterfactuals"}
 
 

@@ -6,9 +6,10 @@ How many of the true features are among the learned ones, and is the circuit tha
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 from planted_circuits import Node
 from planted_problems import ACTIVATIONS, load, load_planted_model
@@ -20,6 +21,7 @@ from torch.nn.functional import normalize
 
 from sfc.circuits.nodes import Nodes
 from sfc.core.config import SaeConfig
+from sfc.core.progress import say
 from sfc.core.sites import layer_of
 from sfc.saes.collect import collect
 from sfc.saes.dictionary import TopKDictionary
@@ -35,10 +37,10 @@ MIXED = 0.5
 """the cosine from which a true feature is a good part of a learned one"""
 PROMPTS, HELD_OUT_PROMPTS = 24, 200
 """of each side in each split, and for the variance explained"""
-METHOD, MASK_STEPS = "learned-mask", 240
+METHOD = "learned-mask"
+ABOUT = (*Superposition._fields, "width", "k", "start", "dictionaries")
+"""the columns that say what a row is of"""
 _BLOCK_ROWS = 2048
-
-Rows = list[dict[str, Any]]
 
 
 def learn(superposed: Superposed, n_prompts: int, config: SaeConfig, seed: int) -> dict[str, TopKDictionary]:
@@ -103,7 +105,7 @@ def likeness(
     for (site, dictionary), chosen in zip(dictionaries.items(), np.split(circuit, first_numbers[1:]), strict=True):
         planted = [node.feature for node in sorted(superposed.planted) if node.layer == layer_of(site)]
         blocks.append(_cosines(superposed, planted, dictionary)[:, np.flatnonzero(chosen)].numpy())
-    return block_diag(*blocks)
+    return np.asarray(block_diag(*blocks))
 
 
 def _cosines(
@@ -112,45 +114,86 @@ def _cosines(
     return superposed.directions(features) @ normalize(dictionary.W_dec).T
 
 
+STARTS: tuple[str, ...] = get_args(SaeConfig.model_fields["start"].annotation)
+
+
 class Setting(NamedTuple):
-    """What is learned, and from what."""
+    """What is learned from what."""
 
     superposition: Superposition
-    saes: SaeConfig
-    prompts: int
+    expansion: int
+    k: int
+    steps: int = 400
+    prompts: int = 3000
     """to learn from"""
+    mask_steps: int = 120
+
+    def saes(self, start: str) -> SaeConfig:
+        """The trainer's options."""
+        options = {"expansion": self.expansion, "k": self.k, "steps": self.steps, "start": start}
+        return SaeConfig.model_validate(options | {"learning_rate": 1e-2})
 
 
-def measure(setting: Setting, kind: str, seed: int) -> Rows:
-    """A row for the learned dictionaries and one for random ones: `Recovery`, and the circuit with its figures.
+SETTINGS = [
+    Setting(Superposition(128, 2), expansion=4, k=8),
+    Setting(Superposition(256, 4), expansion=4, k=8),
+    Setting(Superposition(256, 4), expansion=4, k=16),
+    Setting(Superposition(256, 4), expansion=8, k=8),
+    Setting(Superposition(256, 8), expansion=4, k=16),
+    Setting(Superposition(512, 4), expansion=4, k=8),
+]
+QUICK_SETTINGS = [Setting(Superposition(128, 2), expansion=4, k=8, steps=100, prompts=800, mask_steps=80)]
 
-    Both circuits are of one size, that of the smallest in the learned dictionaries that reaches the target. `precision`
-    is the share of the circuit's features that are planted nodes, by a cosine of `ALIKE` or more, `recall` the share of
-    planted nodes that are among them; `mixed_precision` and `mixed_recall` are the same by a cosine of `MIXED`.
+
+def measure(settings: Sequence[Setting], kinds: Sequence[str]) -> pd.DataFrame:
+    """A row for each setting, start, kind of circuit, and learned or random dictionaries.
+
+    Columns: the setting; `Recovery`; `nodes`, `precision` and `recall` of the circuit; its figures; and the agreement
+    of all features at once, which is what the dictionaries allow. Learned and random dictionaries have circuits of one
+    size, that of the smallest in the learned ones that reaches the target. `precision` is the share of the circuit's
+    features that are planted nodes, by a cosine of `ALIKE` or more, `recall` the share of planted nodes that are among
+    them; `mixed_precision` and `mixed_recall` are the same by a cosine of `MIXED`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        superposed = superpose(kind, setting.superposition, PROMPTS, seed, Path(folder))
-        held_out = corpus(superposed, "held out", HELD_OUT_PROMPTS, seed)
-        learned = learn(superposed, setting.prompts, setting.saes, seed)
-        rows: Rows = []
-        size = None
-        for name, dictionaries in {"learned": learned, "random": random_dictionaries(learned, seed)}.items():
-            asked = Asked.of(load(superposed.folder, superposed.prompts, dictionaries, MASK_STEPS), superposed.prompts)
-            ranking = asked.ranking(METHOD, "pairs")
-            circuit = asked.smallest(ranking, "pairs") if size is None else asked.best(ranking, size)
-            size = int(circuit.sum())
-            alike = likeness(superposed, dictionaries, circuit)
-            rows.append(
-                {
-                    "dictionaries": name,
-                    "seed": seed,
-                    **recovery(superposed, dictionaries, held_out)._asdict(),
-                    "nodes": float(size),
-                    "precision": float((alike.max(0) >= ALIKE).mean()),
-                    "recall": float((alike.max(1) >= ALIKE).mean()),
-                    "mixed_precision": float((alike.max(0) >= MIXED).mean()),
-                    "mixed_recall": float((alike.max(1) >= MIXED).mean()),
-                    **asked.figures(circuit),
-                }
-            )
-        return rows
+    rows: list[dict[str, Any]] = []
+    for setting in settings:
+        for seed, kind in enumerate(kinds):
+            with tempfile.TemporaryDirectory() as folder:
+                superposed = superpose(kind, setting.superposition, PROMPTS, seed, Path(folder))
+                for start in STARTS:
+                    learned = learn(superposed, setting.prompts, setting.saes(start), seed)
+                    about = {
+                        **setting.superposition._asdict(),
+                        "width": learned[ACTIVATIONS.sites[0]].d_sae,
+                        "k": setting.k,
+                        "start": start,
+                    }
+                    rows += [about | {"seed": seed} | row for row in _found(superposed, learned, setting.mask_steps)]
+        say(f"{setting.superposition.features} features: done")
+    return pd.DataFrame(rows)
+
+
+def _found(superposed: Superposed, learned: Mapping[str, TopKDictionary], mask_steps: int) -> list[dict[str, Any]]:
+    """What is found in learned dictionaries, and in random ones."""
+    held_out = corpus(superposed, "held out", HELD_OUT_PROMPTS, seed=0)
+    rows, size = [], None
+    for name, dictionaries in {"learned": learned, "random": random_dictionaries(learned, seed=0)}.items():
+        problem = load(superposed.folder, superposed.prompts, dictionaries, mask_steps)
+        asked = Asked.of(problem, superposed.prompts)
+        ranking = asked.ranking(METHOD, "pairs")
+        circuit = asked.smallest(ranking, "pairs") if size is None else asked.best(ranking, size)
+        size = int(circuit.sum())
+        alike = likeness(superposed, dictionaries, circuit)
+        rows.append(
+            {
+                "dictionaries": name,
+                **recovery(superposed, dictionaries, held_out)._asdict(),
+                "nodes": float(size),
+                "precision": float((alike.max(0) >= ALIKE).mean()),
+                "recall": float((alike.max(1) >= ALIKE).mean()),
+                "mixed_precision": float((alike.max(0) >= MIXED).mean()),
+                "mixed_recall": float((alike.max(1) >= MIXED).mean()),
+                **asked.figures(circuit),
+                "all_features_agree": asked.figures(np.ones_like(circuit))["agreement"],
+            }
+        )
+    return rows

@@ -89,7 +89,11 @@ def plant(kind: str, seed: int, folder: Path) -> Planted:
 
 
 def plant_circuit(
-    circuit: Circuit, random: np.random.Generator, folder: Path, others: Sequence[Circuit] = (), n_prompts: int = PROMPTS
+    circuit: Circuit,
+    random: np.random.Generator,
+    folder: Path,
+    others: Sequence[Circuit] = (),
+    n_prompts: int = PROMPTS,
 ) -> Planted:
     """The same of any circuit, with `others` beside the distractors, and `n_prompts` per label and split."""
     circuits = [circuit, *drawn_distractors(random), *others]

@@ -5,8 +5,9 @@ By *means*, of toxic prompts alone, as circuits are published: whatever is ablat
 ablated in both: a circuit is made of features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import harness
 import numpy as np
@@ -106,7 +107,8 @@ class Asked:
 
     def figures(self, circuit: Circuit) -> Figures:
         """What the circuit does to test prompts: `FIGURES`, None where one cannot be measured."""
-        [of_pairs] = proof.pair_scores(self.by["pairs"], self.pairs, circuit[None])
+        problem = self.by["pairs"]
+        [of_pairs] = proof.pair_scores(problem.model, problem.score, problem.ablation, self.pairs, circuit[None])
         [sides] = proof.side_scores(self.by["means"], self.both_sides, self.positive, circuit[None])
         restored, whole = (values[self.positive] for values in (sides.circuit - sides.empty, sides.model - sides.empty))
         figures: Figures = {
@@ -138,7 +140,7 @@ def table(averaged: pd.DataFrame) -> str:
     return harness.markdown_table([column.replace("_", " ") for column in averaged.columns], cells)
 
 
-def figures_of(averaged: pd.DataFrame) -> list[dict[str, float | str | None]]:
+def figures_of(averaged: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """The rows for JSON, rounded."""
     rows = averaged.round(4).astype(object)
     return rows.where(averaged.notna(), None).to_dict("records")

@@ -15,19 +15,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from planted_circuits import KINDS, N_LAYERS, Circuit, Node, Unit, drawn_distractors, planted_graph
+from planted_circuits import AGAINST, FOR, KINDS, OTHER, Circuit, Node, Unit, drawn_distractors, planted_graph
 from planted_models import BOS, CONSTANT, D_MODEL, UNKNOWN, Basis, rotation, write_model
-from planted_problems import ACTIVATIONS, AFTER, BEFORE, Prompts, Words
-from planted_circuits import AGAINST, FOR, OTHER
-from sfc.core.sites import layer_of
+from planted_problems import AFTER, BEFORE, Prompts, Words
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from sfc.core.sites import layer_of
 
 N_WORDS = 10
 BACKGROUND_WORDS, WORDS_PER_SOURCE = 2000, 60
 LAST, FIRST = "last", "first"
 """features of the last token and of the first one"""
-GATE, ATTENTION = 20.0, 30.0
+GATE, ATTENTION = 1.0, 30.0
 """how far units are closed but at the last token, and how much more the first token is attended to by the others"""
 TURNED = 0.8
 """share of a background direction's part in the span of the sources that is taken away"""
@@ -104,9 +104,7 @@ def superpose(kind: str, superposition: Superposition, n_prompts: int, seed: int
 
 
 def _gated(circuit: Circuit) -> Circuit:
-    units = tuple(
-        Unit(unit.block, {**unit.reads, LAST: GATE}, unit.bias - GATE, unit.writes) for unit in circuit.units
-    )
+    units = tuple(Unit(unit.block, {**unit.reads, LAST: GATE}, unit.bias - GATE, unit.writes) for unit in circuit.units)
     return Circuit(circuit.toxic, circuit.safe, units, circuit.logits)
 
 
@@ -116,7 +114,8 @@ def _drawn_basis(
     constant, rest = rotation(random)
     names = [FIRST, *sources, *late, *background]
     drawn = normalize(torch.from_numpy(random.normal(size=(len(names), len(rest)))).float())
-    # What words have is read where nothing else is but the last token's own feature, and that first of what meets there.
+    # Sources and the first token's feature are told from each other and from the last token's, which is first among
+    # those that meet there and are told from each other too.
     n_read, n_own = len(sources) + 2, len(names) - len(background)
     span = torch.linalg.qr(drawn[:n_read].T).Q
     drawn[n_own:] = normalize(drawn[n_own:] - TURNED * drawn[n_own:] @ span @ span.T)
