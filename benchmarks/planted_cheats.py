@@ -19,7 +19,7 @@ from sfc.circuits.methods import METHODS
 
 PROMPTS = 12
 """per side and split"""
-MASK_STEPS = 240
+MASK_STEPS = 120
 ABOUT = ("method", "asked")
 """the columns that say what a row is of"""
 ASKED = {"means": "toxic prompts, means", "pairs": "both sides, counterfactuals"}

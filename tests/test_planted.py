@@ -160,7 +160,7 @@ def test_one_side_takes_offsets_for_a_circuit_and_both_sides_find_the_planted_on
     assert len(measured) == 3 == len(rows), "what looks at stored values alone is asked once"
     cheat, honest = (rows["learned-mask", asked] for asked in planted_cheats.ASKED.values())
     assert cheat["faithfulness"] > 0.9 and cheat["prompt_free"] == pytest.approx(cheat["faithfulness"])
-    assert cheat["precision"] < 0.5 and cheat["recall"] < 0.2
+    assert cheat["precision"] <= 0.5 and cheat["recall"] < 0.2, "of what is planted, the last nodes alone"
     for figure in ("recovered_toxic", "recovered_safe", "agreement", "gap_kept"):
         assert abs(cheat[figure]) < 0.02 and honest[figure] > 0.95, figure
     assert cheat["separation"] == pytest.approx(0.5, abs=0.05) and honest["separation"] == 1
