@@ -32,6 +32,8 @@ MARGIN = 10.0
 """a planted node's exact effect is at least so many times any distractor's"""
 WORDS_PER_SOURCE = 3
 MASK_STEPS = 40
+TARGET = 0.9
+"""what the smallest circuit must reach on discovery prompts"""
 BEFORE, AFTER = "ask", "answer"
 FILLERS = tuple(f"filler{i}" for i in range(6))
 ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
@@ -211,6 +213,7 @@ def load(folder: Path, prompts: Prompts, dictionaries: Mapping[str, Dictionary],
                 "activations": ACTIVATIONS.model_dump(),
                 "discovery": UNPRUNED,
                 "learned_mask": {"steps": mask_steps},
+                "evaluation": {"target": TARGET},
             }
         ),
     )

@@ -24,11 +24,10 @@ from sfc.data.counterfactual import counterfactual_pairs
 from sfc.models.batches import make_batches
 from sfc.models.score import DirectedScore
 from sfc.stats import bootstrap_ratio
+from sfc.studies.discover.evidence import chosen_size
 
 PAIRS_PER_PROMPT = 3
 SIZES = (*range(1, 21), 25, 30, 40, 50, 75, 100, 150, 200, 300)
-TARGET = 0.9
-"""the smallest circuit whose discovery figures reach this is taken, else the best"""
 MIN_DENOMINATOR = 0.5
 """nats: smaller differences are not measurable"""
 FIGURES = (
@@ -97,9 +96,9 @@ class Asked:
         return METHODS[method].rank(self.by[by]).ranking
 
     def smallest(self, ranking: Int[np.ndarray, " ranked"], by: str) -> Circuit:
-        """The best nodes, as many as reach the target on discovery prompts."""
-        problem, sizes = self.by[by], faithfulness.curve_sizes(SIZES, len(ranking))
-        return self.best(ranking, _size(problem, ranking, sizes))
+        """The best nodes, as many as discovery reports: those that reach the target on discovery prompts, if any do."""
+        sizes = faithfulness.curve_sizes(SIZES, len(ranking))
+        return self.best(ranking, chosen_size(self.by[by], ranking, sizes)[0])
 
     def best(self, ranking: Int[np.ndarray, " ranked"], size: int) -> Circuit:
         """The best `size` nodes."""
@@ -117,15 +116,6 @@ class Asked:
             **proof.side_figures(sides, MIN_DENOMINATOR, seed=0),
         }
         return {name: figures[name] for name in FIGURES}
-
-
-def _size(problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: list[int]) -> int:
-    if isinstance(problem.ablation.baseline, Counterfactuals):
-        return proof.choose_size(proof.sizes_on_pairs(problem, ranking, sizes, MIN_DENOMINATOR), TARGET)
-    shares = faithfulness.faithfulness_of_sizes(
-        problem, problem.runs, ranking, sizes, MIN_DENOMINATOR, lambda _runs: None
-    )
-    return faithfulness.choose_size(pd.DataFrame({"size": sizes, "discovery_faithfulness": shares}), TARGET)
 
 
 def means(measured: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
