@@ -162,13 +162,13 @@ def _along(
     problem: Problem, batch: Batch, site: str, nodes: Int[np.ndarray, " n"], x: torch.Tensor, v: torch.Tensor
 ) -> Float[np.ndarray, " n"]:
     """`v . displacement` of each node, over all prompts: what ablating it would change."""
-    dictionary, reference = problem.ablation.dictionaries[site], tables_of(problem.ablation.reference)
-    x, v, slots = x[batch.touchable], v[batch.touchable], batch.slots[batch.touchable]
+    dictionary, baseline = problem.ablation.dictionaries[site], tables_of(problem.ablation.baseline)
+    x, v, template_positions = x[batch.touchable], v[batch.touchable], batch.template_positions[batch.touchable]
     f = dictionary.encode(x)
     features = torch.from_numpy(nodes[nodes < dictionary.d_sae]).to(x.device)
-    moved = f[:, features] - reference.features[site][:, features][slots]
+    moved = f[:, features] - baseline.features[site][:, features][template_positions]
     weights = (moved * (v @ dictionary.W_dec[features].T)).sum(0)
-    of_error = (v * (x - dictionary.decode(f) - reference.errors[site][slots])).sum()
+    of_error = (v * (x - dictionary.decode(f) - baseline.errors[site][template_positions])).sum()
     return torch.cat([weights, of_error[None]])[: len(nodes)].cpu().numpy()
 
 

@@ -1,8 +1,8 @@
 """What evaluating twelve circuits costs, in units of a full forward pass over the same prompts and beside plain hooks.
 
 Twelve sizes of one ranking, each kept and each ablated, are scored on the test prompts of one category. Ours is timed
-with all that it needs: the pass that fills the prefix cache, references, encoding. The other way is what one would
-write first: hooks on the whole model, in which features and errors are dense tensors, mixed with their reference and
+with all that it needs: the pass that fills the prefix cache, baselines, encoding. The other way is what one would
+write first: hooks on the whole model, in which features and errors are dense tensors, mixed with their baseline and
 decoded by a matrix product. It has the same packed batches, no gradients, and must give the same scores.
 
 Activations and SAEs are those of the root folder, made first where they are missing.
@@ -129,12 +129,12 @@ def hooked_scores(
 
 
 def _dense_hook(problem: Problem, site: str, mask: Float[Tensor, "batch nodes"], batch: Batch) -> Callable:
-    dictionary, reference = problem.ablation.dictionaries[site], tables_of(problem.ablation.reference)
+    dictionary, baseline = problem.ablation.dictionaries[site], tables_of(problem.ablation.baseline)
     touchable = batch.touchable
-    slots = batch.slots[touchable]
-    keep = mask[:, None].expand(*batch.slots.shape, -1)[touchable]
+    template_positions = batch.template_positions[touchable]
+    keep = mask[:, None].expand(*batch.template_positions.shape, -1)[touchable]
     keep_feature, keep_error = keep[:, :-1], keep[:, -1:]
-    f_ref, error_ref = reference.features[site][slots], reference.errors[site][slots]
+    f_ref, error_ref = baseline.features[site][template_positions], baseline.errors[site][template_positions]
 
     def replace(activation: Tensor) -> Tensor:
         x = activation[touchable]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfc.core.experiments import load_experiment
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore, score_batch
@@ -118,7 +118,7 @@ def _pairs(model: Model, count: int, seed: int) -> list[TokenizedPair]:
 
 
 def _one_batch(model: Model, prompts: list[TokenizedPrompt]) -> Batch:
-    (batch,) = make_batches(prompts, SlotLayout.of(prompts), 10**9, model.device)
+    (batch,) = make_batches(prompts, TemplateLayout.of(prompts), 10**9, model.device)
     return batch
 
 

@@ -11,13 +11,13 @@ from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OTHER, Circuit, Node
 from planted_models import BOS, UNKNOWN, Basis, write_model
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ActivationsConfig, ModelConfig
 from sfc.core.experiments import experiment_of
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.collect import collect
@@ -144,16 +144,16 @@ def _drawn_prompts(circuits: Sequence[Circuit], n_words: int, toxic: bool, rando
     return prompts
 
 
-def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str]) -> Problem:
+def _load(folder: Path, toxic: list[str], safe: list[str], baseline: list[str]) -> Problem:
     """The problem that the stage of discovery would make of these files and prompts."""
     template = f"{BOS} {BEFORE} {{prompt}} {AFTER}"
     source = {"source": str(folder), "template": template, "refusal_tokens": [FOR], "against_tokens": [AGAINST]}
     model = load_model(ModelConfig.model_validate(source))
     dictionaries = {site: load_dictionary(folder / site) for site in ACTIVATIONS.sites}
-    layout = SlotLayout.of(model.tokenize(toxic))
-    runs, references = (
+    layout = TemplateLayout.of(model.tokenize(toxic))
+    runs, baselines = (
         make_batches(model.tokenize(prompts), layout, ACTIVATIONS.batch_tokens, model.device)
-        for prompts in (toxic, reference)
+        for prompts in (toxic, baseline)
     )
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     collect(model, model.tokenize(toxic + safe), ACTIVATIONS.sites, ACTIVATIONS, folder / "store", lambda _tokens: None)
@@ -161,7 +161,7 @@ def _load(folder: Path, toxic: list[str], safe: list[str], reference: list[str])
     return Problem(
         model=model,
         score=RefusalScore.of(model),
-        ablation=Ablation(nodes, dictionaries, mean_reference(model, dictionaries, references, layout), "node"),
+        ablation=Ablation(nodes, dictionaries, mean_baseline(model, dictionaries, baselines, layout), "node"),
         runs=PromptRuns.of(model, runs, nodes.sites[0]),
         store=Store(folder / "store"),
         prompts=pd.DataFrame({"prompt": toxic + safe, "store_index": range(len(labels)), "refusal_label": labels}),

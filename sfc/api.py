@@ -14,7 +14,7 @@ from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.core.experiments import load_experiment
 from sfc.features.labels import with_own_labels
-from sfc.features.session import Probe
+from sfc.features.session import PromptSession
 from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure
 from sfc.run import Run
@@ -116,11 +116,11 @@ def plot_curve(circuit: Discovered) -> go.Figure:
     return curve_figure(circuit.curve, len(circuit.graph))
 
 
-def open_model(run: Run) -> Probe:
+def open_model(run: Run) -> PromptSession:
     """Load the model and its dictionaries: which features fire on a prompt, the score and reply with some of them off.
 
     Raises:
         UserError: the dictionaries are not there yet (`discover` makes them).
     """
     session = Session(run)
-    return Probe(session.model, session.metric, session.dictionaries)
+    return PromptSession(session.model, session.metric, session.dictionaries)

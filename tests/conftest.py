@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.experiments import experiment_of, load_experiment
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
@@ -68,12 +68,12 @@ def prompts(model: Model) -> list[TokenizedPrompt]:
 
 
 @pytest.fixture(scope="session")
-def layout(prompts: list[TokenizedPrompt]) -> SlotLayout:
-    return SlotLayout.of(prompts)
+def layout(prompts: list[TokenizedPrompt]) -> TemplateLayout:
+    return TemplateLayout.of(prompts)
 
 
 @pytest.fixture(scope="session")
-def batches(model: Model, prompts: list[TokenizedPrompt], layout: SlotLayout) -> list[Batch]:
+def batches(model: Model, prompts: list[TokenizedPrompt], layout: TemplateLayout) -> list[Batch]:
     return make_batches(prompts, layout, 80, model.device)
 
 
@@ -98,11 +98,11 @@ def dictionaries() -> dict[str, Dictionary]:
 
 @pytest.fixture(scope="session")
 def ablation(
-    model: Model, dictionaries: dict[str, Dictionary], prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, dictionaries: dict[str, Dictionary], prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> Ablation:
-    reference = mean_reference(model, dictionaries, make_batches(prompts[:4], layout, 60, model.device), layout)
+    baseline = mean_baseline(model, dictionaries, make_batches(prompts[:4], layout, 60, model.device), layout)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
-    return Ablation(nodes, dictionaries, reference, "node")
+    return Ablation(nodes, dictionaries, baseline, "node")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from conftest import random_dictionary
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import PromptRuns
@@ -17,7 +17,7 @@ from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.sites import kind_of
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -31,27 +31,27 @@ def oracle_scores(
     score: RefusalScore,
     ablation: Ablation,
     prompts: list[TokenizedPrompt],
-    layout: SlotLayout,
+    layout: TemplateLayout,
     mask: Tensor,
 ) -> np.ndarray:
     """One prompt at a time, one token at a time, dense: `x <- x_hat(m f + (1 - m) f_ref) + error`."""
     masks = ablation.nodes.split(mask)
     scores = []
     for prompt in prompts:
-        slots = layout.slots(prompt)
+        template_positions = layout.template_positions(prompt)
         batch = make_batches([prompt], layout, 1, model.device)[0]
         clean: dict[str, Tensor] = {}
         with torch.no_grad():
             last_logits(model, batch, {site: recorder(clean, site) for site in masks})
 
-        def hook(site: str, slots: np.ndarray = slots, clean: dict[str, Tensor] = clean):
+        def hook(site: str, template_positions: np.ndarray = template_positions, clean: dict[str, Tensor] = clean):
             def act(activation: Tensor) -> Tensor:
                 dictionary, m = ablation.dictionaries[site], masks[site]
                 result = activation.clone()
-                for position in range(1, len(slots)):
-                    x, slot = activation[0, position], slots[position]
-                    f, f_ref = dictionary.encode(x), ablation.reference.features[site][slot]
-                    error, error_ref = x - dictionary.decode(f), ablation.reference.errors[site][slot]
+                for position in range(1, len(template_positions)):
+                    x, place = activation[0, position], template_positions[position]
+                    f, f_ref = dictionary.encode(x), ablation.baseline.features[site][place]
+                    error, error_ref = x - dictionary.decode(f), ablation.baseline.errors[site][place]
                     if ablation.error_mode == "keep-clean":
                         error_ref = clean[site][0, position]
                         error_ref = error_ref - dictionary.decode(dictionary.encode(error_ref))
@@ -70,7 +70,7 @@ def oracle_scores(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_packed_circuits_agree_with_the_oracle(
-    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout,
+    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout,
     batches: list[Batch], mode: str, share: float,
 ) -> None:  # fmt: skip
     ablation = replace(ablation, error_mode=mode)
@@ -84,14 +84,14 @@ def test_packed_circuits_agree_with_the_oracle(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sites_of_several_kinds_agree_with_the_oracle(
-    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch],
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: TemplateLayout, batches: list[Batch],
     mode: str,
 ) -> None:  # fmt: skip
     sites = ActivationsConfig(kind=["resid_post", "attn_out", "mlp_out"], layers=[0, 1]).sites
     assert [kind_of(site) for site in sites] == ["attn_out", "mlp_out", "resid_post"] * 2
     dictionaries = {site: random_dictionary(site, seed=number) for number, site in enumerate(sites)}
-    reference = mean_reference(model, dictionaries, batches, layout)
-    ablation = Ablation(Nodes.of_spaces(dictionaries), dictionaries, reference, mode)
+    baseline = mean_baseline(model, dictionaries, batches, layout)
+    ablation = Ablation(Nodes.of_spaces(dictionaries), dictionaries, baseline, mode)
     keep = np.random.default_rng(1).random((3, ablation.nodes.n_nodes)) < 0.5
     fast = ablated_scores(model, score, ablation, PromptRuns.of(model, batches, sites[0]), keep)
     for row, mask in zip(fast, keep, strict=True):
@@ -106,7 +106,7 @@ def test_clean_errors_are_never_those_of_another_batch(ablation: Ablation, batch
 
 
 def test_masks_between_0_and_1_agree_with_the_oracle(
-    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
     mask = torch.rand(ablation.nodes.n_nodes, generator=torch.Generator().manual_seed(2))
     batch = make_batches(prompts, layout, 10_000, model.device)[0]
@@ -129,12 +129,12 @@ def test_ablating_nothing_changes_nothing(
 def test_with_everything_ablated_the_score_is_that_of_the_last_slots_reference(
     model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch]
 ) -> None:
-    """F(0) by hand: nothing but the reference of the last site's last slot reaches the final norm."""
+    """F(0) by hand: nothing but the baseline of the last site's last place reaches the final norm."""
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     nothing = np.zeros((1, ablation.nodes.n_nodes), dtype=bool)
     fast = ablated_scores(model, score, ablation, runs, nothing)[0]
     site = ablation.nodes.sites[-1]
-    x = ablation.dictionaries[site].decode(ablation.reference.features[site][-1]) + ablation.reference.errors[site][-1]
+    x = ablation.dictionaries[site].decode(ablation.baseline.features[site][-1]) + ablation.baseline.errors[site][-1]
     with torch.no_grad():
         logits = model.hf.lm_head(model.hf.base_model.norm(x[None, None]))[0]
     np.testing.assert_allclose(fast, float(score(logits)), atol=1e-5)
@@ -185,33 +185,33 @@ def test_the_mask_is_differentiable(
 
 
 def test_references_are_means_within_prompts_first(
-    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
     site = ablation.nodes.sites[1]
     dictionary = ablation.dictionaries[site]
-    per_slot: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    per_position: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for prompt in prompts[:4]:
         kept: list[Tensor] = []
         batch = make_batches([prompt], layout, 1, model.device)[0]
         with torch.no_grad():
             last_logits(model, batch, {site: kept.append})
-        slots = layout.slots(prompt)
-        for slot in set(slots.tolist()):
-            x = kept[0][0][torch.from_numpy(slots == slot)]
+        template_positions = layout.template_positions(prompt)
+        for place in set(template_positions.tolist()):
+            x = kept[0][0][torch.from_numpy(template_positions == place)]
             f = dictionary.encode(x)
-            per_slot.setdefault(slot, []).append((f.mean(0), (x - dictionary.decode(f)).mean(0)))
-    for slot, means in per_slot.items():
+            per_position.setdefault(place, []).append((f.mean(0), (x - dictionary.decode(f)).mean(0)))
+    for place, means in per_position.items():
         features, errors = (torch.stack(part).mean(0) for part in zip(*means, strict=True))
-        torch.testing.assert_close(ablation.reference.features[site][slot], features, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(ablation.reference.errors[site][slot], errors, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ablation.baseline.features[site][place], features, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ablation.baseline.errors[site][place], errors, atol=1e-5, rtol=1e-4)
 
 
 def test_a_reference_that_misses_a_position_of_the_template_is_an_error(
-    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
-    wider = SlotLayout(layout.n_prefix, layout.n_suffix + 1)
+    wider = TemplateLayout(layout.n_prefix, layout.n_suffix + 1)
     with pytest.raises(UserError, match="reference prompts"):
-        mean_reference(model, ablation.dictionaries, make_batches(prompts, wider, 500, model.device), wider)
+        mean_baseline(model, ablation.dictionaries, make_batches(prompts, wider, 500, model.device), wider)
 
 
 def test_node_names_and_numbers_are_inverse() -> None:
@@ -229,11 +229,11 @@ def test_node_names_and_numbers_are_inverse() -> None:
 def test_the_attention_sink_is_no_part_of_the_contents_mean(model: Model, ablation: Ablation) -> None:
     """Where a template has no prefix, the first token is content, and still not pooled with the others."""
     prompts = tokenize_prompts(model.tokenizer, ["Bake bread?", "No."], "{prompt} A:")
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     assert layout.n_prefix == 0
     site = ablation.nodes.sites[0]
     batches = make_batches(prompts, layout, 99, model.device)
-    reference = mean_reference(model, {site: ablation.dictionaries[site]}, batches, layout)
+    baseline = mean_baseline(model, {site: ablation.dictionaries[site]}, batches, layout)
     means = []
     for prompt in prompts:
         kept: list[Tensor] = []
@@ -241,5 +241,5 @@ def test_the_attention_sink_is_no_part_of_the_contents_mean(model: Model, ablati
             last_logits(model, make_batches([prompt], layout, 1, model.device)[0], {site: kept.append})
         content = np.flatnonzero(prompt.roles == Role.CONTENT)
         means.append(kept[0][0, content[content > 0]].mean(0))
-    x_ref = ablation.dictionaries[site].decode(reference.features[site][0]) + reference.errors[site][0]
+    x_ref = ablation.dictionaries[site].decode(baseline.features[site][0]) + baseline.errors[site][0]
     torch.testing.assert_close(x_ref, torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sfc.circuits.options import base_model
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import load_model
 from sfc.models.running import run_to
@@ -60,7 +60,7 @@ def test_with_all_nodes_swapped_one_model_is_the_other(discovered: dict, base: P
     model = load_model(config.model_copy(update={"source": str(base)}))
     tokenized = model.tokenize(texts)
     scores = score_prompts(
-        model, RefusalScore.of(model), make_batches(tokenized, SlotLayout.of(tokenized), 300, model.device)
+        model, RefusalScore.of(model), make_batches(tokenized, TemplateLayout.of(tokenized), 300, model.device)
     )
     assert swapped["f_base"] == pytest.approx(scores.mean(), abs=1e-4)
 
@@ -129,7 +129,7 @@ def test_the_contrast_needs_a_base_and_a_method_that_runs_both() -> None:
         load_experiment("tiny", ["discovery.base=x"])
     with_adapter = load_experiment("smollm2", ["discovery.contrast=model-base"])
     assert base_model(with_adapter) == load_experiment("smollm2-base").model
-    assert with_adapter.discovery.reference_choice == "base"
+    assert with_adapter.discovery.baseline_choice == "base"
 
 
 def test_categories_cannot_be_compared_against_the_base(root: Path) -> None:

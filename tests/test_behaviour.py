@@ -18,7 +18,7 @@ from sfc.circuits.replies import ablated_replies
 from sfc.core.artifacts import write_csv, write_json
 from sfc.core.experiments import load_experiment
 from sfc.data.schema import with_ids
-from sfc.models.batches import PAD_SLOT, Batch
+from sfc.models.batches import NO_POSITION, Batch
 from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
@@ -138,13 +138,15 @@ def test_replies_under_ablation_are_those_of_a_run_from_the_start_for_every_toke
 
 def _reply_token_by_token(model: Model, ablation: Ablation, batch: Batch, row: int, mask: np.ndarray, n: int) -> str:
     length = int(batch.lengths[row])
-    ids, slots = batch.ids[row : row + 1, :length], batch.slots[row : row + 1, :length]
+    ids, template_positions = batch.ids[row : row + 1, :length], batch.template_positions[row : row + 1, :length]
     masks, new = torch.from_numpy(mask)[None].float(), []
     while len(new) < n and not set(new) & end_tokens(model):
-        grown = Batch(torch.zeros(1).long(), ids, torch.tensor([ids.shape[1]]), slots, torch.zeros_like(ids))
+        grown = Batch(
+            torch.zeros(1).long(), ids, torch.tensor([ids.shape[1]]), template_positions, torch.zeros_like(ids)
+        )
         interventions = ablation.interventions(masks, torch.zeros(1).long(), grown)
         with torch.no_grad():
             new.append(int(last_logits(model, grown, interventions).argmax()))
         ids = torch.cat([ids, torch.tensor([[new[-1]]])], dim=1)
-        slots = torch.cat([slots, torch.tensor([[PAD_SLOT]])], dim=1)
+        template_positions = torch.cat([template_positions, torch.tensor([[NO_POSITION]])], dim=1)
     return model.tokenizer.decode(new, skip_special_tokens=True)

@@ -12,7 +12,7 @@ from sfc.models.score import auroc
 FEW = [
     part
     for setting in (
-        "evaluation.random_draws=2", "evaluation.p_value_draws=5", "evaluation.replies=0", "discovery.audit_nodes=3",
+        "evaluation.random_draws=2", "evaluation.p_value_draws=5", "evaluation.replies=0", "discovery.checked_nodes=3",
     )
     for part in ("--set", setting)
 ]  # fmt: skip
@@ -37,7 +37,7 @@ def test_under_mean_ablation_every_test_prompt_of_the_category_is_judged(root: P
 
 
 def test_under_counterfactual_ablation_pairs_in_both_directions_are_judged(root: Path) -> None:
-    result, scores = discovered(root, "--set", "discovery.reference=counterfactual")
+    result, scores = discovered(root, "--set", "discovery.baseline=counterfactual")
     assert set(scores["kind"]) == {"toxic", "safe"}
     assert result["gap_kept"] is None and result["agreement"] is not None
     assert result["agreement_low"] <= result["agreement"] <= result["agreement_high"]

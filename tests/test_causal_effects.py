@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference, paired_reference, zero_reference
+from sfc.circuits.baselines import mean_baseline, paired_baseline, zero_baseline
 from sfc.circuits.circuit import effects_by_role, role_names
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import METHODS, NATS
@@ -23,7 +23,7 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
@@ -36,15 +36,15 @@ CAUSAL = ["attribution", "integrated-gradients", "exact"]
 
 def at_sites(problem: Problem, kind: str) -> Problem:
     """The problem with its dictionaries at sites of this kind."""
-    layout = problem.ablation.reference.layout
+    layout = problem.ablation.baseline.layout
     dictionaries: dict[str, Dictionary] = {
         (site := f"blocks.{layer}.hook_{kind}"): TopKDictionary(dictionary.state_dict(), k=6, site=site)
         for layer, dictionary in enumerate(problem.ablation.dictionaries.values())
     }
-    reference = mean_reference(problem.model, dictionaries, problem.runs.batches, layout)
+    baseline = mean_baseline(problem.model, dictionaries, problem.runs.batches, layout)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     runs = PromptRuns.of(problem.model, problem.runs.batches, nodes.sites[0])
-    return replace(problem, ablation=Ablation(nodes, dictionaries, reference, "node"), runs=runs)
+    return replace(problem, ablation=Ablation(nodes, dictionaries, baseline, "node"), runs=runs)
 
 
 def by_prompt(problem: Problem, effects: list[BatchEffects]) -> np.ndarray:
@@ -57,7 +57,7 @@ def by_prompt(problem: Problem, effects: list[BatchEffects]) -> np.ndarray:
 
 def by_hand(problem: Problem, node: int) -> np.ndarray:
     """The effect of one node, one whole run of each prompt at a time: `x <- x - (f_i - f_ref_i) d_i`."""
-    nodes, reference = problem.ablation.nodes, problem.ablation.reference
+    nodes, baseline = problem.ablation.nodes, problem.ablation.baseline
     number = int(nodes.site_numbers[node])
     site, within = nodes.sites[number], node - sum(nodes.sizes[:number])
     dictionary = problem.ablation.dictionaries[site]
@@ -69,12 +69,12 @@ def by_hand(problem: Problem, node: int) -> np.ndarray:
             def act(activation: Tensor, batch: Batch = batch) -> Tensor:
                 result = activation.clone()
                 for position in range(1, int(batch.lengths)):
-                    x, slot = activation[0, position], batch.slots[0, position]
+                    x, place = activation[0, position], batch.template_positions[0, position]
                     f = dictionary.encode(x)
                     if within == dictionary.d_sae:
-                        result[0, position] = x - (x - dictionary.decode(f) - reference.errors[site][slot])
+                        result[0, position] = x - (x - dictionary.decode(f) - baseline.errors[site][place])
                     else:
-                        difference = f[within] - reference.features[site][slot, within]
+                        difference = f[within] - baseline.features[site][place, within]
                         result[0, position] = x - difference * dictionary.W_dec[within]
                 return result
 
@@ -111,15 +111,15 @@ def test_exact_effects_do_not_depend_on_how_many_nodes_go_through_at_once(proble
 
 
 @pytest.fixture(scope="module")
-def paired(problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch]) -> Problem:
+def paired(problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout, batches: list[Batch]) -> Problem:
     """The problem with each prompt held against the next one in the list."""
     partners = [*prompts[1:], prompts[0]]
     of_partners = make_batches(partners, layout, 60, problem.model.device)
-    reference = paired_reference(problem.model, problem.ablation.dictionaries, of_partners, layout)
+    baseline = paired_baseline(problem.model, problem.ablation.dictionaries, of_partners, layout)
     runs = PromptRuns(
-        [batch.with_tables(batch.prompts, layout) for batch in problem.runs.batches], problem.runs.prefixes
+        [batch.with_tables(batch.prompts, layout) for batch in problem.runs.batches], problem.runs.cached_residuals
     )
-    return replace(problem, ablation=replace(problem.ablation, reference=reference), runs=runs)
+    return replace(problem, ablation=replace(problem.ablation, baseline=baseline), runs=runs)
 
 
 def test_with_everything_ablated_to_its_partner_a_prompt_scores_as_its_partner_does(paired: Problem) -> None:
@@ -131,13 +131,13 @@ def test_with_everything_ablated_to_its_partner_a_prompt_scores_as_its_partner_d
 
 
 def test_effects_against_partners_are_those_by_hand_and_obey_the_laws(paired: Problem) -> None:
-    nodes, layout = paired.ablation.nodes, paired.ablation.reference.layout
+    nodes, layout = paired.ablation.nodes, paired.ablation.baseline.layout
     chosen = [5, nodes.sizes[0] - 1, nodes.sizes[0] + 5]
     np.testing.assert_allclose(exact_effects(paired, chosen), [by_hand(paired, node) for node in chosen], atol=2e-5)
     for method in ("attribution", "integrated-gradients"):
         effects = METHODS[method].rank(paired.with_settings(integrated_gradients={"steps": 60}))
-        assert effects.by_slot is not None and len(effects.by_slot) == layout.n_slots
-        np.testing.assert_allclose(effects.by_slot.sum(0), effects.effect, atol=1e-9)
+        assert effects.by_position is not None and len(effects.by_position) == layout.n_template_positions
+        np.testing.assert_allclose(effects.by_position.sum(0), effects.effect, atol=1e-9)
     lost = full_scores(paired.model, paired.score, paired.runs) - site_ablated(paired, 0)
     assert effects.effect[nodes.site_numbers == 0].sum() == pytest.approx(lost.mean(), abs=3e-4)  # pyright: ignore
     assert role_names(paired.model, paired.runs.batches, layout)["effect_suffix_0"] == "<|end|>"
@@ -172,10 +172,10 @@ def test_the_error_of_integrated_gradients_falls_with_the_square_of_the_steps(pr
 
 
 def test_one_step_of_integrated_gradients_is_the_gradient_half_way(problem: Problem) -> None:
-    batch, prefix = next(iter(problem.runs))
+    batch, cached = next(iter(problem.runs))
     site = problem.ablation.nodes.sites[1]
-    table = problem.ablation.dictionaries[site].decode(problem.ablation.reference.features[site])
-    x_ref = (table + problem.ablation.reference.errors[site])[batch.slots]
+    table = problem.ablation.dictionaries[site].decode(problem.ablation.baseline.features[site])
+    x_ref = (table + problem.ablation.baseline.errors[site])[batch.template_positions]
     kept: list[Tensor] = []
 
     def half_way(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def test_one_step_of_integrated_gradients_is_the_gradient_half_way(problem: Prob
     problem.score(last_logits(problem.model, batch, {site: half_way})).sum().backward()
     assert kept[0].grad is not None
     moved = ((kept[1] - x_ref) * kept[0].grad).sum(-1) * batch.touchable
-    effects = problem.ablation.nodes.split(integrated_effects(problem, batch, prefix, steps=1).by_prompt)[site]
+    effects = problem.ablation.nodes.split(integrated_effects(problem, batch, cached, steps=1).by_prompt)[site]
     torch.testing.assert_close(effects.sum(1), moved.sum(1), atol=1e-5, rtol=1e-3)
 
 
@@ -215,15 +215,15 @@ def linear(tmp_path_factory: pytest.TempPathFactory, prompts: list[TokenizedProm
     toy.save_pretrained(folder)
     model: Model = load_model(ModelConfig(source=str(folder), refusal_tokens=["I"], against_tokens=["S"]))  # pyright: ignore
 
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 80, model.device)
     dictionaries: dict[str, Dictionary] = {}
     for site, dictionary in problem.ablation.dictionaries.items():
         weights = {name: weight.clone() for name, weight in dictionary.state_dict().items()}  # pyright: ignore
         weights["W_enc"][0], weights["W_dec"][:, 0], weights["b_dec"][0] = 0, 0, 0
         dictionaries[site] = TopKDictionary(weights, k=6, site=site)
-    reference = mean_reference(model, dictionaries, batches[:2], layout)
-    ablation = Ablation(problem.ablation.nodes, dictionaries, reference, "node")
+    baseline = mean_baseline(model, dictionaries, batches[:2], layout)
+    ablation = Ablation(problem.ablation.nodes, dictionaries, baseline, "node")
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     return replace(problem, model=model, score=RefusalScore.of(model), ablation=ablation, runs=runs)
 
@@ -244,21 +244,21 @@ def test_in_a_linear_model_attribution_integrated_gradients_and_exact_effects_ag
 def test_a_node_at_its_reference_has_no_effect(problem: Problem, method: str) -> None:
     """A prompt with a single content token is its own mean: everything already is what ablation would make it."""
     prompts = problem.model.tokenize(["h"])
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 80, problem.model.device)
-    reference = mean_reference(problem.model, problem.ablation.dictionaries, batches, layout)
+    baseline = mean_baseline(problem.model, problem.ablation.dictionaries, batches, layout)
     runs = PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0])
-    own = replace(problem, ablation=replace(problem.ablation, reference=reference), runs=runs)
+    own = replace(problem, ablation=replace(problem.ablation, baseline=baseline), runs=runs)
     effects = METHODS[method].rank(own)
     np.testing.assert_allclose(effects.effect, 0, atol=1e-5)
-    zero = zero_reference(problem.ablation.dictionaries, layout)
-    other = METHODS[method].rank(replace(own, ablation=replace(own.ablation, reference=zero)))
+    zero = zero_baseline(problem.ablation.dictionaries, layout)
+    other = METHODS[method].rank(replace(own, ablation=replace(own.ablation, baseline=zero)))
     assert np.abs(other.effect).max() > 1e-2
 
 
-def test_a_zero_reference_leaves_the_decoders_bias(problem: Problem, layout: SlotLayout) -> None:
+def test_a_zero_reference_leaves_the_decoders_bias(problem: Problem, layout: TemplateLayout) -> None:
     dictionaries = problem.ablation.dictionaries
-    ablation = replace(problem.ablation, reference=zero_reference(dictionaries, layout))
+    ablation = replace(problem.ablation, baseline=zero_baseline(dictionaries, layout))
     nothing = torch.zeros(1, ablation.nodes.n_nodes)
     for batch in problem.runs.batches:
         interventions = ablation.interventions(nothing, torch.zeros_like(batch.lengths), batch)
@@ -273,41 +273,43 @@ def test_a_zero_reference_leaves_the_decoders_bias(problem: Problem, layout: Slo
 @pytest.mark.parametrize("method", ["attribution", "integrated-gradients"])
 def test_parts_by_role_sum_to_the_effect_and_each_is_that_of_its_tokens(problem: Problem, method: str) -> None:
     effects = METHODS[method].rank(problem.with_settings(integrated_gradients={"steps": 2}))
-    layout = problem.ablation.reference.layout
-    assert effects.by_slot is not None and len(effects.by_slot) == layout.n_slots
-    parts = effects_by_role(effects.by_slot, layout)
+    layout = problem.ablation.baseline.layout
+    assert effects.by_position is not None and len(effects.by_position) == layout.n_template_positions
+    parts = effects_by_role(effects.by_position, layout)
     np.testing.assert_allclose(sum(parts.values()), effects.effect, atol=1e-9)
-    assert not effects.by_slot[0].any(), "the attention sink is never ablated"
+    assert not effects.by_position[0].any(), "the attention sink is never ablated"
     assert list(parts) == ["effect_prefix", "effect_content", *(f"effect_suffix_{i}" for i in range(layout.n_suffix))]
 
 
 def test_the_part_of_one_role_is_that_of_ablating_there_alone(linear: Problem) -> None:
-    """In the linear model, what a node does at its content tokens is what is left when no other slot differs."""
-    reference, layout = linear.ablation.reference, linear.ablation.reference.layout
+    """In the linear model, what a node does at its content tokens is what is left when no other place differs."""
+    baseline, layout = linear.ablation.baseline, linear.ablation.baseline.layout
     site, content = linear.ablation.nodes.sites[0], layout.n_prefix
     effects = METHODS["attribution"].rank(linear)
-    assert effects.by_slot is not None
+    assert effects.by_position is not None
     batch, _ = next(iter(linear.runs))
     one = replace(
         linear, runs=PromptRuns.of(linear.model, [replace(batch, prompts=torch.arange(len(batch.prompts)))], site)
     )
-    part = effects_by_role(METHODS["attribution"].rank(one).by_slot, layout)["effect_content"]  # pyright: ignore
+    part = effects_by_role(METHODS["attribution"].rank(one).by_position, layout)["effect_content"]  # pyright: ignore
 
     def content_ablated(activation: Tensor) -> Tensor:
-        reference = linear.ablation.reference
-        x_ref = (linear.ablation.dictionaries[site].decode(reference.features[site]) + reference.errors[site])[content]
-        return torch.where((batch.slots == content)[..., None] & batch.touchable[..., None], x_ref, activation)
+        baseline = linear.ablation.baseline
+        x_ref = (linear.ablation.dictionaries[site].decode(baseline.features[site]) + baseline.errors[site])[content]
+        return torch.where(
+            (batch.template_positions == content)[..., None] & batch.touchable[..., None], x_ref, activation
+        )
 
     with torch.no_grad():
         plain, ablated = (linear.score(last_logits(linear.model, batch, h)) for h in ({}, {site: content_ablated}))
     at_site = linear.ablation.nodes.site_numbers == 0
     expected = float((plain - ablated).mean())
-    assert abs(expected) > 1e-2 and reference.layout == layout
+    assert abs(expected) > 1e-2 and baseline.layout == layout
     assert part[at_site].sum() == pytest.approx(expected, rel=1e-4)
 
 
 def test_roles_after_the_prompt_are_named_by_their_tokens(
-    model: Model, batches: list[Batch], layout: SlotLayout
+    model: Model, batches: list[Batch], layout: TemplateLayout
 ) -> None:
     names = role_names(model, batches, layout)
     assert list(names.values()) == ["template before the prompt", "prompt", "<|end|>", "<|assistant|>"]
@@ -336,7 +338,7 @@ def test_with_many_steps_integrated_gradients_are_a_method_whose_means_obey_the_
 
 @pytest.mark.parametrize("method", [*CAUSAL, "learned-mask"])
 def test_memory_is_bounded_by_the_prompts_of_a_batch(
-    problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout, method: str
+    problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout, method: str
 ) -> None:
     problem = problem.with_settings(integrated_gradients={"steps": 2}, exact={"nodes": 4}, learned_mask={"steps": 4})
     longest = max(len(prompt.ids) for prompt in prompts)

@@ -123,17 +123,17 @@ def test_other_methods_populations_and_error_modes_run_on_the_same_saes(
         ("paired", "attribution", {False}),
     ],
 )
-def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
+def test_the_reference_is_what_its_name_says_and_every_effect_is_checked(
     discovered: dict, root: Path, reference: str, method: str, labels: set[bool]
 ) -> None:
-    options = ("--method", method, "--set", f"discovery.reference={reference}", "--set", "exact.nodes=25")
+    options = ("--method", method, "--set", f"discovery.baseline={reference}", "--set", "exact.nodes=25")
     result = sfc("discover", "--preset", "tiny", *options, "--json", root=root).result
     prompts = pd.read_csv(root / result["files"]["prompts"])
     in_reference = prompts[prompts["split"] == "reference"]
     assert set(in_reference["refusal_label"]) == labels
     graph = json.loads((root / result["files"]["circuit"]).read_text())["graph"]
-    assert graph["reference"] == reference and graph["effect_unit"] == "nats of refusal score"
-    assert set(graph["audit"]) == {"top", "random", "worst_misses", "noise_floor", "n_prompts"}
+    assert graph["baseline"] == reference and graph["effect_unit"] == "nats of refusal score"
+    assert set(graph["approximation_check"]) == {"top", "random", "worst_misses", "noise_floor", "n_prompts"}
     page = Path(root / result["files"]["page"]).read_text()
     assert "against exact ablation" in page
     if reference == "paired":
@@ -143,7 +143,7 @@ def test_the_reference_is_what_its_name_says_and_every_circuit_is_audited(
         assert set(explained["split"]) == {"discovery", "test"}
     if method == "exact":
         assert result["n_nodes"] <= 25 and graph["roles"] == {}
-        assert graph["audit"]["top"]["rank_correlation"] > 0.99
+        assert graph["approximation_check"]["top"]["rank_correlation"] > 0.99
     else:
         assert list(graph["roles"].values()) == ["template before the prompt", "prompt", "<|end|>", "<|assistant|>"]
 
@@ -237,7 +237,7 @@ def test_a_data_set_without_pairs_has_no_paired_reference(tmp_path: Path) -> Non
     folder = tmp_path / "data"
     shutil.copytree(MINI, folder)
     (folder / "pairs.csv").unlink()
-    options = ("--preset", "tiny", "--data", folder, "--set", "discovery.reference=paired")
+    options = ("--preset", "tiny", "--data", folder, "--set", "discovery.baseline=paired")
     assert_one_line(sfc("discover", *options, root=tmp_path), "pairs.csv", "does not exist")
 
 

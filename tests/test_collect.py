@@ -19,7 +19,7 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.core.sites import site_of
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -83,7 +83,7 @@ def test_content_and_suffix_rows_are_as_single_runs_give_them(
         assert (store.tokens.token[rows] == prompt.ids[positions]).all()
         assert (store.tokens.role[rows] == prompt.roles[positions]).all()
         seen: list[torch.Tensor] = []
-        batch = make_batches([prompt], SlotLayout.of(prompts), 1, model.device)[0]
+        batch = make_batches([prompt], TemplateLayout.of(prompts), 1, model.device)[0]
         last_logits(model, batch, {site: seen.append})
         torch.testing.assert_close(values[rows], seen[0][0, positions].flatten(1), atol=1e-5, rtol=1e-4)
 

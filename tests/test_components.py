@@ -17,7 +17,7 @@ from test_cli import RESULT_KEYS
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import METHODS
 from sfc.circuits.methods.attribution import attributed_effects
@@ -29,7 +29,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import leaf_recorder, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
@@ -43,11 +43,11 @@ def component_spaces(model: Model) -> dict[str, NodeSpace]:
 def of_components(problem: Problem, model: Model) -> Problem:
     """The problem put to the heads and MLPs of two layers of a model."""
     prompts = model.tokenize(TEXTS)
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 120, model.device)
     spaces = component_spaces(model)
-    reference = mean_reference(model, spaces, make_batches(prompts[:4], layout, 60, model.device), layout)
-    ablation = Ablation(Nodes.of_spaces(spaces), spaces, reference, "node")
+    baseline = mean_baseline(model, spaces, make_batches(prompts[:4], layout, 60, model.device), layout)
+    ablation = Ablation(Nodes.of_spaces(spaces), spaces, baseline, "node")
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     return replace(problem, model=model, score=RefusalScore.of(model), ablation=ablation, runs=runs)
 
@@ -78,8 +78,8 @@ def part_of(problem: Problem, node: int) -> tuple[str, slice]:
 
 
 def oracle(problem: Problem, kept: np.ndarray) -> np.ndarray:
-    """Scores with every other component set to its reference, prompt by prompt, token by token, from the tokens on."""
-    reference, scores = problem.ablation.reference, []
+    """Scores with every other component set to its baseline, prompt by prompt, token by token, from the tokens on."""
+    baseline, scores = problem.ablation.baseline, []
     for batch in problem.runs.batches:
         for row in range(len(batch.prompts)):
             alone = batch.select(torch.tensor([row]))
@@ -90,7 +90,9 @@ def oracle(problem: Problem, kept: np.ndarray) -> np.ndarray:
                     for position in range(1, int(alone.lengths[0])):
                         for node in nodes:
                             where = part_of(problem, node)[1]
-                            flat[0, position, where] = reference.errors[site][alone.slots[0, position], where]
+                            flat[0, position, where] = baseline.errors[site][
+                                alone.template_positions[0, position], where
+                            ]
                     return flat
 
                 return act
@@ -125,7 +127,7 @@ def test_exact_effects_are_what_ablating_each_alone_does(components: Problem) ->
 
 
 def test_attribution_is_the_gradient_times_what_ablation_takes_away(components: Problem) -> None:
-    nodes, reference = components.ablation.nodes, components.ablation.reference
+    nodes, baseline = components.ablation.nodes, components.ablation.baseline
     for batch, prefix in components.runs:
         fast = attributed_effects(components, batch, prefix)
         seen: dict[str, Tensor] = {}
@@ -137,10 +139,10 @@ def test_attribution_is_the_gradient_times_what_ablation_takes_away(components: 
         for node in range(nodes.n_nodes):
             site, where = part_of(components, node)
             g = gradients[list(seen).index(site)][..., where]
-            x_ref = reference.errors[site][batch.slots.clamp(min=0)][..., where]
+            x_ref = baseline.errors[site][batch.template_positions.clamp(min=0)][..., where]
             moved = (g * (seen[site].detach()[..., where] - x_ref)).sum(-1) * batch.touchable
             torch.testing.assert_close(fast.by_prompt[:, node], moved.sum(1), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(fast.by_slot.sum(0), fast.by_prompt.sum(0), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(fast.by_position.sum(0), fast.by_prompt.sum(0), atol=1e-4, rtol=1e-3)
 
 
 def test_law_integrated_gradients_of_a_site_sum_to_what_ablating_the_site_does(components: Problem) -> None:
@@ -184,7 +186,7 @@ def test_what_components_cannot_have_is_refused(values: dict[str, object]) -> No
 
 
 def test_discover_on_heads_and_mlps_needs_no_saes(tmp_path: Path) -> None:
-    options = ("--set", "discovery.nodes=heads-and-mlps", "--set", "discovery.audit_nodes=3")
+    options = ("--set", "discovery.nodes=heads-and-mlps", "--set", "discovery.checked_nodes=3")
     result = sfc("discover", "--preset", "tiny", *options, "--json", root=tmp_path).result
     assert set(result) == RESULT_KEYS and result["n_edges"] == 0 and result["error_share"] == 0
     assert not (tmp_path / "saes").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import sfc
 
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import full_scores
 from sfc.circuits.files import load_circuit
 from sfc.circuits.methods import METHODS
@@ -16,7 +16,7 @@ from sfc.circuits.options import discovery_identity
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
 from sfc.session import Session
@@ -75,7 +75,7 @@ def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: 
     assert set(prompts["dataset_type"]) == {"hard"} and prompts["category"].nunique() == 10
     assert (prompts["refused"] == prompts["prompt"].map(refused)).all()
     about = load_circuit(folder / "circuit.json").graph
-    assert (about["population"], about["reference"]) == ("refused hard", "complied-mean")
+    assert (about["population"], about["baseline"]) == ("refused hard", "complied-mean")
     (judged,) = sfc("evaluate", *BEHAVIOUR[1:3], *BEHAVIOUR[5:], result["files"]["circuit"], root=root).result[
         "circuits"
     ]
@@ -93,15 +93,15 @@ def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None
     for runs, split in ((problem.runs, "discovery"), (test_runs, "test")):
         texts = prompts.loc[(prompts["split"] == split) & refused, "prompt"].tolist()
         tokenized = model.tokenize(texts)
-        alone = [make_batches([one], SlotLayout.of(tokenized), 1, model.device) for one in tokenized]
+        alone = [make_batches([one], TemplateLayout.of(tokenized), 1, model.device) for one in tokenized]
         expected = [score_prompts(model, problem.score, batches)[0] for batches in alone]
         np.testing.assert_allclose(full_scores(model, problem.score, runs), expected, atol=1e-4)
     complied = model.tokenize(prompts.loc[(prompts["split"] == "reference") & ~refused, "prompt"].tolist())
-    layout = problem.ablation.reference.layout
+    layout = problem.ablation.baseline.layout
     batches = make_batches(complied, layout, 300, model.device)
-    expected = mean_reference(model, problem.ablation.dictionaries, batches, layout)
+    expected = mean_baseline(model, problem.ablation.dictionaries, batches, layout)
     for site, values in expected.features.items():
-        torch.testing.assert_close(problem.ablation.reference.features[site], values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(problem.ablation.baseline.features[site], values, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("judged_by_hand")
@@ -122,10 +122,10 @@ def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> 
 
 def test_only_the_complied_are_a_reference_for_the_refused() -> None:
     by_behaviour = load_experiment("tiny", ["discovery.contrast=refused-complied"]).discovery
-    assert by_behaviour.reference_choice == "complied-mean"
+    assert by_behaviour.baseline_choice == "complied-mean"
     for overrides in (
-        ["discovery.contrast=refused-complied", "discovery.reference=safe-mean"],
-        ["discovery.reference=complied-mean"],
+        ["discovery.contrast=refused-complied", "discovery.baseline=safe-mean"],
+        ["discovery.baseline=complied-mean"],
     ):
         with pytest.raises(UserError, match="does not go with reference"):
             load_experiment("tiny", overrides)
@@ -144,4 +144,4 @@ def test_a_circuit_depends_on_its_discovery_and_the_settings_of_its_method_and_o
 
 def test_pairs_are_toxic_and_safe() -> None:
     with pytest.raises(UserError, match="goes with toxic-safe"):
-        load_experiment("tiny", ["discovery.contrast=toxic-hard", "discovery.reference=paired"])
+        load_experiment("tiny", ["discovery.contrast=toxic-hard", "discovery.baseline=paired"])

@@ -24,7 +24,7 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.pairs import aligned, load_counterfactuals, prompts_of
 from sfc.data.render import Role
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import AnswerDifference, score_batch
@@ -80,7 +80,7 @@ def test_discover_explains_pairs_by_the_same_way_as_refusals(discovered: dict, r
     assert set(discovered) == RESULT_KEYS and discovered["category"] == "endings"
     graph = nx.node_link_graph(json.loads(Path(discovered["files"]["circuit"]).read_text()), edges="edges")
     assert graph.graph["effect_unit"] == "nats of answer difference" and graph.graph["population"] == "clean"
-    assert graph.graph["audit"]["top"]["rank_correlation"] > 0.5
+    assert graph.graph["approximation_check"]["top"]["rank_correlation"] > 0.5
     page = Path(discovered["files"]["page"]).read_text()
     assert "preference for one answer" in page and "refusals" not in page
     manifest = json.loads((Path(discovered["files"]["page"]).parent / "manifest.json").read_text())
@@ -115,7 +115,7 @@ BAD = {
         (),
         ("pair 24: 'my CATS'", "same prompt as 'My cats'"),
     ),
-    "a mean as reference": (RECORDS[0], ("--set", "discovery.reference=zero"), ("partner",)),
+    "a mean as reference": (RECORDS[0], ("--set", "discovery.baseline=zero"), ("partner",)),
     "a category as well": (RECORDS[0], ("--category", "violence"), ("--category",)),
 }
 
@@ -148,7 +148,7 @@ def test_prompts_find_their_activations_by_id(prepared: tuple[Problem, PromptRun
 def test_with_everything_ablated_an_equally_long_prompt_scores_as_its_partner(
     prepared: tuple[Problem, PromptRuns, Mapping],
 ) -> None:
-    """Its reference is then the partner's activation at every token, so that F(0) is known by hand."""
+    """Its baseline is then the partner's activation at every token, so that F(0) is known by hand."""
     problem, test_runs, facts = prepared
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
     everything = ~nothing
@@ -172,7 +172,7 @@ def test_with_everything_ablated_an_equally_long_prompt_scores_as_its_partner(
 def answer_difference(model: Model, pair: Mapping[str, str], side: str) -> float:
     """By hand: the logits of the two answers after one prompt run by itself."""
     (prompt,) = model.tokenize([pair[side]])
-    batch = make_batches([prompt], SlotLayout.of([prompt]), 1, model.device)[0]
+    batch = make_batches([prompt], TemplateLayout.of([prompt]), 1, model.device)[0]
     ids = [
         model.tokenizer(pair[name], add_special_tokens=False)["input_ids"][0]
         for name in ("clean_answer", "patch_answer")
@@ -182,7 +182,7 @@ def answer_difference(model: Model, pair: Mapping[str, str], side: str) -> float
 
 
 def test_every_row_is_scored_by_its_own_answers_in_whatever_batch_it_is(
-    model: Model, batches: list[Batch], layout: SlotLayout
+    model: Model, batches: list[Batch], layout: TemplateLayout
 ) -> None:
     answers = torch.tensor([[70, 80], [71, 81], [72, 82], [73, 83], [74, 84], [75, 85]])
     score = AnswerDifference(layout, answers)
@@ -197,8 +197,8 @@ def test_every_row_is_scored_by_its_own_answers_in_whatever_batch_it_is(
     sampled = runs.sample(3, seed=1)
     found = full_scores(model, score, sampled)
     assert len(found) == 3 and np.isclose(found[:, None], slow, atol=1e-5).any(1).all()
-    (batch, prefix) = next(iter(runs))
-    twice = score_batch(model, score, batch.repeat(2), prefix=prefix.repeat(2))
+    (batch, cached) = next(iter(runs))
+    twice = score_batch(model, score, batch.repeat(2), cached=cached.repeat(2))
     np.testing.assert_allclose(twice, np.tile(slow[batch.prompts], 2), atol=1e-5)
 
 
@@ -224,25 +224,25 @@ def test_what_is_aligned_has_a_counterpart_for_every_token(ours: list[int], thei
     if pair is None:
         assert len(ours) != len(theirs)
         return
-    layout = SlotLayout.of(pair)
-    mine, partners = (layout.slots(prompt).tolist() for prompt in pair)
-    assert set(mine[1:]) <= set(partners[1:]) and mine[-1] == partners[-1] == layout.n_slots - 1
+    layout = TemplateLayout.of(pair)
+    mine, partners = (layout.template_positions(prompt).tolist() for prompt in pair)
+    assert set(mine[1:]) <= set(partners[1:]) and mine[-1] == partners[-1] == layout.n_template_positions - 1
     for role in (Role.PREFIX, Role.SUFFIX):
         assert [p.roles.tolist().count(role) for p in pair].count(pair[0].roles.tolist().count(role)) == 2
     if len(ours) != len(theirs):
-        shared = [slot for slot in mine[1:] if slot != layout.n_prefix]
-        assert all(ours[mine.index(slot)] == theirs[partners.index(slot)] for slot in shared)
+        shared = [place for place in mine[1:] if place != layout.n_prefix]
+        assert all(ours[mine.index(place)] == theirs[partners.index(place)] for place in shared)
 
 
 def test_a_token_without_a_reference_is_an_error(prepared: tuple[Problem, PromptRuns, Mapping]) -> None:
     problem, _, _ = prepared
-    reference = problem.ablation.reference
-    check_covered(reference, problem.runs.batches)
+    baseline = problem.ablation.baseline
+    check_covered(baseline, problem.runs.batches)
     batch = problem.runs.batches[0]
-    gone = {site: values.clone() for site, values in reference.errors.items()}
-    next(iter(gone.values()))[batch.slots[0, 1]] = torch.nan
+    gone = {site: values.clone() for site, values in baseline.errors.items()}
+    next(iter(gone.values()))[batch.template_positions[0, 1]] = torch.nan
     with pytest.raises(UserError, match="no counterpart"):
-        check_covered(replace(reference, errors=gone), [batch])
+        check_covered(replace(baseline, errors=gone), [batch])
 
 
 def test_pairs_that_share_a_prompt_are_in_one_split_whatever_their_order(pairs_file: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def counterfactual_law(problem: Problem, runs: PromptRuns) -> tuple[np.ndarray, 
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
     empty = ablated_scores(problem.model, problem.score, problem.ablation, runs, nothing)[0]
     full = full_scores(problem.model, problem.score, runs)
-    prompt, counterfactual, positive = (values.tolist() for values in problem.ablation.reference.pairs)
+    prompt, counterfactual, positive = (values.tolist() for values in problem.ablation.baseline.pairs)
     numbers = {
         int(row): int(pair) for batch in runs.batches for row, pair in zip(batch.prompts, batch.pair, strict=True)
     }
@@ -284,7 +284,7 @@ def counterfactual_law(problem: Problem, runs: PromptRuns) -> tuple[np.ndarray, 
 
 
 def with_counterfactuals(run: Run) -> Run:
-    return run.having(DiscoveryOptions, reference="counterfactual")
+    return run.having(DiscoveryOptions, baseline="counterfactual")
 
 
 def test_both_prompts_of_a_pair_are_explained_against_each_other(

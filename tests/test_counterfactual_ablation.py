@@ -28,7 +28,7 @@ from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import experiment_of, load_experiment
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
@@ -51,7 +51,7 @@ def paired_problem(
     model: Model, spaces: dict[str, NodeSpace], error_mode: str
 ) -> tuple[Problem, list[TokenizedPrompt]]:
     prompts = model.tokenize(PROMPTS)
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     positive = torch.tensor(PROMPT) < len(POSITIVE)
     pairs = Pairs(torch.tensor(PROMPT), torch.tensor(COUNTERFACTUAL), positive)
     baseline = Counterfactuals.of(model, spaces, prompts, pairs, layout, batch_tokens=70)
@@ -84,7 +84,7 @@ def components(model: Model) -> dict[str, NodeSpace]:
     return checked(heads_and_mlps(Sources(model, [], layers, {}, None)), model)  # pyright: ignore
 
 
-def alone(model: Model, prompt: TokenizedPrompt, layout: SlotLayout, sites: tuple[str, ...]) -> dict[str, Tensor]:
+def alone(model: Model, prompt: TokenizedPrompt, layout: TemplateLayout, sites: tuple[str, ...]) -> dict[str, Tensor]:
     """What one prompt has at every site, run by itself."""
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -96,7 +96,7 @@ def alone(model: Model, prompt: TokenizedPrompt, layout: SlotLayout, sites: tupl
 def oracle(problem: Problem, prompts: list[TokenizedPrompt], mask: Tensor) -> np.ndarray:
     """One pair at a time, one token at a time, dense, straight from the definition."""
     model, ablation = problem.model, problem.ablation
-    masks, layout, scores = ablation.nodes.split(mask), ablation.reference.layout, []
+    masks, layout, scores = ablation.nodes.split(mask), ablation.baseline.layout, []
     for pair, (p, c) in enumerate(zip(PROMPT, COUNTERFACTUAL, strict=True)):
         of_p, of_c = (alone(model, prompts[i], layout, ablation.nodes.sites) for i in (p, c))
 
@@ -131,7 +131,7 @@ def counterfactual_scores(problem: Problem, prompts: list[TokenizedPrompt]) -> n
     """The scores of the counterfactuals, each run by itself."""
     scores = []
     for pair, number in enumerate(COUNTERFACTUAL):
-        batch = make_batches([prompts[number]], problem.ablation.reference.layout, 1, problem.model.device)[0]
+        batch = make_batches([prompts[number]], problem.ablation.baseline.layout, 1, problem.model.device)[0]
         batch = batch.with_pairs(torch.tensor([pair]))
         with torch.no_grad():
             scores.append(float(problem.score(last_logits(problem.model, batch), batch)))
@@ -187,7 +187,7 @@ def test_some_components_kept_agree_with_the_oracle(network: Model) -> None:
 def test_law_attributions_of_a_site_sum_to_what_the_difference_does_and_are_signed_by_the_side(network: Model) -> None:
     for spaces in (features(), components(network)):
         problem, prompts = paired_problem(network, spaces, "node")
-        nodes, baseline = problem.ablation.nodes, problem.ablation.reference
+        nodes, baseline = problem.ablation.nodes, problem.ablation.baseline
         for batch, prefix in problem.runs:
             effects = attributed_effects(problem, batch, prefix)
             undirected = score_gradients(replace(problem, score=problem.score.score), batch, prefix)  # pyright: ignore
@@ -199,12 +199,12 @@ def test_law_attributions_of_a_site_sum_to_what_the_difference_does_and_are_sign
                     sign = 1 if PROMPT[pair] < len(POSITIVE) else -1
                     expected = sign * (g[row, own] * (x[row, own] - x_c)).sum()
                     assert float(of_site[row]) == pytest.approx(float(expected), abs=1e-4, rel=1e-3)
-            torch.testing.assert_close(effects.by_slot.sum(0), effects.by_prompt.sum(0), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(effects.by_position.sum(0), effects.by_prompt.sum(0), atol=1e-4, rtol=1e-3)
 
 
 def test_attribution_of_single_features_is_that_of_dense_ones(network: Model) -> None:
     problem, prompts = paired_problem(network, features(), "node")
-    site, layout = SITES[1], problem.ablation.reference.layout
+    site, layout = SITES[1], problem.ablation.baseline.layout
     space = problem.ablation.dictionaries[site]
     for batch, prefix in problem.runs:
         fast = problem.ablation.nodes.split(attributed_effects(problem, batch, prefix).by_prompt)[site]
@@ -283,7 +283,7 @@ def test_replies_to_a_prompt_of_which_nothing_is_kept_are_those_to_its_counterfa
     problem, prompts = paired
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
     replies = ablated_replies(problem.model, problem.score, problem.ablation, problem.runs, nothing, 1)[0]
-    layout = problem.ablation.reference.layout
+    layout = problem.ablation.baseline.layout
     for pair, reply in enumerate(replies):
         batch = make_batches([prompts[COUNTERFACTUAL[pair]]], layout, 1, problem.model.device)[0]
         with torch.no_grad():
@@ -305,7 +305,7 @@ def test_prompts_that_do_not_correspond_and_batches_without_pairs_are_refused(
     paired: tuple[Problem, list[TokenizedPrompt]],
 ) -> None:
     problem, prompts = paired
-    model, layout = problem.model, problem.ablation.reference.layout
+    model, layout = problem.model, problem.ablation.baseline.layout
     unlike = Pairs(torch.tensor([0]), torch.tensor([4]), torch.tensor([True]))
     with pytest.raises(UserError, match="equally many tokens"):
         Counterfactuals.of(model, problem.ablation.dictionaries, prompts, unlike, layout, 100)
@@ -352,7 +352,7 @@ def test_other_dictionaries_need_no_other_runs(paired: tuple[Problem, list[Token
     problem, _ = paired
     others = {site: random_dictionary(site, d_sae=40, k=5, seed=7 + number) for number, site in enumerate(SITES)}
     anew, _ = paired_problem(problem.model, others, "ablate")
-    baseline = problem.ablation.reference.with_spaces(others)
+    baseline = problem.ablation.baseline.with_spaces(others)
     ablation = Ablation(Nodes.of_spaces(others), others, baseline, "ablate")
     keep = np.random.default_rng(5).random((2, ablation.nodes.n_nodes)) < 0.5
     np.testing.assert_allclose(scores_of(replace(problem, ablation=ablation), keep), scores_of(anew, keep), atol=1e-5)

@@ -55,8 +55,8 @@ def oracle_score(
     score: Callable[[Tensor], Tensor],
 ) -> float:  # fmt: skip
     """The definition by recursion: each node's value from a run of the whole model, dense, token by token."""
-    nodes, reference, layout = ablation.nodes, ablation.reference, ablation.reference.layout
-    slots, batch = layout.slots(prompt), make_batches([prompt], layout, 1, model.device)[0]
+    nodes, baseline, layout = ablation.nodes, ablation.baseline, ablation.baseline.layout
+    template_positions, batch = layout.template_positions(prompt), make_batches([prompt], layout, 1, model.device)[0]
     is_error, site_of, first = nodes.is_error, nodes.site_numbers, np.cumsum([0, *nodes.sizes])
     clean: dict[str, Tensor] = {}
     last_logits(model, batch, {site: recorder(clean, site) for site in nodes.sites})
@@ -76,8 +76,11 @@ def oracle_score(
     def activation(number: int, kept: list[int]) -> Tensor:
         site = nodes.sites[number]
         x, dictionary = clean[site].clone(), ablation.dictionaries[site]
-        for position in range(1, len(slots)):
-            f, e = reference.features[site][slots[position]].clone(), reference.errors[site][slots[position]].clone()
+        for position in range(1, len(template_positions)):
+            f, e = (
+                baseline.features[site][template_positions[position]].clone(),
+                baseline.errors[site][template_positions[position]].clone(),
+            )
             if ablation.error_mode == "keep-clean":
                 e = error(site, clean[site][0, position])
             for node in kept:
@@ -145,7 +148,7 @@ def test_law_all_edges_between_neighbours_are_the_circuit_of_nodes(deep: Problem
 def test_many_runs_go_through_in_several_packs_and_batches_do_not_matter(deep: Problem) -> None:
     members, edges = random_circuit(deep, 1.0, 0.5)
     assert len(members) / 3 * max(batch.ids.numel() for batch in deep.runs.batches) > PACKED_TOKENS
-    prompts, layout = deep.model.tokenize(TEXTS), deep.ablation.reference.layout
+    prompts, layout = deep.model.tokenize(TEXTS), deep.ablation.baseline.layout
     one_by_one = at_sites(deep, deep.model, prompts, POSTS)
     runs = type(deep.runs).of(deep.model, make_batches(prompts, layout, 1, deep.model.device), POSTS[0])
     assert len(runs.batches) == 3

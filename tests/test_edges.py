@@ -16,7 +16,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.edges import (
     EDGES,
     Edge,
@@ -35,7 +35,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
 from sfc.core.sites import StoredKind, in_order, site_of
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
@@ -44,11 +44,11 @@ from sfc.models.score import RefusalScore
 
 def at_sites(problem: Problem, model: Model, prompts: list[TokenizedPrompt], sites: tuple[str, ...]) -> Problem:
     """The problem put to a model with random dictionaries at these sites."""
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 80, model.device)
     dictionaries = {site: random_dictionary(site, seed=number) for number, site in enumerate(sites)}
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
-    ablation = Ablation(nodes, dictionaries, mean_reference(model, dictionaries, batches, layout), "node")
+    ablation = Ablation(nodes, dictionaries, mean_baseline(model, dictionaries, batches, layout), "node")
     runs = PromptRuns.of(model, batches, sites[0])
     return replace(problem, model=model, score=RefusalScore.of(model), ablation=ablation, runs=runs)
 
@@ -96,9 +96,9 @@ def edges_by_definition(problem: Problem, batch: Batch, upstream: str, downstrea
 
     (ff, fe), (ef, ee) = jacobian(next_values, (f, e))  # [t, d, s, u], by token and by number within the token
     of_features, of_error = jacobian(score, (f_next, e_next))
-    slots = batch.slots[0, 1:]
-    df = f - problem.ablation.reference.features[upstream][slots]
-    de = e - problem.ablation.reference.errors[upstream][slots]
+    template_positions = batch.template_positions[0, 1:]
+    df = f - problem.ablation.baseline.features[upstream][template_positions]
+    de = e - problem.ablation.baseline.errors[upstream][template_positions]
     edges = torch.zeros(above.d_sae + 1, below.d_sae + 1)
     for t in range(len(x)):
         for s in range(len(x)):
@@ -126,7 +126,7 @@ def test_edges_are_the_definition_token_by_token(problem: Problem, deep: Model, 
     prompts = deep.tokenize(["What", "hm"])
     random = at_sites(problem, deep, prompts, tuple(f"blocks.{layer}.hook_{kind}" for layer in (0, 1)))
     (pair,) = all_pairs(random)
-    shortest = make_batches(prompts[:1], SlotLayout.of(prompts), 1, deep.device)[0]
+    shortest = make_batches(prompts[:1], TemplateLayout.of(prompts), 1, deep.device)[0]
     prefix = PromptRuns.of(deep, [shortest], pair.upstream).prefixes[0]
     (fast,) = edge_effects(random, shortest, prefix, [pair], 1000)
     slow = edges_by_definition(random, shortest, pair.upstream, pair.downstream)
@@ -208,15 +208,15 @@ def test_both_sides_of_the_jacobian_and_any_packing_give_the_same(problem: Probl
 
 
 def test_an_edge_is_what_the_score_loses_through_one_feature_when_another_moves(
-    problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout
+    problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
-    """Finite differences: move x a little towards the reference of u, let only d hear of it, and score."""
+    """Finite differences: move x a little towards the baseline of u, let only d hear of it, and score."""
     batch = make_batches(prompts[:1], layout, 1, problem.model.device)[0]
     prefix = PromptRuns.of(problem.model, [batch], SITES[0]).prefixes[0]
     (edges,) = edge_effects(problem, batch, prefix, all_pairs(problem), 1000)
     above, below = (problem.ablation.dictionaries[site] for site in SITES)
     x, x_next = clean_activations(problem, batch, SITES)
-    moved = above.encode(x) - problem.ablation.reference.features[SITES[0]][batch.slots[0, 1:]]
+    moved = above.encode(x) - problem.ablation.baseline.features[SITES[0]][batch.template_positions[0, 1:]]
     strongest = edges[0, :-1, :-1].abs().flatten().topk(5).indices.tolist()
     for u, d in (divmod(place, below.d_sae) for place in strongest):
         scores = []
@@ -228,7 +228,9 @@ def test_an_edge_is_what_the_score_loses_through_one_feature_when_another_moves(
         assert edges[0, u, d].item() == pytest.approx((scores[1] - scores[0]) / 2e-2, rel=0.03)
 
 
-def test_edges_do_not_depend_on_the_batch(problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout) -> None:
+def test_edges_do_not_depend_on_the_batch(
+    problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout
+) -> None:
     device = problem.model.device
 
     def per_prompt(batch_tokens: int) -> Tensor:

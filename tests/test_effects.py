@@ -9,7 +9,7 @@ from scipy.stats import pearsonr
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.edges import correlation_edges
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
@@ -21,7 +21,7 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.running import last_logits
 from sfc.models.score import score_batch
 from sfc.saes.dictionary import TopKDictionary
@@ -47,7 +47,7 @@ def _gradients(problem: Problem, batch: Batch) -> dict[str, tuple[Tensor, Tensor
 
 
 def test_attribution_is_the_definition_summed_token_by_token(problem: Problem) -> None:
-    reference = problem.ablation.reference
+    baseline = problem.ablation.baseline
     for batch, prefix in problem.runs:
         fast = attributed_effects(problem, batch, prefix).by_prompt
         slow = []
@@ -56,37 +56,39 @@ def test_attribution_is_the_definition_summed_token_by_token(problem: Problem) -
             effects = torch.zeros(len(batch.prompts), dictionary.d_sae + 1)
             for row in range(len(batch.prompts)):
                 for position in range(1, int(batch.lengths[row])):
-                    slot = batch.slots[row, position]
+                    place = batch.template_positions[row, position]
                     f = dictionary.encode(x[row, position])
                     error = x[row, position] - dictionary.decode(f)
-                    difference = f - reference.features[site][slot]
+                    difference = f - baseline.features[site][place]
                     effects[row, :-1] += (dictionary.W_dec @ g[row, position]) * difference
-                    effects[row, -1] += g[row, position] @ (error - reference.errors[site][slot])
+                    effects[row, -1] += g[row, position] @ (error - baseline.errors[site][place])
             slow.append(effects)
         torch.testing.assert_close(fast, torch.cat(slow, dim=1), atol=1e-5, rtol=1e-3)
 
 
 def test_law_effects_of_a_site_sum_to_the_first_order_effect_of_its_activation(problem: Problem) -> None:
-    nodes, reference = problem.ablation.nodes, problem.ablation.reference
+    nodes, baseline = problem.ablation.nodes, problem.ablation.baseline
     for batch, prefix in problem.runs:
         per_site = nodes.split(attributed_effects(problem, batch, prefix).by_prompt)
         for site, (x, g) in _gradients(problem, batch).items():
-            x_ref = problem.ablation.dictionaries[site].decode(reference.features[site]) + reference.errors[site]
-            moved = (g * (x - x_ref[batch.slots.clamp(min=0)])).sum(-1) * batch.touchable
+            x_ref = problem.ablation.dictionaries[site].decode(baseline.features[site]) + baseline.errors[site]
+            moved = (g * (x - x_ref[batch.template_positions.clamp(min=0)])).sum(-1) * batch.touchable
             torch.testing.assert_close(per_site[site].sum(1), moved.sum(1), atol=1e-5, rtol=1e-3)
 
 
 @pytest.fixture(params=["attn_out", "mlp_out", "resid_mid"])
-def elsewhere(request: pytest.FixtureRequest, problem: Problem, batches: list[Batch], layout: SlotLayout) -> Problem:
+def elsewhere(
+    request: pytest.FixtureRequest, problem: Problem, batches: list[Batch], layout: TemplateLayout
+) -> Problem:
     """The problem with its dictionaries at other sites, from the very first layer on."""
     dictionaries = {
         (site := f"blocks.{layer}.hook_{request.param}"): TopKDictionary(dictionary.state_dict(), k=6, site=site)
         for layer, dictionary in enumerate(problem.ablation.dictionaries.values())
     }
-    reference = mean_reference(problem.model, dictionaries, batches[:2], layout)
+    baseline = mean_baseline(problem.model, dictionaries, batches[:2], layout)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     runs = PromptRuns.of(problem.model, batches, nodes.sites[0])
-    return replace(problem, ablation=Ablation(nodes, dictionaries, reference, "node"), runs=runs)
+    return replace(problem, ablation=Ablation(nodes, dictionaries, baseline, "node"), runs=runs)
 
 
 def test_the_law_holds_at_sites_before_which_no_block_has_run(elsewhere: Problem) -> None:

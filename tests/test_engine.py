@@ -12,7 +12,7 @@ from sfc.circuits.faithfulness import Ablations
 from sfc.circuits.problem import PromptRuns
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.edits import Replacement, Replacements, Steering, SteeringEdit
 from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts, prepare_suffixes
 from sfc.models.loading import Model
@@ -62,7 +62,7 @@ def test_a_run_starts_at_the_last_block_before_the_first_edited_site(
     model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch]
 ) -> None:
     runs = PromptRuns.of(model, batches, SITES[0])
-    from_cache = PreparedPrompts.of(model, batches, runs.prefixes)
+    from_cache = PreparedPrompts.of(model, batches, runs.cached_residuals)
     from_tokens = PreparedPrompts(model, batches, None)
     for edits in (_circuits(ablation), _steering("prompt"), NO_EDIT):
         np.testing.assert_allclose(
@@ -76,7 +76,7 @@ def test_a_run_starts_at_the_last_block_before_the_first_edited_site(
 
 
 def test_a_replaced_activation_is_the_given_one(
-    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
     [batch] = make_batches(prompts, layout, 10_000, model.device)
     one = PreparedPrompts.of(model, [batch])
@@ -100,7 +100,7 @@ def test_a_replaced_activation_is_the_given_one(
 
 @pytest.mark.parametrize("during_reply", [False, True])
 def test_losses_of_suffixes_are_those_of_whole_prompts(
-    model: Model, prompts: list[TokenizedPrompt], layout: SlotLayout, during_reply: bool
+    model: Model, prompts: list[TokenizedPrompt], layout: TemplateLayout, during_reply: bool
 ) -> None:
     replied = [
         TokenizedPrompt(np.append(prompt.ids, [5, 9]), np.append(prompt.roles, [Role.REPLY] * 2)) for prompt in prompts

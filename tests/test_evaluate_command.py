@@ -177,7 +177,7 @@ def test_circuits_are_called_by_their_files() -> None:
 
 
 RESULT_KEYS = {
-    "preset", "category", "population", "reference", "error_mode", "n_prompts", "circuits", "files", "seconds",
+    "preset", "category", "population", "baseline", "error_mode", "n_prompts", "circuits", "files", "seconds",
 }  # fmt: skip
 FIGURES = (
     "faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement", "f_empty",

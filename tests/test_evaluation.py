@@ -27,7 +27,7 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches
 
 NODES = Nodes.of({"blocks.0.hook_resid_post": 20, "blocks.1.hook_resid_post": 30})
 
@@ -134,7 +134,7 @@ CONFIG = EvaluationOptions(sizes=[1], random_draws=3, min_denominator=0.01)  # p
 
 
 @pytest.fixture(scope="module")
-def problem(problem: Problem, prompts: list[TokenizedPrompt], layout: SlotLayout) -> Problem:
+def problem(problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout) -> Problem:
     """The problem on two prompts that ablation moves the same way: over all of them it moves the score by about 0."""
     batches = make_batches(prompts[3:5], layout, 80, problem.model.device)
     return replace(problem, runs=PromptRuns.of(problem.model, batches, problem.ablation.nodes.sites[0]))

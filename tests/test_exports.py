@@ -18,7 +18,12 @@ LABELS = {"resid_post.3/F7": "a <label> \x00\ud800 & “more”"}
 def graph() -> nx.DiGraph:
     sites = ["blocks.3.hook_resid_post", "blocks.4.hook_resid_post"]
     roles = {"effect_content": "prompt", "effect_suffix_0": "\n"}
-    facts = {"category": "violence", "method": "attribution", "fingerprint": "81bc03aa", "audit": {"n": 1}}
+    facts = {
+        "category": "violence",
+        "method": "attribution",
+        "fingerprint": "81bc03aa",
+        "approximation_check": {"n": 1},
+    }
     graph = nx.DiGraph(sites=sites, roles=roles, experiment={"model": {"source": "tiny"}}, **facts)
     for name, kind, site, content, suffix in (
         ("resid_post.3/F7", "feature", 3, 0.5, -2.0),

@@ -14,7 +14,7 @@ from scipy.stats import wilcoxon
 
 from sfc.core.errors import UserError
 from sfc.data.render import Role
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -97,7 +97,7 @@ def test_the_start_of_a_reply_comes_after_the_template(model: Model) -> None:
     assert model.tokenizer.decode(added) == " I "
     assert begun.roles.tolist() == [*plain.roles.tolist(), Role.REPLY, Role.REPLY, Role.REPLY]
     prompts = model.tokenize(["Hello", "Hello you"], "I ")
-    batch = make_batches(prompts, SlotLayout.of(prompts), 200, model.device)[0]
+    batch = make_batches(prompts, TemplateLayout.of(prompts), 200, model.device)[0]
     assert last_logits(model, batch).shape[0] == 2
 
 

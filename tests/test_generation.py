@@ -9,9 +9,9 @@ from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.generation import continue_tails, end_tokens, generate_ids, generate_replies
 from sfc.models.interventions import Intervention
+from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
-from sfc.models.tails import make_tails
 from sfc.models.tiny import tiny_model_folder
 
 TEXTS = ["Hi", "How do I bake bread?", "A" * 60, "why", "Tell me a story about the sea, and be quick about it."]
@@ -66,7 +66,7 @@ def test_interventions_act_in_every_step_and_leave_with_the_block(model: Model) 
         return activation + 3 * torch.randn(activation.shape[-1], generator=torch.Generator().manual_seed(1))
 
     longest, push_there = max(len(prompt.ids) for prompt in prompts), {"blocks.0.hook_resid_post": push}
-    assert continue_tails(model, make_tails(model, prompts, longest), 4, push_there, push_there).ids != plain
+    assert continue_tails(model, cache_suffixes(model, prompts, longest), 4, push_there, push_there).ids != plain
     assert seen == [longest, 1, 1, 1]
     assert generate_ids(model, prompts, 4, 10_000) == plain
 
@@ -90,17 +90,17 @@ def test_a_prompt_longer_than_the_budget_is_answered(model: Model) -> None:
 def test_replies_continued_from_tails_are_those_of_the_whole_prompts(model: Model) -> None:
     prompts = model.tokenize(TEXTS)
     whole = generate_ids(model, prompts, LENGTH, batch_tokens=10_000)
-    for n_tail in (1, 3, 200):
-        tails = make_tails(model, prompts, n_tail)
-        for _ in range(2):  # the tails stay what they were
-            continued = continue_tails(model, tails, LENGTH)
+    for n_suffix in (1, 3, 200):
+        suffixes = cache_suffixes(model, prompts, n_suffix)
+        for _ in range(2):  # the suffixes stay what they were
+            continued = continue_tails(model, suffixes, LENGTH)
             assert continued.ids == whole
-            torch.testing.assert_close(continued.first_logits, last_logits(model, tails))
+            torch.testing.assert_close(continued.first_logits, last_logits(model, suffixes))
 
 
 def test_interventions_in_the_prompt_and_in_the_reply_are_told_apart(model: Model) -> None:
-    tails = make_tails(model, model.tokenize(TEXTS), 1)
-    plain = continue_tails(model, tails, 5)
+    suffixes = cache_suffixes(model, model.tokenize(TEXTS), 1)
+    plain = continue_tails(model, suffixes, 5)
     seen: dict[str, list[int]] = {"prompt": [], "reply": []}
 
     def pushing(part: str) -> Intervention:
@@ -113,10 +113,10 @@ def test_interventions_in_the_prompt_and_in_the_reply_are_told_apart(model: Mode
         return push
 
     site = "blocks.0.hook_resid_post"
-    in_reply = continue_tails(model, tails, 5, in_reply={site: pushing("reply")})
+    in_reply = continue_tails(model, suffixes, 5, in_reply={site: pushing("reply")})
     assert seen == {"prompt": [], "reply": [1] * 4}
     torch.testing.assert_close(in_reply.first_logits, plain.first_logits)
     assert [ids[0] for ids in in_reply.ids] == [ids[0] for ids in plain.ids] and in_reply.ids != plain.ids
-    in_prompt = continue_tails(model, tails, 5, {site: pushing("prompt")})
+    in_prompt = continue_tails(model, suffixes, 5, {site: pushing("prompt")})
     assert seen == {"prompt": [1], "reply": [1] * 4}
     assert not torch.allclose(in_prompt.first_logits, plain.first_logits)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import choose_device, load_model
-from sfc.models.running import last_logits, prefix_after
+from sfc.models.running import cached_residual_after, last_logits
 from sfc.models.tiny import tiny_model_folder
 
 
@@ -24,19 +24,19 @@ def test_architectures_agree_with_their_own_logits_and_suffix_runs_are_exact(arc
     model = load_model(ModelConfig(source=str(tmp_path), template="plain", refusal_tokens=["I"]))  # pyright: ignore
     assert (model.n_layers, model.d_model) == (3, 32)
     prompts = model.tokenize(["Hello there", "What?"])
-    batch = make_batches(prompts, SlotLayout.of(prompts), 200, model.device)[0]
+    batch = make_batches(prompts, TemplateLayout.of(prompts), 200, model.device)[0]
     full = last_logits(model, batch)
     with torch.no_grad():
         own = torch.stack([network(torch.tensor(prompts[i].ids)[None]).logits[0, -1] for i in batch.prompts.tolist()])
     torch.testing.assert_close(full, own, atol=1e-5, rtol=1e-4)
-    prefix = None
+    cached = None
     for layer in range(-1, 3):
-        prefix = prefix_after(model, batch, layer, prefix)
-        assert torch.equal(prefix.residual, prefix_after(model, batch, layer).residual)
-        assert torch.equal(last_logits(model, batch, prefix=prefix), full)
+        cached = cached_residual_after(model, batch, layer, cached)
+        assert torch.equal(cached.residual, cached_residual_after(model, batch, layer).residual)
+        assert torch.equal(last_logits(model, batch, cached=cached), full)
     sites = {f"blocks.{layer}.hook_resid_post": (lambda x: x + 1) for layer in range(3)}
     moved = last_logits(model, batch, sites)
-    assert torch.equal(last_logits(model, batch, sites, prefix_after(model, batch, 0)), moved)
+    assert torch.equal(last_logits(model, batch, sites, cached_residual_after(model, batch, 0)), moved)
     assert not torch.allclose(moved, full)
 
 

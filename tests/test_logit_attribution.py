@@ -15,7 +15,7 @@ from scipy.stats import ttest_ind
 
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
@@ -57,7 +57,7 @@ def _noisy(architecture: str, folder: Path) -> Model:
 
 def _batched(model: Model) -> list[Batch]:
     prompts = model.tokenize(TEXTS)
-    return make_batches(prompts, SlotLayout.of(prompts), 80, model.device)
+    return make_batches(prompts, TemplateLayout.of(prompts), 80, model.device)
 
 
 def _attribute(model: Model, batches: list[Batch]) -> LogitAttribution:
@@ -88,7 +88,7 @@ def test_a_heads_contribution_is_what_is_lost_without_it_with_everything_else_fr
 ) -> None:
     """The slow way: take the head's z away in the last layer, where only the MLP and the norm's scale could answer."""
     model = _noisy(architecture, tmp_path)
-    batch = make_batches(prompts := model.tokenize(TEXTS[:1]), SlotLayout.of(prompts), 80, model.device)[0]
+    batch = make_batches(prompts := model.tokenize(TEXTS[:1]), TemplateLayout.of(prompts), 80, model.device)[0]
     attribution = _attribute(model, [batch])
     names = [component.name for component in attribution.components]
     kept: dict[str, torch.Tensor] = {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfc.core.config import ModelConfig
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
@@ -33,7 +33,7 @@ def _pairs(model: Model, texts: Sequence[tuple[str, str]] = TEXTS) -> list[Token
 
 
 def _alone(model: Model, prompt: TokenizedPrompt) -> Batch:
-    return make_batches([prompt], SlotLayout.of([prompt]), 1, model.device)[0]
+    return make_batches([prompt], TemplateLayout.of([prompt]), 1, model.device)[0]
 
 
 @torch.no_grad()

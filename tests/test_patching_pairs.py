@@ -11,7 +11,7 @@ from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
 from sfc.studies.patch.pairs import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
@@ -126,7 +126,7 @@ def _experiment(**patching: object) -> Experiment:
 
 def _scores(model: Model, texts: list[str]) -> list[float]:
     prompts = model.tokenize(texts)
-    batches = make_batches(prompts, SlotLayout.of(prompts), 10_000, model.device)
+    batches = make_batches(prompts, TemplateLayout.of(prompts), 10_000, model.device)
     return score_prompts(model, RefusalScore.of(model), batches).tolist()
 
 

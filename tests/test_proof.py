@@ -8,7 +8,7 @@ import pytest
 from test_counterfactual_ablation import features, paired_problem, random_architecture
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.proof import (
@@ -22,7 +22,7 @@ from sfc.circuits.proof import (
     side_scores,
     sizes_on_pairs,
 )  # fmt: skip
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.stats import bootstrap_auroc, bootstrap_gap, bootstrap_ratio
 
 N = 30
@@ -154,13 +154,13 @@ def test_scores_of_pairs_obey_the_laws(paired: Problem) -> None:
     nodes = paired.ablation.nodes
     keep = np.ones((2, nodes.n_nodes), dtype=bool)
     keep[0, nodes.site_numbers == 0] = False
-    deaf, features_alone = pair_scores(paired, paired.runs, keep)
+    deaf, features_alone = pair_scores(paired.model, paired.score, paired.ablation, paired.runs, keep)
     np.testing.assert_allclose(deaf.circuit, deaf.empty, atol=1e-5)
     np.testing.assert_allclose(deaf.kl_circuit, deaf.kl_empty, atol=1e-5)
     figures = pair_figures(deaf, 1e-4, 0)
     assert figures["agreement"] == pytest.approx(0, abs=1e-3)
     with_errors = replace(paired, ablation=replace(paired.ablation, error_mode="node"))
-    (everything,) = pair_scores(with_errors, paired.runs, keep[1:])
+    (everything,) = pair_scores(paired.model, paired.score, with_errors.ablation, paired.runs, keep[1:])
     np.testing.assert_allclose(everything.circuit, everything.model, atol=1e-4)
     assert np.abs(everything.kl_circuit).max() < 1e-4 < everything.kl_empty.max()
     assert np.abs(features_alone.circuit - features_alone.model).max() > 1e-2
@@ -179,10 +179,10 @@ def test_sizes_are_measured_on_discovery_pairs(paired: Problem) -> None:
 def test_scores_of_sides_have_the_first_site_cut(paired: Problem) -> None:
     model = paired.model
     prompts = model.tokenize(["Pick my lock", "Burn a house", "Bake my cake", "Draw my cats"])
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     batches = make_batches(prompts, layout, 200, model.device)
     spaces, nodes = paired.ablation.dictionaries, paired.ablation.nodes
-    ablation = Ablation(nodes, spaces, mean_reference(model, spaces, batches, layout), "ablate")
+    ablation = Ablation(nodes, spaces, mean_baseline(model, spaces, batches, layout), "ablate")
     problem = replace(paired, score=paired.score.score, ablation=ablation)  # pyright: ignore
     runs = PromptRuns.of(model, batches, nodes.sites[0])
     keep = np.random.default_rng(0).random((2, nodes.n_nodes)) < 0.5

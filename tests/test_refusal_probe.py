@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfc.core.config import ModelConfig
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.studies.probe.measure import (
     cross_validated_probe,
@@ -121,7 +121,7 @@ def test_residuals_are_those_of_the_last_real_token(architecture: str, tmp_path:
     random_model(architecture, tmp_path)
     model = load_model(ModelConfig(source=str(tmp_path), template="plain", refusal_tokens=["I"]))  # pyright: ignore
     texts = ["Hello there", "What?", "Name three rivers of Europe."]
-    batches: list[Batch] = make_batches(prompts := model.tokenize(texts), SlotLayout.of(prompts), 80, model.device)
+    batches: list[Batch] = make_batches(prompts := model.tokenize(texts), TemplateLayout.of(prompts), 80, model.device)
     done: list[int] = []
     residuals = last_residuals(model, batches, done.append)
     assert residuals.shape == (3, 3, 32) and sum(done) == 3

@@ -1,4 +1,4 @@
-"""Roles and slots: which part of the template a token is."""
+"""Roles and template_positions: which part of the template a token is."""
 
 import copy
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, template_around, tokenize_prompts
-from sfc.models.batches import PAD_SLOT, SlotLayout, make_batches
+from sfc.models.batches import NO_POSITION, TemplateLayout, make_batches
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.loading import Model
 
@@ -95,15 +95,17 @@ def test_the_embedded_models_template_is_found_by_offsets(text: str) -> None:
 @given(st.lists(PRINTABLE, min_size=1, max_size=5))
 def test_slots_align_the_template_from_both_ends_and_pool_the_content(model: Model, texts: list[str]) -> None:
     prompts = tokenize_prompts(model.tokenizer, texts)
-    layout = SlotLayout.of(prompts)
-    assert layout.n_slots == layout.n_prefix + 1 + layout.n_suffix
+    layout = TemplateLayout.of(prompts)
+    assert layout.n_template_positions == layout.n_prefix + 1 + layout.n_suffix
     for prompt in prompts:
-        slots = layout.slots(prompt)
-        assert slots[: layout.n_prefix].tolist() == list(range(layout.n_prefix))
-        assert slots[-layout.n_suffix :].tolist() == list(range(layout.n_prefix + 1, layout.n_slots))
-        assert set(slots[prompt.roles == Role.CONTENT]) == {layout.n_prefix}
+        template_positions = layout.template_positions(prompt)
+        assert template_positions[: layout.n_prefix].tolist() == list(range(layout.n_prefix))
+        assert template_positions[-layout.n_suffix :].tolist() == list(
+            range(layout.n_prefix + 1, layout.n_template_positions)
+        )
+        assert set(template_positions[prompt.roles == Role.CONTENT]) == {layout.n_prefix}
     for batch in make_batches(prompts, layout, 64, model.device):
-        real = batch.slots != PAD_SLOT
+        real = batch.template_positions != NO_POSITION
         assert real.sum(1).tolist() == batch.lengths.tolist()
         assert not batch.touchable[:, 0].any() and (batch.touchable[:, 1:] == real[:, 1:]).all()
 

@@ -17,7 +17,7 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.engine import NO_EDIT, PreparedPrompts
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import Intervention, intervening
@@ -40,7 +40,7 @@ CHOSEN = torch.tensor([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error a
 
 @pytest.fixture(scope="module")
 def repair(ablation: Ablation) -> FeatureAblation:
-    return FeatureAblation.of(CHOSEN, ablation.nodes, ablation.reference, "saes/x")
+    return FeatureAblation.of(CHOSEN, ablation.nodes, ablation.baseline, "saes/x")
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def test_the_hook_sets_its_features_to_their_references_and_leaves_all_else(
 
         def at_site(site: str, features: torch.Tensor, batch: Batch = batch) -> Intervention:
             """Token by token, with dense features."""
-            dictionary, reference = ablation.dictionaries[site], ablation.reference.features[site]
+            dictionary, reference = ablation.dictionaries[site], ablation.baseline.features[site]
 
             def act(activation: torch.Tensor) -> torch.Tensor:
                 changed = activation.clone()
                 for row, position in batch.touchable.nonzero().tolist():
-                    x, slot = activation[row, position], batch.slots[row, position]
+                    x, place = activation[row, position], batch.template_positions[row, position]
                     for feature in features.tolist():
-                        moved = dictionary.encode(x[None])[0, feature] - reference[slot, feature]
+                        moved = dictionary.encode(x[None])[0, feature] - reference[place, feature]
                         changed[row, position] -= moved * dictionary.W_dec[feature]
                 return changed
 
@@ -89,7 +89,7 @@ def test_the_hook_sets_its_features_to_their_references_and_leaves_all_else(
 
 
 def test_replies_are_those_of_the_hook_on_each_prompt_alone(
-    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout,
+    model: Model, score: RefusalScore, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout,
     repair: FeatureAblation, hook: Ablations,
 ) -> None:  # fmt: skip
     some = PreparedPrompts.of(model, make_batches(prompts, layout, 200, model.device))
@@ -97,7 +97,7 @@ def test_replies_are_those_of_the_hook_on_each_prompt_alone(
     for prompt, text in zip(prompts, replies, strict=True):
         ids = torch.from_numpy(prompt.ids)[None]
         for _ in range(4):
-            batch = _with_slots(prompt, ids, layout)
+            batch = _with_positions(prompt, ids, layout)
             with torch.no_grad(), intervening(model, repair.interventions(ablation.dictionaries, batch)):
                 newest = model.hf(input_ids=ids).logits[0, -1].argmax()
             ids = torch.cat([ids, newest[None, None]], dim=1)
@@ -105,15 +105,15 @@ def test_replies_are_those_of_the_hook_on_each_prompt_alone(
     assert engine.replies(some, score, NO_EDIT, 4).texts == [generate_replies(model, prompts, 4, 200)]
 
 
-def _with_slots(prompt: TokenizedPrompt, ids: torch.Tensor, layout: SlotLayout) -> Batch:
-    """A prompt that has been continued; what came after it stands in no slot."""
-    slots = torch.full_like(ids, -1)
-    slots[0, : len(prompt.ids)] = torch.from_numpy(layout.slots(prompt))
-    return Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), slots, torch.zeros_like(ids))
+def _with_positions(prompt: TokenizedPrompt, ids: torch.Tensor, layout: TemplateLayout) -> Batch:
+    """A prompt that has been continued; what came after it stands in no place."""
+    template_positions = torch.full_like(ids, -1)
+    template_positions[0, : len(prompt.ids)] = torch.from_numpy(layout.template_positions(prompt))
+    return Batch(torch.tensor([0]), ids, torch.tensor([ids.shape[1]]), template_positions, torch.zeros_like(ids))
 
 
 def test_losses_of_given_replies_are_those_of_one_run_each(
-    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: SlotLayout, repair: FeatureAblation,
+    model: Model, ablation: Ablation, prompts: list[TokenizedPrompt], layout: TemplateLayout, repair: FeatureAblation,
     hook: Ablations,
 ) -> None:  # fmt: skip
     reply = np.array([5, 9, 7], dtype=prompts[0].ids.dtype)
@@ -126,7 +126,7 @@ def test_losses_of_given_replies_are_those_of_one_run_each(
     expected = []
     for full, prompt in zip(replied, prompts, strict=False):
         ids = torch.from_numpy(full.ids)[None]
-        batch = _with_slots(prompt, ids, layout)
+        batch = _with_positions(prompt, ids, layout)
         with torch.no_grad(), intervening(model, repair.interventions(ablation.dictionaries, batch)):
             log_p = model.hf(input_ids=ids).logits[0].log_softmax(-1)
         expected += [-log_p[i - 1, full.ids[i]].item() for i in range(len(prompt.ids), len(full.ids))]
@@ -163,7 +163,7 @@ def test_changed_weights_do_exactly_what_projecting_the_outputs_does(architectur
     ids = torch.from_numpy(changed.tokenize(TEXTS[:1])[0].ids)[None]
     with torch.no_grad():
         plain = changed.hf(input_ids=ids).logits
-        [whole] = make_batches(changed.tokenize(TEXTS[:1]), SlotLayout(9, 9), 1000, changed.device)
+        [whole] = make_batches(changed.tokenize(TEXTS[:1]), TemplateLayout(9, 9), 1000, changed.device)
         with intervening(changed, Projections([subspaces]).interventions(whole, [0]).in_prompt):
             hooked = changed.hf(input_ids=ids).logits
         with projected_weights(changed, subspaces):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import intervening, recorder
 from sfc.models.loading import Model
-from sfc.models.running import last_logits, losses_and_last_logits, prefix_after, run_to
+from sfc.models.running import cached_residual_after, last_logits, losses_and_last_logits, run_to
 from sfc.models.score import RefusalScore, auroc, score_batch, score_prompts
 
 
@@ -34,7 +34,7 @@ def test_batched_logits_are_those_of_the_plain_model_one_by_one(
 
 @given(st.permutations(range(6)), st.integers(1, 200))
 def test_scores_do_not_depend_on_how_prompts_are_batched(
-    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch],
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: TemplateLayout, batches: list[Batch],
     order: list[int], batch_tokens: int,
 ) -> None:  # fmt: skip
     others = make_batches([prompts[i] for i in order], layout, batch_tokens, model.device)
@@ -47,8 +47,8 @@ def test_scores_do_not_depend_on_how_prompts_are_batched(
 def test_a_run_from_a_cached_residual_stream_is_exact(model: Model, batches: list[Batch], layer: int) -> None:
     for batch in batches:
         full = last_logits(model, batch)
-        prefix = prefix_after(model, batch, layer)
-        assert torch.equal(last_logits(model, batch, prefix=prefix), full)
+        cached = cached_residual_after(model, batch, layer)
+        assert torch.equal(last_logits(model, batch, cached=cached), full)
         assert torch.equal(last_logits(model, batch), full), "the model is left as it was"
 
 
@@ -58,23 +58,23 @@ def test_a_run_goes_on_from_a_prefix_to_a_later_layer_or_site(model: Model, batc
         full: dict[str, torch.Tensor] = {}
         run_to(model, batch, {site: recorder(full, site) for site in sites}, sites[-1])
         for layer in (-1, 0, 1):
-            start = prefix_after(model, batch, layer)
+            start = cached_residual_after(model, batch, layer)
             seen: dict[str, torch.Tensor] = {}
             run_to(model, batch, {sites[-1]: recorder(seen, sites[-1])}, sites[-1], start)
             assert torch.equal(seen[sites[-1]], full[sites[-1]])
-            assert torch.equal(prefix_after(model, batch, 1, start).residual, full[sites[-1]])
+            assert torch.equal(cached_residual_after(model, batch, 1, start).residual, full[sites[-1]])
         with pytest.raises(ValueError, match="after block 1 does not pass block 0"):
-            prefix_after(model, batch, 0, prefix_after(model, batch, 1))
+            cached_residual_after(model, batch, 0, cached_residual_after(model, batch, 1))
 
 
 def test_selected_and_repeated_rows_of_a_run_stay_exact(model: Model, batches: list[Batch]) -> None:
     batch, rows = batches[0], torch.tensor([2, 0])
     full = last_logits(model, batch)
     for layer in (-1, 0):
-        prefix = prefix_after(model, batch, layer)
-        selected = last_logits(model, batch.select(rows), prefix=prefix.select(rows))
+        cached = cached_residual_after(model, batch, layer)
+        selected = last_logits(model, batch.select(rows), cached=cached.select(rows))
         torch.testing.assert_close(selected, full[rows], atol=1e-6, rtol=1e-6)
-        repeated = last_logits(model, batch.repeat(2), prefix=prefix.repeat(2))
+        repeated = last_logits(model, batch.repeat(2), cached=cached.repeat(2))
         torch.testing.assert_close(repeated, full.repeat(2, 1), atol=1e-6, rtol=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_an_intervention_at_the_cached_site_acts_as_in_a_full_run(model: Model, 
     double = {"blocks.0.hook_resid_post": lambda x: 2 * x}
     batch = batches[0]
     full = last_logits(model, batch, double)
-    assert torch.equal(last_logits(model, batch, double, prefix_after(model, batch, 0)), full)
+    assert torch.equal(last_logits(model, batch, double, cached_residual_after(model, batch, 0)), full)
     assert not torch.allclose(full, last_logits(model, batch))
 
 
@@ -125,8 +125,8 @@ def test_next_token_losses_are_the_models_own(
         for row in batch.prompts.tolist():
             log_p = _hf_logits(model, prompts[row])[:-1].log_softmax(-1)
             expected.append(-log_p[torch.arange(len(log_p)), torch.tensor(prompts[row].ids[1:])])
-        for prefix in (None, prefix_after(model, batch, 0)):
-            losses, logits = losses_and_last_logits(model, batch, prefix=prefix)
+        for cached in (None, cached_residual_after(model, batch, 0)):
+            losses, logits = losses_and_last_logits(model, batch, cached=cached)
             torch.testing.assert_close(losses, torch.cat(expected), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(logits, last_logits(model, batch), atol=1e-5, rtol=1e-5)
 
@@ -158,7 +158,7 @@ def test_a_refusal_token_must_be_one_token(model: Model) -> None:
 
 
 def test_score_prompts_keeps_the_order_of_the_list(
-    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout, batches: list[Batch]
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: TemplateLayout, batches: list[Batch]
 ) -> None:
     one_by_one = [
         score_batch(model, score, b)[0].item() for p in prompts for b in make_batches([p], layout, 1, model.device)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.running import last_logits
 from sfc.saes.dictionary import Dictionary, JumpReLUDictionary, NormalisedDictionary, TopKDictionary
 
@@ -79,14 +79,14 @@ def test_the_features_of_the_row_are_its_scale_and_the_two_signs_of_its_mean() -
 
 @pytest.fixture(params=[None, "constant_norm_rescale", "layer_norm"])
 def foreign_problem(
-    request: pytest.FixtureRequest, problem: Problem, batches: list[Batch], layout: SlotLayout
+    request: pytest.FixtureRequest, problem: Problem, batches: list[Batch], layout: TemplateLayout
 ) -> Problem:
     """The problem with foreign dictionaries in place of its own."""
     sites = problem.ablation.nodes.sites
     dictionaries = {site: foreign(request.param, i, problem.model.d_model, site) for i, site in enumerate(sites)}
-    reference = mean_reference(problem.model, dictionaries, batches[:2], layout)
+    baseline = mean_baseline(problem.model, dictionaries, batches[:2], layout)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
-    return replace(problem, ablation=Ablation(nodes, dictionaries, reference, "node"))
+    return replace(problem, ablation=Ablation(nodes, dictionaries, baseline, "node"))
 
 
 def scores_with(problem: Problem, keep: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_ablation_follows_its_definition(foreign_problem: Problem) -> None:
     ablation, model = foreign_problem.ablation, foreign_problem.model
     site = ablation.nodes.sites[-1]
     alone = Ablation(
-        Nodes.of({site: ablation.dictionaries[site].d_sae}), ablation.dictionaries, ablation.reference, "node"
+        Nodes.of({site: ablation.dictionaries[site].d_sae}), ablation.dictionaries, ablation.baseline, "node"
     )
     keep = np.random.default_rng(0).random(alone.nodes.n_nodes) < 0.5
     m, m_error = torch.from_numpy(keep[:-1]).float(), float(keep[-1])
@@ -113,9 +113,9 @@ def test_ablation_follows_its_definition(foreign_problem: Problem) -> None:
     for batch in runs.batches:
 
         def oracle(x: Tensor, batch: Batch = batch) -> Tensor:
-            slots = batch.slots.clamp(min=0)
-            f, f_ref = dictionary.encode(x), ablation.reference.features[site][slots]
-            error, error_ref = x - dictionary.decode(f), ablation.reference.errors[site][slots]
+            template_positions = batch.template_positions.clamp(min=0)
+            f, f_ref = dictionary.encode(x), ablation.baseline.features[site][template_positions]
+            error, error_ref = x - dictionary.decode(f), ablation.baseline.errors[site][template_positions]
             replaced = dictionary.decode(m * f + (1 - m) * f_ref) + m_error * error + (1 - m_error) * error_ref
             return torch.where(batch.touchable[..., None], replaced, x)
 
@@ -127,7 +127,7 @@ def test_ablation_follows_its_definition(foreign_problem: Problem) -> None:
 def test_law_effects_of_a_site_sum_to_the_first_order_effect_of_its_activation(foreign_problem: Problem) -> None:
     model, score, ablation = foreign_problem.model, foreign_problem.score, foreign_problem.ablation
     site = ablation.nodes.sites[-1]
-    x_ref = ablation.dictionaries[site].decode(ablation.reference.features[site]) + ablation.reference.errors[site]
+    x_ref = ablation.dictionaries[site].decode(ablation.baseline.features[site]) + ablation.baseline.errors[site]
     for batch, prefix in foreign_problem.runs:
         kept: list[Tensor] = []
 
@@ -137,6 +137,6 @@ def test_law_effects_of_a_site_sum_to_the_first_order_effect_of_its_activation(f
 
         score(last_logits(model, batch, {site: keep})).sum().backward()
         x, g = kept[0].detach(), kept[0].grad
-        moved = (g * (x - x_ref[batch.slots.clamp(min=0)])).sum(-1) * batch.touchable
+        moved = (g * (x - x_ref[batch.template_positions.clamp(min=0)])).sum(-1) * batch.touchable
         effects = ablation.nodes.split(attributed_effects(foreign_problem, batch, prefix).by_prompt)[site]
         torch.testing.assert_close(effects.sum(1), moved.sum(1), atol=1e-5, rtol=1e-3)

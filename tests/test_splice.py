@@ -106,7 +106,7 @@ def test_what_an_ablation_does_not_harm_cannot_be_recovered(
 ) -> None:
     """One prompt of two tokens has one token to ablate: its activation is the mean of all."""
     batch = batches[0].select(torch.tensor([0]))
-    two = Batch(batch.prompts, batch.ids[:, :2], torch.tensor([2]), batch.slots[:, :2], batch.roles[:, :2])
+    two = Batch(batch.prompts, batch.ids[:, :2], torch.tensor([2]), batch.template_positions[:, :2], batch.roles[:, :2])
     weights = {
         "W_enc": torch.zeros(32, 4),
         "b_enc": torch.zeros(4),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sfc.core.errors import UserError
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models import engine
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.edits import Steering, SteeringEdit, residual_sites, steering
 from sfc.models.engine import NO_EDIT, PreparedPrompts, prepare_suffixes
 from sfc.models.generation import end_tokens
@@ -131,7 +131,7 @@ def test_replies_are_those_of_whole_runs_without_a_cache(
 
 
 def test_without_an_edit_nothing_changes(
-    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: SlotLayout
+    model: Model, score: RefusalScore, prompts: list[TokenizedPrompt], layout: TemplateLayout
 ) -> None:
     (batch,) = make_batches(prompts, layout, 10_000, model.device)
     expected = score_batch(model, score, batch).numpy()[np.argsort(batch.prompts.numpy())]
@@ -288,7 +288,7 @@ def test_a_recording_is_what_single_runs_show(
     found = record(model, score, pd.DataFrame({"prompt": TEXTS}), prompts, sites, 2)
     assert found.n_tokens == 2
     for i, prompt in enumerate(prompts):
-        (batch,) = make_batches([prompt], SlotLayout.of([prompt]), 1, model.device)
+        (batch,) = make_batches([prompt], TemplateLayout.of([prompt]), 1, model.device)
         seen: dict[str, torch.Tensor] = {}
         value = float(score_batch(model, score, batch, {site: recorder(seen, site) for site in sites}))
         assert found.scores[i] == pytest.approx(value, abs=1e-4)

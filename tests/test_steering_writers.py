@@ -7,10 +7,10 @@ from conftest import LABELS, random_dictionary
 
 from sfc.data.render import TokenizedPrompt
 from sfc.models.interventions import recorder
+from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.models.tails import make_tails
 from sfc.studies.steer.directions import cosine, random_directions
 from sfc.studies.steer.writers import feature_cosines, parts_before, writers_table
 
@@ -28,7 +28,7 @@ def test_the_parts_sum_to_what_stands_at_the_site(
     table = writers_table(model, score, prompts, TOXIC, site, -2, 5 * u, 0)
     assert len(table) == n_parts and table["share"].sum() == pytest.approx(1, abs=1e-4)
     seen: dict[str, torch.Tensor] = {}
-    last_logits(model, make_tails(model, prompts, 2), {site: recorder(seen, site)})
+    last_logits(model, cache_suffixes(model, prompts, 2), {site: recorder(seen, site)})
     component = (seen[site][:, -2].double() @ u).detach().numpy()
     difference = component[TOXIC].mean() - component[~TOXIC].mean()
     assert table["difference"].sum() == pytest.approx(difference, abs=1e-4)
@@ -39,10 +39,10 @@ def test_an_ablated_part_writes_what_it_writes_on_safe_prompts(
 ) -> None:
     site, u = "blocks.1.hook_resid_post", random_directions(1, 32, 1)[0]
     table = writers_table(model, score, prompts, TOXIC, site, -1, u, 10).set_index("component")
-    tails = make_tails(model, prompts, 1)
+    suffixes = cache_suffixes(model, prompts, 1)
     for part in parts_before(model, site):
         seen: dict[str, torch.Tensor] = {}
-        before = score(last_logits(model, tails, {name: recorder(seen, name) for name in (part.site, site)}))
+        before = score(last_logits(model, suffixes, {name: recorder(seen, name) for name in (part.site, site)}))
         mean = seen[part.site][~TOXIC].mean(0)
         wanted = torch.zeros_like(mean, dtype=torch.bool)
         wanted.view(1, -1)[:, slice(None) if part.head is None else slice(8 * part.head, 8 * part.head + 8)] = True
@@ -50,7 +50,7 @@ def test_an_ablated_part_writes_what_it_writes_on_safe_prompts(
         after = score(
             last_logits(
                 model,
-                tails,
+                suffixes,
                 {
                     part.site: lambda x, mean=mean, wanted=wanted: torch.where(wanted, mean, x),
                     site: recorder(changed, site),

@@ -18,7 +18,7 @@ STRANGER = Path(__file__).parent / "stranger"
 PLUGINS = [STRANGER / f"{name}.py" for name in ("study", "behavior", "method", "nodes", "sae")]
 FAST = (
     "behavior=agreement", "prompts.limit=40", "saes.steps=5", "evaluation.sizes=[4,16]", "evaluation.random_draws=2",
-    "evaluation.p_value_draws=2", "evaluation.replies=4", "discovery.audit_prompts=4", "discovery.audit_nodes=2",
+    "evaluation.p_value_draws=2", "evaluation.replies=4", "discovery.checked_prompts=4", "discovery.checked_nodes=2",
 )  # fmt: skip
 TINY = ("--preset", "tiny", *(part for setting in FAST for part in ("--set", setting)))
 STEERING = (
@@ -123,7 +123,7 @@ def test_the_circuit_of_the_behavior_speaks_its_words(ran: Ran) -> None:
         assert words in page, words
     tracer = json.loads(ran.text("exports", "circuit-tracer.json"))
     assert [node["clerp"] for node in tracer["nodes"] if node["feature_type"] == "logit"] == ["agreement score"]
-    assert tracer["metadata"]["generation_settings"]["reference"] == "question-mean"
+    assert tracer["metadata"]["generation_settings"]["baseline"] == "question-mean"
     graph = json.loads(ran.text("behavior", "circuit.json"))["graph"]
     assert (graph["population"], graph["behavior"]) == ("opinion", "agreement")
 

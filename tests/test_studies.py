@@ -32,7 +32,7 @@ LABELS = {"Bake": "safe", "Break": "toxic"}
 SETTINGS = (
     "prompts.limit=10", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
     "evaluation.random_draws=2", "evaluation.p_value_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3",
-    "discovery.method=attribution", "discovery.audit_nodes=2", "discovery.audit_prompts=4", "comparison.size=8",
+    "discovery.method=attribution", "discovery.checked_nodes=2", "discovery.checked_prompts=4", "comparison.size=8",
     "comparison.shuffles=1", "comparison.replies=2", "comparison.reply_tokens=3", "steering.min_induced=-99",
     "steering.max_kl=99", "steering.max_loss=99", "steering.contrasts=[toxic-safe]", "steering.prompts=8",
     "steering.tried_prompts=4", "steering.random_directions=2", "steering.shuffled_directions=1",

@@ -493,8 +493,8 @@ def test_a_page_shows_every_figure_and_says_what_is_not_measurable(tmp_path):
     assert set(names) == set(graph)
 
 
-def test_a_page_shows_the_audit_and_where_in_the_prompt_effects_come_from(tmp_path):
-    audit = {
+def test_a_page_shows_the_approximation_check_and_where_in_the_prompt_effects_come_from(tmp_path):
+    check = {
         "top": {"n_nodes": 40, "rank_correlation": 0.9312, "sign_agreement": 0.975, "n_signed": 39},
         "random": {"n_nodes": 40, "rank_correlation": None, "sign_agreement": None, "n_signed": 0},
         "worst_misses": [{"node": "resid_post.21/<b>F7</b>", "fast": 0.25, "exact": -0.125}],
@@ -502,7 +502,7 @@ def test_a_page_shows_the_audit_and_where_in_the_prompt_effects_come_from(tmp_pa
         "n_prompts": 50,
     }
     roles = {"effect_content": "prompt", "effect_suffix_0": "<|im_end|>\n"}
-    graph = make_circuit([1.0, -1.0, 0.5], audit=audit, roles=roles)
+    graph = make_circuit([1.0, -1.0, 0.5], approximation_check=check, roles=roles)
     for node in graph.nodes.values():
         node.update(effect_content=node["effect"] / 4, effect_suffix_0=3 * node["effect"] / 4)
     write_page(tmp_path / "page.html", graph, make_curve(), make_result())

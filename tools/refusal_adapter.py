@@ -37,7 +37,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.data.read import LABELS, load_prompt_file
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import keyed_numbers
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.embedded import embedded_model_folder
 from sfc.models.generation import generate_ids
 from sfc.models.identity import WEIGHTS
@@ -185,7 +185,7 @@ def _own_replies(model: Model, prompts: Sequence[TokenizedPrompt], length: int) 
     """The model's greedy replies, the first token being the best that does not open a refusal."""
     opening = RefusalScore.of(model).tokens
     first = np.zeros(len(prompts), dtype=np.int64)
-    for batch in make_batches(prompts, SlotLayout.of(prompts), _GENERATION_TOKENS, model.device):
+    for batch in make_batches(prompts, TemplateLayout.of(prompts), _GENERATION_TOKENS, model.device):
         first[batch.prompts.cpu().numpy()] = (
             last_logits(model, batch).index_fill(-1, opening, -torch.inf).argmax(-1).cpu().numpy()
         )

@@ -68,14 +68,13 @@ class Pairs(Behavior):
         discovery = DiscoveryOptions.of(experiment)
         if discovery.contrast != "toxic-safe":
             raise UserError("--pairs are a contrast of their own: leave --contrast out")
-        if discovery.reference not in (None, "paired", "counterfactual"):
+        if discovery.baseline not in (None, "paired", "counterfactual"):
             raise UserError(
-                f"--pairs: each prompt's reference is its partner, so leave discovery.reference={discovery.reference}"
-                " out"
+                f"--pairs: each prompt's baseline is its partner, so leave discovery.baseline={discovery.baseline} out"
             )
         update = {
             "model": experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
-            "discovery": discovery.model_copy(update={"reference": discovery.reference or "paired"}),
+            "discovery": discovery.model_copy(update={"baseline": discovery.baseline or "paired"}),
         }
         return experiment.model_copy(update=update)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sfc.circuits.baselines import check_covered, paired_reference
+from sfc.circuits.baselines import check_covered, paired_baseline
 from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Task
@@ -19,7 +19,7 @@ from sfc.core.progress import say
 from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import with_ids
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
@@ -30,9 +30,9 @@ LOW_SHARE, LOW_VARIANCE_EXPLAINED = 0.8, 0.5
 
 
 def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: Mapping[str, Dictionary]) -> Task:
-    """The pairs of a file: each prompt of the population (toxic: the clean ones) has its partner as its reference.
+    """The pairs of a file: each prompt of the population (toxic: the clean ones) has its partner as its baseline.
 
-    With counterfactuals as the reference both prompts of a pair are explained, each against the other, and must be
+    With counterfactuals as the baseline both prompts of a pair are explained, each against the other, and must be
     equally long. A pair whose prompts cannot be aligned, or are too long, is left out, and said to be.
 
     Raises:
@@ -47,7 +47,7 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     longest = [max(len(a.ids), len(b.ids)) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     is_short = np.array(longest) <= experiment.prompts.max_tokens
     is_aligned = np.array([pair is not None for pair in roles])
-    both_ways = DiscoveryOptions.of(experiment).reference == "counterfactual"
+    both_ways = DiscoveryOptions.of(experiment).baseline == "counterfactual"
     if both_ways:
         is_aligned &= [_correspond(a, b) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     counts = _counts(pairs, is_short, is_aligned)
@@ -57,7 +57,7 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
 
     chosen = np.flatnonzero(is_short & is_aligned)
     explained, partners = zip(*(roles[i] for i in chosen), strict=True)  # pyright: ignore[reportArgumentType]
-    layout = SlotLayout.of([*explained, *partners])
+    layout = TemplateLayout.of([*explained, *partners])
     ids = torch.from_numpy(np.stack([answers["clean"], answers["patch"]], 1)[chosen]).to(model.device)
     score = AnswerDifference(layout, ids if clean_is_explained else ids.flip(1))
     budget = experiment.activations.batch_tokens
@@ -75,23 +75,23 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     if both_ways:
         prompts, numbers, n = [*explained, *partners], torch.arange(2 * len(explained)), len(explained)
         both = Pairs(*(values.to(model.device) for values in (numbers, (numbers + n) % (2 * n), numbers < n)))
-        reference = Counterfactuals.of(model, dictionaries, prompts, both, layout, budget)
+        baseline = Counterfactuals.of(model, dictionaries, prompts, both, layout, budget)
         discovery, test = (
             [
                 batch.with_tables(batch.pair % n, layout)  # pyright: ignore[reportOptionalOperand]
-                for batch in reference.batches(prompts, torch.from_numpy(np.tile(wanted, 2)).to(model.device), budget)
+                for batch in baseline.batches(prompts, torch.from_numpy(np.tile(wanted, 2)).to(model.device), budget)
             ]
             for wanted in (in_discovery, ~in_discovery)
         )
         task_score = DirectedScore(score, both.direction)
     else:
-        reference = paired_reference(model, dictionaries, make_batches(partners, layout, budget, model.device), layout)
-        check_covered(reference, [*discovery, *test])
+        baseline = paired_baseline(model, dictionaries, make_batches(partners, layout, budget, model.device), layout)
+        check_covered(baseline, [*discovery, *test])
         task_score = score
     rows = [_side(pairs, side, path.stem) for side in (ours, theirs)]
     return Task(
         score=task_score,
-        reference=reference,
+        baseline=baseline,
         discovery=discovery,
         test=test,
         labelled=pd.concat([side[in_discovery] for side in rows]),

@@ -3,7 +3,7 @@
 Sites run in their order, and each dictionary encodes the *current* x. With m the mask of a circuit (1 keeps):
 `x <- x_hat(m f + (1 - m) f_ref) + m_error (x - x_hat(f)) + (1 - m_error) error_ref`. Padding and the attention sink
 are never touched. Since decoding is linear, the part that does not depend on x is known before the run (for means per
-slot a small table, a row per circuit and slot), and the rest is one sparse decoding.
+template position a small table, a row per circuit and template position), and the rest is one sparse decoding.
 """
 
 from collections.abc import Mapping
@@ -21,35 +21,35 @@ from sfc.circuits.spaces import NodeSpace
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, run_to
+from sfc.models.running import CachedResidual, run_to
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What ablating means: which dictionaries and references, and what becomes of the errors.
+    """What ablating means: which dictionaries and baselines, and what becomes of the errors.
 
     `error_mode`: `node` keeps or ablates an error like any node; `keep-current` keeps every error at its current value
     (errors are preserved, as in the published pipeline); `keep-clean` sets every error to what it is in the model as
-    it is; `ablate` sets every error to its reference.
+    it is; `ablate` sets every error to its baseline.
     """
 
     nodes: Nodes
     dictionaries: Mapping[str, NodeSpace]
     """what takes the activation at each site apart into its nodes"""
-    reference: Baseline
-    """what ablated nodes are set to: means per slot, or what each prompt's counterfactual has there"""
+    baseline: Baseline
+    """what ablated nodes are set to: means per template position, or what each prompt's counterfactual has there"""
     error_mode: ErrorMode
     clean_errors: Mapping[str, Float[Tensor, "batch pos d_in"]] | None = None
     """for `keep-clean`, the errors of one batch in the model as it is, at sites that have one: from `for_batch`"""
 
     @torch.no_grad()
-    def for_batch(self, model: Model, batch: Batch, prefix: Prefix | None) -> "Ablation":
+    def for_batch(self, model: Model, batch: Batch, cached: CachedResidual | None) -> "Ablation":
         """What this ablation is for one batch: itself, or with `keep-clean` one that has the batch's clean errors."""
         if self.error_mode != "keep-clean":
             return self
         seen: dict[str, Tensor] = {}
         sites = [site for site, space in self.dictionaries.items() if space.part_kind == ERROR]
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, self.nodes.sites[-1], prefix)
+        run_to(model, batch, {site: recorder(seen, site) for site in sites}, self.nodes.sites[-1], cached)
         return replace(self, clean_errors={site: self._error(site, x.float()) for site, x in seen.items()})
 
     def interventions(
@@ -71,7 +71,7 @@ class Ablation:
 
     def ablated_activation(self, site: str, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """The activation that ablating all of a site's nodes leaves at the touchable tokens of a batch."""
-        return self.reference.activations(self.dictionaries[site], batch)
+        return self.baseline.activations(self.dictionaries[site], batch)
 
     def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
         dictionary, rows = self.dictionaries[site], rearrange(x, "batch pos d_in -> (batch pos) d_in")
@@ -87,13 +87,13 @@ class Ablation:
         dictionary = self.dictionaries[site]
         keep_feature, keep_error = mask.split([dictionary.d_sae, dictionary.n_parts], dim=1)
         touchable = batch.touchable
-        circuit_of_token = circuit[:, None].expand_as(batch.slots)[touchable]
+        circuit_of_token = circuit[:, None].expand_as(batch.template_positions)[touchable]
         error_weight = keep_error[circuit_of_token]
-        constant = self.reference.ablated_part(dictionary, mask, circuit_of_token, batch)
+        constant = self.baseline.ablated_part(dictionary, mask, circuit_of_token, batch)
         if self.clean_errors is not None and site in self.clean_errors:
             clean = self.clean_errors[site]
             clean = repeat(clean, "batch ... -> (copies batch) ...", copies=len(touchable) // len(clean))[touchable]
-            constant = constant + clean - self.reference.errors_at(dictionary, batch)
+            constant = constant + clean - self.baseline.errors_at(dictionary, batch)
 
         def ablate(activation: Tensor) -> Tensor:
             x = activation[touchable].float()

@@ -34,16 +34,16 @@ class Agreement(NamedTuple):
 def approximation_check(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
     """Exact effects of the strongest nodes and of random ones, on discovery prompts, beside those of the method.
 
-    Random nodes are drawn from the others that differ from their reference on some prompt. Where there are more
-    discovery prompts than `audit_prompts`, the exact effects are means over a sample of them.
+    Random nodes are drawn from the others that differ from their baseline on some prompt. Where there are more
+    discovery prompts than `checked_prompts`, the exact effects are means over a sample of them.
 
     Returns:
         A JSON object: `top` and `random` (as `Agreement`), `worst_misses` (of both, by |fast - exact|: `node`, `fast`,
         `exact`; empty where the method's effects are not in nats), `noise_floor` in nats, `n_prompts`.
     """
     config = problem.config
-    top, others = _checked_nodes(effects, config.audit_nodes, seed)
-    runs = problem.runs.sample(config.audit_prompts, seed)
+    top, others = _checked_nodes(effects, config.checked_nodes, seed)
+    runs = problem.runs.sample(config.checked_prompts, seed)
     checked = np.concatenate([top, others])
     with progress_bar("approximation check", len(checked) * len(runs.batches), "runs") as progress:
         exact = exact_effects(replace(problem, runs=runs), checked.tolist(), progress=progress).mean(1)

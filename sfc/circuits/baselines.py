@@ -1,7 +1,7 @@
 """References: what a node's value is set to when it is ablated.
 
-A reference is a table of values per position of the template, or what each prompt's counterfactual has at the very same
-position (see `sfc.circuits.counterfactuals`). The mean reference is role-aligned: one value per slot (see
+A baseline is a table of values per position of the template, or what each prompt's counterfactual has at the very same
+position (see `sfc.circuits.counterfactuals`). The mean baseline is role-aligned: one value per template position (see
 `sfc.models.batches`), taken within a prompt first (content tokens are pooled) and then across the prompts of the
 reference split, so that long prompts count no more than short. The attention sink (the first token) is never pooled
 with others: where the template has no prefix, it would drown them.
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.errors import UserError
-from sfc.models.batches import PAD_SLOT, Batch, SlotLayout
+from sfc.models.batches import NO_POSITION, Batch, TemplateLayout
 from sfc.models.interventions import recorder
 from sfc.models.linear import linear
 from sfc.models.loading import Model
@@ -26,14 +26,14 @@ from sfc.saes.dictionary import Dictionary
 
 
 class Baseline(Protocol):
-    """What ablation, attribution and edges ask of a reference: values at the touchable tokens of a batch, in order.
+    """What ablation, attribution and edges ask of a baseline: values at the touchable tokens of a batch, in order.
 
     `space` is what takes the activation at its site apart: the features of an SAE and its error, or components.
     """
 
     @property
-    def layout(self) -> SlotLayout:
-        """What the slots of a prompt are, by which effects are told apart."""
+    def layout(self) -> TemplateLayout:
+        """What the template positions of a prompt are, by which effects are told apart."""
         ...
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
@@ -72,33 +72,33 @@ class Baseline(Protocol):
         place_of_token: Int[Tensor, " tokens"],
         n_places: int,
     ) -> Float[Tensor, "places d_sae"]:
-        """`sum_t (g_t . d_i) f_ref_ti` over the tokens of each place, which are of one prompt and slot."""
+        """`sum_t (g_t . d_i) f_ref_ti` over the tokens of each place, which are of one prompt and template position."""
         ...
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Reference values per site and slot: a table for all prompts, or several, one below the other."""
+class BaselineTables:
+    """Values per site and template position: a table for all prompts, or several, one below the other."""
 
-    layout: SlotLayout
-    """what the slots of a table are"""
-    features: Mapping[str, Float[Tensor, "slots d_sae"]]
-    errors: Mapping[str, Float[Tensor, "slots d_in"]]
+    layout: TemplateLayout
+    """what the template positions of a table are"""
+    features: Mapping[str, Float[Tensor, "positions d_sae"]]
+    errors: Mapping[str, Float[Tensor, "positions d_in"]]
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """See `Baseline`."""
         table = space.decode(self.features[space.site]) + self.errors[space.site]
-        return table[batch.slots[batch.touchable]]
+        return table[batch.template_positions[batch.touchable]]
 
     def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """See `Baseline`."""
-        return self.errors[space.site][batch.slots[batch.touchable]]
+        return self.errors[space.site][batch.template_positions[batch.touchable]]
 
     def features_at(
         self, space: Dictionary, batch: Batch, features: Int[Tensor, " features"]
     ) -> Float[Tensor, "tokens features"]:
         """See `Baseline`."""
-        return self.features[space.site][:, features][batch.slots[batch.touchable]]
+        return self.features[space.site][:, features][batch.template_positions[batch.touchable]]
 
     def ablated_part(
         self,
@@ -107,13 +107,13 @@ class Reference:
         circuit_of_token: Int[Tensor, " tokens"],
         batch: Batch,
     ) -> Float[Tensor, "tokens d_in"]:
-        """See `Baseline`: the same for all tokens of one circuit and slot."""
-        features_ref, slots = self.features[space.site], batch.slots[batch.touchable]
-        row, row_of_token = (circuit_of_token * len(features_ref) + slots).unique(return_inverse=True)
-        circuit, slot = row // len(features_ref), row % len(features_ref)
+        """See `Baseline`: the same for all tokens of one circuit and template position."""
+        features_ref, template_positions = self.features[space.site], batch.template_positions[batch.touchable]
+        row, row_of_token = (circuit_of_token * len(features_ref) + template_positions).unique(return_inverse=True)
+        circuit, place = row // len(features_ref), row % len(features_ref)
         ablated = 1 - mask[circuit]
-        of_features = linear(features_ref[slot] * ablated[:, : space.d_sae], space.W_dec.t())
-        left_ref = self.errors[space.site][slot] + space.b_dec
+        of_features = linear(features_ref[place] * ablated[:, : space.d_sae], space.W_dec.t())
+        left_ref = self.errors[space.site][place] + space.b_dec
         of_error = by_coordinate(ablated[:, space.d_sae :], space) * left_ref
         return (of_features + of_error)[row_of_token]
 
@@ -126,21 +126,21 @@ class Reference:
         n_places: int,
     ) -> Float[Tensor, "places d_sae"]:
         """See `Baseline`: gradients are summed per place first, so that features that are off cost nothing."""
-        slots = batch.slots[batch.touchable]
-        slot_of_place = slots.new_zeros(n_places).scatter_(0, place_of_token, slots)
+        template_positions = batch.template_positions[batch.touchable]
+        position_of_place = template_positions.new_zeros(n_places).scatter_(0, place_of_token, template_positions)
         summed = g.new_zeros(n_places, space.d_in).index_add_(0, place_of_token, g)
-        return linear(summed, space.W_dec) * self.features[space.site][slot_of_place]
+        return linear(summed, space.W_dec) * self.features[space.site][position_of_place]
 
 
-def tables_of(baseline: Baseline) -> Reference:
-    """The baseline, if it is a table of values per slot.
+def tables_of(baseline: Baseline) -> BaselineTables:
+    """The baseline, if it is a table of values per template position.
 
     Raises:
         UserError: it is not.
     """
-    if not isinstance(baseline, Reference):
+    if not isinstance(baseline, BaselineTables):
         raise UserError(
-            "this needs one value per position of the template for what is ablated: take a mean as discovery.reference"
+            "this needs one value per position of the template for what is ablated: take a mean as discovery.baseline"
         )
     return baseline
 
@@ -152,53 +152,59 @@ def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: Dictionary) -> F
     return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_in // space.n_parts)
 
 
-def mean_reference(
-    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
-) -> Reference:
+def mean_baseline(
+    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: TemplateLayout
+) -> BaselineTables:
     """Role-aligned means of features and errors over the prompts of the batches.
 
     Raises:
-        UserError: a slot of the layout occurs in none of the prompts.
+        UserError: a template position of the layout occurs in none of the prompts.
     """
-    reference = _means(model, dictionaries, [(batch, batch.slots) for batch in batches], layout, layout.n_slots)
-    if not _known(reference).all():
+    baseline = _means(
+        model,
+        dictionaries,
+        [(batch, batch.template_positions) for batch in batches],
+        layout,
+        layout.n_template_positions,
+    )
+    if not _known(baseline).all():
         raise UserError("the reference prompts do not cover every position of the template; use more of them")
-    return reference
+    return baseline
 
 
-def paired_reference(
-    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
-) -> Reference:
+def paired_baseline(
+    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: TemplateLayout
+) -> BaselineTables:
     """The values on each single prompt of the batches, its content tokens pooled: a table per prompt.
 
-    The partner of prompt p finds its values through the slots that `Batch.with_tables` gives it. Where a prompt lacks
-    a slot of the layout, its values are not numbers: see `check_covered`.
+    The partner of prompt p finds its values through the template positions that `Batch.with_tables` gives it. Where a
+    prompt lacks a template position of the layout, its values are not numbers: see `check_covered`.
     """
-    return reference_in_tables(
+    return baseline_in_tables(
         model, dictionaries, [batch.with_tables(batch.prompts, layout) for batch in batches], layout
     )
 
 
-def reference_in_tables(
-    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: SlotLayout
-) -> Reference:
-    """The values on the prompts of the batches, in the tables that their slots name (see `Batch.with_tables`): means
-    where several prompts share a table.
+def baseline_in_tables(
+    model: Model, dictionaries: Mapping[str, Dictionary], batches: Sequence[Batch], layout: TemplateLayout
+) -> BaselineTables:
+    """The values on the prompts of the batches, in the tables that their template positions name (see
+    `Batch.with_tables`): means where several prompts share a table.
     """
-    rows = [(batch.without_tables(layout), batch.slots) for batch in batches]
+    rows = [(batch.without_tables(layout), batch.template_positions) for batch in batches]
     n_tables = 1 + max(int(batch.tables(layout).max()) for batch in batches)
-    return _means(model, dictionaries, rows, layout, layout.n_slots * n_tables)
+    return _means(model, dictionaries, rows, layout, layout.n_template_positions * n_tables)
 
 
-def check_covered(reference: Reference, batches: Sequence[Batch]) -> None:
-    """Raise a `UserError` if a token of these prompts has no reference."""
-    known = _known(reference)
-    if not all(known[batch.slots[batch.touchable]].all() for batch in batches):
+def check_covered(baseline: BaselineTables, batches: Sequence[Batch]) -> None:
+    """Raise a `UserError` if a token of these prompts has no baseline."""
+    known = _known(baseline)
+    if not all(known[batch.template_positions[batch.touchable]].all() for batch in batches):
         raise UserError("a prompt has tokens that have no counterpart in its partner: both need the same template")
 
 
-def _known(reference: Reference) -> Bool[Tensor, " slots"]:
-    return torch.stack([values.isfinite().all(1) for values in reference.errors.values()]).all(0)
+def _known(baseline: BaselineTables) -> Bool[Tensor, " positions"]:
+    return torch.stack([values.isfinite().all(1) for values in baseline.errors.values()]).all(0)
 
 
 @torch.no_grad()
@@ -206,9 +212,9 @@ def _means(
     model: Model,
     dictionaries: Mapping[str, Dictionary],
     rows_of_batches: Sequence[tuple[Batch, Int[Tensor, "batch pos"]]],
-    layout: SlotLayout,
+    layout: TemplateLayout,
     n_rows: int,
-) -> Reference:
+) -> BaselineTables:
     """Means of what goes into each row of a table: over the tokens of a prompt first, and then over prompts.
 
     Rows into which nothing goes are not numbers.
@@ -235,29 +241,29 @@ def _means(
         site: total / prompts_in_row[:, None] - dictionaries[site].decode(features[site])
         for site, total in activations.items()
     }
-    return Reference(layout, features, errors)
+    return BaselineTables(layout, features, errors)
 
 
-def zero_reference(dictionaries: Mapping[str, Dictionary], layout: SlotLayout) -> Reference:
+def zero_baseline(dictionaries: Mapping[str, Dictionary], layout: TemplateLayout) -> BaselineTables:
     """Zero for every feature and every error: of an ablated site only the decoder's bias is left."""
-    n = layout.n_slots
-    return Reference(
+    n = layout.n_template_positions
+    return BaselineTables(
         layout,
         {site: d.W_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
         {site: d.W_dec.new_zeros(n, d.d_in) for site, d in dictionaries.items()},
     )
 
 
-def _counted(batch: Batch, layout: SlotLayout) -> Bool[Tensor, "batch pos"]:
-    """Tokens that references are means of: neither padding nor a first token among the content."""
-    counted = batch.slots != PAD_SLOT
-    counted[:, 0] &= batch.slots[:, 0] != layout.n_prefix
+def _counted(batch: Batch, layout: TemplateLayout) -> Bool[Tensor, "batch pos"]:
+    """Tokens that baselines are means of: neither padding nor a first token among the content."""
+    counted = batch.template_positions != NO_POSITION
+    counted[:, 0] &= batch.template_positions[:, 0] != layout.n_prefix
     return counted
 
 
-def _weights_within_prompts(batch: Batch, layout: SlotLayout) -> Float[Tensor, " tokens"]:
-    """For each token that counts, one over the number of such tokens of its prompt in its slot."""
+def _weights_within_prompts(batch: Batch, layout: TemplateLayout) -> Float[Tensor, " tokens"]:
+    """For each token that counts, one over the number of such tokens of its prompt in its template position."""
     counted = _counted(batch, layout)
-    counts = torch.zeros(len(batch.lengths), layout.n_slots, device=batch.ids.device)
-    counts.scatter_add_(1, batch.slots.clamp(min=0), counted.float())
-    return (1 / counts).gather(1, batch.slots.clamp(min=0))[counted]
+    counts = torch.zeros(len(batch.lengths), layout.n_template_positions, device=batch.ids.device)
+    counts.scatter_add_(1, batch.template_positions.clamp(min=0), counted.float())
+    return (1 / counts).gather(1, batch.template_positions.clamp(min=0))[counted]

@@ -19,29 +19,33 @@ from sfc.circuits.edges import Edge
 from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes
 from sfc.core.sites import layer_of
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.loading import Model
 
 
 def effects_by_role(
-    by_slot: Float[np.ndarray, "slots nodes"], layout: SlotLayout
+    by_position: Float[np.ndarray, "positions nodes"], layout: TemplateLayout
 ) -> dict[str, Float[np.ndarray, " nodes"]]:
     """`effect_prefix`, `effect_content`, `effect_suffix_0`, …: parts of the effect that sum to the whole."""
     content = layout.n_prefix
-    after = by_slot[content + 1 :]
-    parts = {"effect_prefix": by_slot[:content].sum(0), "effect_content": by_slot[content]}
+    after = by_position[content + 1 :]
+    parts = {"effect_prefix": by_position[:content].sum(0), "effect_content": by_position[content]}
     return parts | {f"effect_suffix_{number}": part for number, part in enumerate(after)}
 
 
-def role_names(model: Model, batches: Sequence[Batch], layout: SlotLayout) -> dict[str, str]:
+def role_names(model: Model, batches: Sequence[Batch], layout: TemplateLayout) -> dict[str, str]:
     """For each attribute of `effects_by_role`, what it stands for: the tokens after the prompt by their text.
 
     Where that is not the same in all prompts, they are counted from the end: -1 is the last.
     """
     names = {"effect_prefix": "template before the prompt", "effect_content": "prompt"}
     for number in range(layout.n_suffix):
-        slot = layout.n_prefix + 1 + number
-        ids = {int(i) for b in batches for i in b.ids[b.touchable & (b.slots % layout.n_slots == slot)].unique()}
+        place = layout.n_prefix + 1 + number
+        ids = {
+            int(i)
+            for b in batches
+            for i in b.ids[b.touchable & (b.template_positions % layout.n_template_positions == place)].unique()
+        }
         names[f"effect_suffix_{number}"] = (
             model.tokenizer.decode(list(ids)) if len(ids) == 1 else f"token {number - layout.n_suffix} from the end"
         )

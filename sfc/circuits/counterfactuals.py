@@ -25,7 +25,7 @@ from torch import Tensor
 from sfc.circuits.baselines import by_coordinate
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
@@ -61,7 +61,7 @@ class Recorded(NamedTuple):
 class Counterfactuals:
     """The baseline that is each prompt's counterfactual. See `sfc.circuits.baselines.Baseline` for its methods."""
 
-    layout: SlotLayout
+    layout: TemplateLayout
     pairs: Pairs
     recorded: Mapping[str, Recorded]
     """by site, of the touchable tokens of all counterfactuals, prompt by prompt"""
@@ -76,7 +76,7 @@ class Counterfactuals:
         spaces: Mapping[str, Dictionary],
         prompts: Sequence[TokenizedPrompt],
         pairs: Pairs,
-        layout: SlotLayout,
+        layout: TemplateLayout,
         batch_tokens: int,
     ) -> Self:
         """Run every counterfactual once and record it.

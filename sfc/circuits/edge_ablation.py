@@ -1,10 +1,10 @@
 """A circuit of edges: the score when its nodes reach one another along these edges alone, and how faithful that is.
 
 Sites run in their order. A node d of the circuit gets a run of its own from the site before its own: there the sources
-of its edges have the value that this very procedure gave them, and all other nodes their reference. Whether d is
+of its edges have the value that this very procedure gave them, and all other nodes their baseline. Whether d is
 active, and how strongly, is then judged on the activation that this run brings to d's site; of an error node the value
 is the error of that activation. Nodes of the first site have their clean values. The score is that of a run from the
-last site, where the circuit's nodes have their values and all others their reference.
+last site, where the circuit's nodes have their values and all others their baseline.
 
 Law: with all edges between the circuit's nodes at neighbouring sites it is the score of the circuit's nodes.
 
@@ -44,7 +44,7 @@ class _Group(NamedTuple):
 
 
 class _Values(NamedTuple):
-    """How far the kept nodes of a site are from their reference, at the tokens that may be touched."""
+    """How far the kept nodes of a site are from their baseline, at the tokens that may be touched."""
 
     features: list[int]
     of_features: Float[Tensor, "features tokens"]
@@ -171,7 +171,7 @@ def _activation(
     dictionary, touchable = ablation.dictionaries[run.site], run.batch.touchable
     x = ablation.ablated_activation(run.site, run.batch)
     if ablation.clean_errors is not None:
-        x = x + ablation.clean_errors[run.site][touchable] - ablation.reference.errors_at(dictionary, run.batch)
+        x = x + ablation.clean_errors[run.site][touchable] - ablation.baseline.errors_at(dictionary, run.batch)
     result = repeat(run.x.float(), "batch pos d_in -> copies batch pos d_in", copies=len(kept)).clone()
     for copy, nodes in zip(result, kept, strict=True):
         keeps = torch.tensor([feature in nodes for feature in values.features], device=x.device, dtype=x.dtype)
@@ -184,7 +184,7 @@ def _values(
     ablation: Ablation, run: SiteRun, x: Float[Tensor, "copies batch pos d_in"], groups: Sequence[_Group]
 ) -> _Values:
     """The values of each group's targets in its own copy of the activation."""
-    dictionary, reference = ablation.dictionaries[run.site], ablation.reference
+    dictionary, baseline = ablation.dictionaries[run.site], ablation.baseline
     touchable = run.batch.touchable
     n_tokens = int(touchable.sum())
     features, moved = [], [x.new_zeros(0, n_tokens, dtype=torch.float32)]
@@ -194,11 +194,11 @@ def _values(
         values, indices = dictionary.encode_sparse(rows)
         for node in group.targets:
             if node == dictionary.d_sae:
-                of_error = rows - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, run.batch)
+                of_error = rows - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, run.batch)
             else:
                 f = torch.where(indices == node, values, 0).sum(-1)
                 features.append(node)
-                f_ref = reference.features_at(dictionary, run.batch, torch.tensor([node], device=f.device))
+                f_ref = baseline.features_at(dictionary, run.batch, torch.tensor([node], device=f.device))
                 moved.append((f - f_ref[:, 0])[None])
     return _Values(features, torch.cat(moved), of_error)
 

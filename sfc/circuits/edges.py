@@ -37,7 +37,7 @@ from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, layer_before, prefix_after, run_to
+from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
 from sfc.saes.kernels import row_dots
 from sfc.stats import pearson
 
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 @torch.no_grad()
 def edge_effects(
-    problem: Problem, batch: Batch, prefix: Prefix, pairs: Sequence[Pair], packed_tokens: int
+    problem: Problem, batch: Batch, cached: CachedResidual, pairs: Sequence[Pair], packed_tokens: int
 ) -> list[Float[Tensor, "batch sources targets"]]:
     """For each pair of sites, the weight of every edge on every prompt of one batch, in nats of the score.
 
@@ -67,15 +67,15 @@ def edge_effects(
         packed_tokens: tokens, padding included, that go through a Jacobian at once: as many nodes as fit, but at least
             one. It bounds the memory beyond that of one run of the batch.
     """
-    gradients = score_gradients(problem, batch, prefix)
+    gradients = score_gradients(problem, batch, cached)
     n_prompts, device = len(batch.lengths), batch.ids.device
     effects = [torch.zeros(n_prompts, len(pair.sources), len(pair.targets), device=device) for pair in pairs]
     for pair, effect in zip(pairs, effects, strict=True):
         sources = _displacements(problem, batch, pair, gradients[pair.upstream])
         targets = _covectors(problem, batch, pair, gradients[pair.downstream])
         if sources.moving and targets.moving:
-            prefix = prefix_after(problem.model, batch, layer_before(pair.upstream), prefix)
-            x, x_next = _run_between(problem.model, batch, prefix, pair, gradients[pair.upstream].x)
+            cached = cached_residual_after(problem.model, batch, layer_before(pair.upstream), cached)
+            x, x_next = _run_between(problem.model, batch, cached, pair, gradients[pair.upstream].x)
             # In a model whose attention and MLP are parallel, nothing passes from one to the other.
             if x_next.requires_grad:
                 weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
@@ -131,7 +131,7 @@ def _weights(
 
 
 def _run_between(
-    model: Model, batch: Batch, prefix: Prefix, pair: Pair, clean: Float[Tensor, "batch pos d_in"]
+    model: Model, batch: Batch, cached: CachedResidual, pair: Pair, clean: Float[Tensor, "batch pos d_in"]
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"]]:
     """The activations at both sites, at the touchable tokens, the second computed from the first with its graph."""
     where = batch.touchable.nonzero(as_tuple=True)
@@ -141,20 +141,20 @@ def _run_between(
     interventions[pair.upstream] = lambda activation: activation.index_put(where, x)
     interventions[pair.downstream] = recorder(seen, pair.downstream)
     with torch.enable_grad():
-        run_to(model, batch, interventions, pair.downstream, prefix)
+        run_to(model, batch, interventions, pair.downstream, cached)
         return x, seen[pair.downstream][where]
 
 
 def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
     """What ablating each source takes away from the activation."""
-    dictionary, reference = problem.ablation.dictionaries[pair.upstream], problem.ablation.reference
+    dictionary, baseline = problem.ablation.dictionaries[pair.upstream], problem.ablation.baseline
     features, column = _columns(pair.sources, dictionary.d_sae)
     prompt = prompt_of_token(batch)
     x = at.x[batch.touchable].float()
     values, indices = dictionary.encode_sparse(x)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
-    moved = f - reference.features_at(dictionary, batch, features)
-    error = x - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, batch)
+    moved = f - baseline.features_at(dictionary, batch, features)
+    error = x - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, batch)
     directions = dictionary.W_dec[features]
 
     def spread(weights: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ def attribution_weights(problem: Problem, members: Sequence[int]) -> list[Weight
     pairs = [Pair(nodes.sites[u], nodes.sites[d], within[u], within[d], stops) for u, d, stops in site_pairs(nodes)]
     ends = [(at_site[u], at_site[d]) for u, d, _ in site_pairs(nodes)]
     weights = [Weights(*both, *np.zeros((2, *map(len, both)))) for both in ends]
-    for batch, prefix in problem.runs:
-        effects = edge_effects(problem, batch, prefix, pairs, problem.config.edge_tokens)
+    for batch, cached in problem.runs:
+        effects = edge_effects(problem, batch, cached, pairs, problem.config.edge_tokens)
         for between, effect in zip(weights, effects, strict=True):
             per_prompt = effect.double().cpu().numpy() / problem.runs.n_prompts
             between.weight[:] += per_prompt.sum(0)

@@ -160,7 +160,7 @@ def _tracer_metadata(graph: nx.DiGraph, tokens: list[str]) -> dict[str, Any]:
             "description": f"{parts[0]} prompts, {parts[1]}; edges: {facts.get('edge_weight', 'unknown')}",
             "generator": {"name": "sfc"},
         },
-        "generation_settings": {key: str(facts[key]) for key in ("method", "edges", "reference") if key in facts},
+        "generation_settings": {key: str(facts[key]) for key in ("method", "edges", "baseline") if key in facts},
     }
 
 

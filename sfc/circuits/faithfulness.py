@@ -27,7 +27,7 @@ from sfc.models.batches import Batch
 from sfc.models.engine import NO_EDIT, Alike, Edits, PreparedPrompts, Progress
 from sfc.models.interventions import Interventions
 from sfc.models.loading import Model
-from sfc.models.running import Prefix
+from sfc.models.running import CachedResidual
 from sfc.models.score import Score
 from sfc.stats import resampled_means
 
@@ -96,7 +96,7 @@ def _fractions(f: Scores) -> list[tuple[np.ndarray, np.ndarray]]:
 class Ablations(Edits):
     """Circuits as edits: everything outside each one is ablated at the tokens of the prompt.
 
-    Tokens of a reply are not: no prompt says what a reply's reference would be.
+    Tokens of a reply are not: no prompt says what a reply's baseline would be.
     """
 
     ablation: Ablation
@@ -110,7 +110,7 @@ class Ablations(Edits):
         """All of them."""
         return [Alike(range(len(self.keep)), self.ablation.nodes.sites[0])]
 
-    def for_batch(self, model: Model, batch: Batch, start: Prefix | None) -> "Ablations":
+    def for_batch(self, model: Model, batch: Batch, start: CachedResidual | None) -> "Ablations":
         """See `Edits`."""
         return replace(self, ablation=self.ablation.for_batch(model, batch, start))
 
@@ -127,7 +127,7 @@ class Ablations(Edits):
 
 def prepared(model: Model, runs: PromptRuns) -> PreparedPrompts:
     """The prompts of the runs for the engine, with their cached residual streams."""
-    return PreparedPrompts.of(model, runs.batches, runs.prefixes)
+    return PreparedPrompts.of(model, runs.batches, runs.cached_residuals)
 
 
 def ablated_scores(

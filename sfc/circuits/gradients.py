@@ -12,7 +12,7 @@ from torch import Tensor
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
-from sfc.models.running import Prefix, layer_before, prefix_after, run_to
+from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
 from sfc.models.score import score_batch
 
 
@@ -25,12 +25,12 @@ class SiteGradient(NamedTuple):
     """ds/dx, s the score of the token's own prompt"""
 
 
-def score_gradients(problem: Problem, batch: Batch, prefix: Prefix) -> dict[str, SiteGradient]:
+def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
     """Activations and gradients at the sites of all dictionaries, from one backward pass. Nothing is spliced in."""
     seen: dict[str, Tensor] = {}
     interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
     with torch.enable_grad():
-        total = score_batch(problem.model, problem.score, batch, interventions, prefix).sum()
+        total = score_batch(problem.model, problem.score, batch, interventions, cached).sum()
     gradients = torch.autograd.grad(total, list(seen.values()))
     return {site: SiteGradient(x.detach(), g) for (site, x), g in zip(seen.items(), gradients, strict=True)}
 
@@ -59,15 +59,15 @@ class SiteRun:
     problem: Problem
     site: str
     batch: Batch
-    prefix: Prefix
+    cached: CachedResidual
     """the latest one from which a run still passes the site"""
     x: Float[Tensor, "batch pos d_in"]
     """the clean activation at the site"""
 
     def scores(self, x: Float[Tensor, "copies batch pos d_in"]) -> Float[Tensor, "copies batch"]:
         """The score of every prompt with the activation at the site replaced, once by each copy. Differentiable."""
-        packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
-        scores = score_batch(self.problem.model, self.problem.score, packed, self._replacing(x), prefix)
+        packed, cached = self.batch.repeat(len(x)), self.cached.repeat(len(x))
+        scores = score_batch(self.problem.model, self.problem.score, packed, self._replacing(x), cached)
         return rearrange(scores, "(copies batch) -> copies batch", copies=len(x))
 
     def activations(
@@ -75,9 +75,9 @@ class SiteRun:
     ) -> Float[Tensor, "copies batch pos d_out"]:
         """The activation at a later site with the one at this site replaced, once by each copy."""
         seen: dict[str, Tensor] = {}
-        packed, prefix = self.batch.repeat(len(x)), self.prefix.repeat(len(x))
+        packed, cached = self.batch.repeat(len(x)), self.cached.repeat(len(x))
         interventions = {**self._replacing(x), site: recorder(seen, site)}
-        run_to(self.problem.model, packed, interventions, site, prefix)
+        run_to(self.problem.model, packed, interventions, site, cached)
         return rearrange(seen[site], "(copies batch) pos d_out -> copies batch pos d_out", copies=len(x))
 
     def _replacing(self, x: Float[Tensor, "copies batch pos d_in"]) -> dict[str, Intervention]:
@@ -85,11 +85,11 @@ class SiteRun:
         return {self.site: lambda _: replaced}
 
 
-def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, prefix: Prefix) -> Iterator[SiteRun]:
+def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, cached: CachedResidual) -> Iterator[SiteRun]:
     """A batch at each of these sites, which come in the order of the run; no block is run twice to get there."""
     for site in sites:
-        prefix = prefix_after(problem.model, batch, layer_before(site), prefix)
+        cached = cached_residual_after(problem.model, batch, layer_before(site), cached)
         seen: dict[str, Tensor] = {}
         with torch.no_grad():
-            run_to(problem.model, batch, {site: recorder(seen, site)}, site, prefix)
-        yield SiteRun(problem, site, batch, prefix, seen[site])
+            run_to(problem.model, batch, {site: recorder(seen, site)}, site, cached)
+        yield SiteRun(problem, site, batch, cached, seen[site])

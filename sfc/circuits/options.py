@@ -14,10 +14,10 @@ EdgeKind = Literal["attribution", "correlation"]
 ErrorMode = Literal["node", "keep-current", "keep-clean", "ablate"]
 Population = Literal["toxic", "safe"]
 PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-base"]
-ReferenceChoice = Literal[
+BaselineChoice = Literal[
     "safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired", "counterfactual"
 ]
-_OWN_REFERENCES: dict[PromptContrast, ReferenceChoice] = {"refused-complied": "complied-mean", "model-base": "base"}
+_OWN_BASELINES: dict[PromptContrast, BaselineChoice] = {"refused-complied": "complied-mean", "model-base": "base"}
 
 
 class DiscoveryOptions(Options):
@@ -32,7 +32,7 @@ class DiscoveryOptions(Options):
         None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
     )
     method: Annotated[str, KnownTo(METHODS)] = option("learned-mask", description="how nodes are ranked")
-    population: Population = option("toxic", description="prompts to explain; the others give the reference")
+    population: Population = option("toxic", description="prompts to explain; the others give the baseline")
     contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
@@ -42,7 +42,7 @@ class DiscoveryOptions(Options):
     base: str | None = Field(
         None, description="contrast model-base: that model, a folder or a model id; null: itself without its adapter"
     )
-    reference: ReferenceChoice | None = Field(
+    baseline: BaselineChoice | None = Field(
         None,
         description="what ablated nodes are set to; null: the mean of the other population; counterfactual: what they"
         " are in the run of an equally long prompt of the other side, for prompts of both sides",
@@ -60,8 +60,10 @@ class DiscoveryOptions(Options):
     )
     drop_dead_ends: bool = Field(False, description="leave out nodes from which no edges lead to the last layer")
     halves: bool = Field(False, description="also discover on two halves of the prompts: do they agree?")
-    audit_nodes: int = Field(30, ge=2, description="audit: strongest nodes, and as many random ones, measured exactly")
-    audit_prompts: int = Field(50, ge=1, description="audit: at most this many discovery prompts")
+    checked_nodes: int = Field(
+        30, ge=2, description="approximation check: strongest nodes, and as many random ones, measured exactly"
+    )
+    checked_prompts: int = Field(50, ge=1, description="approximation check: at most this many discovery prompts")
 
     @model_validator(mode="after")
     def _components_have_neither_feature_values_nor_edges(self) -> "DiscoveryOptions":
@@ -80,15 +82,15 @@ class DiscoveryOptions(Options):
 
     @model_validator(mode="after")
     def _pairs_are_toxic_and_safe(self) -> "DiscoveryOptions":
-        if self.contrast != "toxic-safe" and self.reference == "paired":
-            raise ValueError(f"contrast {self.contrast!r} has no pairs: reference 'paired' goes with toxic-safe")
+        if self.contrast != "toxic-safe" and self.baseline == "paired":
+            raise ValueError(f"contrast {self.contrast!r} has no pairs: baseline 'paired' goes with toxic-safe")
         return self
 
     @model_validator(mode="after")
-    def _some_contrasts_have_references_of_their_own(self) -> "DiscoveryOptions":
-        own = _OWN_REFERENCES.get(self.contrast)
-        if self.reference is not None and self.reference != own and (own or self.reference in _OWN_REFERENCES.values()):
-            raise ValueError(f"contrast {self.contrast!r} does not go with reference {self.reference!r}")
+    def _some_contrasts_have_baselines_of_their_own(self) -> "DiscoveryOptions":
+        own = _OWN_BASELINES.get(self.contrast)
+        if self.baseline is not None and self.baseline != own and (own or self.baseline in _OWN_BASELINES.values()):
+            raise ValueError(f"contrast {self.contrast!r} does not go with baseline {self.baseline!r}")
         return self
 
     @model_validator(mode="after")
@@ -116,10 +118,10 @@ class DiscoveryOptions(Options):
         return f"{'' if self.population == 'toxic' else f'-{self.population}'}{contrast}"
 
     @property
-    def reference_choice(self) -> ReferenceChoice:
-        """The reference by name."""
+    def baseline_choice(self) -> BaselineChoice:
+        """The baseline by name."""
         usual = "safe-mean" if self.population == "toxic" else "toxic-mean"
-        return self.reference or _OWN_REFERENCES.get(self.contrast, usual)
+        return self.baseline or _OWN_BASELINES.get(self.contrast, usual)
 
 
 class EvaluationOptions(Options):

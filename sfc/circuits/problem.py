@@ -18,7 +18,7 @@ from sfc.core.errors import UserError
 from sfc.data.topics import topic_pairs
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, layer_before, prefix_after
+from sfc.models.running import CachedResidual, cached_residual_after, layer_before
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
@@ -68,15 +68,15 @@ def aggregated_features(
     return result.cpu().numpy()
 
 
-def _each_prompt_once(model: Model, batch: Batch, layer: int) -> Prefix:
+def _each_prompt_once(model: Model, batch: Batch, layer: int) -> CachedResidual:
     """The residual stream of a batch in which a prompt may be in several pairs: it is run once."""
     if batch.pair is None:
-        return prefix_after(model, batch, layer)
+        return cached_residual_after(model, batch, layer)
     prompts = torch.cat([batch.ids, batch.lengths[:, None]], dim=1)
     unique, row = prompts.unique(dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(row), device=row.device)
     first.scatter_reduce_(0, row, torch.arange(len(row), device=row.device), "amin")
-    return prefix_after(model, batch.select(first), layer).select(row)
+    return cached_residual_after(model, batch.select(first), layer).select(row)
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class PromptRuns:
     """Batches of prompts whose runs start from a cached residual stream before the first dictionary."""
 
     batches: Sequence[Batch]
-    prefixes: Sequence[Prefix]
+    cached_residuals: Sequence[CachedResidual]
 
     @classmethod
     def of(cls, model: Model, batches: Sequence[Batch], first_site: str) -> "PromptRuns":
         """Run every batch once, up to the first site."""
         return cls(batches, [_each_prompt_once(model, batch, layer_before(first_site)) for batch in batches])
 
-    def __iter__(self) -> Iterator[tuple[Batch, Prefix]]:
-        return zip(self.batches, self.prefixes, strict=True)
+    def __iter__(self) -> Iterator[tuple[Batch, CachedResidual]]:
+        return zip(self.batches, self.cached_residuals, strict=True)
 
     @property
     def n_prompts(self) -> int:
@@ -114,20 +114,20 @@ class PromptRuns:
 
     def subset(self, chosen: Int[np.ndarray, " chosen"]) -> "PromptRuns":
         """These prompts, renumbered from 0, in the batches they are in."""
-        batches, prefixes, n_taken = [], [], 0
-        for batch, prefix in self:
+        batches, cached_residuals, n_taken = [], [], 0
+        for batch, cached in self:
             rows = torch.from_numpy(np.flatnonzero(np.isin(batch.prompts.cpu().numpy(), chosen))).to(batch.ids.device)
             if len(rows):
                 numbers = torch.arange(n_taken, n_taken + len(rows), device=batch.ids.device)
                 batches.append(replace(batch.select(rows), prompts=numbers))
-                prefixes.append(prefix.select(rows))
+                cached_residuals.append(cached.select(rows))
                 n_taken += len(rows)
-        return PromptRuns(batches, prefixes)
+        return PromptRuns(batches, cached_residuals)
 
     def joined(self, other: "PromptRuns") -> "PromptRuns":
         """The prompts of both, those of `other` numbered after these."""
         shifted = [replace(batch, prompts=batch.prompts + self.n_prompts) for batch in other.batches]
-        return PromptRuns([*self.batches, *shifted], [*self.prefixes, *other.prefixes])
+        return PromptRuns([*self.batches, *shifted], [*self.cached_residuals, *other.cached_residuals])
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Task(NamedTuple):
     """Everything that discovery and evaluation must be told beside the model and its dictionaries."""
 
     score: Score
-    reference: Baseline
+    baseline: Baseline
     discovery: list[Batch]
     """the prompts that the circuit explains"""
     test: list[Batch]

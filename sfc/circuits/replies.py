@@ -30,7 +30,7 @@ def ablated_replies(
 ) -> list[list[str]]:
     """For each circuit the greedy replies to all prompts, with everything outside it ablated in the prompt.
 
-    Tokens of the reply are not ablated, since no prompt says what a reply's reference would be.
+    Tokens of the reply are not ablated, since no prompt says what a reply's baseline would be.
     """
     circuits = Ablations(ablation, keep)
     return engine.replies(prepared(model, runs), score, circuits, reply_tokens, batch_tokens=_PACKED_TOKENS).texts

@@ -1,7 +1,7 @@
 """Would other discovery prompts have given the same circuit? A bootstrap over prompts, and two halves of them.
 
 The bootstrap costs no run of the model: effects that are means over prompts are averaged over prompts drawn with
-replacement, the same draws for all nodes. The reference and the number of nodes are taken as given.
+replacement, the same draws for all nodes. The baseline and the number of nodes are taken as given.
 """
 
 from collections.abc import Sequence

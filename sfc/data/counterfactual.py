@@ -64,7 +64,7 @@ def counterfactual_pairs(
         where = f" in the split {missing[0]!r}" if missing else ""
         raise UserError(
             f"no prompt of one side has an equally long one of the other{where}: counterfactuals need more prompts;"
-            " take --category all, or a mean as discovery.reference"
+            " take --category all, or a mean as discovery.baseline"
         )
     return CounterfactualPairs(pd.concat(found, ignore_index=True), counts)
 

@@ -16,7 +16,7 @@ from sfc.behaviors.behavior import Words
 from sfc.circuits.files import load_circuit
 from sfc.core.experiments import experiment_of
 from sfc.features.labels import labels_of
-from sfc.features.session import Firing, Probe
+from sfc.features.session import Firing, PromptSession
 from sfc.models.edits import Steering
 from sfc.pages.style import axis, styled_figure, words_of
 from sfc.pages.text import hover_text, printable
@@ -60,7 +60,7 @@ class CircuitModel:
         return words_of(_circuit(folder))
 
     def fires(self, folder: Path, prompt: str) -> Firing:
-        """As `Probe.fires`, for all features of the circuit."""
+        """As `PromptSession.fires`, for all features of the circuit."""
         with self._lock:
             return self._probe(folder).fires(prompt, list(self.features(folder)))
 
@@ -69,17 +69,17 @@ class CircuitModel:
         return {name: name for name in finished_directions(_run(*self._source(folder)))} | self.features(folder)
 
     def score(self, folder: Path, prompt: str, changes: Changes = NOTHING) -> float:
-        """As `Probe.score_of`."""
+        """As `PromptSession.score_of`."""
         with self._lock:
             return self._probe(folder).score_of(prompt, changes.factors, self._steering(folder, changes))
 
     def reply(self, folder: Path, prompt: str, changes: Changes = NOTHING) -> str:
-        """As `Probe.reply`."""
+        """As `PromptSession.reply`."""
         with self._lock:
             steering = self._steering(folder, changes)
             return self._probe(folder).reply(prompt, changes.factors, steering=steering)
 
-    def _probe(self, folder: Path) -> Probe:
+    def _probe(self, folder: Path) -> PromptSession:
         return _opened(*self._source(folder))
 
     def _steering(self, folder: Path, changes: Changes) -> Steering | None:
@@ -103,7 +103,7 @@ def _run(experiment: str, root: Path, data: str, device: str) -> Run:
 
 
 @lru_cache(maxsize=1)
-def _opened(*source: Any) -> Probe:
+def _opened(*source: Any) -> PromptSession:
     return open_model(_run(*source))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfc.circuits.nodes import Nodes
 from sfc.core.sites import in_order
 from sfc.models import engine
-from sfc.models.batches import PACKED_TOKENS, Batch, SlotLayout, make_batches
+from sfc.models.batches import PACKED_TOKENS, Batch, TemplateLayout, make_batches
 from sfc.models.edits import Steering
 from sfc.models.engine import Alike, Edits, PreparedPrompts
 from sfc.models.interventions import Intervention, Interventions, recorder
@@ -30,7 +30,7 @@ class Firing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe:
+class PromptSession:
     """A model and its dictionaries, ready for single prompts. The last prompt's plain run is kept: runs start from it.
 
     `factors` of its methods are numbers by node name, such as `{"resid_post.21/F463": 0}`: what the feature's value is
@@ -95,7 +95,7 @@ class Probe:
     def _prepared(self, prompt: str) -> PreparedPrompts:
         if prompt not in self._kept:
             prompts = self.model.tokenize([prompt])
-            batches = make_batches(prompts, SlotLayout.of(prompts), PACKED_TOKENS, self.model.device)
+            batches = make_batches(prompts, TemplateLayout.of(prompts), PACKED_TOKENS, self.model.device)
             self._kept.clear()
             self._kept[prompt] = PreparedPrompts.of(self.model, batches)
         return self._kept[prompt]

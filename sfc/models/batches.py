@@ -1,7 +1,7 @@
-"""Batches of tokenized prompts, padded on the right, with what aligns them: slots.
+"""Batches of tokenized prompts, padded on the right, with what aligns them: template positions.
 
-A *slot* is a position that means the same in every prompt: each token of the template's prefix (counted from the
-start) and of its suffix (counted from its end) has its own, and all content and reply tokens share one.
+A *template position* is a position that means the same in every prompt: each token of the template's prefix
+(counted from the start) and of its suffix (counted from its end) has its own; all content and reply tokens share one.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
 
-PAD_SLOT = -1
+NO_POSITION = -1
 PAD_ROLE = -1
 PACKED_TOKENS = 2048
 """tokens, padding included, of a batch that is repeated to carry several interventions at once"""
 
 
 @dataclass(frozen=True)
-class SlotLayout:
-    """How many slots a template makes."""
+class TemplateLayout:
+    """How many template_positions a template makes."""
 
     n_prefix: int
     n_suffix: int
 
     @classmethod
-    def of(cls, prompts: Sequence[TokenizedPrompt]) -> "SlotLayout":
+    def of(cls, prompts: Sequence[TokenizedPrompt]) -> "TemplateLayout":
         """The layout that holds all these prompts."""
         return cls(
             max(int((prompt.roles == Role.PREFIX).sum()) for prompt in prompts),
@@ -37,18 +37,18 @@ class SlotLayout:
         )
 
     @property
-    def n_slots(self) -> int:
+    def n_template_positions(self) -> int:
         return self.n_prefix + 1 + self.n_suffix
 
-    def slots(self, prompt: TokenizedPrompt) -> Int[np.ndarray, " pos"]:
-        """The slot of each token of a prompt."""
+    def template_positions(self, prompt: TokenizedPrompt) -> Int[np.ndarray, " pos"]:
+        """The template position of each token of a prompt."""
         positions = np.arange(len(prompt.ids))
         end = int((prompt.roles != Role.REPLY).sum())
-        from_the_end = self.n_slots - end + positions
-        slots = np.full(len(prompt.ids), self.n_prefix)
-        slots[prompt.roles == Role.PREFIX] = positions[prompt.roles == Role.PREFIX]
-        slots[prompt.roles == Role.SUFFIX] = from_the_end[prompt.roles == Role.SUFFIX]
-        return slots
+        from_the_end = self.n_template_positions - end + positions
+        template_positions = np.full(len(prompt.ids), self.n_prefix)
+        template_positions[prompt.roles == Role.PREFIX] = positions[prompt.roles == Role.PREFIX]
+        template_positions[prompt.roles == Role.SUFFIX] = from_the_end[prompt.roles == Role.SUFFIX]
+        return template_positions
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Batch:
     """index of each row's prompt in the list that was batched"""
     ids: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, " batch"]
-    slots: Int[Tensor, "batch pos"]
-    """slot of each token, which is its row in the reference's tables; `PAD_SLOT` for padding"""
+    template_positions: Int[Tensor, "batch pos"]
+    """template position of each token, which is its row in the baseline's tables; `NO_POSITION` for padding"""
     roles: Int[Tensor, "batch pos"]
     """`Role` of each token; `PAD_ROLE` for padding"""
     pair: Int[Tensor, " batch"] | None = field(default=None, kw_only=True)
@@ -69,7 +69,7 @@ class Batch:
     @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
         """Tokens that may be ablated or learned from: neither padding nor the attention sink (the first token)."""
-        real = self.slots != PAD_SLOT
+        real = self.template_positions != NO_POSITION
         real[:, 0] = False
         return real
 
@@ -89,22 +89,31 @@ class Batch:
             return self
         return self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat(times))
 
-    def with_tables(self, tables: Int[Tensor, " batch"], layout: SlotLayout) -> "Batch":
-        """The same prompts with slots of their own: those of the n-th of several tables, one below the other."""
-        shifted = self.slots + tables[:, None] * layout.n_slots
-        return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, shifted))
+    def with_tables(self, tables: Int[Tensor, " batch"], layout: TemplateLayout) -> "Batch":
+        """The same prompts with template positions of their own: those of the n-th of several tables."""
+        shifted = self.template_positions + tables[:, None] * layout.n_template_positions
+        return replace(
+            self, template_positions=torch.where(self.template_positions == NO_POSITION, NO_POSITION, shifted)
+        )
 
-    def without_tables(self, layout: SlotLayout) -> "Batch":
-        """The same prompts with the slots of the layout, as they were before `with_tables`."""
-        return replace(self, slots=torch.where(self.slots == PAD_SLOT, PAD_SLOT, self.slots % layout.n_slots))
+    def without_tables(self, layout: TemplateLayout) -> "Batch":
+        """The same prompts with the template positions of the layout, as they were before `with_tables`."""
+        return replace(
+            self,
+            template_positions=torch.where(
+                self.template_positions == NO_POSITION,
+                NO_POSITION,
+                self.template_positions % layout.n_template_positions,
+            ),
+        )
 
     def with_pairs(self, pair: Int[Tensor, " batch"]) -> Self:
         """The same prompts, each of them that of a pair."""
         return replace(self, pair=pair)
 
-    def tables(self, layout: SlotLayout) -> Int[Tensor, " batch"]:
-        """Which table each row's slots are of, as `with_tables` was told."""
-        return self.slots.amax(1) // layout.n_slots
+    def tables(self, layout: TemplateLayout) -> Int[Tensor, " batch"]:
+        """Which table each row's template_positions are of, as `with_tables` was told."""
+        return self.template_positions.amax(1) // layout.n_template_positions
 
     def copies_in(self, tokens: int) -> int:
         """How many times the batch can be repeated within so many tokens, at least once."""
@@ -112,7 +121,7 @@ class Batch:
 
 
 def make_batches(
-    prompts: Sequence[TokenizedPrompt], layout: SlotLayout, batch_tokens: int, device: torch.device
+    prompts: Sequence[TokenizedPrompt], layout: TemplateLayout, batch_tokens: int, device: torch.device
 ) -> list[Batch]:
     """Group prompts, sorted by length, into batches of at most `batch_tokens` tokens, padding included.
 
@@ -140,13 +149,21 @@ def similar_lengths(prompts: Sequence[TokenizedPrompt], batch_tokens: int, new_t
     return groups
 
 
-def pad(prompts: Sequence[TokenizedPrompt], layout: SlotLayout, device: torch.device, width: int = 0) -> Batch:
+def pad(prompts: Sequence[TokenizedPrompt], layout: TemplateLayout, device: torch.device, width: int = 0) -> Batch:
     """All prompts in one batch, in the order given, as wide as the longest or as `width`."""
     shape = len(prompts), max(width, *(len(prompt.ids) for prompt in prompts))
-    ids, slots, roles = np.zeros(shape, dtype=np.int64), np.full(shape, PAD_SLOT), np.full(shape, PAD_ROLE)
+    ids, template_positions, roles = (
+        np.zeros(shape, dtype=np.int64),
+        np.full(shape, NO_POSITION),
+        np.full(shape, PAD_ROLE),
+    )
     for row, prompt in enumerate(prompts):
         real = slice(len(prompt.ids))
-        ids[row, real], slots[row, real], roles[row, real] = prompt.ids, layout.slots(prompt), prompt.roles
+        ids[row, real], template_positions[row, real], roles[row, real] = (
+            prompt.ids,
+            layout.template_positions(prompt),
+            prompt.roles,
+        )
     lengths = np.array([len(prompt.ids) for prompt in prompts])
-    rows = (np.arange(len(prompts)), ids, lengths, slots, roles)
+    rows = (np.arange(len(prompts)), ids, lengths, template_positions, roles)
     return Batch(*(torch.from_numpy(values).to(device) for values in rows))

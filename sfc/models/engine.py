@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import PACKED_TOKENS, PAD_SLOT, Batch, similar_lengths
+from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, similar_lengths
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention, Interventions
+from sfc.models.kv_cached_suffix import cache_suffixes, flush_right
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, last_logits, layer_before, logits_at, prefix_after
+from sfc.models.running import CachedResidual, cached_residual_after, last_logits, layer_before, logits_at
 from sfc.models.score import Score, score_batch
-from sfc.models.tails import flush_right, make_tails
 
 Progress = Callable[[int], None]
 """called with the number of edited runs done since the last call, one per edit and prompt"""
@@ -61,7 +61,7 @@ class Edits(ABC):
                 given as if the model had generated them are not touchable in it: the engine has `in_reply` act there.
         """
 
-    def for_batch(self, model: Model, batch: Batch, start: Prefix | None) -> "Edits":
+    def for_batch(self, model: Model, batch: Batch, start: CachedResidual | None) -> "Edits":
         """The same edits, with what they must know of the batch as it is; asked once, before it is packed."""
         del model, batch, start
         return self
@@ -89,17 +89,17 @@ class PreparedPrompts:
     model: Model
     batches: Sequence[Batch]
     """whole prompts, or their last tokens; `prompts` of all together are the numbers from 0"""
-    cached: Sequence[dict[int, Prefix]] | None
+    cached: Sequence[dict[int, CachedResidual]] | None
     """for each batch by layer; None where every block must run. Valid as long as the weights stay what they are."""
 
     @classmethod
-    def of(cls, model: Model, batches: Sequence[Batch], cached: Sequence[Prefix] = ()) -> "PreparedPrompts":
+    def of(cls, model: Model, batches: Sequence[Batch], cached: Sequence[CachedResidual] = ()) -> "PreparedPrompts":
         """Prompts as they are.
 
         Args:
             cached: for each batch a residual stream, where one is known.
         """
-        by_layer = [{prefix.layer: prefix} for prefix in cached] or [{} for _ in batches]
+        by_layer = [{cached.layer: cached} for cached in cached] or [{} for _ in batches]
         return cls(model, batches, by_layer)
 
     @property
@@ -111,7 +111,7 @@ class PreparedPrompts:
         for number, batch in enumerate(self.batches):
             yield replace(self, batches=[batch], cached=self.cached and [self.cached[number]])
 
-    def start(self, number: int, first_site: str | None) -> Prefix | None:
+    def start(self, number: int, first_site: str | None) -> CachedResidual | None:
         """The latest point from which a run of a batch that is edited from a site on may start; None is its tokens."""
         if self.cached is None:
             return None
@@ -121,7 +121,7 @@ class PreparedPrompts:
             return None
         if layer not in known:
             earlier = max((each for each in known if each < layer), default=-1)
-            known[layer] = prefix_after(self.model, self.batches[number], layer, known.get(earlier))
+            known[layer] = cached_residual_after(self.model, self.batches[number], layer, known.get(earlier))
         return known[layer]
 
 
@@ -141,9 +141,9 @@ def prepare_suffixes(
     batches = []
     for group in similar_lengths(prompts, batch_tokens):
         some = [prompts[i] for i in group]
-        n_tail = max(len(prompt.ids) - _first_run(prompt, edited(prompt.roles)) for prompt in some)
-        tails = make_tails(model, some, n_tail)
-        batches.append(replace(tails, prompts=torch.tensor(group, device=model.device)))
+        n_suffix = max(len(prompt.ids) - _first_run(prompt, edited(prompt.roles)) for prompt in some)
+        suffixes = cache_suffixes(model, some, n_suffix)
+        batches.append(replace(suffixes, prompts=torch.tensor(group, device=model.device)))
     return PreparedPrompts.of(model, batches)
 
 
@@ -161,7 +161,7 @@ class PackedRun(NamedTuple):
     prompts: Int[np.ndarray, " prompts"]
     batch: Batch
     acting: Interventions
-    start: Prefix | None
+    start: CachedResidual | None
     """where a run that generates nothing may start"""
 
     def fill(self, table: Float[np.ndarray, "edits prompts"], values: Float[Tensor, " rows"]) -> None:
@@ -216,7 +216,7 @@ def next_token_kl(
     """KL(as it is || edited) of the next token's distribution after each prompt, in nats."""
     table = np.full((len(edits), prompts.n_prompts), np.nan)
     for one in prompts.each():
-        plain = last_logits(one.model, one.batches[0], prefix=one.start(0, None)).log_softmax(-1)
+        plain = last_logits(one.model, one.batches[0], cached=one.start(0, None)).log_softmax(-1)
         for run in packed_runs(one, edits, batch_tokens):
             edited = last_logits(one.model, run.batch, run.acting.in_prompt, run.start).log_softmax(-1)
             run.fill(table, kl(repeat(plain, "prompts v -> (edits prompts) v", edits=len(run.members)), edited))
@@ -244,7 +244,7 @@ def next_tokens(
     """`scores` and `next_token_kl` from the same runs."""
     scores, divergence = np.full((2, len(edits), prompts.n_prompts), np.nan)
     for one in prompts.each():
-        plain = last_logits(one.model, one.batches[0], prefix=one.start(0, None)).log_softmax(-1)
+        plain = last_logits(one.model, one.batches[0], cached=one.start(0, None)).log_softmax(-1)
         for run in packed_runs(one, edits, batch_tokens):
             edited = last_logits(one.model, run.batch, run.acting.in_prompt, run.start)
             run.fill(scores, score(edited, run.batch))
@@ -323,9 +323,9 @@ def losses(prompts: PreparedPrompts, edits: Edits, progress: Progress = _silent)
         is_reply = batch.roles == Role.REPLY
         before = torch.roll(is_reply, -1, dims=1)
         targets = batch.ids[is_reply]
-        plain = logits_at(one.model, batch, before, prefix=one.start(0, None)).log_softmax(-1)
+        plain = logits_at(one.model, batch, before, cached=one.start(0, None)).log_softmax(-1)
         of_edits = torch.zeros(2, len(edits), len(targets))
-        prompts_alone = replace(batch, slots=torch.where(is_reply, PAD_SLOT, batch.slots))
+        prompts_alone = replace(batch, template_positions=torch.where(is_reply, NO_POSITION, batch.template_positions))
         for run in packed_runs(replace(one, batches=[prompts_alone]), edits, batch_tokens=1):
             acting = _as_generated(run.acting, is_reply)
             edited = logits_at(one.model, run.batch, before, acting, run.start).log_softmax(-1)

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import SlotLayout, pad, similar_lengths
+from sfc.models.batches import TemplateLayout, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
+from sfc.models.kv_cached_suffix import KVCachedSuffix, flush_right
 from sfc.models.loading import Model
-from sfc.models.tails import Tails, flush_right
 
 
 class Continuations(NamedTuple):
@@ -59,7 +59,7 @@ def generate_ids(
     replies: list[list[int]] = [[] for _ in prompts]
     for group in similar_lengths(prompts, batch_tokens, max_new_tokens):
         some = [prompts[i] for i in group]
-        whole = flush_right(pad(some, SlotLayout.of(some), model.device))
+        whole = flush_right(pad(some, TemplateLayout.of(some), model.device))
         for i, ids in zip(group, continue_tails(model, whole, max_new_tokens).ids, strict=True):
             replies[i] = ids
         progress(len(group))
@@ -87,23 +87,23 @@ def with_replies(
 @torch.no_grad()
 def continue_tails(
     model: Model,
-    tails: Tails,
+    suffixes: KVCachedSuffix,
     max_new_tokens: int,
     in_prompt: Mapping[str, Intervention] | None = None,
     in_reply: Mapping[str, Intervention] | None = None,
 ) -> Continuations:
-    """The model's greedy replies to prompts of which all but the tails was run before; the tails stay what they were.
+    """The model's greedy replies to prompts of which all but the suffixes was run before; these stay what they were.
 
     A step is one column for the whole batch, until every reply has ended.
 
     Args:
         max_new_tokens: at most this many tokens per reply, at least one.
-        in_prompt: act in the pass over the tails, whose activations are [batch, pos, …].
+        in_prompt: act in the pass over the suffixes, whose activations are [batch, pos, …].
         in_reply: act in every step after it, on the token just added: activations are [batch, 1, …].
     """
-    ends = torch.tensor(sorted(end_tokens(model)), device=tails.ids.device)
-    first, cache = _step(model, {"input_ids": tails.ids, **tails.run_arguments}, in_prompt or {})
-    newest, mask, positions = first.argmax(-1, keepdim=True), tails.mask, tails.positions[:, -1:]
+    ends = torch.tensor(sorted(end_tokens(model)), device=suffixes.ids.device)
+    first, cache = _step(model, {"input_ids": suffixes.ids, **suffixes.run_arguments}, in_prompt or {})
+    newest, mask, positions = first.argmax(-1, keepdim=True), suffixes.mask, suffixes.positions[:, -1:]
     new, ended = [newest], torch.isin(newest[:, 0], ends)
     while len(new) < max_new_tokens and not ended.all():
         mask = torch.cat([mask, torch.ones_like(newest)], dim=1)

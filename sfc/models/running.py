@@ -1,8 +1,8 @@
 """Run a model: from the start, up to a layer, or from a cached residual stream on.
 
 Runs build the logits of the positions that are asked for, and of no others. A `Batch` needs no key-value cache and no
-attention mask, because it pads on the right and attention is causal; `Tails`, the last tokens of prompts alone, bring
-both along.
+attention mask, because it pads on the right and attention is causal; `KVCachedSuffix`, the last tokens of prompts
+alone, brings both along.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from sfc.models.loading import Model
 
 
 @dataclass(frozen=True)
-class Prefix:
+class CachedResidual:
     """The residual stream after block `layer`, at all positions, in the model's own dtype: a run stopped half-way.
 
     Layer -1 caches nothing: the run starts with the tokens.
@@ -33,12 +33,12 @@ class Prefix:
     outputs: int = 0
     """what this model's blocks return: a tuple of so many, of which the first is the residual stream; 0 is no tuple"""
 
-    def select(self, rows: Int[Tensor, " rows"]) -> "Prefix":
-        """The prefix of `batch.select(rows)`."""
+    def select(self, rows: Int[Tensor, " rows"]) -> "CachedResidual":
+        """The cached residual stream of `batch.select(rows)`."""
         return replace(self, residual=self.residual[rows])
 
-    def repeat(self, times: int) -> "Prefix":
-        """The prefix of `batch.repeat(times)`."""
+    def repeat(self, times: int) -> "CachedResidual":
+        """The cached residual stream of `batch.repeat(times)`."""
         return replace(self, residual=repeat(self.residual, "batch ... -> (times batch) ...", times=times))
 
 
@@ -50,23 +50,23 @@ def last_logits(
     model: Model,
     batch: Batch,
     interventions: Mapping[str, Intervention] | None = None,
-    prefix: Prefix | None = None,
+    cached: CachedResidual | None = None,
 ) -> Float[Tensor, "batch vocab"]:
     """Logits at the last position of each prompt, in float32.
 
     Args:
         interventions: act at their sites during the run.
-        prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
+        cached: if given, blocks up to `cached.layer` are not run; interventions at earlier sites never act.
     """
     rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
-    return _logits(model, batch, interventions, prefix, lambda hidden: hidden[rows, batch.lengths - 1])
+    return _logits(model, batch, interventions, cached, lambda hidden: hidden[rows, batch.lengths - 1])
 
 
 def losses_and_last_logits(
     model: Model,
     batch: Batch,
     interventions: Mapping[str, Intervention] | None = None,
-    prefix: Prefix | None = None,
+    cached: CachedResidual | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "batch vocab"]]:
     """One run for two results; arguments as `last_logits`.
 
@@ -80,7 +80,7 @@ def losses_and_last_logits(
     def wanted(hidden: Tensor) -> Tensor:
         return torch.cat([hidden[:, :-1][predicts], hidden[rows, batch.lengths - 1]])
 
-    logits = _logits(model, batch, interventions, prefix, wanted)
+    logits = _logits(model, batch, interventions, cached, wanted)
     losses = torch.nn.functional.cross_entropy(logits[: -len(rows)], batch.ids[:, 1:][predicts], reduction="none")
     return losses, logits[-len(rows) :]
 
@@ -90,17 +90,17 @@ def logits_at(
     batch: Batch,
     where: Bool[Tensor, "batch pos"],
     interventions: Mapping[str, Intervention] | None = None,
-    prefix: Prefix | None = None,
+    cached: CachedResidual | None = None,
 ) -> Float[Tensor, "positions vocab"]:
     """Logits at the positions that are True, prompt by prompt, in float32; other arguments as `last_logits`."""
-    return _logits(model, batch, interventions, prefix, lambda hidden: hidden[where])
+    return _logits(model, batch, interventions, cached, lambda hidden: hidden[where])
 
 
 def _logits(
     model: Model,
     batch: Batch,
     interventions: Mapping[str, Intervention] | None,
-    prefix: Prefix | None,
+    cached: CachedResidual | None,
     select: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "rows vocab"]:
     """Logits, in float32, of the positions that `select` takes from the last hidden state [batch, pos, d_model].
@@ -111,7 +111,7 @@ def _logits(
     with (
         intervening(model, interventions or {}),
         intervening(model, unembedding),
-        _starting_from(model, batch, prefix) as inputs,
+        _starting_from(model, batch, cached) as inputs,
     ):
         return model.hf(**inputs).logits[0].float()
 
@@ -121,12 +121,12 @@ def run_to(
     batch: Batch,
     interventions: Mapping[str, Intervention],
     last_site: str,
-    prefix: Prefix | None = None,
+    cached: CachedResidual | None = None,
 ) -> None:
     """Run a batch for the sake of its interventions, no further than `last_site`.
 
     Args:
-        prefix: if given, blocks up to `prefix.layer` are not run; interventions at earlier sites never act.
+        cached: if given, blocks up to `cached.layer` are not run; interventions at earlier sites never act.
     """
 
     def stop(_activation: Tensor) -> None:
@@ -136,7 +136,7 @@ def run_to(
         suppress(_Stop),
         intervening(model, interventions),
         intervening(model, {last_site: stop}),
-        _starting_from(model, batch, prefix) as inputs,
+        _starting_from(model, batch, cached) as inputs,
     ):
         model.hf.base_model(**inputs)
 
@@ -147,11 +147,13 @@ def layer_before(site: str) -> int:
 
 
 @torch.no_grad()
-def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = None) -> Prefix:
+def cached_residual_after(
+    model: Model, batch: Batch, layer: int, start: CachedResidual | None = None
+) -> CachedResidual:
     """Run a batch up to and with block `layer`, and keep the residual stream there; layer -1 runs nothing.
 
     Args:
-        start: a prefix of this batch, to go on from.
+        start: a cached residual stream of this batch, to go on from.
 
     Raises:
         ValueError: `start` lies behind `layer`.
@@ -161,7 +163,9 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
             raise ValueError(f"a run that starts after block {start.layer} does not pass block {layer}")
         return start
     if layer < 0:
-        return Prefix(layer, torch.empty(len(batch.lengths), 0, model.d_model, device=model.device, dtype=model.dtype))
+        return CachedResidual(
+            layer, torch.empty(len(batch.lengths), 0, model.d_model, device=model.device, dtype=model.dtype)
+        )
     block = model.bridge.blocks[layer]
     kept: list[Tensor | tuple[Tensor, ...]] = []
 
@@ -172,28 +176,28 @@ def prefix_after(model: Model, batch: Batch, layer: int, start: Prefix | None = 
     with suppress(_Stop), _starting_from(model, batch, start) as inputs, _forwards({block: forward}):
         model.hf.base_model(**inputs)
     if isinstance(kept[0], tuple):
-        return Prefix(layer, kept[0][0], len(kept[0]))
-    return Prefix(layer, kept[0])
+        return CachedResidual(layer, kept[0][0], len(kept[0]))
+    return CachedResidual(layer, kept[0])
 
 
 @contextmanager
-def _starting_from(model: Model, batch: Batch, prefix: Prefix | None) -> Iterator[dict[str, Any]]:
-    """Let blocks before the prefix's pass their input on, and its own return the cached residual stream.
+def _starting_from(model: Model, batch: Batch, cached: CachedResidual | None) -> Iterator[dict[str, Any]]:
+    """Let blocks before the cached one pass their input on, and its own return the cached residual stream.
 
     Gives the inputs to call the model with.
     """
-    if prefix is None or prefix.layer < 0:
+    if cached is None or cached.layer < 0:
         yield {"input_ids": batch.ids, **batch.run_arguments}
         return
-    *earlier, last = [model.bridge.blocks[i] for i in range(prefix.layer + 1)]
+    *earlier, last = [model.bridge.blocks[i] for i in range(cached.layer + 1)]
 
     def returned(residual: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        return (residual, *[None] * (prefix.outputs - 1)) if prefix.outputs else residual
+        return (residual, *[None] * (cached.outputs - 1)) if cached.outputs else residual
 
     # The last one's output hook still acts, so that an intervention at this very site is possible.
     forwards = dict.fromkeys(earlier, lambda hidden_states, *_args, **_kwargs: returned(hidden_states))
-    with _forwards({**forwards, last: lambda *_args, **_kwargs: returned(last.hook_out(prefix.residual))}):
-        yield {"inputs_embeds": prefix.residual, **batch.run_arguments}
+    with _forwards({**forwards, last: lambda *_args, **_kwargs: returned(last.hook_out(cached.residual))}):
+        yield {"inputs_embeds": cached.residual, **batch.run_arguments}
 
 
 @contextmanager

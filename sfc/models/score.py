@@ -15,10 +15,10 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from sfc.core.errors import UserError
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, last_logits
+from sfc.models.running import CachedResidual, last_logits
 
 
 class Score(Protocol):
@@ -75,10 +75,10 @@ class RefusalScore(LogOdds):
 class AnswerDifference:
     """The logit of the one answer less that of the other, each pair of prompts having its own two answers.
 
-    A row's pair is that of the reference it is compared with: its slots are those of the pair's table.
+    A row's pair is that of the reference it is compared with: its template_positions are those of the pair's table.
     """
 
-    layout: SlotLayout
+    layout: TemplateLayout
     answers: Int[Tensor, "pairs 2"]
     """token ids"""
 
@@ -130,10 +130,10 @@ def score_batch(
     score: Score,
     batch: Batch,
     interventions: Mapping[str, Intervention] | None = None,
-    prefix: Prefix | None = None,
+    cached: CachedResidual | None = None,
 ) -> Float[Tensor, " batch"]:
     """The score of each prompt of a batch; arguments as `last_logits`."""
-    return score(last_logits(model, batch, interventions, prefix), batch)
+    return score(last_logits(model, batch, interventions, cached), batch)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str
         " and ".join(count_text(int(count), named.get(str(kind), str(kind))) for kind, count in kinds.items())
         or "no node"
     )
-    against = f" against {graph.graph['reference']}" if graph.graph.get("reference") else ""
+    against = f" against {graph.graph['baseline']}" if graph.graph.get("baseline") else ""
     return (
         f"{parts}, joined by {count_text(graph.number_of_edges(), 'edge')}: the circuit that {result['method']} found"
         f" behind {words.behind} ({words.group} {result['category']},"
@@ -212,7 +212,7 @@ def _layers_table(graph: nx.DiGraph) -> Table:
 
 def _approximation(graph: nx.DiGraph) -> Table | None:
     """How the method's effects compare with exact ones, one node at a time."""
-    check = graph.graph.get("audit")
+    check = graph.graph.get("approximation_check")
     if not check:
         return None
     rows = []

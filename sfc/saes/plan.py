@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from sfc.core.config import ActivationsConfig
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 
 
 class TokenTable(NamedTuple):
@@ -46,7 +46,7 @@ def plan_batches(
     prompts: Sequence[TokenizedPrompt], config: ActivationsConfig, device: torch.device
 ) -> list[PlannedBatch]:
     """Batches of similar length within the token budget, in the order in which they are run."""
-    batches = make_batches(prompts, SlotLayout.of(prompts), config.batch_tokens, device)
+    batches = make_batches(prompts, TemplateLayout.of(prompts), config.batch_tokens, device)
     return [PlannedBatch(batch, _stored_tokens(batch, prompts)) for batch in batches]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
-from sfc.models.running import Prefix, layer_before, losses_and_last_logits, prefix_after
+from sfc.models.running import CachedResidual, cached_residual_after, layer_before, losses_and_last_logits
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 
@@ -67,7 +67,7 @@ class CleanRuns:
     """Prompts run once as they are, with what all dictionaries are compared with."""
 
     batches: Sequence[Batch]
-    prefixes: Sequence[Prefix]
+    cached_residuals: Sequence[CachedResidual]
     """for each batch, the residual stream from which runs that change these sites start"""
     outcome: Outcome
     means: Mapping[str, Float[Tensor, " d_in"]]
@@ -77,17 +77,17 @@ class CleanRuns:
 @torch.no_grad()
 def run_clean(model: Model, score: Score, batches: Sequence[Batch], sites: Sequence[str]) -> CleanRuns:
     """Run the prompts as they are, and take the mean activation at each site."""
-    prefixes = [prefix_after(model, batch, min(map(layer_before, sites))) for batch in batches]
+    cached_residuals = [cached_residual_after(model, batch, min(map(layer_before, sites))) for batch in batches]
     sums: dict[str, Tensor] = {}
     outcomes = []
-    for batch, prefix in zip(batches, prefixes, strict=True):
+    for batch, cached in zip(batches, cached_residuals, strict=True):
         seen: dict[str, Tensor] = {}
-        outcomes.append(_outcome(model, score, batch, prefix, {site: recorder(seen, site) for site in sites}))
+        outcomes.append(_outcome(model, score, batch, cached, {site: recorder(seen, site) for site in sites}))
         for site, activation in seen.items():
             sums[site] = sums.get(site, 0) + activation[batch.touchable].double().sum(dim=0)
     n_tokens = sum(int(batch.touchable.sum()) for batch in batches)
     means = {site: (total / n_tokens).float() for site, total in sums.items()}
-    return CleanRuns(batches, prefixes, _joined(outcomes), means)
+    return CleanRuns(batches, cached_residuals, _joined(outcomes), means)
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def splicing_quality(model: Model, score: Score, dictionary: Dictionary, clean: 
     def replaced(function: Callable[[Tensor], Tensor]) -> Outcome:
         return _joined(
             [
-                _outcome(model, score, batch, prefix, {dictionary.site: _replacing(batch, function)})
-                for batch, prefix in zip(clean.batches, clean.prefixes, strict=True)
+                _outcome(model, score, batch, cached, {dictionary.site: _replacing(batch, function)})
+                for batch, cached in zip(clean.batches, clean.cached_residuals, strict=True)
             ]
         )
 
@@ -127,9 +127,9 @@ def splicing_quality(model: Model, score: Score, dictionary: Dictionary, clean: 
 
 
 def _outcome(
-    model: Model, score: Score, batch: Batch, prefix: Prefix, interventions: Mapping[str, Intervention]
+    model: Model, score: Score, batch: Batch, cached: CachedResidual, interventions: Mapping[str, Intervention]
 ) -> Outcome:
-    losses, logits = losses_and_last_logits(model, batch, interventions, prefix)
+    losses, logits = losses_and_last_logits(model, batch, interventions, cached)
     return Outcome(losses, score(logits, batch))
 
 

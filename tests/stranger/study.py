@@ -28,13 +28,13 @@ class Scores(Study[ScoresOptions]):
         return {"model": model_identity(run.experiment.model), "prompts": prompts}
 
     def make(self, session, folder):
-        from sfc.models.batches import SlotLayout, make_batches
+        from sfc.models.batches import TemplateLayout, make_batches
         from sfc.models.score import auroc, score_prompts
 
         run, group = session.run, session.run.group(self.of(session.run).category)
         test = run.prompts.frame.query(f"split == 'test' and (category == {group!r} or {group!r} == 'all')")
         tokens, positive = session.model.tokenize(list(test["prompt"])), test["refusal_label"].to_numpy(bool)
-        batches = make_batches(tokens, SlotLayout.of(tokens), 4096, session.model.device)
+        batches = make_batches(tokens, TemplateLayout.of(tokens), 4096, session.model.device)
         scores = score_prompts(session.model, session.metric, batches)
         write_csv(folder / "scores.csv", test[["prompt"]].assign(positive=positive, score=scores))
         means = [float(scores[side].mean()) for side in (positive, ~positive)]

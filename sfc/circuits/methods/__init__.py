@@ -34,8 +34,8 @@ class Effects(NamedTuple):
     attributes: Mapping[str, Float[np.ndarray, " nodes"]]
     """further numbers per node, such as p-values"""
     unit: str = NATS
-    by_slot: Float[np.ndarray, "slots nodes"] | None = None
-    """the effect's parts from each slot, where the method has them: where in the prompt the node matters"""
+    by_position: Float[np.ndarray, "positions nodes"] | None = None
+    """the effect's parts from each template position, where the method has them: where in the prompt it matters"""
     by_prompt: Float[np.ndarray, "prompts nodes"] | None = None
     """the effects that `effect` is the mean of, where it is one over prompts"""
 
@@ -86,7 +86,7 @@ class IntegratedGradientsOptions(Options):
 
     section = "integrated_gradients"
 
-    steps: int = Field(10, ge=1, description="points per path from reference to clean")
+    steps: int = Field(10, ge=1, description="points per path from baseline to clean")
 
 
 class ExactOptions(Options):

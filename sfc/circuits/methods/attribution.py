@@ -1,4 +1,4 @@
-"""Attribution patching: to first order, what setting each node to its reference does (Nanda 2023; Marks et al. 2024).
+"""Attribution patching: to first order, what setting each node to its baseline does (Nanda 2023; Marks et al. 2024).
 
 With g = ds/dx at a site of the plain model, in which nothing is spliced, the effect of feature i is
 `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error `sum_t g_t . (e_t - e_ref_t)`. Over a site they sum to
@@ -19,7 +19,7 @@ from sfc.circuits.gradients import prompt_of_token, score_gradients
 from sfc.circuits.methods import Effects
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch
-from sfc.models.running import Prefix
+from sfc.models.running import CachedResidual
 from sfc.saes.kernels import row_dots
 
 
@@ -27,7 +27,7 @@ class BatchEffects(NamedTuple):
     """Effects on the prompts of one batch, in nats, summed over positions in two ways."""
 
     by_prompt: Float[Tensor, "batch nodes"]
-    by_slot: Float[Tensor, "slots nodes"]
+    by_position: Float[Tensor, "positions nodes"]
     """summed over the prompts"""
 
 
@@ -36,9 +36,9 @@ def rank(problem: Problem) -> Effects:
     return mean_effects(problem, attributed_effects)
 
 
-def attributed_effects(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
+def attributed_effects(problem: Problem, batch: Batch, cached: CachedResidual) -> BatchEffects:
     """The attribution of every node on every prompt of one batch, from one backward pass in the plain model."""
-    gradients = score_gradients(problem, batch, prefix)
+    gradients = score_gradients(problem, batch, cached)
     return join_sites([effects_at_site(problem.ablation, site, x, g, batch) for site, (x, g) in gradients.items()])
 
 
@@ -48,28 +48,28 @@ def effects_at_site(
 ) -> BatchEffects:
     """The effects of one site's nodes, its features first, for activations x and gradients g.
 
-    The reference's part is its own to sum (see `Baseline.attributed`), per prompt and slot.
+    The baseline's part is its own to sum (see `Baseline.attributed`), per prompt and template position.
     """
-    dictionary, reference = ablation.dictionaries[site], ablation.reference
+    dictionary, baseline = ablation.dictionaries[site], ablation.baseline
     touchable = batch.touchable
     prompt = prompt_of_token(batch)
-    slots, g, x = batch.slots[touchable], g[touchable].float(), x[touchable].float()
-    n_slots, n_table = int(slots.max()) + 1, reference.layout.n_slots
-    place, place_of_token = (prompt * n_slots + slots).unique(return_inverse=True)
-    prompt_of_place, slot_of_place = place // n_slots, place % n_slots
+    template_positions, g, x = batch.template_positions[touchable], g[touchable].float(), x[touchable].float()
+    n_template_positions, n_table = int(template_positions.max()) + 1, baseline.layout.n_template_positions
+    place, place_of_token = (prompt * n_template_positions + template_positions).unique(return_inverse=True)
+    prompt_of_place, position_of_place = place // n_template_positions, place % n_template_positions
     values, indices = dictionary.encode_sparse(x)
 
-    of_features = -reference.attributed(dictionary, g, batch, place_of_token, len(place))
+    of_features = -baseline.attributed(dictionary, g, batch, place_of_token, len(place))
     active = (place_of_token[:, None] * dictionary.d_sae + indices).flatten()
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 
-    error = x - dictionary.decode_sparse(values, indices) - reference.errors_at(dictionary, batch)
+    error = x - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, batch)
     of_parts = reduce(g * error, "tokens (parts width) -> tokens parts", "sum", parts=dictionary.n_parts)
     of_error = x.new_zeros(len(place), dictionary.n_parts).index_add_(0, place_of_token, of_parts)
     effects = torch.cat([of_features, of_error], dim=1)
     return BatchEffects(
         effects.new_zeros(len(batch.lengths), effects.shape[1]).index_add_(0, prompt_of_place, effects),
-        effects.new_zeros(n_table, effects.shape[1]).index_add_(0, slot_of_place % n_table, effects),
+        effects.new_zeros(n_table, effects.shape[1]).index_add_(0, position_of_place % n_table, effects),
     )
 
 
@@ -78,20 +78,20 @@ def join_sites(per_site: Sequence[BatchEffects]) -> BatchEffects:
     return BatchEffects(*(torch.cat(parts, dim=1) for parts in zip(*per_site, strict=True)))
 
 
-def mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, Prefix], BatchEffects]) -> Effects:
+def mean_effects(problem: Problem, of_batch: Callable[[Problem, Batch, CachedResidual], BatchEffects]) -> Effects:
     """Means over the prompts of effects that come batch by batch, ranked by their size."""
     nodes, n_prompts = problem.ablation.nodes, problem.runs.n_prompts
     by_prompt = np.zeros((n_prompts, nodes.n_nodes), dtype=np.float32)
-    by_slot = torch.zeros(problem.ablation.reference.layout.n_slots, nodes.n_nodes, dtype=torch.float64)
-    for batch, prefix in problem.runs:
-        effects = of_batch(problem, batch, prefix)
+    by_position = torch.zeros(problem.ablation.baseline.layout.n_template_positions, nodes.n_nodes, dtype=torch.float64)
+    for batch, cached in problem.runs:
+        effects = of_batch(problem, batch, cached)
         by_prompt[batch.prompts.cpu().numpy()] = effects.by_prompt.cpu().numpy()
-        by_slot += effects.by_slot.double().cpu()
-    by_slot = (by_slot / n_prompts).numpy()
-    mean = by_slot.sum(0)
+        by_position += effects.by_position.double().cpu()
+    by_position = (by_position / n_prompts).numpy()
+    mean = by_position.sum(0)
     ranking = ranked(np.abs(mean), problem.ablation)
     absolute = np.abs(by_prompt).mean(0, dtype=np.float64)
-    return Effects(mean, absolute, ranking, {}, by_slot=by_slot, by_prompt=by_prompt)
+    return Effects(mean, absolute, ranking, {}, by_position=by_position, by_prompt=by_prompt)
 
 
 def ranked(importance: Float[np.ndarray, " nodes"], ablation: Ablation) -> Int[np.ndarray, " ranked"]:

@@ -1,4 +1,4 @@
-"""Exact effects: what setting one node to its reference does, measured by doing it. Slow, but nothing is approximated.
+"""Exact effects: what setting one node to its baseline does, measured by doing it. Slow, but nothing is approximated.
 
 `s(plain) - s(x - (f_i - f_ref_i) d_i)`, for an error node `s(plain) - s(x - (e - e_ref))`, at all positions that may be
 touched; everything else stays plain and nothing is spliced in. Each node costs one run of the blocks after its site.
@@ -68,12 +68,12 @@ def exact_effects(
 
 
 def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "nodes batch pos d_in"]:
-    """The activation at the site with each of these nodes of the site alone set to its reference."""
-    dictionary, reference = run.problem.ablation.dictionaries[run.site], run.problem.ablation.reference
+    """The activation at the site with each of these nodes of the site alone set to its baseline."""
+    dictionary, baseline = run.problem.ablation.dictionaries[run.site], run.problem.ablation.baseline
     touchable = run.batch.touchable
     x = run.x[touchable].float()
     values, indices = dictionary.encode_sparse(x)
-    error_ablated = dictionary.decode_sparse(values, indices) + reference.errors_at(dictionary, run.batch)
+    error_ablated = dictionary.decode_sparse(values, indices) + baseline.errors_at(dictionary, run.batch)
     width = dictionary.d_in // dictionary.n_parts
     result = repeat(run.x.float(), "batch pos d_in -> nodes batch pos d_in", nodes=len(within_site)).clone()
     for copy, node in zip(result, within_site, strict=True):
@@ -82,6 +82,6 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
             copy[touchable] = torch.where(part, error_ablated, x)
         else:
             f = torch.where(indices == node, values, 0).sum(-1)
-            f_ref = reference.features_at(dictionary, run.batch, torch.tensor([node], device=x.device))
+            f_ref = baseline.features_at(dictionary, run.batch, torch.tensor([node], device=x.device))
             copy[touchable] = x - (f[:, None] - f_ref) * dictionary.W_dec[node]
     return result

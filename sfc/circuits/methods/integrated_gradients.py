@@ -1,4 +1,4 @@
-"""Integrated gradients (Sundararajan et al. 2017), one site at a time, from the reference to the clean activation.
+"""Integrated gradients (Sundararajan et al. 2017), one site at a time, from the baseline to the clean activation.
 
 On the straight path `x(a) = x_hat(f_ref + a (f - f_ref)) + e_ref + a (e - e_ref) = x_ref + a (x - x_ref)` at one site,
 with everything after it plain, the effect of feature i is `sum_t (mean_a g_t(a) . d_i)(f_ti - f_ref_ti)`: attribution,
@@ -16,30 +16,30 @@ from sfc.circuits.methods.attribution import BatchEffects, effects_at_site, join
 from sfc.circuits.problem import Problem
 from sfc.core.progress import progress_bar
 from sfc.models.batches import PACKED_TOKENS, Batch
-from sfc.models.running import Prefix
+from sfc.models.running import CachedResidual
 
 
 def rank(problem: Problem) -> Effects:
-    """Gradients averaged along each site's path from its reference, ranked by |mean effect|."""
+    """Gradients averaged along each site's path from its baseline, ranked by |mean effect|."""
     steps = IntegratedGradientsOptions.of(problem.experiment).steps
     with progress_bar("integrated gradients", len(problem.runs.batches), "batches") as progress:
 
-        def of_batch(problem: Problem, batch: Batch, prefix: Prefix) -> BatchEffects:
-            effects = integrated_effects(problem, batch, prefix, steps)
+        def of_batch(problem: Problem, batch: Batch, cached: CachedResidual) -> BatchEffects:
+            effects = integrated_effects(problem, batch, cached, steps)
             progress(1)
             return effects
 
         return mean_effects(problem, of_batch)
 
 
-def integrated_effects(problem: Problem, batch: Batch, prefix: Prefix, steps: int) -> BatchEffects:
+def integrated_effects(problem: Problem, batch: Batch, cached: CachedResidual, steps: int) -> BatchEffects:
     """The integrated gradients of every node on every prompt of one batch, in nats.
 
     Args:
         steps: gradients per path, at the midpoints of as many equal parts: the error falls with their square.
     """
     ablation = problem.ablation
-    runs = site_runs(problem, ablation.nodes.sites, batch, prefix)
+    runs = site_runs(problem, ablation.nodes.sites, batch, cached)
     return join_sites([effects_at_site(ablation, r.site, r.x, _mean_gradient(r, steps), batch) for r in runs])
 
 

@@ -22,7 +22,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.progress import progress_bar
 from sfc.models.batches import Batch
 from sfc.models.engine import kl
-from sfc.models.running import Prefix, last_logits
+from sfc.models.running import CachedResidual, last_logits
 from sfc.models.score import score_batch
 
 START_LOGIT = 1.0
@@ -74,19 +74,19 @@ def learn_mask(
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     random = np.random.default_rng(options.seed)
     with torch.no_grad():
-        full = [_score(problem, batch, prefix, None) for batch, prefix in problem.runs]
-        empty = [_score(problem, batch, prefix, torch.zeros_like(logits)) for batch, prefix in problem.runs]
+        full = [_score(problem, batch, cached, None) for batch, cached in problem.runs]
+        empty = [_score(problem, batch, cached, torch.zeros_like(logits)) for batch, cached in problem.runs]
     span = _span(torch.cat(full), torch.cat(empty), problem.runs.are_pairs)
     at_once = options.pairs if problem.runs.are_pairs else options.prompts
     for step in range(1, options.steps + 1):
-        batch, prefix, target = _draw(problem.runs, full, at_once, random)
+        batch, cached, target = _draw(problem.runs, full, at_once, random)
         mask = logits.sigmoid()
-        last = _last_logits(problem, batch, prefix, mask)
+        last = _last_logits(problem, batch, cached, mask)
         difference = (problem.score(last, batch) - target) / span
         loss = difference.square().mean() + price(step, options) * mask.sum()
         if options.kl_weight:
             with torch.no_grad():
-                plain = last_logits(problem.model, batch, prefix=prefix).log_softmax(-1)
+                plain = last_logits(problem.model, batch, cached=cached).log_softmax(-1)
             loss = loss + options.kl_weight * kl(plain, last.log_softmax(-1)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -113,25 +113,25 @@ def _span(full: Float[Tensor, " prompts"], empty: Float[Tensor, " prompts"], are
     return max(float(size), SMALLEST_SPAN)
 
 
-def _score(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor | None) -> Float[Tensor, " batch"]:
+def _score(problem: Problem, batch: Batch, cached: CachedResidual, mask: Tensor | None) -> Float[Tensor, " batch"]:
     if mask is None:
-        return score_batch(problem.model, problem.score, batch, prefix=prefix)
-    return problem.score(_last_logits(problem, batch, prefix, mask), batch)
+        return score_batch(problem.model, problem.score, batch, cached=cached)
+    return problem.score(_last_logits(problem, batch, cached, mask), batch)
 
 
-def _last_logits(problem: Problem, batch: Batch, prefix: Prefix, mask: Tensor) -> Float[Tensor, "batch vocab"]:
+def _last_logits(problem: Problem, batch: Batch, cached: CachedResidual, mask: Tensor) -> Float[Tensor, "batch vocab"]:
     circuit = torch.zeros_like(batch.lengths)
-    ablation = problem.ablation.for_batch(problem.model, batch, prefix)
+    ablation = problem.ablation.for_batch(problem.model, batch, cached)
     interventions = ablation.interventions(mask[None], circuit, batch)
-    return last_logits(problem.model, batch, interventions, prefix)
+    return last_logits(problem.model, batch, interventions, cached)
 
 
 def _draw(
     runs: PromptRuns, scores: list[Tensor], count: int, random: np.random.Generator
-) -> tuple[Batch, Prefix, Float[Tensor, " drawn"]]:
+) -> tuple[Batch, CachedResidual, Float[Tensor, " drawn"]]:
     """Some prompts of one batch (batches drawn by their size), with their full scores."""
     sizes = np.array([len(batch.prompts) for batch in runs.batches])
     number = random.choice(len(sizes), p=sizes / sizes.sum())
-    batch, prefix = runs.batches[number], runs.prefixes[number]
+    batch, cached = runs.batches[number], runs.cached_residuals[number]
     rows = torch.from_numpy(random.permutation(sizes[number])[:count]).to(batch.ids.device)
-    return batch.select(rows), prefix.select(rows), scores[number][rows]
+    return batch.select(rows), cached.select(rows), scores[number][rows]

@@ -9,7 +9,7 @@ import pandas as pd
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
 from sfc.data.read import LABELS, UNLABELLED
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.generation import generate_replies
 from sfc.models.loading import Model
 from sfc.models.score import Score, auroc, score_prompts
@@ -52,7 +52,7 @@ def measure_behaviour(
     A refusal shows in its first words: `reply_tokens` need not let the reply end.
     """
     tokenized = model.tokenize(list(prompts["prompt"]))
-    batches = make_batches(tokenized, SlotLayout.of(tokenized), batch_tokens, model.device)
+    batches = make_batches(tokenized, TemplateLayout.of(tokenized), batch_tokens, model.device)
     scores = score_prompts(model, score, batches)
     with progress_bar("replies", len(tokenized), "prompts") as progress:
         texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)

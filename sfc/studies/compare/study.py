@@ -47,9 +47,9 @@ class Compare(Study[ComparisonOptions]):
         if len(self.categories(run)) < 2:
             raise UserError("compare needs at least two categories, for example --categories violence,privacy")
         discovery = DiscoveryOptions.of(run.experiment)
-        if discovery.reference_choice in ("paired", "base", "complied-mean", "counterfactual"):
+        if discovery.baseline_choice in ("paired", "base", "complied-mean", "counterfactual"):
             raise UserError(
-                f"compare pools prompts of categories, whose reference {discovery.reference_choice!r} is not the same"
+                f"compare pools prompts of categories, whose baseline {discovery.baseline_choice!r} is not the same"
             )
         if not METHODS[discovery.method].per_prompt:
             possible = [method.name for method in METHODS if method.per_prompt]

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from sfc.circuits.baselines import Reference, reference_in_tables, tables_of
+from sfc.circuits.baselines import BaselineTables, baseline_in_tables, tables_of
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import attribution
 from sfc.circuits.options import base_model
@@ -21,7 +21,7 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.spaces import NodeSpace
 from sfc.core.errors import UserError
 from sfc.core.progress import say
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.loading import Model
 from sfc.session import Session
 
@@ -34,9 +34,9 @@ def against_base(
     session: Session,
     spaces: Mapping[str, NodeSpace],
     parts: Sequence[list[Batch]],
-    layout: SlotLayout,
-) -> tuple[Reference, list[list[Batch]]]:
-    """What the base model has at every node on each of these prompts, as their reference, and batches that point to it.
+    layout: TemplateLayout,
+) -> tuple[BaselineTables, list[list[Batch]]]:
+    """What the base model has at every node on each of these prompts, as their baseline, and batches that point to it.
 
     Raises:
         UserError: the base model is of other sizes, or reads the tokens differently.
@@ -46,8 +46,8 @@ def against_base(
     for part in parts:
         with_tables.append([batch.with_tables(batch.prompts + n_before, layout) for batch in part])
         n_before += sum(len(batch.prompts) for batch in part)
-    say(f"reference: the same prompts in the base model, {base.config.source}")
-    return reference_in_tables(base, spaces, list(chain(*with_tables)), layout), with_tables
+    say(f"baseline: the same prompts in the base model, {base.config.source}")
+    return baseline_in_tables(base, spaces, list(chain(*with_tables)), layout), with_tables
 
 
 def load_base(session: Session) -> Model:
@@ -82,20 +82,20 @@ def base_changes(
         `f_base`, and the base's score with the circuit's and with all nodes' values of the model.
     """
     nodes, dictionaries = problem.ablation.nodes, problem.ablation.dictionaries
-    before = tables_of(problem.ablation.reference)
+    before = tables_of(problem.ablation.baseline)
     layout = before.layout
     batches = [*problem.runs.batches, *test_runs.batches]
-    now = reference_in_tables(problem.model, dictionaries, batches, layout)
+    now = baseline_in_tables(problem.model, dictionaries, batches, layout)
     base = load_base(session)
     first = nodes.sites[0]
     swapped = replace(
         problem,
         model=base,
-        ablation=replace(problem.ablation, reference=now),
+        ablation=replace(problem.ablation, baseline=now),
         runs=PromptRuns.of(base, problem.runs.batches, first),
     )
     tables = torch.cat([batch.tables(layout) for batch in problem.runs.batches])
-    fires, fired = (_shares(problem, reference, tables)[list(members)] for reference in (now, before))
+    fires, fired = (_shares(problem, baseline, tables)[list(members)] for baseline in (now, before))
     table = pd.DataFrame(
         {
             "node": [nodes.name(node) for node in members],
@@ -120,14 +120,14 @@ def base_changes(
     return table, figures
 
 
-def _shares(problem: Problem, reference: Reference, tables: torch.Tensor) -> Float[np.ndarray, " nodes"]:
+def _shares(problem: Problem, baseline: BaselineTables, tables: torch.Tensor) -> Float[np.ndarray, " nodes"]:
     """For each feature, the share of the prompts with these tables on which it fires; NaN for other nodes."""
-    layout, parts, shares = reference.layout, problem.ablation.nodes.parts, []
+    layout, parts, shares = baseline.layout, problem.ablation.nodes.parts, []
     # The attention sink, which is never ablated: the first token, where the template has a prefix.
     first = 1 if layout.n_prefix else 0
-    for values, of_site in zip(reference.features.values(), parts, strict=True):
-        slots = values.view(-1, layout.n_slots, values.shape[1])[tables, first:]
-        shares += [(slots > 0).any(1).double().mean(0).cpu().numpy(), np.full(len(of_site), np.nan)]
+    for values, of_site in zip(baseline.features.values(), parts, strict=True):
+        template_positions = values.view(-1, layout.n_template_positions, values.shape[1])[tables, first:]
+        shares += [(template_positions > 0).any(1).double().mean(0).cpu().numpy(), np.full(len(of_site), np.nan)]
     return np.concatenate(shares)
 
 

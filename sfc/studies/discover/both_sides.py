@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from sfc.circuits.baselines import Reference
+from sfc.circuits.baselines import BaselineTables
 from sfc.circuits.counterfactuals import Counterfactuals
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
@@ -41,18 +41,18 @@ def judge_both_sides(
     Under counterfactual ablation these are the pairs of the test split, under mean ablation all test prompts of its
     group. Contrasts within one side, and pairs whose scores are their own, have no two sides: nothing is measured.
     """
-    run, baseline = session.run, problem.ablation.reference
+    run, baseline = session.run, problem.ablation.baseline
     config, seed, words = EvaluationOptions.of(run.experiment), run.experiment.seed, run.behavior.words
     has_sides = run.behavior.has_own_saes and problem.config.contrast in ("toxic-safe", "toxic-hard")
     measured: dict[str, float | None] = {}
     table = pd.DataFrame(columns=["id", "kind", "model", "circuit"])
     if isinstance(baseline, Counterfactuals):
         with progress_bar("pairs of both sides", 2 * test_runs.n_prompts, "runs") as progress:
-            [pairs] = pair_scores(problem, test_runs, circuit[None], progress)
+            [pairs] = pair_scores(problem.model, problem.score, problem.ablation, test_runs, circuit[None], progress)
         measured = pair_figures(pairs, config.min_denominator, seed)
         kinds = np.where(pairs.positive, words.positive, words.negative)
         table = pd.DataFrame({"id": pairs.prompt, "kind": kinds, "model": pairs.model, "circuit": pairs.circuit})
-    elif isinstance(baseline, Reference) and has_sides and problem.config.reference_choice != "paired":
+    elif isinstance(baseline, BaselineTables) and has_sides and problem.config.baseline_choice != "paired":
         runs, frame = _both(session, problem)
         positive = frame["refusal_label"].to_numpy(dtype=bool)
         if positive.any() and not positive.all():
@@ -75,5 +75,5 @@ def _both(session: Session, problem: Problem) -> tuple[PromptRuns, pd.DataFrame]
     wanted = frame[(frame["split"] == "test") & (frame["category"].eq(group) | (group == ALL))]
     corpus = short_enough(model.tokenize, wanted, run.experiment.prompts.max_tokens)
     tokens = run.experiment.activations.batch_tokens
-    batches = make_batches(corpus.sequences, problem.ablation.reference.layout, tokens, model.device)
+    batches = make_batches(corpus.sequences, problem.ablation.baseline.layout, tokens, model.device)
     return PromptRuns.of(model, batches, problem.ablation.nodes.sites[0]), corpus.table

@@ -117,7 +117,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
         "population": facts["population"],
         "fingerprint": fingerprint,
         "roles": roles,
-        "audit": check,
+        "approximation_check": check,
     }
     graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
     _add_token_effects(graph, problem)
@@ -156,7 +156,7 @@ def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
         "data": run.data,
         "category": run.group(config.category),
         "method": config.method,
-        "reference": words.said(config.reference_choice),
+        "baseline": words.said(config.baseline_choice),
         "effect_unit": words.unit if effects.unit == NATS else effects.unit,
         "edges": config.edges,
         "edge_weight": _EDGE_WEIGHTS[config.edges].format(unit=words.unit),
@@ -184,10 +184,10 @@ def _curve(
 
 def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, str]]:
     """The effects with their parts from each role as attributes, and what these attributes stand for."""
-    if effects.by_slot is None:
+    if effects.by_position is None:
         return effects, {}
-    layout = problem.ablation.reference.layout
-    attributes = {**effects.attributes, **effects_by_role(effects.by_slot, layout)}
+    layout = problem.ablation.baseline.layout
+    attributes = {**effects.attributes, **effects_by_role(effects.by_position, layout)}
     return effects._replace(attributes=attributes), role_names(problem.model, problem.runs.batches, layout)
 
 

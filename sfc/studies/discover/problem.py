@@ -1,6 +1,6 @@
-"""The question that circuits are found and judged by: model, node spaces, prompts and reference of one task.
+"""The question that circuits are found and judged by: model, node spaces, prompts and baseline of one task.
 
-A behavior may set a task of its own. Others have two sides: prompts of one are explained, and the reference is a mean
+A behavior may set a task of its own. Others have two sides: prompts of one are explained, and the baseline is a mean
 over those of the other, their partners in `pairs.csv`, those that the model answered, or the same prompts in the base
 model. Against counterfactuals, prompts of both sides are explained.
 """
@@ -15,10 +15,10 @@ from jaxtyping import Bool
 
 from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE, Words
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import Reference, check_covered, mean_reference, paired_reference, zero_reference
+from sfc.circuits.baselines import BaselineTables, check_covered, mean_baseline, paired_baseline, zero_baseline
 from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.nodes import NODES, Nodes, Sources
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, ReferenceChoice
+from sfc.circuits.options import BaselineChoice, DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns, Task
 from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
@@ -28,7 +28,7 @@ from sfc.data.counterfactual import counterfactual_pairs
 from sfc.data.pairs import load_pairs
 from sfc.data.schema import ALL, looked_up, with_ids
 from sfc.data.topics import listed_topics
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.score import DirectedScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
@@ -39,9 +39,9 @@ from sfc.studies.discover.base import against_base
 
 
 class Paired(NamedTuple):
-    """The prompts that a circuit explains, with their partners as the reference."""
+    """The prompts that a circuit explains, with their partners as the baseline."""
 
-    reference: Reference
+    baseline: BaselineTables
     discovery: list[Batch]
     test: list[Batch]
     prompts: pd.DataFrame
@@ -49,7 +49,7 @@ class Paired(NamedTuple):
 
 
 def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Paired:
-    """The category's pairs: those of the population are explained, the others give the reference.
+    """The category's pairs: those of the population are explained, the others give the baseline.
 
     Raises:
         UserError: there are too few pairs, or none short enough.
@@ -57,7 +57,7 @@ def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpa
     run, model = session.run, session.model
     experiment, population = run.experiment, DiscoveryOptions.of(run.experiment).population
     if not run.behavior.reads_data_set:
-        raise UserError(f"behavior {run.behavior.name!r} has no pairs of prompts: leave discovery.reference=paired out")
+        raise UserError(f"behavior {run.behavior.name!r} has no pairs of prompts: leave discovery.baseline=paired out")
     pairs = load_pairs(run.data_folder, category, experiment.prompts, experiment.seed)
     partner = "safe" if population == "toxic" else "toxic"
     explained, partners = model.tokenize(pairs[population].tolist()), model.tokenize(pairs[partner].tolist())
@@ -68,7 +68,7 @@ def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpa
     of_split = {split: numbers[pairs["split"].to_numpy()[numbers] == split] for split in ("discovery", "test")}
     if not all(len(chosen) for chosen in of_split.values()):
         raise UserError("no pair of some split is short enough: raise --set prompts.max_tokens=…")
-    layout = SlotLayout.of([*explained, *partners])
+    layout = TemplateLayout.of([*explained, *partners])
     tokens = experiment.activations.batch_tokens
 
     def batches(chosen: np.ndarray) -> list[Batch]:
@@ -76,16 +76,16 @@ def paired_prompts(session: Session, category: str, spaces: Mapping[str, NodeSpa
         tables = torch.from_numpy(chosen).to(model.device)
         return [batch.with_tables(tables[batch.prompts], layout) for batch in plain]
 
-    reference = paired_reference(model, spaces, make_batches(partners, layout, tokens, model.device), layout)
+    baseline = paired_baseline(model, spaces, make_batches(partners, layout, tokens, model.device), layout)
     discovery, test = (batches(of_split[split]) for split in ("discovery", "test"))
-    check_covered(reference, [*discovery, *test])
+    check_covered(baseline, [*discovery, *test])
     kept = pairs[fits]
     frames = [
         pd.DataFrame({"prompt": kept[population], "refusal_label": population == "toxic", "split": kept["split"]}),
         pd.DataFrame({"prompt": kept[partner], "refusal_label": partner == "toxic", "split": "reference"}),
     ]
     prompts = with_ids(pd.concat(frames).assign(category=category, dataset_type="pair"))
-    return Paired(reference, discovery, test, prompts)
+    return Paired(baseline, discovery, test, prompts)
 
 
 class AgainstCounterfactuals(NamedTuple):
@@ -126,7 +126,7 @@ def against_counterfactuals(
         say(line)
     columns = (torch.from_numpy(found.table[name].to_numpy(copy=True)) for name in Pairs._fields)
     pairs = Pairs(*(values.to(model.device) for values in columns))
-    baseline = Counterfactuals.of(model, spaces, tokenized, pairs, SlotLayout.of(tokenized), tokens)
+    baseline = Counterfactuals.of(model, spaces, tokenized, pairs, TemplateLayout.of(tokenized), tokens)
     discovery, test = (
         baseline.batches(
             tokenized, torch.from_numpy((found.table["split"] == split).to_numpy(copy=True)).to(model.device), tokens
@@ -140,7 +140,7 @@ def against_counterfactuals(
 
 
 LOW_AUROC = 0.8
-_REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
+_REFERENCE_LABELS: dict[BaselineChoice, list[bool]] = {
     "safe-mean": [False],
     "toxic-mean": [True],
     "balanced-mean": [False, True],
@@ -154,7 +154,7 @@ _REFERENCE_LABELS: dict[ReferenceChoice, list[bool]] = {
 
 
 def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Task:
-    """The prompts of one category, or of `ALL`, against the reference that the configuration names.
+    """The prompts of one category, or of `ALL`, against the baseline that the configuration names.
 
     Raises:
         UserError: the category lacks prompts.
@@ -171,12 +171,12 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
         say(f"prompts of {line}")
     everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
     population = config.population == "toxic"
-    labels = _REFERENCE_LABELS[config.reference_choice]
+    labels = _REFERENCE_LABELS[config.baseline_choice]
     in_reference = (everyone["split"] == "reference") & everyone["refusal_label"].isin(labels)
 
     used = pd.concat([balanced[balanced["split"] != "reference"], everyone[in_reference]])
     used, tokenized = short_enough(model.tokenize, used, experiment.prompts.max_tokens)
-    layout = SlotLayout.of(tokenized)
+    layout = TemplateLayout.of(tokenized)
 
     def batches(wanted: pd.Series) -> list[Batch]:
         chosen = [prompt for prompt, want in zip(tokenized, wanted, strict=True) if want]
@@ -189,27 +189,27 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
     explained_side, task_score = words.said(config.population), session.metric
     hard = f", its {words.negative} prompts being hard ones" if config.contrast == "toxic-hard" else ""
-    say(f"reference: {words.said(config.reference_choice)}{hard}")
-    if config.reference_choice == "paired":
+    say(f"baseline: {words.said(config.baseline_choice)}{hard}")
+    if config.baseline_choice == "paired":
         paired = paired_prompts(session, category, spaces)
-        reference, to_explain = paired.reference, [paired.discovery, paired.test]
+        baseline, to_explain = paired.baseline, [paired.discovery, paired.test]
         facts["prompts"] = pd.concat([used[discovery], paired.prompts])
-    elif config.reference_choice == "counterfactual":
+    elif config.baseline_choice == "counterfactual":
         paired = against_counterfactuals(session, used, everyone, spaces)
-        reference, to_explain = paired.baseline, [paired.discovery, paired.test]
+        baseline, to_explain = paired.baseline, [paired.discovery, paired.test]
         facts |= {"prompts": pd.concat([used, paired.prompts]).drop_duplicates("id"), "counterfactuals": paired.counts}
         explained_side, task_score = f"{words.positive} and {words.negative}", paired.score
-    elif config.reference_choice == "base":
-        reference, to_explain = against_base(session, spaces, to_explain, layout)
-    elif config.reference_choice == "zero":
-        reference = zero_reference(spaces, layout)
+    elif config.baseline_choice == "base":
+        baseline, to_explain = against_base(session, spaces, to_explain, layout)
+    elif config.baseline_choice == "zero":
+        baseline = zero_baseline(spaces, layout)
     else:
-        reference = mean_reference(model, spaces, batches(in_reference), layout)
+        baseline = mean_baseline(model, spaces, batches(in_reference), layout)
     score = session.metric
     separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
     facts["score_auroc"] = None if separation is None else round(separation, 4)
     _warn_of_low(separation, words)
-    return Task(task_score, reference, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
+    return Task(task_score, baseline, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
 
 
 def _warn_of_low(separation: float | None, words: Words) -> None:
@@ -246,7 +246,7 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
     corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
     prompts = judged(session, corpus.table, kind, category)
     _check_sides(prompts, called, category, words)
-    layout = SlotLayout.of(corpus.sequences)
+    layout = TemplateLayout.of(corpus.sequences)
 
     def batches(wanted: Bool[np.ndarray, " prompts"]) -> list[Batch]:
         chosen = [corpus.sequences[i] for i in np.flatnonzero(wanted)]
@@ -258,7 +258,7 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
     separation = auroc(score_prompts(model, score, batches(discovery)), refused[discovery])
     return Task(
         score=score,
-        reference=mean_reference(model, spaces, batches(reference & ~refused), layout),
+        baseline=mean_baseline(model, spaces, batches(reference & ~refused), layout),
         discovery=batches(discovery & refused),
         test=batches(test & refused),
         # The two sides of this task are the judged ones.
@@ -310,7 +310,7 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
     problem = Problem(
         model=model,
         score=task.score,
-        ablation=Ablation(nodes, spaces, task.reference, EvaluationOptions.of(run.experiment).error_mode),
+        ablation=Ablation(nodes, spaces, task.baseline, EvaluationOptions.of(run.experiment).error_mode),
         runs=PromptRuns.of(model, task.discovery, first),
         store=session.store,
         prompts=with_store_index(run, task.labelled),

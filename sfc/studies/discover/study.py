@@ -63,7 +63,7 @@ class Discover(Study[DiscoveryOptions]):
             "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
-        return inputs | reference_inputs(run)
+        return inputs | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
         return needs_of_circuits(run)
@@ -90,12 +90,12 @@ def needs_of_circuits(run: Run) -> list[Need]:
     return [*trained, Need(COLLECT, run)]
 
 
-def reference_inputs(run: Run) -> dict[str, Any]:
+def baseline_inputs(run: Run) -> dict[str, Any]:
     """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
     options, inputs = DiscoveryOptions.of(run.experiment), {}
     if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
-        if options.reference_choice == "paired":
+        if options.baseline_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
         if METHODS[options.method].reads_topics and topics.is_file():
             inputs["topics"] = hash_of_file(topics)

@@ -55,7 +55,7 @@ def evaluate(session: Session, folder: Path, category: str, paths: Sequence[Path
         "preset": run.experiment.name,
         "category": category,
         "population": facts["population"],
-        "reference": run.behavior.words.said(problem.config.reference_choice),
+        "baseline": run.behavior.words.said(problem.config.baseline_choice),
         "error_mode": EvaluationOptions.of(run.experiment).error_mode,
         "n_prompts": test_runs.n_prompts,
         "circuits": [_figures(problem, circuit, curves) for circuit in circuits],

@@ -97,7 +97,7 @@ def scores_figure(result: Mapping[str, Any], words: Words) -> go.Figure:
 def _sentence(result: Mapping[str, Any]) -> str:
     return (
         f"{count_text(len(result['circuits']), 'circuit')} on {count_text(result['n_prompts'], 'test prompt')} "
-        f"({result['category']}, {result['population']}); reference {result['reference']}, "
+        f"({result['category']}, {result['population']}); baseline {result['baseline']}, "
         f"error mode {result['error_mode']}."
     )
 
@@ -105,7 +105,7 @@ def _sentence(result: Mapping[str, Any]) -> str:
 def _guide(words: Words) -> tuple[str, ...]:
     return (
         f"**Scores.** F is the mean {words.score}, in nats, of the test prompts: of the full model M, of the circuit C "
-        "alone with everything else set to its reference, of the model without it (M\\C), and with everything ablated"
+        "alone with everything else set to its baseline, of the model without it (M\\C), and with everything ablated"
         " (0). "
         "A good circuit has its circle at F(M) and its diamond at F(0).",
         "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)): 1 where the score comes back in full, even if it does so on"
@@ -116,7 +116,7 @@ def _guide(words: Words) -> tuple[str, ...]:
         "p is the share of circuits, among this and random ones, whose score is as far from F(0). Faithfulness has its "
         "95 % interval over prompts beside it.",
         "**Edges.** Their faithfulness is that of the circuit when its nodes reach each other along these edges "
-        "alone: each node gets a run of its own in which everything but its sources has its reference. With every"
+        "alone: each node gets a run of its own in which everything but its sources has its baseline value. With every"
         " edge between neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the"
         " circuit, as many into each node.",
     )

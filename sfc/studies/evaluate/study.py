@@ -11,7 +11,7 @@ from sfc.core.options import Options, option
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.discover.study import DISCOVER, circuit_of, needs_of_circuits, reference_inputs
+from sfc.studies.discover.study import DISCOVER, baseline_inputs, circuit_of, needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
@@ -65,10 +65,10 @@ class Evaluate(Study[EvaluateOptions]):
             "nodes": discovery.nodes,
             "population": discovery.population,
             "contrast": discovery.contrast,
-            "reference": discovery.reference_choice,
+            "baseline": discovery.baseline_choice,
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
             "circuits": listed or DISCOVER.artifact(self._own(run)).inputs,
-        } | reference_inputs(run)
+        } | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
         own = [] if self.of(run).circuits else [Need(DISCOVER, self._own(run))]

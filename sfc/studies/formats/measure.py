@@ -23,7 +23,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.data.balance import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import auroc
@@ -56,7 +56,7 @@ def version_scores(
     for name, versions in formats.items():
         for column, (version, (refuse, comply)) in enumerate(zip(versions, answers[name], strict=True)):
             prompts = model.tokenize([version.ask(instruction) for instruction in instructions], version.reply)
-            for batch in make_batches(prompts, SlotLayout.of(prompts), batch_tokens, model.device):
+            for batch in make_batches(prompts, TemplateLayout.of(prompts), batch_tokens, model.device):
                 logits: Float[Tensor, "batch vocab"] = last_logits(model, batch)
                 rows = batch.prompts.cpu().numpy()
                 scores[name][rows, column] = (logits[:, refuse] - logits[:, comply]).cpu().numpy()

@@ -12,7 +12,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.balance import balance
 from sfc.data.schema import ALL
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.score import LogOdds, auroc
 from sfc.session import Session
 from sfc.stats import bootstrap_means
@@ -88,7 +88,7 @@ def _harmless(session: Session) -> list[Batch]:
 def _batches(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
     experiment, model = session.run.experiment, session.model
     corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
-    layout, budget = SlotLayout.of(corpus.sequences), experiment.activations.batch_tokens
+    layout, budget = TemplateLayout.of(corpus.sequences), experiment.activations.batch_tokens
     return corpus.table, make_batches(corpus.sequences, layout, budget, model.device)
 
 

@@ -8,7 +8,7 @@ that here a *base* run is patched with activations of a *source* run, and the ef
 
 which is 0 where nothing changes and 1 where the score becomes the source's (Heimersheim and Nanda 2024).
 
-Only the tokens from the first patched one on are run (`Tails`), and patches are packed as all edits are
+Only the tokens from the first patched one on are run (`KVCachedSuffix`), and patches are packed as all edits are
 (`sfc.models.engine`).
 
 Attribution patching estimates every patch's effect from one backward pass (Nanda 2023; Kramár et al. 2024). With
@@ -30,9 +30,9 @@ from sfc.models import engine
 from sfc.models.edits import Replacement, Replacements
 from sfc.models.engine import PreparedPrompts, Progress
 from sfc.models.interventions import leaf_recorder, recorder
+from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.score import Score, score_batch
-from sfc.models.tails import make_tails
 from sfc.studies.patch.alignment import align
 from sfc.studies.patch.components import Patch
 from sfc.studies.patch.ranking import PatchRuns
@@ -44,9 +44,9 @@ class Transplant:
     """Runs ready to be patched at one set of positions, and the activations to put there."""
 
     base: PreparedPrompts
-    """one batch of tails"""
+    """one batch of suffixes"""
     replaced: Bool[Tensor, "pair pos"]
-    """the positions of the base tails where activations are replaced"""
+    """the positions of the base suffixes where activations are replaced"""
     values: Mapping[str, Float[Tensor, "pair pos width"]]
     """for each site, what stands at the corresponding positions of the source runs; elsewhere it means nothing"""
     base_score: Float[Tensor, " pair"]
@@ -71,16 +71,16 @@ def make_transplant(
         Unalignable: a pair cannot be aligned at these positions.
     """
     aligned = [align(positions, *pair) for pair in pairs]
-    n_tail = max(
+    n_suffix = max(
         len(prompt.ids) - int(where.min())
         for pair, both in zip(pairs, aligned, strict=True)
         for prompt, where in zip(pair, both, strict=True)
     )
-    base, source = (make_tails(model, prompts, n_tail) for prompts in zip(*pairs, strict=True))
+    base, source = (cache_suffixes(model, prompts, n_suffix) for prompts in zip(*pairs, strict=True))
     replaced = torch.zeros(base.ids.shape, dtype=torch.bool)
     read = torch.zeros(base.ids.shape, dtype=torch.long)
     for row, (pair, both) in enumerate(zip(pairs, aligned, strict=True)):
-        into, out_of = (where + n_tail - len(prompt.ids) for prompt, where in zip(pair, both, strict=True))
+        into, out_of = (where + n_suffix - len(prompt.ids) for prompt, where in zip(pair, both, strict=True))
         replaced[row, into] = True
         read[row, into] = torch.from_numpy(out_of)
     activations: dict[str, Tensor] = {}

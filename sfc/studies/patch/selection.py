@@ -19,7 +19,7 @@ from sfc.behaviors.behavior import BEHAVIORS, Words
 from sfc.core.config import Experiment
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import prompt_ids
-from sfc.models.batches import SlotLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.generation import generate_replies
 from sfc.models.judge import judged_somewhere
 from sfc.models.loading import Model
@@ -172,7 +172,7 @@ def _conduct(
         return []
     options, behavior = PatchingOptions.of(experiment), BEHAVIORS[experiment.behavior]
     batch_tokens, judge = experiment.activations.batch_tokens, behavior.judge()
-    batches = make_batches(prompts, SlotLayout.of(prompts), batch_tokens, model.device)
+    batches = make_batches(prompts, TemplateLayout.of(prompts), batch_tokens, model.device)
     scores = score_prompts(model, behavior.metric(model, experiment), batches).tolist()
     if options.require == "score" or judge is None:
         return [Conduct(score) for score in scores]

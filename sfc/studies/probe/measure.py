@@ -23,7 +23,7 @@ from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
 from sfc.data.balance import balance
 from sfc.data.schema import ALL
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import run_to
@@ -51,7 +51,7 @@ def measure(session: Session, category: str, file: Path) -> Made:
     balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
     prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
     _check_sides(prompts, session.run.behavior.words)
-    batches = make_batches(tokenized, SlotLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
+    batches = make_batches(tokenized, TemplateLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
     with progress_bar("running", len(prompts), "prompts") as progress:
         residuals = last_residuals(model, batches, progress)
     positive = prompts["refusal_label"].to_numpy(dtype=bool)
@@ -186,7 +186,7 @@ def separation_interval(projections: Float[np.ndarray, " n"], positive: Bool[np.
     return Interval(float(low), float(high))
 
 
-class Probe(NamedTuple):
+class FoldedProbe(NamedTuple):
     """Accuracy of a linear probe on prompts it was not fitted to, and of the same with shuffled labels."""
 
     accuracy: float
@@ -197,7 +197,9 @@ class Probe(NamedTuple):
     p_value: float
 
 
-def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], positive: Bool[np.ndarray, " n"], seed: int) -> Probe:
+def cross_validated_probe(
+    rows: Float[np.ndarray, "n d_model"], positive: Bool[np.ndarray, " n"], seed: int
+) -> FoldedProbe:
     """Fit on all folds but one, judge on that one, in turn; the features are standardised by the rows fitted to.
 
     Labels are shuffled within folds, so that every fold keeps as many of either side: were a side overrepresented where
@@ -217,7 +219,7 @@ def cross_validated_probe(rows: Float[np.ndarray, "n d_model"], positive: Bool[n
     hits = (predicted > 0) == (labels > 0)
     accuracy, *shuffled = hits.mean(0).tolist()
     at_least = sum(value >= accuracy for value in shuffled)
-    return Probe(
+    return FoldedProbe(
         accuracy,
         *wilson(int(hits[:, 0].sum()), len(rows)),
         float(np.mean(shuffled)),

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import Reference, zero_reference
+from sfc.circuits.baselines import BaselineTables, zero_baseline
 from sfc.circuits.faithfulness import Ablations
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import replacing
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, kind_of, layer_of, site_of
-from sfc.models.batches import Batch, SlotLayout
+from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.engine import Alike, Edits
 from sfc.models.interventions import Intervention, Interventions
 from sfc.models.loading import Model
@@ -44,16 +44,16 @@ _META = "repair"
 class FeatureAblation:
     """Features that are set to a reference, by site."""
 
-    layout: SlotLayout
+    layout: TemplateLayout
     """what the rows of `reference` are"""
     features: Mapping[str, Int[Tensor, " features"]]
-    reference: Mapping[str, Float[Tensor, "slots features"]]
+    reference: Mapping[str, Float[Tensor, "positions features"]]
     dictionaries: str
     """the folder of the dictionaries whose features these are"""
 
     @classmethod
     def of(
-        cls, chosen: Int[Tensor, " chosen"], nodes: Nodes, reference: Reference, dictionaries: str
+        cls, chosen: Int[Tensor, " chosen"], nodes: Nodes, reference: BaselineTables, dictionaries: str
     ) -> "FeatureAblation":
         """The repair that ablates these nodes, all of them features."""
         site_of = torch.from_numpy(nodes.site_numbers)[chosen]
@@ -67,7 +67,7 @@ class FeatureAblation:
         return cls(reference.layout, features, values, dictionaries)
 
     def interventions(self, dictionaries: Mapping[str, Dictionary], batch: Batch) -> Mapping[str, Intervention]:
-        """What acts in a run of the batch; its slots must be those of the repair's layout.
+        """What acts in a run of the batch; its template_positions must be those of the repair's layout.
 
         Raises:
             UserError: a site has no dictionary, or one with too few features.
@@ -77,7 +77,7 @@ class FeatureAblation:
                 raise UserError(f"this repair is of the dictionaries {self.dictionaries}; those given do not fit it")
         here = {site: dictionaries[site] for site in self.features}
         # Values of nodes that are kept do not matter.
-        reference, ablated = zero_reference(here, self.layout), []
+        reference, ablated = zero_baseline(here, self.layout), []
         for site, features in self.features.items():
             reference.features[site][:, features] = self.reference[site].to(batch.ids.device)
             of_site = torch.zeros(here[site].d_sae + here[site].n_parts, dtype=torch.bool)
@@ -114,7 +114,7 @@ def load_repair(path: Path) -> FeatureAblation:
             kind: {name.rpartition("/")[0]: each for name, each in tensors.items() if name.endswith(f"/{kind}")}
             for kind in ("features", "reference")
         }
-        layout = SlotLayout(about["n_prefix"], about["n_suffix"])
+        layout = TemplateLayout(about["n_prefix"], about["n_suffix"])
         return FeatureAblation(layout, by_kind["features"], by_kind["reference"], about["dictionaries"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a repair that `sfc repair` wrote ({error})") from None

@@ -1,4 +1,4 @@
-"""What a repair is made from: prompts of each kind and split, the references, and the problem that effects are of."""
+"""What a repair is made from: prompts of each kind and split, the baselines, and the problem that effects are of."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import mean_reference
+from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.data.balance import balance
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
-from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches
 from sfc.models.generation import with_replies
 from sfc.models.score import score_prompts
 from sfc.session import Session
@@ -39,13 +39,13 @@ class RepairInputs(NamedTuple):
     """safe test prompts with the base model's replies"""
 
     @property
-    def layout(self) -> SlotLayout:
-        """The slots of the template that all these prompts have."""
-        return self.problem.ablation.reference.layout
+    def layout(self) -> TemplateLayout:
+        """The template positions that all these prompts have."""
+        return self.problem.ablation.baseline.layout
 
 
 def repair_inputs(session: Session) -> RepairInputs:
-    """Tokenize and score the prompts; compute the references.
+    """Tokenize and score the prompts; compute the baselines.
 
     Raises:
         UserError: prompts of a kind are missing, or too few of them are refused.
@@ -64,14 +64,14 @@ def repair_inputs(session: Session) -> RepairInputs:
         "ordinary": everywhere[keyed_ranks(everywhere, ["split"], f"ordinary {seed}") < options.ordinary_prompts],
     }
     corpora = {name: short_enough(model.tokenize, rows, experiment.prompts.max_tokens) for name, rows in wanted.items()}
-    layout = SlotLayout.of([prompt for corpus in corpora.values() for prompt in corpus.sequences])
+    layout = TemplateLayout.of([prompt for corpus in corpora.values() for prompt in corpus.sequences])
 
     def runs(prompts: list[TokenizedPrompt]) -> PromptRuns:
         batches = make_batches(prompts, layout, experiment.activations.batch_tokens, model.device)
         return PromptRuns.of(model, batches, next(iter(dictionaries)))
 
     reference_batches = runs(corpora["reference"].sequences).batches
-    reference = mean_reference(model, dictionaries, reference_batches, layout)
+    baseline = mean_baseline(model, dictionaries, reference_batches, layout)
     discovery = {kind: _of_kind(corpora["discovery"], kind) for kind in ("hard", "toxic")}
     scored, tried = {}, {}
     for kind, corpus in discovery.items():
@@ -88,7 +88,7 @@ def repair_inputs(session: Session) -> RepairInputs:
     problem = Problem(
         model=model,
         score=score,
-        ablation=Ablation(Nodes.of_spaces(dictionaries), dictionaries, reference, "node"),
+        ablation=Ablation(Nodes.of_spaces(dictionaries), dictionaries, baseline, "node"),
         runs=scored["hard"],
         store=session.store,
         prompts=with_store_index(run, pd.concat([corpus.table for corpus in discovery.values()])),

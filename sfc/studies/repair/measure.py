@@ -111,7 +111,7 @@ def measure(session: Session, folder: Path) -> Made:
 def _hook(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"], dictionaries: str) -> FeatureAblation:
     ablation = inputs.problem.ablation
     return FeatureAblation.of(
-        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.reference), dictionaries
+        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.baseline), dictionaries
     )
 
 

@@ -147,7 +147,7 @@ def circuit_agreement(nodes: pd.DataFrame, sites: pd.DataFrame) -> dict[str, flo
         `n_shared`; `jaccard` of all nodes and `chance`, that of random circuits with as many features at each site and
         the same error nodes; `matched_jaccard` and `matched_chance`, of the nodes alone that both dictionaries have,
         None where no node of the circuits is such; `matched_share` of all features; and of the shared nodes' effects
-        `rank_correlation`, `sign_agreement` and `n_signed`, as an audit has them.
+        `rank_correlation`, `sign_agreement` and `n_signed`, as the approximation check has them.
     """
     features = pd.DataFrame({"size": sites["features"], "matched": sites["matched"]})
     errors = pd.DataFrame({"size": 1, "matched": 1}, index=sites.index)

@@ -20,7 +20,7 @@ from sfc.core.errors import UserError
 from sfc.core.sites import in_order, short_site
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import looked_up
-from sfc.models.batches import PACKED_TOKENS, SlotLayout, make_batches
+from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
@@ -58,12 +58,12 @@ def largest_values(
     Args:
         dictionaries: in the order in which the model passes their sites.
     """
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     largest = {site: np.zeros((len(prompts), each.d_sae), dtype=np.float32) for site, each in dictionaries.items()}
     for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
         seen: dict[str, Tensor] = {}
         run_to(model, batch, {site: recorder(seen, site) for site in dictionaries}, list(dictionaries)[-1])
-        content = (batch.slots == layout.n_prefix) & batch.touchable
+        content = (batch.template_positions == layout.n_prefix) & batch.touchable
         row = torch.arange(len(content), device=content.device)[:, None].expand_as(content)[content]
         for site, dictionary in dictionaries.items():
             values = dictionary.encode(seen[site][content].float())

@@ -136,7 +136,7 @@ _BLOCK_ROWS = 8192
 
 
 def steer(run: Run, direction: str, alpha: float) -> Steering:
-    """Adding a direction to the residual stream, for `Probe.score_of` and `Probe.reply`.
+    """Adding a direction to the residual stream, for `PromptSession.score_of` and `PromptSession.reply`.
 
     Args:
         direction: a feature, `resid_post.21/F463`, whose decoder direction is added at the tokens of

@@ -26,10 +26,10 @@ from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import PACKED_TOKENS, similar_lengths
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import recorder
+from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import Score
-from sfc.models.tails import make_tails
 from sfc.session import Session
 from sfc.studies.steer.dial import Candidate
 from sfc.studies.steer.directions import (
@@ -167,9 +167,9 @@ def last_tokens(
     kept = {site: torch.empty(len(prompts), n_tokens, model.width(site)) for site in sites}
     for group in similar_lengths(prompts, PACKED_TOKENS):
         seen: dict[str, Tensor] = {}
-        tails = make_tails(model, [prompts[i] for i in group], n_tokens)
-        logits = last_logits(model, tails, {site: recorder(seen, site) for site in sites})
-        scores[group] = score(logits, tails).cpu().numpy()
+        suffixes = cache_suffixes(model, [prompts[i] for i in group], n_tokens)
+        logits = last_logits(model, suffixes, {site: recorder(seen, site) for site in sites})
+        scores[group] = score(logits, suffixes).cpu().numpy()
         for site, activation in seen.items():
             kept[site][group] = activation.float().cpu()
         progress(len(group))

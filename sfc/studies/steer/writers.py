@@ -27,7 +27,7 @@ from sfc.models.engine import packed_runs, prepare_suffixes
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.positions import steered_tokens
-from sfc.models.running import Prefix, last_logits
+from sfc.models.running import CachedResidual, last_logits
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 from sfc.studies.logits.attribution import MOST_ERROR
@@ -149,7 +149,9 @@ def _ablated(
     """
     n_heads = model.bridge.cfg.n_heads
 
-    def measure(batch: Batch, start: Prefix | None, acting: Mapping[str, Intervention]) -> tuple[Tensor, Tensor]:
+    def measure(
+        batch: Batch, start: CachedResidual | None, acting: Mapping[str, Intervention]
+    ) -> tuple[Tensor, Tensor]:
         """The component, and the score."""
         seen: dict[str, Tensor] = {}
         of_run = score(last_logits(model, batch, {**acting, site: recorder(seen, site)}, start), batch)

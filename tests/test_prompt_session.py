@@ -9,12 +9,12 @@ import torch
 from conftest import SITES, TEXTS
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.baselines import zero_reference
+from sfc.circuits.baselines import zero_baseline
 from sfc.circuits.nodes import Nodes
 from sfc.core.errors import UserError
-from sfc.features.session import Probe
+from sfc.features.session import PromptSession
 from sfc.models import engine
-from sfc.models.batches import Batch, SlotLayout, make_batches
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.edits import Steering, SteeringEdit
 from sfc.models.engine import prepare_suffixes
 from sfc.models.interventions import Intervention, recorder
@@ -28,17 +28,17 @@ PROMPT = TEXTS[1]
 
 
 @pytest.fixture(scope="module")
-def probe(model: Model, score: RefusalScore, dictionaries: dict[str, Dictionary]) -> Probe:
-    return Probe(model, score, dictionaries)
+def probe(model: Model, score: RefusalScore, dictionaries: dict[str, Dictionary]) -> PromptSession:
+    return PromptSession(model, score, dictionaries)
 
 
-def _scaling(probe: Probe, factors: Mapping[str, float], batch: Batch) -> Mapping[str, Intervention]:
+def _scaling(probe: PromptSession, factors: Mapping[str, float], batch: Batch) -> Mapping[str, Intervention]:
     return probe._edits(factors, None).interventions(batch, [0]).in_prompt
 
 
-def test_firing_is_what_the_dictionaries_encode_but_not_at_the_sink(probe: Probe, model: Model) -> None:
+def test_firing_is_what_the_dictionaries_encode_but_not_at_the_sink(probe: PromptSession, model: Model) -> None:
     prompts = model.tokenize([PROMPT])
-    [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+    [batch] = make_batches(prompts, TemplateLayout.of(prompts), 4096, model.device)
     kept: dict[str, torch.Tensor] = {}
     last_logits(model, batch, {site: recorder(kept, site) for site in SITES})
     names = ["resid_post.1/F5", "resid_post.0/F7", "resid_post.0/F3"]
@@ -50,11 +50,11 @@ def test_firing_is_what_the_dictionaries_encode_but_not_at_the_sink(probe: Probe
     assert not firing.values[0].any() and firing.values.any()
 
 
-def test_switching_off_is_ablation_to_zero_with_current_errors(probe: Probe, model: Model) -> None:
+def test_switching_off_is_ablation_to_zero_with_current_errors(probe: PromptSession, model: Model) -> None:
     prompts = model.tokenize([PROMPT])
-    layout = SlotLayout.of(prompts)
+    layout = TemplateLayout.of(prompts)
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in probe.dictionaries.items()})
-    ablation = Ablation(nodes, probe.dictionaries, zero_reference(probe.dictionaries, layout), "keep-current")
+    ablation = Ablation(nodes, probe.dictionaries, zero_baseline(probe.dictionaries, layout), "keep-current")
     off = [f"resid_post.{layer}/F{feature}" for layer in (0, 1) for feature in range(0, 48, 2)]
     keep = torch.ones(1, nodes.n_nodes)
     keep[0, [nodes.number(name) for name in off]] = 0
@@ -67,24 +67,24 @@ def test_switching_off_is_ablation_to_zero_with_current_errors(probe: Probe, mod
 
 @pytest.mark.parametrize("layers", [(), (0,), (1,), (0, 1)])
 def test_runs_that_start_from_the_kept_prompt_are_runs_from_the_start(
-    probe: Probe, model: Model, layers: tuple[int, ...]
+    probe: PromptSession, model: Model, layers: tuple[int, ...]
 ) -> None:
     scaled = {f"resid_post.{layer}/F{feature}": -1.5 for layer in layers for feature in range(48)}
     for text in (PROMPT, TEXTS[3], PROMPT):
         prompts = model.tokenize([text])
-        [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+        [batch] = make_batches(prompts, TemplateLayout.of(prompts), 4096, model.device)
         with torch.no_grad():
             whole = float(score_batch(model, probe.score, batch, _scaling(probe, scaled, batch))[0])
         assert probe.score_of(text, scaled) == pytest.approx(whole, abs=1e-6)
 
 
-def test_a_factor_of_one_changes_nothing(probe: Probe) -> None:
+def test_a_factor_of_one_changes_nothing(probe: PromptSession) -> None:
     ones = {f"resid_post.{layer}/F{feature}": 1.0 for layer in (0, 1) for feature in range(48)}
     assert probe.score_of(PROMPT, ones) == pytest.approx(probe.score_of(PROMPT), abs=1e-5)
     assert probe.reply(PROMPT, ones, 5) == probe.reply(PROMPT, max_new_tokens=5)
 
 
-def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, model: Model) -> None:
+def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: PromptSession, model: Model) -> None:
     """Greedy decoding token by token, each from the start and without a cache, gives the same tokens."""
     off = {f"resid_post.{layer}/F{feature}": 0.0 for layer in (0, 1) for feature in range(40)}
     [prompt] = model.tokenize([PROMPT])
@@ -93,7 +93,7 @@ def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, mode
         grown = prompt._replace(
             ids=np.array(ids), roles=np.concatenate([prompt.roles, np.full(len(ids) - len(prompt.ids), 3)])
         )
-        [batch] = make_batches([grown], SlotLayout.of([grown]), 4096, model.device)
+        [batch] = make_batches([grown], TemplateLayout.of([grown]), 4096, model.device)
         with torch.no_grad():
             logits = last_logits(model, batch, _scaling(probe, off, batch))
         ids.append(int(logits[0].argmax()))
@@ -101,14 +101,16 @@ def test_a_reply_is_made_under_the_same_scaling_in_every_step(probe: Probe, mode
     assert probe.reply(PROMPT, off, 4) == model.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_an_unknown_feature_is_named(probe: Probe) -> None:
+def test_an_unknown_feature_is_named(probe: PromptSession) -> None:
     with pytest.raises(UserError, match=r"no node 'resid_post\.9/F1'"):
         probe.score_of(PROMPT, {"resid_post.9/F1": 0.0})
 
 
 @pytest.mark.parametrize("positions", ["last", "suffix", "prompt"])
 @pytest.mark.parametrize("during_reply", [False, True])
-def test_steering_is_what_sfc_steer_does(probe: Probe, model: Model, positions: str, during_reply: bool) -> None:
+def test_steering_is_what_sfc_steer_does(
+    probe: PromptSession, model: Model, positions: str, during_reply: bool
+) -> None:
     edit = SteeringEdit("add", (SITES[0],), torch.randn(32, generator=torch.Generator().manual_seed(3)), 6.0)
     prepared = prepare_suffixes(model, model.tokenize([PROMPT]), partial(steered_tokens, positions))
     steering = Steering([edit], positions, during_reply)
@@ -118,11 +120,11 @@ def test_steering_is_what_sfc_steer_does(probe: Probe, model: Model, positions: 
     assert probe.reply(PROMPT, max_new_tokens=5, steering=steering) == expected.texts[0][0]
 
 
-def test_features_of_the_site_are_scaled_before_it_is_steered(probe: Probe, model: Model) -> None:
+def test_features_of_the_site_are_scaled_before_it_is_steered(probe: PromptSession, model: Model) -> None:
     off = {f"resid_post.1/F{feature}": 0.0 for feature in range(0, 48, 2)}
     steering = Steering([SteeringEdit("add", (SITES[1],), torch.ones(32), 3.0)], "prompt", False)
     prompts = model.tokenize([PROMPT])
-    [batch] = make_batches(prompts, SlotLayout.of(prompts), 4096, model.device)
+    [batch] = make_batches(prompts, TemplateLayout.of(prompts), 4096, model.device)
     [scale] = _scaling(probe, off, batch).values()
 
     def both(activation: torch.Tensor) -> torch.Tensor:
