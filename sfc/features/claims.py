@@ -21,8 +21,8 @@ from scipy import sparse
 
 CLEAR = 0.7
 """the least score of a label that is not called unclear"""
-_MOST_CLAUSES, _MOST_PREDICATES = 3, 6
-_CLAUSE_GAIN, _PREDICATE_GAIN = 0.01, 0.004
+_MOST_CLAUSES, _MOST_PREDICATES = 3, 4
+_CLAUSE_GAIN, _PREDICATE_GAIN = 0.01, 0.008
 """what a further clause, and a further predicate in it, must add to the AUROC"""
 
 
@@ -97,7 +97,7 @@ def make_claims(values: Float[np.ndarray, "contexts features"], predicates: Pred
 
 def levels(claim: Claim, predicates: Predicates) -> Int[np.ndarray, " contexts"]:
     """How many clauses of a claim hold of each context."""
-    counts = np.zeros(predicates.holds.shape[1], dtype=np.int64)
+    counts = np.zeros_like(predicates.holds.sum(0), dtype=np.int64)
     for clause in claim:
         counts += predicates.holds[list(clause)].sum(0) > 0
     return counts

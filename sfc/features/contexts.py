@@ -8,6 +8,7 @@ Which prompts these are depends on their texts alone, and place, words and claim
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from sfc.features.claims import CLEAR, Claim, Predicates, levels, make_claims, w
 from sfc.saes.plan import TokenTable
 
 _WORD = re.compile(r"[^\W_]+")
+_MOST_ROWS = 60_000
+"""of the store that labels are made and scored on"""
 _FEWEST_PROMPTS = 4
 """prompts of the first half that a word must be in to be named"""
 _COMMON = 0.25
@@ -44,6 +47,19 @@ class Evidence(NamedTuple):
     made_on: Bool[np.ndarray, " contexts"]
     """whether the context is of the half that labels are made on"""
     in_template: bool
+
+
+def rows_for_labels(tokens: TokenTable, prompts: pd.DataFrame) -> Bool[np.ndarray, " rows"]:
+    """Which rows of a store labels are made and scored on: those of as many whole prompts as there is room for.
+
+    Every category and kind has its share, by the prompts' hashes.
+    """
+    ranks = keyed_ranks(prompts, ["category", "dataset_type"], "rows for labels").to_numpy()
+    sizes = np.bincount(tokens.prompt, minlength=len(prompts))
+    order = np.argsort(ranks, kind="stable")
+    kept = np.zeros(len(prompts), dtype=bool)
+    kept[order[np.cumsum(sizes[order]) <= _MOST_ROWS]] = True
+    return kept[tokens.prompt]
 
 
 def halves(prompts: pd.DataFrame) -> Bool[np.ndarray, " prompts"]:
@@ -99,6 +115,7 @@ def _labelled(
     for column, claim in enumerate(make_claims(first, predicates.at(made_on))):
         mean = float(first[:, column].mean()) if len(first) else 0.0
         score = weighted_auroc(levels(claim, held_out), others[:, column], mean)
+        score = None if score is None else round(score, 3)
         active = float((first[:, column] > 0).mean()) if len(first) else 0.0
         label = _label(claim, predicates, place, active, score)
         in_template = bool(place)
@@ -118,13 +135,14 @@ def _label(claim: Claim, predicates: Predicates, place: str, active: float, scor
 
 
 def _clause(clause: Sequence[int], predicates: Predicates) -> str:
-    form = _FORMS[predicates.kinds[clause[0]]]
-    return form.format(" ".join(predicates.texts[number] for number in clause))
+    kind = predicates.kinds[clause[0]]
+    texts = [predicates.texts[number] for number in clause]
+    return _FORMS.get(kind, "{}").format((" or " if kind == "group" else " ").join(texts))
 
 
 _FORMS = {
-    "side": "{}", "form": "{}", "length": "{}", "group": "{}", "opening": "opening {}", "word": "with {}",
-    "place": "{}", "token": "on {}", "before": "right after {}", "earlier": "somewhere after {}",
+    "opening": "opening {}", "word": "with {}", "token": "on {}", "before": "right after {}",
+    "earlier": "somewhere after {}",
 }  # fmt: skip
 _JOINED = frozenset(("group", "opening", "word", "token", "before", "earlier"))
 
@@ -134,14 +152,15 @@ def prompt_predicates(prompts: pd.DataFrame, made_on: Bool[np.ndarray, " prompts
 
     Only words are named that enough prompts of the first half have.
     """
-    sides = prompts["dataset_type"].map(lambda kind: words.kinds.get(kind, kind))
+    kinds = prompts["dataset_type"].astype(str)
+    sides = kinds.map(words.kinds).fillna(kinds)
     by_word = [[word.lower() for word in _WORD.findall(text)] for text in prompts["prompt"]]
     facts: list[list[tuple[str, str]]] = []
     for text, side, group, of_prompt in zip(prompts["prompt"], sides, prompts["category"], by_word, strict=True):
         others = [("side", f"prompts that are not {other}") for other in sides.unique() if other != side]
         facts.append([
             ("side", f"{side} prompts"), *(others if sides.nunique() > 2 else ()), ("group", str(group)),
-            ("form", "questions" if text.endswith("?") else "no questions"),
+            ("form", "questions" if text.endswith("?") else "prompts that are not questions"),
             ("length", f"{'over' if len(of_prompt) > _MANY_WORDS else 'at most'} {_MANY_WORDS} words"),
             *(("opening", _quoted(word)) for word in of_prompt[:1]),
             *(("word", _quoted(word)) for word in dict.fromkeys(of_prompt)),
@@ -162,12 +181,12 @@ def token_predicates(
     """
     borders = np.flatnonzero(np.diff(prompt_of_token, prepend=-1, append=-1))
     facts: list[list[tuple[str, str]]] = []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders.tolist()):
         earlier: dict[str, None] = {}
         for number in range(start, stop):
             told = [("token", _quoted(texts[number].strip().lower() or texts[number]))]
             told += [("place", f"in the first {n} tokens") for n in (1, 3) if number - start < n]
-            told += [("place", "on the last token")] * bool(number == stop - 1)
+            told += [("place", "on the last token")] * (number == stop - 1)
             told += [("before", word) for word in list(earlier)[-1:]]
             told += [("earlier", word) for word in earlier]
             facts.append(told)
@@ -204,9 +223,7 @@ def _predicates(
         if count >= _FEWEST_PROMPTS and (fact[0] != "word" or count <= most)
     ][:_MOST_PREDICATES]
     numbers: Mapping[Hashable, int] = {fact: number for number, fact in enumerate(named)}
-    entries = [
-        (numbers[fact], context) for context, told in enumerate(facts) for fact in set(told) if fact in numbers
-    ]
+    entries = [(numbers[fact], context) for context, told in enumerate(facts) for fact in set(told) if fact in numbers]
     rows, columns = np.array(entries, dtype=np.int64).reshape(-1, 2).T
     ones = np.ones(len(rows), dtype=np.float32)
     holds = sparse.csr_array((ones, (rows, columns)), shape=(len(named), len(facts)))
@@ -248,9 +265,7 @@ def _places(
     return np.where(in_template, of_template.std(0).argmax(0), -1)
 
 
-def _place(
-    tokens: Int[np.ndarray, " prompts"], place: int, n_places: int, token_text: Callable[[int], str]
-) -> str:
+def _place(tokens: Int[np.ndarray, " prompts"], place: int, n_places: int, token_text: Callable[[int], str]) -> str:
     """What a token of the template is called."""
     text = f" {_quoted(token_text(int(tokens[0])))}" if (tokens == tokens[0]).all() else ""
     last = place == n_places - 1
