@@ -24,10 +24,12 @@ CLEAR = 0.7
 _MOST_CLAUSES, _MOST_PREDICATES = 3, 4
 _CLAUSE_GAIN, _PREDICATE_GAIN = 0.01, 0.008
 """what a further clause, and a further predicate in it, must add to the AUROC"""
+_ALIKE = 0.002
+"""predicates whose AUROCs differ by less are equally good: the first one is taken"""
 
 
 class Predicates(NamedTuple):
-    """What can be said of some contexts."""
+    """What can be said of some contexts, what is to be preferred where it tells as much first."""
 
     kinds: list[str]
     texts: list[str]
@@ -65,7 +67,7 @@ def make_claims(values: Float[np.ndarray, "contexts features"], predicates: Pred
     going = np.arange(n_features)
     for _ in range(_MOST_CLAUSES):
         gains = np.where(used[going], 0, _raised(weights, level, np.ones_like(level, dtype=bool), predicates, going))
-        best, found = gains.argmax(1), gains.max(1)
+        best, found = _best(gains)
         further = found >= reached[going] + _CLAUSE_GAIN
         going, best, found = going[further], best[further], found[further]
         if not len(going):
@@ -78,7 +80,7 @@ def make_claims(values: Float[np.ndarray, "contexts features"], predicates: Pred
             features = going[growing]
             gains = _raised(weights, level + member, ~member, predicates, features)
             gains[kinds[None, :] != kinds[best[growing], None]] = 0
-            number, value = gains.argmax(1), gains.max(1)
+            number, value = _best(gains)
             further = value >= found[growing] + _PREDICATE_GAIN
             growing, number = growing[further], number[further]
             if not len(growing):
@@ -152,6 +154,14 @@ def _raised(
             mass[number + 1, side] += moved
     strong, quiet = mass[:, 0], mass[:, 1]
     return (strong * (quiet.cumsum(0) - quiet / 2)).sum(0)
+
+
+def _best(
+    gains: Float[np.ndarray, "features predicates"],
+) -> tuple[Int[np.ndarray, " features"], Float[np.ndarray, " features"]]:
+    """For each feature the predicate to take, and its AUROC."""
+    best = (gains > gains.max(1, keepdims=True) - _ALIKE).argmax(1)
+    return best, np.take_along_axis(gains, best[:, None], 1)[:, 0]
 
 
 def _holding(predicates: Predicates, numbers: np.ndarray) -> Bool[np.ndarray, "contexts numbers"]:

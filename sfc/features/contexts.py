@@ -144,6 +144,8 @@ _FORMS = {
     "opening": "opening {}", "word": "with {}", "token": "on {}", "before": "right after {}",
     "earlier": "somewhere after {}",
 }  # fmt: skip
+_ORDER = ("side", "group", "form", "length", "token", "place", "before", "opening", "word", "earlier")
+"""kinds of predicates; what tells as much is said by the first"""
 _JOINED = frozenset(("group", "opening", "word", "token", "before", "earlier"))
 
 
@@ -185,7 +187,8 @@ def token_predicates(
         earlier: dict[str, None] = {}
         for number in range(start, stop):
             told = [("token", _quoted(texts[number].strip().lower() or texts[number]))]
-            told += [("place", f"in the first {n} tokens") for n in (1, 3) if number - start < n]
+            told += [("place", "on the first token")] * (number == start)
+            told += [("place", "in the first three tokens")] * (number - start < 3)
             told += [("place", "on the last token")] * (number == stop - 1)
             told += [("before", word) for word in list(earlier)[-1:]]
             told += [("earlier", word) for word in earlier]
@@ -195,11 +198,11 @@ def token_predicates(
                 earlier[word] = None
     own = _predicates(facts, made_on, prompt_of_token)
     kept = [number for number, kind in enumerate(of_prompts.kinds) if kind in ("side", "group", "form", "opening")]
-    shared = sparse.csr_array(of_prompts.holds[kept][:, prompt_of_token])
+    shared = of_prompts.holds[kept][:, prompt_of_token]
     return Predicates(
-        [*own.kinds, *(of_prompts.kinds[number] for number in kept)],
-        [*own.texts, *(of_prompts.texts[number] for number in kept)],
-        sparse.csr_array(sparse.vstack([own.holds, shared])),
+        [*(of_prompts.kinds[number] for number in kept), *own.kinds],
+        [*(of_prompts.texts[number] for number in kept), *own.texts],
+        sparse.csr_array(sparse.vstack([shared, own.holds])),
         _JOINED,
     )
 
@@ -219,7 +222,7 @@ def _predicates(
     most = _COMMON * made_on.sum()
     named = [
         fact
-        for fact, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        for fact, count in sorted(counts.items(), key=lambda item: (_ORDER.index(item[0][0]), -item[1], item[0]))
         if count >= _FEWEST_PROMPTS and (fact[0] != "word" or count <= most)
     ][:_MOST_PREDICATES]
     numbers: Mapping[Hashable, int] = {fact: number for number, fact in enumerate(named)}
