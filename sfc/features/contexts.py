@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,9 @@ from sfc.behaviors.behavior import Words
 from sfc.data.render import Role
 from sfc.data.schema import keyed_ranks
 from sfc.features.claims import CLEAR, Claim, Predicates, levels, make_claims, weighted_auroc
-from sfc.saes.plan import TokenTable
+
+if TYPE_CHECKING:
+    from sfc.saes.plan import TokenTable
 
 _WORD = re.compile(r"[^\W_]+")
 _MOST_ROWS = 60_000
@@ -49,7 +51,7 @@ class Evidence(NamedTuple):
     in_template: bool
 
 
-def rows_for_labels(tokens: TokenTable, prompts: pd.DataFrame) -> Bool[np.ndarray, " rows"]:
+def rows_for_labels(tokens: "TokenTable", prompts: pd.DataFrame) -> Bool[np.ndarray, " rows"]:
     """Which rows of a store labels are made and scored on: those of as many whole prompts as there is room for.
 
     Every category and kind has its share, by the prompts' hashes.
@@ -69,7 +71,7 @@ def halves(prompts: pd.DataFrame) -> Bool[np.ndarray, " prompts"]:
 
 def evidence_of(
     values: Float[np.ndarray, "rows features"],
-    tokens: TokenTable,
+    tokens: "TokenTable",
     prompts: pd.DataFrame,
     words: Words,
     token_text: Callable[[int], str],
@@ -233,7 +235,7 @@ def _predicates(
     return Predicates([kind for kind, _ in named], [text for _, text in named], holds, _JOINED)
 
 
-def _template_rows(tokens: TokenTable, prompt_of_row: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "prompts places"]:
+def _template_rows(tokens: "TokenTable", prompt_of_row: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "prompts places"]:
     """The rows of each prompt's tokens after its text, those that all prompts have, counted from the end."""
     rows = np.flatnonzero(tokens.role == Role.SUFFIX)
     counts = np.bincount(prompt_of_row[rows], minlength=int(prompt_of_row.max(initial=-1)) + 1)
