@@ -74,13 +74,14 @@ def make_cards(graph, texts=("kill",)) -> dict:
     """Cards of all features of a circuit, whose texts are these."""
     texts = list(texts)
     card = {
-        "label": " ".join(texts), "raises": texts, "lowers": texts, "density": 0.1, "max": 2.0,
+        "label": " ".join(texts), "score": 0.61, "raises": texts, "lowers": texts, "density": 0.1, "max": 2.0,
         "histogram": {"from": 0.5, "counts": [3, 0, 1]}, "firing": [1.0, 0.25],
         "contexts": [
             {"tokens": [*texts, "x"], "values": [0.0] * len(texts) + [2.0], "peak": len(texts), "in_template": False,
              "population": "toxic", "category": "violence"}
         ],
         "neighbours": [{"node": "resid_post.19/F999", "cosine": 0.5}],
+        "explanation": {"text": " ".join(texts), "score": None, "model": texts[0]},
     }  # fmt: skip
     sides = ("toxic", "safe", "shared")
     names = [name for name in graph if graph.nodes[name]["kind"] == "feature"]

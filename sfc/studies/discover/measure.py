@@ -55,7 +55,7 @@ def write_cards(
     prompts = read_prompts(run.store.folder)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
-    cards = feature_cards(
+    cards, _ = feature_cards(
         session.store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]), run.behavior.words
     )
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
