@@ -1,5 +1,4 @@
-"""Circuits from files, ours or others', judged on the test prompts of one group, or on prompts of files in their place.
-"""
+"""Circuits from files, ours or others', judged on one group's test prompts, or on prompts of files in their place."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from sfc.data.read import LABELS, UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.discover.evidence import Evidence, judged_curve, kl_without, told
+from sfc.studies.discover.evidence import FIGURES, Evidence, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.evaluate.study import EvaluateOptions, PromptFile
 from sfc.studies.nulls import beside
@@ -116,7 +115,7 @@ def _with_test_prompts(run: Run, category: str, files: Sequence[PromptFile]) -> 
     if learned.any():
         say(f"left out: {learned.sum():,} prompts that circuits are found with or baselines are means of")
     asked, is_test = asked[~learned], own["split"] == "test"
-    for side in ({True, False} - set(asked["refusal_label"])):
+    for side in {True, False} - set(asked["refusal_label"]):
         lacking = own[is_test & (own["refusal_label"] == side) & (own["category"].eq(category) | (category == ALL))]
         kinds = [name for name, kind in _KINDS.items() if kind in set(lacking["dataset_type"])]
         say(f"no {' or '.join(kinds)} prompts in the files: {len(lacking):,} test prompts of {category} stand in")
@@ -167,6 +166,7 @@ def _judged(
         "n_nodes": size,
         "n_errors": int(nodes.is_error[members].sum()),
         "n_edges": len(circuit.edges),
+        **dict.fromkeys(FIGURES),
         **{str(name): _figure(value) for name, value in row.items()},
         "kl_without_safe": kl_without(evidence, mask),
         "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
