@@ -1,4 +1,4 @@
-"""The page of an evaluation: what each circuit leaves of the score, alone and when it is gone."""
+"""The page of an evaluation: what each circuit does to prompts of both sides, alone and when it is gone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Figure, Page, Paragraph, Section, Table, cell, figure_cell
-from sfc.pages.both_sides import both_sides, verdict
+from sfc.pages.both_sides import both_sides, proof_by_size, verdict
 from sfc.pages.style import AMBER, BLUE, INK, LINE, QUIET, VERMILION, axis, styled_figure
 from sfc.pages.text import count_text, hover_text
 from sfc.studies.study import Finished
@@ -23,26 +23,26 @@ _DECIDES = {
     "recovered, {positive}": "recovered_toxic",
     "recovered, {negative}": "recovered_safe",
     "agreement": "agreement",
-    "of random features": "null_agreement",
-    "of rotated ones": "rotated_agreement",
+    "agreement of random features": "null_agreement",
+    "agreement of rotated ones": "rotated_agreement",
     "KL recovered, {positive}": "kl_recovered_toxic",
     "KL recovered, {negative}": "kl_recovered_safe",
     "gap kept": "gap_kept",
     "separation": "separation",
-    "the model's": "separation_model",
+    "separation, the model's": "separation_model",
     "prompt-free": "prompt_free",
 }
 """what only a circuit that decides has: those of both sides"""
 _RESTORES = {
     "faithfulness": "faithfulness",
-    "of random circuits": "random_faithfulness",
+    "faithfulness of random circuits": "random_faithfulness",
     "completeness, normalised": "completeness_normalised",
-    "of random circuits, left": "random_completeness_normalised",
+    "the same of random circuits": "random_completeness_normalised",
     "completeness, as published": "completeness",
-    "KL without it, {negative}": "kl_without_safe",
+    "KL(M to M\\C), {negative}": "kl_without_safe",
     "edges": "n_edges",
     "faithfulness of edges": "edge_faithfulness",
-    "of random edges": "random_edge_faithfulness",
+    "faithfulness of random edges": "random_edge_faithfulness",
     "F(M)": "f_model",
     "F(C)": "f_circuit",
     "F(M\\C)": "f_complement",
@@ -68,7 +68,7 @@ def page(finished: Finished) -> Page:
         sentence=_sentence(result),
         summary=[_table("", summary, circuits, words), *map(Paragraph, told)],
         sections=[
-            *(_of_circuit(each, scores[scores["circuit_name"] == each["name"]], words) for each in circuits),
+            *(_of_circuit(finished, each, scores[scores["circuit_name"] == each["name"]]) for each in circuits),
             Section("Does it decide?", [_table("Test prompts of both sides", _DECIDES, circuits, words)]),
             Section("What it restores, and what is left without it", [
                 Figure("scores", lambda: scores_figure(result, words)),
@@ -85,25 +85,28 @@ def page(finished: Finished) -> Page:
     )  # fmt: skip
 
 
-def _of_circuit(circuit: Mapping[str, Any], scores: pd.DataFrame, words: Words) -> Section:
-    """What one circuit does to each prompt: the sentence, the picture, and the replies."""
-    panel = [block for section in both_sides(scores, words) for block in section.blocks]
+def _of_circuit(finished: Finished, circuit: Mapping[str, Any], scores: pd.DataFrame) -> Section:
+    """What one circuit does to each prompt, and of its best nodes: the sentence, the pictures, and the replies."""
+    words, curves = finished.words, finished.table("curves.csv")
+    curve = curves[curves["circuit"] == circuit["name"]]
+    shown = [*both_sides(scores, words), *(proof_by_size(curve, circuit["n_nodes"], words) if len(curve) > 1 else [])]
     rows = [
         [kind, cell(counts["n"]), *(cell(counts.get(under)) for under in _REPLIES.values())]
         for kind, counts in circuit["refused"].items()
     ]
     replies = Table(f"Replies that {words.acts}", ["prompts", "n", *_REPLIES], rows)
-    return Section(circuit["name"], [*verdict(circuit), *panel, *([replies] if rows else [])])
+    blocks = [block for section in shown for block in section.blocks]
+    return Section(circuit["name"], [*verdict(circuit), *blocks, *([replies] if rows else [])])
 
 
-def _table(title: str, columns: Mapping[str, str], circuits: Sequence[Mapping[str, Any]], words: Words) -> Table:
-    """Figures with their intervals, a row per circuit; those that none of the circuits has are left out."""
-    shown = {head: name for head, name in columns.items() if any(each.get(name) is not None for each in circuits)}
+def _table(title: str, names: Mapping[str, str], circuits: Sequence[Mapping[str, Any]], words: Words) -> Table:
+    """Figures with their intervals, a column per circuit; those that none of the circuits has are left out."""
     rows = [
-        [each["name"], cell(each["n_nodes"]), *(figure_cell(each, name) for name in shown.values())]
-        for each in circuits
+        [head.format(**words._asdict()), *(figure_cell(each, name) for each in circuits)]
+        for head, name in {"nodes": "n_nodes", **names}.items()
+        if any(each.get(name) is not None for each in circuits)
     ]
-    return Table(title, ["circuit", "nodes", *(head.format(**words._asdict()) for head in shown)], rows)
+    return Table(title, ["figure", *(each["name"] for each in circuits)], rows)
 
 
 def scores_figure(result: Mapping[str, Any], words: Words) -> go.Figure:

@@ -12,6 +12,7 @@ from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
 from sfc.models.loading import choose_device
+from sfc.pages.text import count_text
 from sfc.run import Run
 from sfc.saes.format import load_dictionary
 from sfc.saes.nulls import random_rotation
@@ -83,10 +84,10 @@ def measure(run: Run, other: Run, folder: Path) -> Made:
 def in_words(agreement: Mapping[str, Any]) -> str:
     """What the figures of `circuit_agreement` allow to say."""
     known = (
-        f"of all features {agreement['matched_share']:.1%} have a partner in the other dictionaries (where these are"
+        f"Of all features {agreement['matched_share']:.1%} have a partner in the other dictionaries (where these are"
         f" turned at random, {agreement['matched_share_chance']:.1%})"
     )
-    shared = f"the circuits share {agreement['n_shared']:,} nodes: Jaccard's index {agreement['jaccard']:.2f}"
+    shared = f"the circuits share {count_text(agreement['n_shared'], 'node')}, with a Jaccard index of {agreement['jaccard']:.2f}"
     matched = agreement["matched_jaccard"]
     among = (
         "no node of theirs is one that both dictionaries have"

@@ -124,7 +124,10 @@ def _names(result: Mapping[str, Any]) -> list[str]:
 
 def _told(result: Mapping[str, Any]) -> list[str]:
     circuits = zip(_names(result), (result[name]["says"] for name in (ORIGINAL, REPLICATION)), strict=True)
-    return [*(f"**{name}.** {told[:1].upper()}{told[1:]}." for name, told in circuits if told), f"{result['says']}."]
+    return [
+        *(f"**{name[:1].upper()}{name[1:]}.** {told[:1].upper()}{told[1:]}." for name, told in circuits if told),
+        f"{result['says']}.",
+    ]
 
 
 def _circuits_table(result: Mapping[str, Any], words: Words) -> Table:
