@@ -20,6 +20,7 @@ from sfc.circuits.replies import judged_replies
 from sfc.core.artifacts import read_model, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
+from sfc.models.engine import NO_EDIT
 from sfc.session import Session
 from sfc.stats import judged_rate
 from sfc.studies.compare.options import ComparisonOptions
@@ -128,8 +129,8 @@ def _replied(
     rows: list[dict[str, Any]] = [{} for _ in circuits]
     for name, how, whole, keep in asked:
         some = whole.sample(config.replies, experiment.seed)
-        edits = Ablations(problem.ablation, np.concatenate([np.ones_like(keep[:1]), keep]))
-        model, *of_circuits = judged_replies(problem, some, edits, config.reply_tokens)
+        [model] = judged_replies(problem, some, NO_EDIT, config.reply_tokens)
+        of_circuits = judged_replies(problem, some, Ablations(problem.ablation, keep), config.reply_tokens)
         for row, shown in zip(rows, of_circuits, strict=True):
             rate = judged_rate(shown)
             row |= {f"n_{name}": rate["n"], name: float(model.mean()), f"{name}_{how}": rate["rate"]}

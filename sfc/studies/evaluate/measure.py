@@ -175,7 +175,9 @@ def _judged(
     }
     figures |= beside(nulls, size, figures.get("agreement"))
     # An evaluation has no target that the circuit could miss.
-    figures["says"] = told(figures | {"reached_target": True}, config.target, run.behavior.words)
+    figures["says"] = told(
+        figures | {"reached_target": True}, config.target, evidence.problem.config.contrast, run.behavior.words
+    )
     return figures, curve, scores, replies
 
 

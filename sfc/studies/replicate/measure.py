@@ -87,7 +87,7 @@ def in_words(agreement: Mapping[str, Any]) -> str:
         f"Of all features {agreement['matched_share']:.1%} have a partner in the other dictionaries (where these are"
         f" turned at random, {agreement['matched_share_chance']:.1%})"
     )
-    shared = f"the circuits share {count_text(agreement['n_shared'], 'node')}, with a Jaccard index of {agreement['jaccard']:.2f}"
+    shared = f"the circuits share {count_text(agreement['n_shared'], 'node')}, Jaccard {agreement['jaccard']:.2f}"
     matched = agreement["matched_jaccard"]
     among = (
         "no node of theirs is one that both dictionaries have"
