@@ -54,7 +54,7 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
     names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
     missing = {name for name in names if not (folder / f"{name}.json").exists()}
-    for number, (name, problem) in enumerate(_problems(session, categories, pools, missing), start=1):
+    for number, (name, problem) in enumerate(problems(session, categories, pools, missing), start=1):
         say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
         write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
     circuits: dict[str, dict[str, Weights]] = {
@@ -70,7 +70,7 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     }
 
 
-def _problems(
+def problems(
     session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
 ) -> Iterator[tuple[str, Problem]]:
     """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
