@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sfc.behaviors.behavior import BEHAVIORS, Behavior
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment, SampleOptions
@@ -106,6 +108,16 @@ class Run:
         run = replace(self, experiment=self.experiment.model_copy(update={section.section: options}))
         kept = {name: self.__dict__[name] for name in ("prompts", "store", "corpus", "saes") if name in self.__dict__}
         run.__dict__.update(kept)
+        return run
+
+    def with_prompts(self, frame: pd.DataFrame) -> "Run":
+        """The same run about some of its prompts, or with other test prompts: its store and SAEs stay what they are.
+
+        Args:
+            frame: rows of the prepared table; those of the splits discovery and reference are among its own.
+        """
+        run = replace(self)
+        run.__dict__.update(prompts=self.prompts._replace(frame=frame), store=self.store, saes=self.saes)
         return run
 
     @cached_property
