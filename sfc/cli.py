@@ -25,7 +25,7 @@ from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.progress import say
-from sfc.models.embedded import cache_folder
+from sfc.models.sources import cache_folder
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES

@@ -16,7 +16,7 @@ from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
 from sfc.data.prepare import Prepared, prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.

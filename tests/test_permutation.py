@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sfc.circuits.methods.correlation import permutation_test, permuted_labels, strata
 from sfc.core.errors import UserError
 from sfc.data.or_bench import load_prompts
-from sfc.data.topics import listed_topics, topic_pairs
+from sfc.data.similarity import listed_topics, topic_pairs
 from sfc.stats import pearson
 
 MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"

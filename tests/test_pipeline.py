@@ -9,7 +9,7 @@ from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import MANIFEST, Artifact
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.studies.collect.study import COLLECT
 from sfc.studies.discover.study import DISCOVER

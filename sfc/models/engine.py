@@ -18,10 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, similar_lengths
+from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, cache_suffixes, flush_right, similar_lengths
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention, Interventions
-from sfc.models.kv_cached_suffix import cache_suffixes, flush_right
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, last_logits, layer_before, logits_at
 from sfc.models.score import Score, score_batch

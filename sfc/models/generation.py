@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import TemplateLayout, pad, similar_lengths
+from sfc.models.batches import KVCachedSuffix, TemplateLayout, flush_right, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
-from sfc.models.kv_cached_suffix import KVCachedSuffix, flush_right
 from sfc.models.loading import Model
 
 

@@ -12,7 +12,7 @@ from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import load_prompt_file
 from sfc.data.schema import ALL, SPLITS, keyed_ranks, looked_up
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session

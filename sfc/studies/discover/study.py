@@ -12,7 +12,7 @@ from sfc.core.artifacts import hash_of_file, read_json
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
 from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.run import Run

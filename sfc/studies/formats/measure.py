@@ -20,7 +20,7 @@ from torch import Tensor
 from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches

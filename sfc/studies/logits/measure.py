@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 from sfc.data.schema import ALL
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.score import LogOdds, auroc

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from sfc.data.render import TokenizedPrompt
 from sfc.models import engine
+from sfc.models.batches import cache_suffixes
 from sfc.models.edits import Replacement, Replacements
 from sfc.models.engine import PreparedPrompts, Progress
 from sfc.models.interventions import leaf_recorder, recorder
-from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.score import Score, score_batch
 from sfc.studies.patch.alignment import align

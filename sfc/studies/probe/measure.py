@@ -21,7 +21,7 @@ from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 from sfc.data.schema import ALL
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session

@@ -11,7 +11,7 @@ from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches

@@ -9,9 +9,21 @@ import plotly.graph_objects as go
 from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import json_records
 from sfc.pages.blocks import Figure, Formula, Page, Section, Table, cell, records_table, share_cell
-from sfc.pages.style import BLUE, GREEN, INK, QUIET, VERMILION, axis, styled_figure
+from sfc.pages.style import (
+    BLUE,
+    GREEN,
+    INK,
+    QUIET,
+    VERMILION,
+    Panel,
+    axis,
+    cost_figure,
+    mark,
+    points,
+    shares_figure,
+    styled_figure,
+)
 from sfc.pages.text import hover_text, number_text
-from sfc.pages.tradeoff import Panel, cost_figure, mark, points, shares_figure
 from sfc.studies.repair.options import HOOK, WEIGHTS
 from sfc.studies.study import Finished
 

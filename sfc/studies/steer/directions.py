@@ -17,7 +17,7 @@ from sfc.core.artifacts import MANIFEST, read_json
 from sfc.core.errors import UserError
 from sfc.core.sites import short_site, site_from_short
 from sfc.models.edits import Steering, SteeringEdit
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.format import load_dictionaries

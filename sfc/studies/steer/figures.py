@@ -20,13 +20,18 @@ from sfc.pages.style import (
     PINK,
     QUIET,
     VERMILION,
+    Panel,
     axis,
+    cost_figure,
     error_bars,
+    mark,
+    points,
     remark,
+    share_axis,
+    shares_figure,
     styled_figure,
 )
 from sfc.pages.text import hover_text, number_text
-from sfc.pages.tradeoff import Panel, cost_figure, mark, points, share_axis, shares_figure
 from sfc.studies.steer.options import FORCE, SUPPRESS
 
 _DIALS = {"unconditional": BLUE, "conditional": VERMILION}

@@ -23,10 +23,9 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.sites import in_order, short_site, site_from_short, site_of
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import keyed_numbers, keyed_ranks
-from sfc.models.batches import PACKED_TOKENS, similar_lengths
+from sfc.models.batches import PACKED_TOKENS, cache_suffixes, similar_lengths
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import recorder
-from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import Score

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sfc.behaviors.behavior import HARD
 from sfc.core.errors import UserError
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 from sfc.data.read import load_prompt_file
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks

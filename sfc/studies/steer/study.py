@@ -9,8 +9,8 @@ from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
-from sfc.models.identity import model_identity
 from sfc.models.positions import check_positions
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
