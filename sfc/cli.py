@@ -49,7 +49,7 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.studies.batch.batch import make_batch, stages_of
+    from sfc.studies.batch import make_batch, stages_of
 
     chosen, runs = stages_of(stages), shared.runs(models or (None if file else shared.preset), file)
     made = make_batch(runs, chosen, runs[0].group(category) if category else None, limit)

@@ -23,6 +23,7 @@ from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
 from sfc.models.positions import steered_tokens
 from sfc.models.score import RefusalScore, score_batch
+from sfc.studies.steer import FORCE, SUPPRESS, SteeringOptions
 from sfc.studies.steer.dial import Dial, Setting
 from sfc.studies.steer.directions import (
     circuit_directions,
@@ -34,7 +35,6 @@ from sfc.studies.steer.directions import (
     span_share,
 )
 from sfc.studies.steer.learning import make_contrast, record
-from sfc.studies.steer.options import FORCE, SUPPRESS, SteeringOptions
 from sfc.studies.steer.select import best_per_layer, ranked
 from sfc.studies.steer.sweep import RANDOM, SHUFFLED, band, best_alphas, rates, sweep
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from sfc.studies.logits.roles import COMPLIANCE, GUARDRAIL, MOST_FALSE
+from sfc.studies.logits import COMPLIANCE, GUARDRAIL, MOST_FALSE
 from sfc.studies.study import Finished
 
 COLUMNS = ("model", "evidence", "kind", "component", "layer", "depth", "tenth", "effect", "low", "high", "q_value")

@@ -33,7 +33,7 @@ from sfc.models.score import DirectedScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
-from sfc.studies.behaviour.study import judged
+from sfc.studies.behaviour import judged
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
 

@@ -31,7 +31,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
 from sfc.studies.collect.fill import short_enough
-from sfc.studies.formats.formats import Formats, FormatsOptions, Version
+from sfc.studies.formats import Formats, PromptFormats, Version
 from sfc.studies.study import Made
 
 _ANY_INSTRUCTION = "Name a river."
@@ -97,13 +97,13 @@ def standardised(scores: Mapping[str, Float[np.ndarray, " n"]]) -> dict[str, Flo
     return {name: (values - values.mean()) / values.std(ddof=1) for name, values in scores.items()}
 
 
-def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
+def measure(study: PromptFormats, session: Session, folder: Path) -> Made:
     """Score every instruction in every format, test, and write the tables.
 
     Raises:
         UserError: the file holds no harmful instructions, or an answer is not one token of this model.
     """
-    experiment, model = session.run.experiment, session.model
+    experiment, model, options = session.run.experiment, session.model, study.of(session.run)
     formats, category = options.formats(), session.run.group(options.category)
     frame = _instructions(session.run, options.prompts, category, options.limit)
     frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table

@@ -26,7 +26,7 @@ from sfc.pages.blocks import (
 )
 from sfc.pages.style import BLUE, GREEN, INK, PINK, QUIET, axis, error_bars, heat_map, styled_figure
 from sfc.pages.text import hover_text, number_text
-from sfc.studies.patch.options import CRITICAL_Q
+from sfc.studies.patch import CRITICAL_Q, Patching
 from sfc.studies.study import Finished
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}
@@ -37,7 +37,7 @@ _FEW_PAIRS = 10
 _LISTED = 5
 
 
-def page(finished: Finished) -> Page:
+def page(_study: Patching, finished: Finished) -> Page:
     """The page of a finished patching."""
     result, words, sets = finished.result, finished.words, list(finished.result["n_pairs_at"])
     effects = _in_order(finished.table("effects.csv"), sets)

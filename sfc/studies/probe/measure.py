@@ -31,6 +31,7 @@ from sfc.models.score import auroc
 from sfc.session import Session
 from sfc.stats import Interval, resampled_counts, wilson
 from sfc.studies.collect.fill import short_enough
+from sfc.studies.probe import Probe
 from sfc.studies.study import Made
 
 SHUFFLES = 200
@@ -40,13 +41,14 @@ _PENALTY = 1.0
 
 
 @torch.no_grad()
-def measure(session: Session, category: str, file: Path) -> Made:
-    """Run one category's prompts, or all, once, and measure every layer; the table goes into `file`.
+def measure(study: Probe, session: Session, folder: Path) -> Made:
+    """Run one category's prompts, or all, once, and measure every layer.
 
     Raises:
         UserError: a side lacks prompts.
     """
     experiment, model = session.run.experiment, session.model
+    category = session.run.group(study.of(session.run).category)
     of = None if category == ALL else category
     balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
     prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
@@ -56,7 +58,7 @@ def measure(session: Session, category: str, file: Path) -> Made:
         residuals = last_residuals(model, batches, progress)
     positive = prompts["refusal_label"].to_numpy(dtype=bool)
     layers = probe_table(residuals, positive, prompts["split"].tolist(), experiment.seed)
-    write_csv(file, layers, digits=6)
+    write_csv(folder / study.files["layers"], layers, digits=6)
     counts = prompts["split"].value_counts()
     return Made(
         {

@@ -12,8 +12,8 @@ from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress, Replies
 from sfc.models.loading import Model
 from sfc.models.score import Score
 from sfc.session import Session
+from sfc.studies.steer import SteeringOptions, intent_of
 from sfc.studies.steer.directions import Vector
-from sfc.studies.steer.options import SteeringOptions, intent_of
 
 
 class Candidate(NamedTuple):

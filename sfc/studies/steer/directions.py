@@ -22,7 +22,7 @@ from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.store import Store
-from sfc.studies.steer.options import SteeringOptions, named_feature
+from sfc.studies.steer import SteeringOptions, named_feature
 
 Vector = Float[Tensor, " d_model"]
 

@@ -32,7 +32,7 @@ from sfc.pages.style import (
     styled_figure,
 )
 from sfc.pages.text import hover_text, number_text
-from sfc.studies.steer.options import FORCE, SUPPRESS
+from sfc.studies.steer import FORCE, SUPPRESS
 
 _DIALS = {"unconditional": BLUE, "conditional": VERMILION}
 _TOXIC = "toxic"

@@ -30,6 +30,7 @@ from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import Score
 from sfc.session import Session
+from sfc.studies.steer import BEST, ContrastKind, SteeringOptions, named_feature
 from sfc.studies.steer.dial import Candidate
 from sfc.studies.steer.directions import (
     Vector,
@@ -38,7 +39,6 @@ from sfc.studies.steer.directions import (
     feature_direction,
     probe_direction,
 )
-from sfc.studies.steer.options import BEST, ContrastKind, SteeringOptions, named_feature
 from sfc.studies.steer.prompts import discovery_prompts
 
 _SPREAD_LAYERS = 10

@@ -12,11 +12,11 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
 from sfc.models.engine import PreparedPrompts
 from sfc.session import Session
+from sfc.studies.steer import BEST, FORCE, INTENDED_LABEL, SUPPRESS, Steer, SteeringOptions
 from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
 from sfc.studies.steer.dial import Candidate, Dial, Setting
 from sfc.studies.steer.directions import Vector
 from sfc.studies.steer.learning import Learned, learn
-from sfc.studies.steer.options import BEST, FORCE, INTENDED_LABEL, SUPPRESS, SteeringOptions
 from sfc.studies.steer.prompts import (
     Tested,
     hard_prompts,
@@ -44,18 +44,15 @@ from sfc.studies.steer.writers import feature_cosines, writers_table
 from sfc.studies.study import Made, write_tables
 
 
-def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
+def measure(study: Steer, session: Session, folder: Path) -> Made:
     """Learn, choose, try out, sweep and control.
-
-    Args:
-        circuit: as `learn`.
 
     Raises:
         UserError: there are too few prompts, or no candidate passes the requirements.
     """
-    options, seed, clock = SteeringOptions.of(session.run.experiment), session.run.experiment.seed, session.clock
+    options, seed, clock = study.of(session.run), session.run.experiment.seed, session.clock
     condition, dial = named_condition(session), Dial.of(session)
-    learned = learn(session, circuit)
+    learned = learn(session, study.circuit(session.run))
     folds = folds_of(session, learned)
     clock.lap("learning")
     tables = {"candidates": _tried(dial, learned, folds)}

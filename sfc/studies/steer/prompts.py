@@ -20,7 +20,7 @@ from sfc.models.positions import steered_tokens
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.collect.fill import Corpus, short_enough
-from sfc.studies.steer.options import SteeringOptions
+from sfc.studies.steer import SteeringOptions
 
 _LABELS = ("safe", "toxic")
 _COLUMNS = ["id", "prompt", "category", "dataset_type", "label"]

@@ -21,10 +21,10 @@ from sfc.models import engine
 from sfc.models.edits import SteeringEdit
 from sfc.models.engine import PreparedPrompts, Progress
 from sfc.session import Session
+from sfc.studies.steer import SteeringOptions
 from sfc.studies.steer.dial import Candidate, Dial
 from sfc.studies.steer.directions import Vector, cosine
 from sfc.studies.steer.learning import Learned
-from sfc.studies.steer.options import SteeringOptions
 from sfc.studies.steer.prompts import prepared
 
 

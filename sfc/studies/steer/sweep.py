@@ -22,9 +22,9 @@ from sfc.models import engine
 from sfc.models.edits import SteeringEdit
 from sfc.models.engine import NO_EDIT, PreparedPrompts, Progress
 from sfc.stats import judged_rate, wilson
+from sfc.studies.steer import FORCE, SUPPRESS
 from sfc.studies.steer.dial import Candidate, Dial, Setting
 from sfc.studies.steer.directions import Vector, cosine, in_span, random_directions, span_share
-from sfc.studies.steer.options import FORCE, SUPPRESS
 from sfc.studies.steer.select import Fold
 
 
