@@ -28,8 +28,7 @@ from sfc.saes.dictionary import Dictionary
 from sfc.session import Session
 from sfc.stats import judged_rate
 from sfc.studies.steer import BEST, SteeringOptions, named_feature
-from sfc.studies.steer.dial import Candidate
-from sfc.studies.steer.directions import check_feature
+from sfc.studies.steer.directions import Candidate, check_feature
 from sfc.studies.steer.learning import Learned
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"

@@ -31,8 +31,8 @@ from sfc.models.running import last_logits
 from sfc.models.score import Score
 from sfc.session import Session
 from sfc.studies.steer import BEST, ContrastKind, SteeringOptions, named_feature
-from sfc.studies.steer.dial import Candidate
 from sfc.studies.steer.directions import (
+    Candidate,
     Vector,
     circuit_directions,
     difference_of_means,

@@ -14,8 +14,7 @@ from sfc.models.engine import PreparedPrompts
 from sfc.session import Session
 from sfc.studies.steer import BEST, FORCE, INTENDED_LABEL, SUPPRESS, Steer, SteeringOptions
 from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
-from sfc.studies.steer.dial import Candidate, Dial, Setting
-from sfc.studies.steer.directions import Vector
+from sfc.studies.steer.directions import Candidate, Dial, Setting, Vector
 from sfc.studies.steer.learning import Learned, learn
 from sfc.studies.steer.prompts import (
     Tested,
@@ -26,15 +25,19 @@ from sfc.studies.steer.prompts import (
     test_prompts,
     xstest_prompts,
 )
-from sfc.studies.steer.select import Fold, best_per_layer, candidate_table, folds_of, ranked
 from sfc.studies.steer.sweep import (
     RANDOM,
     SHUFFLED,
+    Fold,
     band,
     best_alphas,
     best_defence,
+    best_per_layer,
+    candidate_table,
     control_settings,
+    folds_of,
     ordinary_effect,
+    ranked,
     rates,
     subspace_table,
     sweep,
