@@ -20,7 +20,8 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
-from sfc.saes.train import finish, schedule, start, train_step
+from sfc.saes.start import start
+from sfc.saes.train import finish, schedule, train_step
 
 Rows = Float[Tensor, "rows d_in"]
 

@@ -248,9 +248,9 @@ def _end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def run_script(command: str) -> None:
-    """What a script in `scripts/` does: `sfc COMMAND` with the script's arguments."""
-    sys.argv = [sys.argv[0], command, *sys.argv[1:]]
+def run_script(command: str, *options: str) -> None:
+    """What a script in `scripts/` does: `sfc COMMAND` with these options and then the script's arguments."""
+    sys.argv = [sys.argv[0], command, *options, *sys.argv[1:]]
     main()
 
 

@@ -154,13 +154,13 @@ def test_scores_of_pairs_obey_the_laws(paired: Problem) -> None:
     nodes = paired.ablation.nodes
     keep = np.ones((2, nodes.n_nodes), dtype=bool)
     keep[0, nodes.site_numbers == 0] = False
-    deaf, features_alone = pair_scores(paired, paired.runs, keep)
+    deaf, features_alone = pair_scores(paired.model, paired.score, paired.ablation, paired.runs, keep)
     np.testing.assert_allclose(deaf.circuit, deaf.empty, atol=1e-5)
     np.testing.assert_allclose(deaf.kl_circuit, deaf.kl_empty, atol=1e-5)
     figures = pair_figures(deaf, 1e-4, 0)
     assert figures["agreement"] == pytest.approx(0, abs=1e-3)
     with_errors = replace(paired, ablation=replace(paired.ablation, error_mode="node"))
-    (everything,) = pair_scores(with_errors, paired.runs, keep[1:])
+    (everything,) = pair_scores(paired.model, paired.score, with_errors.ablation, paired.runs, keep[1:])
     np.testing.assert_allclose(everything.circuit, everything.model, atol=1e-4)
     assert np.abs(everything.kl_circuit).max() < 1e-4 < everything.kl_empty.max()
     assert np.abs(features_alone.circuit - features_alone.model).max() > 1e-2

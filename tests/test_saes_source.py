@@ -19,12 +19,14 @@ from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.session import Session
 from sfc.studies.discover.study import DISCOVER, circuit_of
 from sfc.studies.study import ensure
 from sfc.studies.train.foreign import check_fit
 from sfc.studies.train.quality import QUALITY_FILE
 from sfc.studies.train.rows import HeldOutBlock
 from sfc.studies.train.study import TRAIN
+from tools.embed_dictionaries import FIGURES_FILE, embed
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32
@@ -208,3 +210,26 @@ def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: 
 def test_a_release_that_does_not_exist_is_told(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         fetch_pretrained(name, tmp_path)
+
+
+def test_embedded_dictionaries_are_those_of_the_package(
+    trained: Run, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfc.saes.source.EMBEDDED_DICTIONARIES", copied)
+    assert run_with(trained.root, "embedded").saes.folder == run_with(trained.root, copied).saes.folder
+    shutil.rmtree(copied / SITES[0])
+    with pytest.raises(UserError, match=rf"no dictionary for {SITES[0]} .* only for {SITES[1]}; .*saes.source=null"):
+        _ = run_with(trained.root, "embedded").saes
+
+
+def test_what_is_embedded_is_in_half_precision_and_restores_the_same(trained: Run, tmp_path: Path) -> None:
+    figures = embed(Session(trained), tmp_path)
+    assert json.loads((tmp_path / FIGURES_FILE).read_text()) == figures
+    ours, stored = (load_dictionaries(folder, SITES) for folder in (trained.saes.folder, tmp_path))
+    for site in SITES:
+        assert load_file(tmp_path / site / WEIGHTS_FILE)["W_dec"].dtype == torch.float16
+        torch.testing.assert_close(stored[site].W_dec, ours[site].W_dec, atol=1e-3, rtol=1e-3)
+    before = next(row for row in figures["quality"] if row["role"] == "in series")
+    assert figures["half_precision"]["in series"]["agreement"] == pytest.approx(before["agreement"], abs=0.01)
+    with pytest.raises(UserError, match="is not finished"):
+        embed(Session(run_with(trained.root, "null", "saes.steps=7")), tmp_path)

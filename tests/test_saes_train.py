@@ -16,17 +16,8 @@ from sfc.core.errors import UserError
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
-from sfc.saes.train import (
-    Progress,
-    SiteStats,
-    finish,
-    geometric_median,
-    sae_loss,
-    schedule,
-    start,
-    train_saes,
-    train_step,
-)
+from sfc.saes.start import geometric_median, spherical_kmeans, start
+from sfc.saes.train import Progress, SiteStats, finish, sae_loss, schedule, train_saes, train_step
 
 D_IN, PLANTED = 32, 48
 CONFIG = SaeConfig.model_validate(
@@ -250,3 +241,46 @@ def test_the_decoder_bias_starts_at_the_median_or_the_mean() -> None:
     by_median, by_mean = (start("a", sample, short(decoder_bias=name), 0, "cpu") for name in ("median", "mean"))
     torch.testing.assert_close(by_mean.parameters.b_dec, (sample * by_mean.scale).mean(0))
     assert by_median.parameters.b_dec.norm() < 0.5 * by_mean.parameters.b_dec.norm()
+
+
+def plain_kmeans(rows: Tensor, centroids: Tensor, rounds: int) -> Tensor:
+    """Spherical k-means row by row; where a centroid has no rows, those that fit worst are taken, the worst first."""
+    rows = torch.stack([row / row.norm() for row in rows])
+    for _ in range(rounds):
+        members: list[list[Tensor]] = [[] for _ in centroids]
+        fits = []
+        for row in rows:
+            cosines = [float(row @ centroid) for centroid in centroids]
+            members[cosines.index(max(cosines))].append(row)
+            fits.append(max(cosines))
+        worst = iter(sorted(range(len(rows)), key=lambda row: fits[row]))
+        moved = [torch.stack(own).sum(0) if own else rows[next(worst)] for own in members]
+        centroids = torch.stack([each / each.norm() for each in moved])
+    return centroids
+
+
+@pytest.mark.parametrize("copies", [1, 20])
+def test_kmeans_agrees_with_the_plain_one(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many copies of some rows several are drawn, so that centroids without rows have to move."""
+    monkeypatch.setattr("sfc.saes.start.KMEANS_BLOCK", 7)
+    points = rows(200 // copies, 3).repeat(copies, 1) - 5
+    drawn = torch.randperm(200, generator=torch.Generator().manual_seed(4))[:12]
+    first = torch.nn.functional.normalize(points[drawn])
+    assert (len(first.unique(dim=0)) < 12) is (copies > 1)
+    found = spherical_kmeans(points, 12, torch.Generator().manual_seed(4), rounds=3)
+    torch.testing.assert_close(found, plain_kmeans(points, first, 3))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(12))
+
+
+def test_kmeans_of_too_few_rows_takes_them_all() -> None:
+    found = spherical_kmeans(rows(5, 1), 9, torch.Generator().manual_seed(0))
+    assert found.shape == (9, D_IN) and bool(((rows(5, 1) @ found.T).amax(1) > 0.999 * rows(5, 1).norm(dim=1)).all())
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(9))
+
+
+def test_features_start_at_centroids_or_at_random() -> None:
+    sample, config = rows(1000, 1), short()
+    by_kmeans, by_chance = (start("a", sample, short(start=name), 0, "cpu").parameters for name in ("kmeans", "random"))
+    torch.testing.assert_close(by_kmeans.b_dec, by_chance.b_dec)
+    cosine = torch.nn.functional.normalize(sample - sample.mean(0)) @ torch.stack([by_kmeans.W_dec, by_chance.W_dec]).mT
+    assert config.start == "kmeans" and cosine[0].amax(1).mean() > cosine[1].amax(1).mean() + 0.2

@@ -22,12 +22,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from sfc.circuits.ablation import Ablation
 from sfc.circuits.counterfactuals import Counterfactuals
 from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared, top_circuits
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models import engine
 from sfc.models.engine import Progress
-from sfc.models.score import DirectedScore
+from sfc.models.loading import Model
+from sfc.models.score import DirectedScore, Score
 from sfc.stats import Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio
 
 LARGE_PROMPT_FREE = 0.1
@@ -65,22 +67,26 @@ class SideScores(NamedTuple):
 
 
 def pair_scores(
-    problem: Problem,
+    model: Model,
+    score: Score,
+    ablation: Ablation,
     runs: PromptRuns,
     keep: Bool[np.ndarray, "circuits nodes"],
     progress: Progress = lambda _runs: None,
 ) -> list[PairScores]:
-    """What each circuit does to the pairs of the runs. The problem's baseline is `Counterfactuals`.
+    """What each circuit does to the pairs of the runs.
 
     Args:
+        score: a `DirectedScore`.
+        ablation: by `Counterfactuals`.
         progress: called with the number of pairs of a circuit and a row that are done since the last call; there is one
             circuit more, the empty one.
     """
-    baseline, score = problem.ablation.baseline, problem.score
+    baseline = ablation.baseline
     assert isinstance(baseline, Counterfactuals) and isinstance(score, DirectedScore)
-    circuits = Ablations(problem.ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
-    found = engine.next_tokens(prepared(problem.model, runs), score.score, circuits, progress)
-    model = full_scores(problem.model, score.score, runs)
+    circuits = Ablations(ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
+    found = engine.next_tokens(prepared(model, runs), score.score, circuits, progress)
+    whole = full_scores(model, score.score, runs)
     pair = np.zeros(runs.n_prompts, dtype=int)
     for batch in runs.batches:
         assert batch.pair is not None
@@ -88,7 +94,7 @@ def pair_scores(
     positive, prompt = (values.cpu().numpy()[pair] for values in (baseline.pairs.positive, baseline.pairs.prompt))
     (empty, *scores), (kl_empty, *divergences) = found
     return [
-        PairScores(model, empty, circuit, kl_empty, kl_circuit, positive, prompt)
+        PairScores(whole, empty, circuit, kl_empty, kl_circuit, positive, prompt)
         for circuit, kl_circuit in zip(scores, divergences, strict=True)
     ]
 
@@ -175,8 +181,9 @@ def sizes_on_pairs(
     Columns: `size`, `agreement`, and `recovered`, that of the worse of the two sides. Missing where not measurable.
     """
     circuits = top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes)
+    by_size = pair_scores(problem.model, problem.score, problem.ablation, problem.runs, circuits, progress)
     rows = []
-    for size, scores in zip(sizes, pair_scores(problem, problem.runs, circuits, progress), strict=True):
+    for size, scores in zip(sizes, by_size, strict=True):
         figures = pair_figures(scores, min_denominator, seed=0)
         sides = [figures["recovered_toxic"], figures["recovered_safe"]]
         recovered = min(np.nan if side is None else side for side in sides) if None not in sides else np.nan

@@ -102,8 +102,9 @@ class SaeConfig(Section):
 
     source: str | None = Field(
         None,
-        description="use these instead of training: a folder of SAELens dictionaries (one subfolder per site, or one"
-        " dictionary), or a pretrained release/sae_id; {layer} stands for the layer",
+        description="use these instead of training: embedded, those that come with the package; a folder of SAELens"
+        " dictionaries (one subfolder per site, or one dictionary); or a pretrained release/sae_id; {layer} stands for"
+        " the layer",
     )
     min_variance_explained: float = Field(
         0.5,
@@ -125,6 +126,12 @@ class SaeConfig(Section):
     auxiliary_weight: float = Field(1 / 32, ge=0, description="weight of the dead-feature loss of Gao et al. 2024")
     dead_after: int = Field(100_000, ge=1, description="tokens without firing after which a feature counts as dead")
     held_out: Share = Field(0.05, description="share of the prompts kept from training, for quality.csv")
+    half: Literal["first", "second"] | None = Field(
+        None, description="train on one of two disjoint halves of the prompts: do the same features come back?"
+    )
+    start: Literal["kmeans", "random"] = Field(
+        "kmeans", description="where the features' directions start: centroids of a buffer of the rows, or at random"
+    )
     l1_weight: float = Field(
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
     )

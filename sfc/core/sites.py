@@ -1,6 +1,7 @@
 """Names of sites: TransformerLens hook points, such as `blocks.21.hook_resid_post`."""
 
 import re
+from collections.abc import Iterable
 from typing import Literal, cast, get_args
 
 from sfc.core.errors import UserError
@@ -47,7 +48,7 @@ def site_from_short(name: str) -> str:
     return site_of(cast(StoredKind, kind), int(layer))
 
 
-def in_order(sites: list[str]) -> list[str]:
+def in_order(sites: Iterable[str]) -> list[str]:
     """The sites in the order in which a model passes them, each once."""
     return sorted(set(sites), key=lambda site: (layer_of(site), _ORDER.index(kind_of(site))))
 

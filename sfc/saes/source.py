@@ -7,7 +7,7 @@ from typing import Any
 from sfc.core.artifacts import hash_of_file
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
-from sfc.core.sites import layer_of
+from sfc.core.sites import in_order, layer_of
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE, read_config
 
 
@@ -27,14 +27,22 @@ def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
     return {"content": files or config.source, **config.model_dump(include={"min_variance_explained", "held_out"})}
 
 
+EMBEDDED = "embedded"
+EMBEDDED_DICTIONARIES = Path(__file__).parent / "embedded"
+"""those of the preset smollm2, a folder per site; its README says how they were made"""
+
+
 def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
     """The folder of each site's dictionary; empty where `source` may be a pretrained `release/sae_id`.
 
-    A folder holds a dictionary itself, or one subfolder per site, named by it.
+    A folder holds a dictionary itself, or one subfolder per site, named by it. `embedded` is the package's own.
 
     Raises:
         UserError: there is no dictionary for a site, or it was made for another one.
     """
+    if source == EMBEDDED:
+        _check_embedded(sites)
+        return {site: EMBEDDED_DICTIONARIES / site for site in sites}
     bases = {site: Path(for_layer(source, site)).expanduser() for site in sites}
     if not any(base.is_dir() for base in bases.values()):
         first, _, rest = source.partition("/")
@@ -42,6 +50,15 @@ def local_dictionaries(source: str, sites: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"saes.source: no folder {source}, and a pretrained dictionary is named release/sae_id")
         return {}
     return {site: _dictionary_folder(base, site) for site, base in bases.items()}
+
+
+def _check_embedded(sites: Sequence[str]) -> None:
+    there = in_order(path.parent.name for path in EMBEDDED_DICTIONARIES.glob(f"*/{CONFIG_FILE}"))
+    if missing := [site for site in sites if site not in there]:
+        raise UserError(
+            f"saes.source: no dictionary for {missing[0]} comes with the package, only for {', '.join(there)}; train"
+            " your own with --set saes.source=null"
+        )
 
 
 def for_layer(source: str, site: str) -> str:

@@ -48,7 +48,7 @@ def judge_both_sides(
     table = pd.DataFrame(columns=["id", "kind", "model", "circuit"])
     if isinstance(baseline, Counterfactuals):
         with progress_bar("pairs of both sides", 2 * test_runs.n_prompts, "runs") as progress:
-            [pairs] = pair_scores(problem, test_runs, circuit[None], progress)
+            [pairs] = pair_scores(problem.model, problem.score, problem.ablation, test_runs, circuit[None], progress)
         measured = pair_figures(pairs, config.min_denominator, seed)
         kinds = np.where(pairs.positive, words.positive, words.negative)
         table = pd.DataFrame({"id": pairs.prompt, "kind": kinds, "model": pairs.model, "circuit": pairs.circuit})

@@ -108,8 +108,8 @@ def _set_axes(figure: go.Figure, edges: np.ndarray, highest: int) -> None:
     )
 
 
+_ALL, _IN_SERIES = "all", "in series"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-_ALL = "all"
 _MOST_LABELS = 12
 
 
@@ -248,13 +248,18 @@ def _site_axis(columns: Columns) -> dict:
 def quality_page(finished: Finished) -> Page:
     """The page of a run's dictionaries."""
     quality, density = finished.table("quality.csv"), finished.table("density.csv")
+    quality = quality[quality["role"] != _IN_SERIES].astype({"rows": int})
     score = finished.words.score
-    of_all = [row for row in finished.result["quality"] if row["role"] == _ALL]
+    rows = {role: [row for row in finished.result["quality"] if row["role"] == role] for role in (_ALL, _IN_SERIES)}
+    of_all, restored = rows[_ALL], [*rows[_ALL], *({**row, "site": _IN_SERIES} for row in rows[_IN_SERIES])]
     fvu = [row["fvu"] for row in of_all if row["fvu"] is not None]
     return Page(
         title=f"SAE quality · {finished.result['preset']}",
         sentence=_sentence(quality, density),
-        summary=[records_table("SAEs on held-out rows (loss, score: share recovered)", _SUMMARY, of_all)],
+        summary=[
+            records_table("SAEs on held-out rows (loss, score: share recovered)", _SUMMARY, of_all),
+            records_table("What all features restore, errors ablated", _restored_columns(finished), restored),
+        ],
         sections=[
             Section("", [Figure("reconstruction", lambda: reconstruction_figure(quality))]),
             Section("", [Figure("density", lambda: density_figure(density, finished.result["dense_rate"]))]),
@@ -263,12 +268,15 @@ def quality_page(finished: Finished) -> Page:
                 records_table("Cross-entropy (nats), and the share recovered of each ablation", _LOSSES, of_all),
                 records_table(f"{score[:1].upper()}{score[1:]} (nats), and the share recovered", _SCORES, of_all),
             ]),
-            Section("Reconstruction", [_reconstruction_table(finished.result["quality"])]),
+            Section("Reconstruction", [
+                _reconstruction_table([row for row in finished.result["quality"] if row["role"] != _IN_SERIES])
+            ]),
         ],
         guide=_guide(finished.result["dense_rate"]),
         findings=[("fraction of variance unexplained, mean over sites", cell(sum(fvu) / len(fvu) if fvu else None))],
         methods=(
             Formula("Variance unexplained", "sum |x - x_hat|^2 / sum |x - mean x|^2, over held-out rows"),
+            Formula("Restored", "(s_spliced - s_counterfactual) / (s - s_counterfactual), sums over pairs of prompts"),
             Formula("Recovered", "share of what ablating the site to its mean costs that the reconstruction wins back"),
         ),
     )  # fmt: skip
@@ -278,6 +286,15 @@ _SUMMARY = {
     "site": "site", "FVU": "fvu", "cosine": "cosine", "L0": "l0", "dead": "dead_share", "loss": "loss_recovered",
     "score": "score_recovered",
 }  # fmt: skip
+
+
+def _restored_columns(finished: Finished) -> dict[str, str]:
+    words = finished.words
+    return {
+        "site": "site", words.positive: "restored_toxic", words.negative: "restored_safe", "agreement": "agreement",
+    }  # fmt: skip
+
+
 _LOSSES = {
     "site": "site", "as it is": "cross_entropy", "spliced": "cross_entropy_spliced",
     "mean": "cross_entropy_mean_ablated", "zero": "cross_entropy_zero_ablated", "recovered of mean": "loss_recovered",
@@ -330,6 +347,11 @@ def _guide(dense_rate: float) -> tuple[str, ...]:
         "**L0** is the mean number of active features in a row. **Dead** features are active in none of these "
         f"rows, **dense** ones in more than {100 * dense_rate:g} % of them. The histograms count features by the "
         "share of rows in which they are active; move the slider to change the site.",
+        "**Restored.** A prompt and an equally long one of the other side: features are what the prompt gives them, "
+        "errors are the other's. The share of the difference between their two scores that is there then, by the "
+        "prompt's side, and the agreement of the scores on both (1 where every prompt has its own). One dictionary at "
+        "a time, and all in series, as a circuit has them. The prompts explained are discovery prompts that were not "
+        "trained on.",
         "**Splicing.** The reconstruction replaces the activation of every token at one site, except padding and "
         "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
         "recovered = 1 − mean |s spliced − s| / mean |s ablated − s|, over prompts; |change| is mean |s spliced − s|. "

@@ -15,7 +15,7 @@ from torch import Tensor
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import say
-from sfc.data.schema import keyed_ranks
+from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.saes.plan import TokenTable, joined, plan_batches
@@ -32,7 +32,7 @@ class TrainingRows:
     """Rows of activations, what they are, and which are kept from training."""
 
     table: pd.DataFrame
-    """the prompts (or pieces of text), and in `held_out` whether one is kept from training"""
+    """the prompts (or pieces of text), and whether one is `held_out` to be measured on, or `trained` on"""
     tokens: TokenTable
     source: Callable[[Sequence[str]], RowSource]
     """the rows at some sites"""
@@ -42,7 +42,7 @@ class TrainingRows:
     @property
     def trained(self) -> Bool[np.ndarray, " rows"]:
         """Which rows are trained on."""
-        return ~self.table["held_out"].to_numpy()[self.tokens.prompt]
+        return self.table["trained"].to_numpy()[self.tokens.prompt]
 
 
 class HeldOutBlock(NamedTuple):
@@ -118,10 +118,15 @@ def _block_rows(run: Run) -> int:
 
 
 def _with_held_out(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """Add which prompts are kept from training, chosen by hash within each split."""
+    """Add which prompts are kept from training and which are trained on, chosen by hash within each split."""
     ranks = keyed_ranks(table, ["split"], f"held out {experiment.seed}").to_numpy()
     sizes = table.groupby("split")["prompt"].transform("size").to_numpy()
     held_out = ranks < np.ceil(experiment.saes.held_out * sizes)
-    if not held_out.any() or held_out.all():
+    trained = ~held_out
+    if experiment.saes.half is not None:
+        # By the text, so that one that is there twice is in one half.
+        of_texts = keyed_numbers(table["prompt"], f"half {experiment.seed}") % 2
+        trained &= of_texts == ("first", "second").index(experiment.saes.half)
+    if not held_out.any() or not trained.any():
         raise UserError("saes.held_out leaves nothing to train on or nothing to measure on: --set saes.held_out=0.05")
-    return table.assign(held_out=held_out)
+    return table.assign(held_out=held_out, trained=trained)

@@ -22,7 +22,6 @@ from sfc.session import Session
 from sfc.studies.train.foreign import adopt_dictionaries
 from sfc.studies.train.rows import TrainingRows, training_rows
 
-_SAMPLE_ROWS = 4096
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -41,7 +40,10 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         rows = training_rows(session)
     source = experiment.saes.source
     if source is None:
-        say(f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}")
+        say(
+            f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
+            " commands use them with the same settings of saes and corpus"
+        )
         _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
@@ -73,7 +75,7 @@ def _train_group(
 ) -> list[TopKDictionary]:
     config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
     source = rows.source(sites)
-    n_sample = min(_SAMPLE_ROWS, int(trained.sum()))
+    n_sample = min(config.buffer_rows, int(trained.sum()))
     sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))
     return train_saes(
         lambda first: shuffled_batches(source, trained, config.batch_size, seed, config.buffer_rows, first),
