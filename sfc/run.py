@@ -9,13 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sfc.behaviors.behavior import BEHAVIORS, Behavior
 from sfc.core.artifacts import Artifact
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.data.corpus import corpus_identity
-from sfc.data.prepare import Prepared, prompts_fingerprint
+from sfc.data.prepare import Prepared, balance, prompts_fingerprint
+from sfc.data.schema import ALL
 from sfc.models.sources import model_identity
 from sfc.saes.source import saes_identity
 
@@ -86,6 +89,21 @@ class Run:
     def prompts(self) -> Prepared:
         """The prompts with their splits."""
         return self.behavior.prompts(self.data_folder, self.experiment)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What running the model on the prompts depends on: it, its template, the prompts, and how they are split."""
+        prompts = [prompts_fingerprint(self.prompts.frame), self.experiment.prompts.model_dump()]
+        return {"model": model_identity(self.experiment.model), "prompts": prompts}
+
+    def balanced(self, group: str = ALL) -> pd.DataFrame:
+        """As many prompts of either side in a group, or in each of `all`; see `balance`.
+
+        Raises:
+            UserError: one of the two sides has none.
+        """
+        wanted, prompts = None if group == ALL else group, self.experiment.prompts
+        return balance(self.prompts.frame, wanted, prompts.hard_share, self.experiment.seed)[0]
 
     def group(self, name: str | None) -> str:
         """The group of prompts, such as a category, that a name means.

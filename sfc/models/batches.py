@@ -30,7 +30,7 @@ PACKED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class TemplateLayout:
-    """How many template_positions a template makes."""
+    """How many template positions a template has."""
 
     n_prefix: int
     n_suffix: int
@@ -119,7 +119,7 @@ class Batch:
         return replace(self, pair=pair)
 
     def tables(self, layout: TemplateLayout) -> Int[Tensor, " batch"]:
-        """Which table each row's template_positions are of, as `with_tables` was told."""
+        """Which table each row's template positions are of, as `with_tables` was told."""
         return self.template_positions.amax(1) // layout.n_template_positions
 
     def copies_in(self, tokens: int) -> int:

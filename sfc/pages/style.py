@@ -95,10 +95,10 @@ def heat_map(
     values, marks, hovers = (
         cells.pivot(index="layer", columns=across, values=name)[list(columns)] for name in (value, "mark", "hover")
     )
-    return go.Heatmap(
-        x=[hover_text(column) if isinstance(column, str) else column for column in columns],
-        y=values.index.tolist(),
-        z=values.astype(object).where(values.notna(), None).to_numpy().tolist(),
+    return grid(
+        [hover_text(column) if isinstance(column, str) else column for column in columns],
+        values.index.tolist(),
+        values,
         text=marks.to_numpy().tolist(),
         texttemplate="%{text}",
         textfont={"size": 9},
@@ -109,9 +109,18 @@ def heat_map(
         zmid=0,
         zmax=most,
         colorbar={"title": {"text": unit}, "thickness": 12},
-        xgap=1,
-        ygap=1,
     )
+
+
+def grid(x: Sequence[Any], y: Sequence[Any], values: pd.DataFrame, **settings: Any) -> go.Heatmap:
+    """A heat map whose cells stand apart; what is missing is blank."""
+    z = values.astype(object).where(values.notna(), None).to_numpy().tolist()
+    return go.Heatmap(x=list(x), y=list(y), z=z, xgap=1, ygap=1, **settings)
+
+
+def shades(colour: str) -> list[list[Any]]:
+    """The colour scale of values that have no sign."""
+    return [[0, "#ffffff"], [1, colour]]
 
 
 def error_bars(middle: pd.Series, low: pd.Series, high: pd.Series, width: int = 0) -> dict[str, Any]:
@@ -200,23 +209,37 @@ class Panel(NamedTuple):
     """One of several figures side by side."""
 
     title: str
-    x_title: str
-    y_title: str
-    traces: Sequence[go.Scatter]
+    x_axis: dict[str, Any]
+    y_axis: dict[str, Any]
+    traces: Sequence[Any]
+
+
+def panels_figure(figure: go.Figure, panels: Sequence[Panel], most: int = 0, **settings: Any) -> go.Figure:
+    """Panels in the frame that a figure is.
+
+    Args:
+        most: in a row; 0: all are in one.
+        settings: of plotly's `make_subplots`.
+    """
+    columns = min(len(panels), most) if most else len(panels)
+    titles = [panel.title for panel in panels]
+    make_subplots(-(-len(panels) // columns), columns, figure=figure, subplot_titles=titles, **settings)
+    for number, panel in enumerate(panels):
+        place = {"row": number // columns + 1, "col": number % columns + 1}
+        figure.add_traces(list(panel.traces), *([each] * len(panel.traces) for each in place.values()))
+        figure.update_xaxes(panel.x_axis, **place)
+        figure.update_yaxes(panel.y_axis, **place)
+    return figure
 
 
 def shares_figure(title: str, panels: Sequence[Panel], height: int = 480) -> go.Figure:
     """Shares against shares; a name that several traces have stands once in the legend."""
-    figure = styled_figure(title, height)
-    make_subplots(rows=1, cols=len(panels), figure=figure, subplot_titles=[panel.title for panel in panels])
     named: set[str] = set()
-    for column, panel in enumerate(panels, start=1):
-        for trace in panel.traces:
-            name = str(trace.name)
-            figure.add_trace(trace.update(legendgroup=name, showlegend=name not in named), 1, column)
-            named.add(name)
-        figure.update_xaxes(share_axis(panel.x_title), row=1, col=column)
-        figure.update_yaxes(share_axis(panel.y_title), row=1, col=column)
+    for trace in (trace for panel in panels for trace in panel.traces):
+        name = str(trace.name)
+        trace.update(legendgroup=name, showlegend=name not in named)
+        named.add(name)
+    figure = panels_figure(styled_figure(title, height), panels)
     return figure.update_layout(margin={"t": 130}, legend={"y": 1.1})
 
 

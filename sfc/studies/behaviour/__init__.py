@@ -73,13 +73,10 @@ class Behaviour(Study[BehaviourOptions]):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
-        chosen = [options.split, options.label, _category(run)]
+        chosen = [prompts_fingerprint(run.prompts.frame), options.split, options.label, _category(run)]
         return {
             "model": model_identity(experiment.model),
-            "behavior": [experiment.behavior, run.behavior.inputs(experiment)],
-            "prompts": hash_of_file(options.prompts)
-            if options.prompts
-            else [prompts_fingerprint(run.prompts.frame), *chosen],
+            "prompts": hash_of_file(options.prompts) if options.prompts else chosen,
             "config": experiment.prompts.model_dump(exclude={"hard_share"}),
             "limit": options.limit,
         }

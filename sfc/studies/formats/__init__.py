@@ -17,8 +17,6 @@ from sfc.core.errors import UserError, first_problem
 from sfc.core.experiments import read_yaml
 from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
-from sfc.data.prepare import prompts_fingerprint
-from sfc.models.sources import model_identity
 from sfc.pages.blocks import Figure, Formula, Page, Section, Tile, Tiles, cell, estimate_cell, records_table
 from sfc.pages.style import BLUE, INK, VERMILION, axis, styled_figure
 from sfc.pages.text import hover_text
@@ -123,9 +121,8 @@ class PromptFormats(Study[FormatsOptions]):
         options = self.of(run)
         formats = options.formats()
         return {
-            "model": model_identity(run.experiment.model),
+            **run.identity,
             "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
-            "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
             "file": hash_of_file(options.prompts) if options.prompts else None,
             "category": run.group(options.category),
             "limit": options.limit,

@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfc.core.artifacts import json_records, write_csv
+from sfc.core.artifacts import json_records
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.prepare import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
-from sfc.data.schema import ALL, keyed_ranks
+from sfc.data.schema import keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -32,7 +31,7 @@ from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.formats import Formats, PromptFormats, Version
-from sfc.studies.study import Made
+from sfc.studies.study import Made, write_tables
 
 _ANY_INSTRUCTION = "Name a river."
 
@@ -122,8 +121,7 @@ def measure(study: PromptFormats, session: Session, folder: Path) -> Made:
         "formats": _summary(versions, scores, z, harmful, experiment.seed),
         "pairs": pairwise_wilcoxon(harmful_z, list(formats)),
     }
-    for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table, digits=6)
+    write_tables(folder, tables, digits=6)
     return Made(
         {
             "preset": experiment.name,
@@ -139,8 +137,7 @@ def measure(study: PromptFormats, session: Session, folder: Path) -> Made:
 
 def _instructions(run: Run, prompts: Path | None, category: str, limit: int | None) -> pd.DataFrame:
     """Harmful instructions (label `toxic`), and at most as many harmless ones of the test split (`safe`)."""
-    wanted = None if category == ALL else category
-    balanced, _ = balance(run.prompts.frame, wanted, run.experiment.prompts.hard_share, run.experiment.seed)
+    balanced = run.balanced(category)
     test = balanced[balanced["split"] == "test"]
     test = test.assign(label=np.where(test["refusal_label"], "toxic", "safe"))
     harmful, harmless = test[test["label"] == "toxic"], test[test["label"] == "safe"]

@@ -14,15 +14,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
-from plotly.subplots import make_subplots
 from scipy.stats import false_discovery_control, ttest_ind
 
 from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import json_records
 from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
-from sfc.data.prepare import prompts_fingerprint
-from sfc.models.sources import model_identity
 from sfc.pages.blocks import (
     Figure,
     Formula,
@@ -36,7 +33,7 @@ from sfc.pages.blocks import (
     interval_cell,
     records_table,
 )
-from sfc.pages.style import GREEN, INK, PINK, axis, error_bars, heat_map, styled_figure
+from sfc.pages.style import GREEN, INK, PINK, Panel, axis, error_bars, heat_map, panels_figure, styled_figure
 from sfc.pages.text import hover_text, tokens_text
 from sfc.run import Run
 from sfc.stats import bootstrap_means
@@ -145,13 +142,7 @@ class LogitAttributions(Study[LogitsOptions]):
         return f"logits-{run.group(self.of(run).category)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        experiment = run.experiment
-        return {
-            "model": model_identity(experiment.model),
-            "behavior": [run.behavior.name, run.behavior.inputs(experiment)],
-            "prompts": [prompts_fingerprint(run.prompts.frame), experiment.prompts.model_dump()],
-            "category": run.group(self.of(run).category),
-        }
+        return {**run.identity, "category": run.group(self.of(run).category)}
 
     make = imported_when_called(f"{__name__}.measure:measure")
 
@@ -206,12 +197,6 @@ def _contributions(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def heads_figure(heads: pd.DataFrame, words: Words) -> go.Figure:
     """Two heat maps of the heads, layers upwards: contributions to positive prompts, and positive - negative."""
     n_layers, n_heads = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
-    figure = make_subplots(
-        cols=2,
-        subplot_titles=(f"{words.positive} prompts", f"{words.positive} − {words.negative}"),
-        horizontal_spacing=0.14,
-        figure=styled_figure("Heads", max(360, 150 + 16 * n_layers)),
-    )
     cells = heads.assign(
         mark=heads["role"].map(_MARKS).fillna(""),
         hover=[
@@ -221,14 +206,17 @@ def heads_figure(heads: pd.DataFrame, words: Words) -> go.Figure:
             for row in json_records(heads, digits=None)
         ],
     )
-    for column, (quantity, bar) in enumerate((("toxic_mean", 0.435), ("difference", 1.005)), start=1):
+    panels = []
+    for title, quantity, bar in (
+        (f"{words.positive} prompts", "toxic_mean", 0.435),
+        (f"{words.positive} − {words.negative}", "difference", 1.005),
+    ):
         # One extreme head must not make all others pale.
         most = float(np.quantile(cells[quantity].abs(), 0.995)) or 1.0
-        trace = heat_map(cells, quantity, "head", range(n_heads), most, "nats")
-        figure.add_trace(trace.update(colorbar={"x": bar}), 1, column)
-        figure.update_xaxes(axis("head", dtick=1 + (n_heads - 1) // 12, showgrid=False), col=column)
-        figure.update_yaxes(axis("layer", dtick=1 + n_layers // 12, showgrid=False), col=column)
-    return figure
+        trace = heat_map(cells, quantity, "head", range(n_heads), most, "nats").update(colorbar={"x": bar})
+        x_axis = axis("head", dtick=1 + (n_heads - 1) // 12, showgrid=False)
+        panels.append(Panel(title, x_axis, axis("layer", dtick=1 + n_layers // 12, showgrid=False), [trace]))
+    return panels_figure(styled_figure("Heads", max(360, 150 + 16 * n_layers)), panels, horizontal_spacing=0.14)
 
 
 def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:

@@ -27,11 +27,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.prepare import balance
-from sfc.data.schema import ALL
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
@@ -41,7 +38,7 @@ from sfc.session import Session
 from sfc.stats import bootstrap_means
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.logits import COMPLIANCE, GUARDRAIL, LogitAttributions, component_table, group_table, strongest
-from sfc.studies.study import Made
+from sfc.studies.study import Made, write_tables
 
 N_AGAINST = 10
 
@@ -248,20 +245,15 @@ def measure(study: LogitAttributions, session: Session, folder: Path) -> Made:
             parts' outputs.
     """
     experiment, model, seed = session.run.experiment, session.model, session.run.experiment.seed
-    score, words, category = (
-        session.metric,
-        session.run.behavior.words,
-        session.run.group(study.of(session.run).category),
-    )
+    category = session.run.group(study.of(session.run).category)
+    score, words = session.metric, session.run.behavior.words
     if not isinstance(score, LogOdds):
         raise UserError(
             f"attribute-logits splits a difference of logits, and the score of behavior {experiment.behavior!r} does"
             " not compare tokens"
         )
     difference = logit_difference_of(model, score, [] if len(score.against) else _harmless(session))
-    balanced, _ = balance(
-        session.run.prompts.frame, None if category == ALL else category, experiment.prompts.hard_share, seed
-    )
+    balanced = session.run.balanced(category)
     prompts, batches = _batches(session, balanced[balanced["split"] == "test"])
     toxic = prompts["refusal_label"].to_numpy(dtype=bool)
     if toxic.all() or not toxic.any():
@@ -282,8 +274,7 @@ def measure(study: LogitAttributions, session: Session, folder: Path) -> Made:
         "groups": group_table(attribution, prompts, seed),
         "prompts": prompts[["id", "prompt", "category", "label", "logit_difference", "score"]],
     }
-    for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table, digits=6)
+    write_tables(folder, tables, digits=6)
     return Made(
         {
             "preset": experiment.name,
@@ -297,8 +288,7 @@ def measure(study: LogitAttributions, session: Session, folder: Path) -> Made:
 
 def _harmless(session: Session) -> list[Batch]:
     """The harmless prompts of the reference split, of all categories."""
-    experiment = session.run.experiment
-    everyone, _ = balance(session.run.prompts.frame, None, experiment.prompts.hard_share, experiment.seed)
+    everyone = session.run.balanced()
     frame = everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]]
     if frame.empty:
         raise UserError("the reference split is empty: raise prompts.reference, or name model.against_tokens")

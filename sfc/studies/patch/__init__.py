@@ -242,7 +242,6 @@ class Patching(Study[PatchingOptions]):
         experiment, path = run.experiment, pairs_file(run)
         return {
             "model": model_identity(experiment.model),
-            "behavior": [run.behavior.name, run.behavior.inputs(experiment)],
             "pairs": hash_of_file(path) if path else self._wrapped(run),
             "patching": self.of(run).model_dump(exclude={"pairs", "wrappers"}),
             "max_tokens": experiment.prompts.max_tokens,

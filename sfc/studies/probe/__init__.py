@@ -9,8 +9,6 @@ import plotly.graph_objects as go
 from sfc.behaviors.behavior import Words
 from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
-from sfc.data.prepare import prompts_fingerprint
-from sfc.models.sources import model_identity
 from sfc.pages.blocks import Figure, Formula, Page, Section, cell, records_table
 from sfc.pages.style import BLUE, QUIET, VERMILION, axis, error_bars, styled_figure
 from sfc.run import Run
@@ -43,11 +41,7 @@ class Probe(Study[ProbeOptions]):
         return f"probe-{run.group(self.of(run).category)}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        return {
-            "model": model_identity(run.experiment.model),
-            "prompts": [prompts_fingerprint(run.prompts.frame), run.experiment.prompts.model_dump()],
-            "category": run.group(self.of(run).category),
-        }
+        return {**run.identity, "category": run.group(self.of(run).category)}
 
     make = imported_when_called(f"{__name__}.measure:measure")
 

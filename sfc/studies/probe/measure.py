@@ -21,8 +21,6 @@ from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
-from sfc.data.prepare import balance
-from sfc.data.schema import ALL
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
@@ -49,9 +47,7 @@ def measure(study: Probe, session: Session, folder: Path) -> Made:
     """
     experiment, model = session.run.experiment, session.model
     category = session.run.group(study.of(session.run).category)
-    of = None if category == ALL else category
-    balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
-    prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
+    prompts, tokenized = short_enough(model.tokenize, session.run.balanced(category), experiment.prompts.max_tokens)
     _check_sides(prompts, session.run.behavior.words)
     batches = make_batches(tokenized, TemplateLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
     with progress_bar("running", len(prompts), "prompts") as progress:

@@ -24,6 +24,7 @@ from sfc.pages.style import (
     cost_figure,
     mark,
     points,
+    share_axis,
     shares_figure,
     styled_figure,
 )
@@ -152,8 +153,8 @@ def pareto_figure(rates: pd.DataFrame, result: Mapping[str, Any], words: Words) 
                 text = rows["size"].astype(str).tolist()
                 traces[-1].update(mode="lines+markers+text", text=text, textposition="top right")
         traces += [mark(point[group], point["toxic"], name, *style) for name, *style, point in marks]
-        sides = [f"{side} prompts {words.acted}" for side in (named, words.positive)]
-        panels.append(Panel(f"{words.positive} against {named}", sides[0], sides[1], traces))
+        axes = [share_axis(f"{side} prompts {words.acted}") for side in (named, words.positive)]
+        panels.append(Panel(f"{words.positive} against {named}", *axes, traces))
     return shares_figure(f"{words.positive.capitalize()} against other test prompts {words.acted}", panels)
 
 

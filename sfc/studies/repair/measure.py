@@ -17,7 +17,6 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.prepare import balance
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.models import engine
@@ -78,7 +77,7 @@ def repair_inputs(session: Session) -> RepairInputs:
     category, frame = run.group(options.category), run.prompts.frame
     ours = frame if category == ALL else frame[frame["category"] == category]
     place = keyed_ranks(ours, ["dataset_type", "split"], f"repair {seed}")
-    everyone, _ = balance(frame, None, experiment.prompts.hard_share, seed)
+    everyone = run.balanced()
     everywhere = frame[(frame["split"] == "test") & (frame["dataset_type"] == KINDS["safe"])]
     wanted = {
         "discovery": ours[(ours["split"] == "discovery") & (place < options.prompts)],

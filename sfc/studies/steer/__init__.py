@@ -13,10 +13,8 @@ from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, Share, option
 from sfc.core.registry import imported_when_called
 from sfc.core.sites import site_from_short
-from sfc.data.prepare import prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.positions import EditKind, check_positions
-from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.studies.discover.study import DISCOVER
 from sfc.studies.study import STUDIES, Finished, Need, Study
@@ -199,13 +197,9 @@ class Steer(Study[SteeringOptions]):
         return f"steering-{re.sub(r'[^a-z0-9]+', '-', direction)}-{options.edit}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        experiment, options = run.experiment, self.of(run)
-        chosen = options.model_dump(exclude={"xstest"})
-        inputs: dict[str, Any] = {
-            "model": model_identity(experiment.model),
-            "prompts": [prompts_fingerprint(run.prompts.frame), experiment.prompts.model_dump()],
-            "steering": {**chosen, "category": run.group(options.category)},
-        }
+        options = self.of(run)
+        chosen = {**options.model_dump(exclude={"xstest"}), "category": run.group(options.category)}
+        inputs: dict[str, Any] = {**run.identity, "steering": chosen}
         if options.xstest is not None:
             inputs["xstest"] = hash_of_file(Path(options.xstest))
         if options.needs_saes:

@@ -9,7 +9,6 @@ import pandas as pd
 
 from sfc.behaviors.behavior import HARD
 from sfc.core.errors import UserError
-from sfc.data.prepare import balance
 from sfc.data.read import load_prompt_file
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
@@ -132,9 +131,7 @@ def _test_frame(run: Run) -> pd.DataFrame:
 
 
 def _balanced(run: Run) -> pd.DataFrame:
-    category = run.group(SteeringOptions.of(run.experiment).category)
-    wanted = None if category == ALL else category
-    return balance(run.prompts.frame, wanted, run.experiment.prompts.hard_share, run.experiment.seed)[0]
+    return run.balanced(run.group(SteeringOptions.of(run.experiment).category))
 
 
 def _hard(run: Run) -> pd.DataFrame:

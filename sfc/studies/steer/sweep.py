@@ -77,7 +77,7 @@ def candidate_table(
     Columns: `site`, `kind`, `layer`, `token`; `length`, of the direction in units of the residual norm;
     `agreement`, the mean cosine between the folds' directions; `induced`, the mean score of safe prompts with the dial
     turned up; `removed`, that of toxic prompts with it turned down; `kl` under the same of the next token after safe
-    prompts that are about to be answered (of others, turning down shall change it); `rejected`, the reason or blank.
+    prompts that are about to be answered (that of others is meant to change); `rejected`, the reason or blank.
 
     Args:
         progress: called with the number of runs done since the last call: `3 * candidates * prompts per side`.
