@@ -28,6 +28,7 @@ BUILT_IN = (
     "sfc.behaviors.pairs",
     "sfc.studies.collect.study",
     "sfc.studies.train.study",
+    "sfc.studies.nulls",
     "sfc.studies.discover.study",
     "sfc.studies.evaluate.study",
     "sfc.studies.behaviour",

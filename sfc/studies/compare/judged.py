@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Bool
 from pydantic import BaseModel
 
-from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
+from sfc.circuits.faithfulness import Ablations, Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
@@ -21,7 +21,9 @@ from sfc.circuits.replies import judged_replies
 from sfc.core.artifacts import read_model, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar
+from sfc.models.engine import NO_EDIT
 from sfc.session import Session
+from sfc.stats import wilson
 from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import Weights, shared_core
 from sfc.studies.discover.problem import prepare_problem
@@ -112,8 +114,10 @@ def _replied(
     """How many replies to some of the prompts show the behavior, as the model is and with each circuit ablated."""
     config = ComparisonOptions.of(experiment)
     some = runs.sample(config.replies, experiment.seed)
-    keep = np.concatenate([np.ones_like(ablated[:1]), ~ablated])
-    model, *rates = judged_replies(problem, some, keep, config.reply_tokens)
-    about = {"n_replies": some.n_prompts, "refused": model.rate}
+    n = some.n_prompts
+    [as_it_is] = judged_replies(problem, some, NO_EDIT, config.reply_tokens)
+    by_circuit = judged_replies(problem, some, Ablations(problem.ablation, ~ablated), config.reply_tokens)
+    about = {"n_replies": n, "refused": float(as_it_is.mean())}
     names = ("refused_ablated", "refused_ablated_low", "refused_ablated_high")
-    return [about | dict(zip(names, rate, strict=True)) for rate in rates]
+    counts = by_circuit.sum(1).tolist()
+    return [about | dict(zip(names, (count / n, *wilson(count, n)), strict=True)) for count in counts]

@@ -5,21 +5,18 @@ from typing import Any, ClassVar
 
 from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
-from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
-from sfc.core.artifacts import hash_of_file, read_json
-from sfc.data.pairs import pairs_fingerprint
-from sfc.data.schema import TOPICS_FILE
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
+from sfc.core.artifacts import read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect.study import COLLECT
+from sfc.studies.discover.inputs import baseline_inputs, needs_of_circuits
+from sfc.studies.nulls import STUDY as NULLS
+from sfc.studies.nulls import has_nulls
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
-from sfc.studies.train.study import TRAIN
 
 
 class Discover(Study[DiscoveryOptions]):
@@ -30,7 +27,7 @@ class Discover(Study[DiscoveryOptions]):
 
     name = "discover"
     options = DiscoveryOptions
-    schema = 4
+    schema = 5
     also = ((PairsOptions, "file"),)
     files: ClassVar = {
         "page": "circuit.html",
@@ -38,12 +35,14 @@ class Discover(Study[DiscoveryOptions]):
         "features": CARDS_FILE,
         "curve": "curve.csv",
         "scores": "scores.csv",
+        "replies": "replies.csv",
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
-        "n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised",
+        "n_nodes": "nodes", "agreement": "agreement", "gap_kept": "gap kept", "faithfulness": "faithfulness, means",
+        "completeness_normalised": "completeness, normalised",
     }  # fmt: skip
-    model_headline: ClassVar = ("faithfulness",)
+    model_headline: ClassVar = ("agreement",)
 
     def label(self, run: Run) -> str:
         options = self.of(run)
@@ -66,7 +65,7 @@ class Discover(Study[DiscoveryOptions]):
         return inputs | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        return needs_of_circuits(run)
+        return [*needs_of_circuits(run), *([Need(NULLS, run)] if has_nulls(run) else [])]
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -77,31 +76,11 @@ class Discover(Study[DiscoveryOptions]):
         folder = finished.folder
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
-        curve, scores = (finished.table(self.files[name]) for name in ("curve", "scores"))
-        return circuit_page(graph, curve, finished.result, cards, scores=scores)
+        curve, scores, replies = (finished.table(self.files[name]) for name in ("curve", "scores", "replies"))
+        return circuit_page(graph, curve, finished.result, cards, scores=scores, replies=replies)
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         return {name: finished.result.get(name) for name in self.model_columns}
-
-
-def needs_of_circuits(run: Run) -> list[Need]:
-    """What has to be finished before circuits are found or judged."""
-    trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
-    return [*trained, Need(COLLECT, run)]
-
-
-def baseline_inputs(run: Run) -> dict[str, Any]:
-    """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
-    options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.behavior.reads_data_set:
-        topics = run.data_folder / TOPICS_FILE
-        if options.baseline_choice == "paired":
-            inputs["pairs"] = pairs_fingerprint(run.data_folder)
-        if METHODS[options.method].reads_topics and topics.is_file():
-            inputs["topics"] = hash_of_file(topics)
-    if options.contrast == "model-base":
-        inputs["base"] = model_identity(base_model(run.experiment))
-    return inputs
 
 
 DISCOVER = Discover()

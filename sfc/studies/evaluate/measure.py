@@ -14,7 +14,6 @@ from sfc.circuits.faithfulness import curve_sizes, evaluation_curve, top_circuit
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import with_replies
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import short_site
@@ -85,7 +84,6 @@ def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> p
     total = (1 + (3 + config.random_draws) * len(sizes)) * runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
-    curve = with_replies(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
     curve.insert(0, "circuit", circuit.name)
     return curve
 
