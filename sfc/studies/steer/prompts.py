@@ -108,11 +108,6 @@ def prepared(session: Session, prompts: list[TokenizedPrompt]) -> PreparedPrompt
     return prepare_suffixes(session.model, prompts, partial(steered_tokens, positions))
 
 
-def n_prompts(tested: Tested) -> int:
-    """How many prompts there are on both sides."""
-    return sum(len(side.prompts) for side in tested.values())
-
-
 def _by_label(session: Session, frame: pd.DataFrame) -> Tested:
     return {label: _side(session, frame[frame["label"] == label]) for label in _LABELS}
 
