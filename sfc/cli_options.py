@@ -19,7 +19,7 @@ from sfc.core.ranks import is_leader
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.run import Run
-from sfc.studies.batch.models import load_study
+from sfc.studies.batch import load_study
 from sfc.studies.study import Study, ensure
 
 _SHARED = "Options of every command"

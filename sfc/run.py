@@ -17,8 +17,9 @@ from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
-from sfc.data.prepare import Prepared, prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.data.prepare import Prepared, balance, prompts_fingerprint
+from sfc.data.schema import ALL
+from sfc.models.sources import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
@@ -89,6 +90,21 @@ class Run:
     def prompts(self) -> Prepared:
         """The prompts with their splits."""
         return self.behavior.prompts(self.data_folder, self.experiment)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What running the model on the prompts depends on: it, its template, the prompts, and how they are split."""
+        prompts = [prompts_fingerprint(self.prompts.frame), self.experiment.prompts.model_dump()]
+        return {"model": model_identity(self.experiment.model), "prompts": prompts}
+
+    def balanced(self, group: str = ALL) -> pd.DataFrame:
+        """As many prompts of either side in a group, or in each of `all`; see `balance`.
+
+        Raises:
+            UserError: one of the two sides has none.
+        """
+        wanted, prompts = None if group == ALL else group, self.experiment.prompts
+        return balance(self.prompts.frame, wanted, prompts.hard_share, self.experiment.seed)[0]
 
     def group(self, name: str | None) -> str:
         """The group of prompts, such as a category, that a name means.

@@ -27,9 +27,8 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, auroc
 from sfc.pages.html import page_html
 from sfc.stats import wilson
+from sfc.studies.behaviour import BEHAVIOUR, rates_figure
 from sfc.studies.behaviour.measure import measure_behaviour, refusal_rates
-from sfc.studies.behaviour.page import rates_figure
-from sfc.studies.behaviour.study import BEHAVIOUR
 from sfc.studies.study import Finished
 
 

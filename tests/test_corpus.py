@@ -17,9 +17,8 @@ from sfc.core.experiments import load_experiment
 from sfc.data.corpus import read_chats
 from sfc.data.render import Role
 from sfc.data.schema import prompt_ids
-from sfc.models.batches import TemplateLayout, pad
+from sfc.models.batches import TemplateLayout, flush_right, pad
 from sfc.models.generation import continue_tails, end_tokens, sampled
-from sfc.models.kv_cached_suffix import flush_right
 from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session

@@ -9,12 +9,12 @@ from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import MANIFEST, Artifact
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.studies.collect.study import COLLECT
 from sfc.studies.discover.study import DISCOVER
-from sfc.studies.repair.options import RepairOptions
-from sfc.studies.steer.options import SteeringOptions
+from sfc.studies.repair import RepairOptions
+from sfc.studies.steer import SteeringOptions
 from sfc.studies.study import STUDIES, ensure
 from sfc.studies.train.study import TRAIN
 

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from commands import Finished, assert_one_line, sfc
+from drawn_circuits import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_viewer import HOSTILE
 
 from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json

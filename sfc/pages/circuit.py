@@ -29,9 +29,9 @@ from sfc.pages.blocks import (
 )
 from sfc.pages.both_sides import both_sides, proof_by_size, verdict
 from sfc.pages.curve import curve_figure
-from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
+from sfc.pages.html import figure_html
 from sfc.pages.style import signs, words_of
 from sfc.pages.text import count_text, number_text, printable, tokens_text
 

@@ -9,8 +9,8 @@ import networkx as nx
 import pandas as pd
 
 from sfc.features.labels import ADDRESS, caption, explained
-from sfc.pages.document import data_html
 from sfc.pages.graph import columns_of, groups_of
+from sfc.pages.html import data_html
 from sfc.pages.style import sign_of, signs
 from sfc.pages.text import printable
 

@@ -17,9 +17,8 @@ from jaxtyping import Float
 from sfc.core.config import SampleOptions
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import prompt_ids
-from sfc.models.batches import TemplateLayout, pad, similar_lengths
+from sfc.models.batches import TemplateLayout, flush_right, pad, similar_lengths
 from sfc.models.generation import continue_tails, end_tokens, sampled
-from sfc.models.kv_cached_suffix import flush_right
 from sfc.models.loading import Model
 
 FATES = ("unfinished", "malformed", "copies", "test", "kept")
