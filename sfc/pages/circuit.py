@@ -9,7 +9,7 @@ import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
-from sfc.features.labels import explained
+from sfc.features.labels import said
 from sfc.pages.blocks import (
     Block,
     Figure,
@@ -277,11 +277,7 @@ def _roles(graph: nx.DiGraph) -> Table | None:
 def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
     """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
     names = strongest_nodes(graph, _LISTED_NODES)
-    labels = {
-        name: {"label": card["label"], "score": card.get("score"), "explanation": explained(card)}
-        for name, card in cards.items()
-    }
-    nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
+    nodes = {name: {**graph.nodes[name], **said(cards.get(name, {}))} for name in names}
     columns = {
         "label": ("label", str),
         "its AUROC": ("score", cell),
@@ -294,17 +290,12 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
         "raises the tokens": ("raises", lambda tokens: tokens_text(tokens, _TOKENS)),
         "lowers the tokens": ("lowers", lambda tokens: tokens_text(tokens, _TOKENS)),
     }
-    columns = {
-        title: what
-        for title, what in columns.items()
-        if any(node.get(what[0]) not in (None, "") for node in nodes.values())
-    }
+    columns = {title: what for title, what in columns.items() if any(what[0] in node for node in nodes.values())}
     rows = [
         [name, *(text(node[key]) if key in node else "" for key, text in columns.values())]
         for name, node in nodes.items()
     ]
-    texts = ("label", "explanation", "raises the tokens", "lowers the tokens")
-    return Table("", ["node", *columns], rows, texts=texts)
+    return Table("", ["node", *columns], rows, ("label", "explanation", "raises the tokens", "lowers the tokens"))
 
 
 def _nodes_html(table: Table) -> str:
