@@ -9,20 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sfc.behaviors.behavior import BEHAVIORS, Behavior
-from sfc.core.artifacts import Artifact
-from sfc.core.config import Experiment
+from sfc.core.artifacts import Artifact, hash_of_file
+from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options
-from sfc.data.corpus import corpus_identity
-from sfc.data.prepare import Prepared, prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
+from sfc.data.prepare import Prepared, balance, prompts_fingerprint
+from sfc.data.schema import ALL
+from sfc.models.sources import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
-STORE_SCHEMA, SAES_SCHEMA = 3, 3
+STORE_SCHEMA, SAMPLED_SCHEMA, SAES_SCHEMA = 3, 1, 3
 
 _EMBEDDED_DATA = Path(__file__).parent / "data"
+EVERYDAY_STARTS = _EMBEDDED_DATA / "everyday_starts.txt"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,21 @@ class Run:
         """The prompts with their splits."""
         return self.behavior.prompts(self.data_folder, self.experiment)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What running the model on the prompts depends on: it, its template, the prompts, and how they are split."""
+        prompts = [prompts_fingerprint(self.prompts.frame), self.experiment.prompts.model_dump()]
+        return {"model": model_identity(self.experiment.model), "prompts": prompts}
+
+    def balanced(self, group: str = ALL) -> pd.DataFrame:
+        """As many prompts of either side in a group, or in each of `all`; see `balance`.
+
+        Raises:
+            UserError: one of the two sides has none.
+        """
+        wanted, prompts = None if group == ALL else group, self.experiment.prompts
+        return balance(self.prompts.frame, wanted, prompts.hard_share, self.experiment.seed)[0]
+
     def group(self, name: str | None) -> str:
         """The group of prompts, such as a category, that a name means.
 
@@ -107,6 +126,16 @@ class Run:
         run.__dict__.update(kept)
         return run
 
+    def with_prompts(self, frame: pd.DataFrame) -> "Run":
+        """The same run about some of its prompts, or with other test prompts: its store and SAEs stay what they are.
+
+        Args:
+            frame: rows of the prepared table; those of the splits discovery and reference are among its own.
+        """
+        run = replace(self)
+        run.__dict__.update(prompts=self.prompts._replace(frame=frame), store=self.store, saes=self.saes)
+        return run
+
     @cached_property
     def store(self) -> Artifact:
         """The activations of the discovery and reference prompts, at whatever sites were asked for."""
@@ -124,18 +153,40 @@ class Run:
         return Artifact.of(self.root / "activations", experiment.name, inputs)
 
     @cached_property
+    def sampled(self) -> Artifact:
+        """The conversations that the model writes itself, of however many tokens."""
+        experiment = self.experiment
+        inputs = {
+            **{name: self.store.inputs[name] for name in ("seed", "model", "prompts")},
+            "schema": SAMPLED_SCHEMA,
+            "starts": hash_of_file(EVERYDAY_STARTS),
+            "sample": SampleOptions.of(experiment).identity(),
+        }
+        return Artifact.of(self.root / "corpora", experiment.name, inputs)
+
+    @cached_property
     def corpus(self) -> Artifact:
         """The activations that the SAEs learn from: the store itself, or one of another corpus.
 
         Raises:
-            UserError: the corpus is a file that does not exist.
+            UserError: one of the sources is a file that does not exist.
         """
         corpus = self.experiment.corpus
-        if corpus.source == "prompts":
+        if corpus.is_prompts_alone:
             return self.store
-        text = {} if corpus.source == "replies" else {"prompts": corpus_identity(corpus.source)}
-        inputs = {**self.store.inputs, **text, "corpus": corpus.identity()}
+        inputs = {
+            **self.store.inputs,
+            "sources": [self._source_identity(source) for source in corpus.sources],
+            "corpus": corpus.identity(),
+        }
         return Artifact.of(self.root / "activations", f"{self.experiment.name}-corpus", inputs)
+
+    def _source_identity(self, source: str) -> Any:
+        if source == PROMPTS:
+            return source
+        if source == SAMPLED:
+            return {SAMPLED: self.sampled.fingerprint, "tokens": SampleOptions.of(self.experiment).tokens}
+        return corpus_identity(source)
 
     @cached_property
     def saes(self) -> Artifact:

@@ -67,7 +67,7 @@ def judged_by_hand(root: Path) -> Path:
     return replies
 
 
-def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
+def test_refused_prompts_are_compared_with_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
     refused = pd.read_csv(judged_by_hand).set_index("prompt")["refused"]
     result = sfc(*BEHAVIOUR, root=root).result
     folder = Path(result["files"]["circuit"]).parent

@@ -18,7 +18,9 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
+from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.saes.source import EMBEDDED_DICTIONARIES
 from sfc.session import Session
 from sfc.studies.discover.study import DISCOVER, circuit_of
 from sfc.studies.study import ensure
@@ -233,3 +235,20 @@ def test_what_is_embedded_is_in_half_precision_and_restores_the_same(trained: Ru
     assert figures["half_precision"]["in series"]["agreement"] == pytest.approx(before["agreement"], abs=0.01)
     with pytest.raises(UserError, match="is not finished"):
         embed(Session(run_with(trained.root, "null", "saes.steps=7")), tmp_path)
+
+
+def test_the_package_has_dictionaries_at_every_site_of_its_preset() -> None:
+    experiment = load_experiment("smollm2")
+    assert experiment.saes.source == "embedded"
+    figures = json.loads((EMBEDDED_DICTIONARIES / FIGURES_FILE).read_text())
+    for site, dictionary in load_dictionaries(EMBEDDED_DICTIONARIES, experiment.activations.sites).items():
+        assert isinstance(dictionary, TopKDictionary) and dictionary.site == site
+        assert (dictionary.k, dictionary.d_sae) == (experiment.saes.k, experiment.saes.expansion * dictionary.d_in)
+        assert torch.allclose(dictionary.W_dec.norm(dim=1), torch.ones(dictionary.d_sae), atol=1e-3)
+    restored = [rows["in series"] for rows in (_by_role(figures["quality"]), figures["half_precision"])]
+    assert restored[0]["agreement"] == pytest.approx(restored[1]["agreement"], abs=0.01)
+    assert sum(path.stat().st_size for path in EMBEDDED_DICTIONARIES.rglob("*")) < 32e6
+
+
+def _by_role(rows: list[dict]) -> dict[str, dict]:
+    return {row["role"]: row for row in rows}

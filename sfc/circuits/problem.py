@@ -17,7 +17,7 @@ from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
-from sfc.data.topics import topic_pairs
+from sfc.data.similarity import topic_pairs
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before

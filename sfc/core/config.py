@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sfc.core.options import Section, Share
+from sfc.core.options import Options, Section, Share, option
 from sfc.core.sites import SiteKind, in_order, site_of
 
 
@@ -78,23 +78,60 @@ class ActivationsConfig(Section):
 
 
 class CorpusConfig(Section):
-    """What the SAEs learn from, apart from the prompts that circuits are discovered on."""
+    """What the SAEs learn from: one source, or several that are mixed. Test prompts are never among it."""
 
-    source: str = Field(
+    source: str | Annotated[list[str], Field(min_length=1)] = Field(
         "prompts",
-        description="prompts: the circuits' own; replies: these with the model's greedy replies; a file (.txt, .csv or"
-        " .jsonl with a column text); or hf:NAME or hf:NAME:SPLIT, a Hugging Face data set",
+        description="any of: prompts, the circuits' own; sampled, conversations that the model writes itself (section"
+        " sample); FILE (.txt, .csv or .jsonl with a column text) or hf:NAME[:SPLIT], texts; chat:FILE (a column"
+        " prompt, instruction or text, and perhaps reply) or chat:hf:NAME[:SPLIT]:COLUMN, instructions in the model's"
+        " template",
     )
-    reply_tokens: int = Field(32, ge=1, description="replies: at most this many tokens of each")
-    context: int = Field(128, ge=8, description="files and data sets: tokens per piece of a text")
-    max_tokens: int | None = Field(None, ge=1, description="files and data sets: read no more tokens than this")
+    replies: bool = Field(False, description="prompts and instructions without a reply get the model's greedy one")
+    reply_tokens: int = Field(32, ge=1, description="at most this many tokens of each reply, sampled ones apart")
+    context: int = Field(128, ge=8, description="texts: tokens per piece")
+    max_tokens: int | None = Field(None, ge=1, description="read no more tokens than this of any file or data set")
     stored: Literal["auto", "always", "never"] = Field(
         "auto", description="never: run the model again for every epoch; auto: where the store would not fit the disk"
     )
 
+    @property
+    def sources(self) -> list[str]:
+        """Every source that is mixed."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def is_prompts_alone(self) -> bool:
+        """Whether the SAEs learn from the circuits' prompts as they are."""
+        return self.sources == ["prompts"] and not self.replies
+
     def identity(self) -> dict[str, Any]:
-        """What the activations depend on: whether they are stored is not part of it."""
-        return self.model_dump(exclude={"stored"})
+        """What the activations depend on beside the sources: whether they are stored is not part of it."""
+        return self.model_dump(exclude={"source", "stored"})
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> "CorpusConfig":
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError("a source is named twice")
+        return self
+
+
+class SampleOptions(Options):
+    """The conversations that the model writes itself, both sides, at temperature 1."""
+
+    section = "sample"
+    tokens: int = option(2_000_000, ge=1, description="write at least this many: instructions, template and replies")
+    instruction_tokens: int = option(48, ge=4, description="leave out instructions that do not end within so many")
+    reply_tokens: int = option(48, ge=1, description="cut replies after so many")
+    positive_share: Share = option(
+        1 / 3, description="share of conversations begun with the first words of prompts that call for the behavior"
+    )
+    unfiltered: bool = option(False, description="keep whatever ends: code, markup, fragments and other languages, too")
+    batch: int = option(128, ge=1, description="instructions begun at once; a kill loses one such batch")
+
+    def identity(self) -> dict[str, Any]:
+        """What the conversations depend on; more of them begin with the same ones."""
+        return self.model_dump(exclude={"tokens"})
 
 
 class SaeConfig(Section):

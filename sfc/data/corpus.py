@@ -1,31 +1,43 @@
-"""Ordinary texts for SAEs to learn from: a file or a Hugging Face data set, cut into pieces of tokens."""
+"""What SAEs can learn from beside the circuits' prompts: ordinary texts, and files of instructions."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.data.read import read_table, read_text
 from sfc.data.render import Role, TokenizedPrompt
+from sfc.data.schema import prompt_ids
 
-_HUB = "hf:"
+PROMPTS, SAMPLED = "prompts", "sampled"
+"""sources that are no files: the circuits' prompts, and conversations that the model wrote"""
+SOURCES = "prompts, sampled, FILE, hf:NAME[:SPLIT], chat:FILE or chat:hf:NAME[:SPLIT]:COLUMN"
+_HUB, _CHAT = "hf:", "chat:"
+_INSTRUCTION_COLUMNS = ("prompt", "instruction", "text")
 _SHORTEST_PIECE = 8
 
 
+def is_chat(source: str) -> bool:
+    """Whether a source holds instructions, which are rendered in the model's template, and not texts."""
+    return source.startswith(_CHAT)
+
+
 def corpus_identity(source: str) -> Any:
-    """What fingerprints say of a corpus: a file's hash, or a data set's name.
+    """What fingerprints say of texts or instructions: a file's hash, or a data set's name.
 
     Raises:
         UserError: there is no such file.
     """
-    if source.startswith(_HUB):
+    name = source.removeprefix(_CHAT)
+    if name.startswith(_HUB):
         return source
-    if not Path(source).is_file():
-        raise UserError(f"no corpus {source!r}: corpus.source is prompts, replies, a file, or hf:NAME[:SPLIT]")
-    return hash_of_file(Path(source))
+    if not Path(name).is_file():
+        raise UserError(f"no corpus {source!r}: corpus.source is a list of {SOURCES}")
+    return {"chat" if is_chat(source) else "text": hash_of_file(Path(name))}
 
 
 def read_texts(source: str) -> Iterator[str]:
@@ -38,7 +50,8 @@ def read_texts(source: str) -> Iterator[str]:
         UserError: the file is malformed or of another kind, the data set cannot be read, or a row's text is missing.
     """
     if source.startswith(_HUB):
-        texts = _from_hub(source.removeprefix(_HUB))
+        name, _, split = source.removeprefix(_HUB).partition(":")
+        texts = _from_hub(name, split, "text")
     elif source.endswith(".txt"):
         texts = read_text(Path(source)).replace("\r\n", "\n").split("\n\n")
     elif source.endswith((".csv", ".jsonl")):
@@ -46,6 +59,37 @@ def read_texts(source: str) -> Iterator[str]:
     else:
         raise UserError(f"corpus {source}: give a .txt, .csv or .jsonl file")
     return (text.strip() for text in texts if text.strip())
+
+
+def read_chats(source: str) -> Iterator[tuple[str, str]]:
+    """Instructions with the replies to them, one by one; a reply that is not known is empty.
+
+    `chat:FILE`, CSV or JSON lines: the instruction is in a column `prompt`, `instruction` or `text` (the first of them
+    that is not blank), the reply in a column `reply`. `chat:hf:NAME[:SPLIT]:COLUMN`: a column of a data set.
+
+    Raises:
+        UserError: the file is malformed or has no such column, or the data set cannot be read.
+    """
+    source = source.removeprefix(_CHAT)
+    if source.startswith(_HUB):
+        parts = source.removeprefix(_HUB).split(":")
+        if len(parts) not in (2, 3):
+            raise UserError(f"corpus {_CHAT + source!r}: write chat:hf:NAME:COLUMN or chat:hf:NAME:SPLIT:COLUMN")
+        texts = _from_hub(parts[0], parts[1] if len(parts) == 3 else "", parts[-1])
+        return ((text.strip(), "") for text in texts if text.strip())
+    if not source.endswith((".csv", ".jsonl")):
+        raise UserError(f"corpus {_CHAT + source}: give a .csv or .jsonl file")
+    table = read_table(Path(source), (), (*_INSTRUCTION_COLUMNS, "reply"))
+    instructions = table[list(_INSTRUCTION_COLUMNS)].apply(lambda column: column.str.strip())
+    first = instructions.replace("", pd.NA).bfill(axis=1).iloc[:, 0]
+    if first.isna().all():
+        raise UserError(f"{source} holds no instructions: give it a column {', '.join(_INSTRUCTION_COLUMNS)}")
+    return zip(first.dropna(), table.loc[first.notna(), "reply"], strict=True)
+
+
+def holds_prompt(text: str, ids: Set[str]) -> bool:
+    """Whether a text, or one of its lines, is one of the prompts with these ids, as prompts are compared."""
+    return not ids.isdisjoint(prompt_ids({text, *text.splitlines()}))
 
 
 def pieces(tokenizer: Any, texts: Iterable[str], context: int, max_tokens: int | None) -> list[TokenizedPrompt]:
@@ -75,17 +119,16 @@ def pieces(tokenizer: Any, texts: Iterable[str], context: int, max_tokens: int |
     return cut
 
 
-def _from_hub(name: str) -> Iterator[str]:
+def _from_hub(name: str, split: str, column: str) -> Iterator[str]:
     from datasets import load_dataset
 
-    name, _, split = name.partition(":")
     try:
         for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True), start=1):
-            if not isinstance(row["text"], str):
-                raise UserError(f"row {number} of data set {name!r} has no text in its column 'text'")
-            yield row["text"]
+            if not isinstance(row[column], str):
+                raise UserError(f"row {number} of data set {name!r} has no text in its column {column!r}")
+            yield row[column]
     except KeyError:
-        raise UserError(f"data set {name!r} has no column 'text'") from None
+        raise UserError(f"data set {name!r} has no column {column!r}") from None
     except UserError:
         raise
     except Exception as error:  # the library raises a dozen kinds for what is not there

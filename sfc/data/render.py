@@ -5,6 +5,7 @@ Roles are found by character offsets in the rendered text: `prefix` (template be
 wrote after the suffix, or is made to have written, is `reply`.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -85,3 +86,11 @@ def tokenize_prompts(
         roles[start >= content_end + len(after)] = Role.REPLY
         prompts.append(TokenizedPrompt(np.array(ids), roles))
     return prompts
+
+
+def answered(prompt: TokenizedPrompt, reply: Sequence[int]) -> TokenizedPrompt:
+    """The prompt with the tokens of a reply after it."""
+    return TokenizedPrompt(
+        np.concatenate([prompt.ids, np.array(reply, dtype=prompt.ids.dtype)]),
+        np.concatenate([prompt.roles, np.full(len(reply), Role.REPLY)]),
+    )

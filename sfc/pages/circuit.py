@@ -9,6 +9,8 @@ import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
+from sfc.features.claims import CLEAR
+from sfc.features.labels import explained
 from sfc.pages.blocks import (
     Block,
     Figure,
@@ -27,9 +29,9 @@ from sfc.pages.blocks import (
 )
 from sfc.pages.both_sides import both_sides, proof_by_size, verdict
 from sfc.pages.curve import curve_figure
-from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
+from sfc.pages.html import figure_html
 from sfc.pages.style import signs, words_of
 from sfc.pages.text import count_text, number_text, printable, tokens_text
 
@@ -214,7 +216,7 @@ def _sites(result: Mapping[str, Any]) -> list[Block]:
 def _curve_table(curve: pd.DataFrame) -> Table:
     fields = {
         "nodes": "size", "faithfulness": "faithfulness", "from": "faithfulness_low", "to": "faithfulness_high",
-        "on discovery prompts": "discovery_faithfulness", "completeness, normalised": "completeness_normalised",
+        "on discovery prompts": "on_discovery", "completeness, normalised": "completeness_normalised",
         "random circuits": "random_faithfulness", "random from": "random_low", "random to": "random_high",
     }  # fmt: skip
     present = {title: field for title, field in fields.items() if field in curve}
@@ -276,10 +278,15 @@ def _roles(graph: nx.DiGraph) -> Table | None:
 def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
     """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
     names = strongest_nodes(graph, _LISTED_NODES)
-    labels = {name: {"label": card["label"]} for name, card in cards.items()}
+    labels = {
+        name: {"label": card["label"], "score": card.get("score"), "explanation": explained(card)}
+        for name, card in cards.items()
+    }
     nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
     columns = {
         "label": ("label", str),
+        "its AUROC": ("score", cell),
+        "explanation": ("explanation", str),
         "layer": ("layer", str),
         "effect": ("effect", lambda value: number_text(value, signed=True)),
         "mean |effect|": ("absolute_effect", number_text),
@@ -288,12 +295,17 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
         "raises the tokens": ("raises", lambda tokens: tokens_text(tokens, _TOKENS)),
         "lowers the tokens": ("lowers", lambda tokens: tokens_text(tokens, _TOKENS)),
     }
-    columns = {title: what for title, what in columns.items() if any(what[0] in node for node in nodes.values())}
+    columns = {
+        title: what
+        for title, what in columns.items()
+        if any(node.get(what[0]) not in (None, "") for node in nodes.values())
+    }
     rows = [
         [name, *(text(node[key]) if key in node else "" for key, text in columns.values())]
         for name, node in nodes.items()
     ]
-    return Table("", ["node", *columns], rows, texts=("label", "raises the tokens", "lowers the tokens"))
+    texts = ("label", "explanation", "raises the tokens", "lowers the tokens")
+    return Table("", ["node", *columns], rows, texts=texts)
 
 
 def _nodes_html(table: Table) -> str:
@@ -330,6 +342,10 @@ def _guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
         "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
         "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
         "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
+        "**Labels** claim on what a feature fires: at one token of the template after the prompt, or at tokens of the "
+        "text, the stronger, the more of what + joins holds. They are made on half of the prompts. The number behind a "
+        "label is from the other half: how often the claim ranks a context in which the feature is strong above one in "
+        f"which it is quiet (AUROC; 0.5 is chance). Below {CLEAR} a label is unclear. A reader's own have no number.",
         "**Does it decide?** A dot is a test prompt, at its score in the model and with the circuit alone: a circuit "
         "that decides as the model does lies on the diagonal, one that answers every prompt alike on a level line. An "
         "ablated node has the value that it has in the run of an equally long prompt of the other side, its "

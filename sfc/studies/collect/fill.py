@@ -9,19 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.core.config import CorpusConfig, ModelConfig
+from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.corpus import pieces, read_texts
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
-from sfc.data.schema import with_ids
-from sfc.models.generation import with_replies
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
 from sfc.saes.store import stored_sites, write_prompts
-
-_REPLY_BATCH_TOKENS = 4096
 
 
 class Corpus(NamedTuple):
@@ -51,20 +46,6 @@ def circuit_prompts(run: Run, tokenize: Tokenize) -> Corpus:
     return short_enough(tokenize, frame[frame["split"] != "test"], run.experiment.prompts.max_tokens)
 
 
-def sae_corpus(run: Run, model: Model) -> Corpus:
-    """What `corpus.source` names.
-
-    Raises:
-        UserError: the source cannot be read, or holds nothing.
-    """
-    config = run.experiment.corpus
-    if config.source == "prompts":
-        return circuit_prompts(run, model.tokenize)
-    if config.source == "replies":
-        return _replied(circuit_prompts(run, model.tokenize), model, config.reply_tokens)
-    return _texts(config, model.tokenizer)
-
-
 def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Corpus:
     """The prompts of at most `max_tokens` tokens; how many are left out is said.
 
@@ -83,18 +64,6 @@ def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Co
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
     """How prompts are rendered and tokenized for a model of which only the tokenizer is loaded."""
     return lambda texts: tokenize_prompts(tokenizer, texts, config.template, config.system_prompt)
-
-
-def _replied(corpus: Corpus, model: Model, reply_tokens: int) -> Corpus:
-    with progress_bar("the model's replies", len(corpus.sequences), "prompts") as progress:
-        sequences = with_replies(model, corpus.sequences, reply_tokens, _REPLY_BATCH_TOKENS, progress)
-    return Corpus(corpus.table, sequences)
-
-
-def _texts(config: CorpusConfig, tokenizer: Any) -> Corpus:
-    sequences = pieces(tokenizer, read_texts(config.source), config.context, config.max_tokens)
-    texts = [tokenizer.decode(sequence.ids) for sequence in sequences]
-    return Corpus(with_ids(pd.DataFrame({"prompt": texts, "split": "corpus"})), sequences)
 
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

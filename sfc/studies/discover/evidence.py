@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sfc.behaviors.behavior import HARD, NEGATIVE, Words
 from sfc.circuits.baselines import BaselineTables
@@ -127,10 +127,12 @@ def judge(evidence: Evidence, circuits: Bool[np.ndarray, "circuits nodes"], seed
     return [Judged(_rounded(figures), table) for figures, table in zip(measured, tables, strict=True)]
 
 
-def chosen_size(problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int]) -> tuple[int, float]:
-    """The size of the circuit that is reported, and its figure on the discovery split, by which it was chosen.
+def chosen_size(
+    problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int]
+) -> tuple[int, Float[np.ndarray, " sizes"]]:
+    """The size of the circuit that is reported, and the figure of every size by which it is chosen.
 
-    That is the least of its agreement and its recovered shares; by means, its faithfulness.
+    On the discovery split: the least of agreement and recovered shares; by means, faithfulness.
     """
     config, runs = EvaluationOptions.of(problem.experiment), problem.runs
     with progress_bar("choosing a size", (len(sizes) + 1) * runs.n_prompts, "runs") as progress:
@@ -143,10 +145,10 @@ def chosen_size(problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Se
     if np.isnan(figure).all():
         say("warning: F(M) - F(0) is too small to divide by; nothing is restored that could be measured")
     size = choose_size(np.array(sizes), figure, config.target)
-    reached = float(figure[list(sizes).index(size)])
+    reached = figure[list(sizes).index(size)]
     if not reached >= config.target:
         say(f"no size reaches {config.target} on discovery prompts: {size:,} nodes reach {reached:.2f}")
-    return size, reached
+    return size, figure
 
 
 def judged_curve(

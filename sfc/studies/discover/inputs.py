@@ -8,7 +8,7 @@ from sfc.circuits.options import DiscoveryOptions, base_model
 from sfc.core.artifacts import hash_of_file
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.studies.collect.study import COLLECT
 from sfc.studies.study import Need

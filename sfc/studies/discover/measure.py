@@ -55,7 +55,7 @@ def write_cards(
     prompts = read_prompts(run.store.folder)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
-    cards = feature_cards(
+    cards, _ = feature_cards(
         session.store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]), run.behavior.words
     )
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
@@ -110,6 +110,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     mask = top_circuits(ranking, [len(members)], nodes.n_nodes)[0]
     nulls = nulls_of(run)
     curve, scores = judged_curve(evidence, ranking, sizes, len(members), nulls)
+    curve.insert(1, "on_discovery", on_discovery)
     clock.lap("evaluation")
     answered, rows = evidence.answered
     replies = replies_by_kind(*answered, rows, mask, evaluation.replies, evaluation.reply_tokens, seed)
@@ -137,7 +138,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
     clock.lap("ablating edges")
     result["refused"] = counts_by_kind(replies)
-    result["reached_target"] = bool(on_discovery >= evaluation.target)
+    result["reached_target"] = bool(on_discovery[sizes.index(len(members))] >= evaluation.target)
     result["says"] = told(result, evaluation.target, config.contrast, run.behavior.words)
     write_csv(folder / "scores.csv", scores, digits=6)
     write_csv(folder / "replies.csv", replies, digits=4)

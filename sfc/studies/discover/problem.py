@@ -23,17 +23,17 @@ from sfc.circuits.problem import Problem, PromptRuns, Task
 from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
-from sfc.data.balance import balance
 from sfc.data.counterfactual import counterfactual_pairs
 from sfc.data.pairs import load_pairs
+from sfc.data.prepare import balance
 from sfc.data.schema import ALL, looked_up, with_ids
-from sfc.data.topics import listed_topics
+from sfc.data.similarity import listed_topics
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.score import DirectedScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
-from sfc.studies.behaviour.study import judged
+from sfc.studies.behaviour import judged
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
 
@@ -157,7 +157,7 @@ _REFERENCE_LABELS: dict[BaselineChoice, list[bool]] = {
     "base": [],
     "zero": [],
     "paired": [],
-    "counterfactual": [],
+    "counterfactual": [False],  # for the figures by means beside it
 }
 """which prompts of the reference split are averaged, by their expected label"""
 

@@ -7,10 +7,12 @@ from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
-from sfc.core.artifacts import read_json
+from sfc.core.artifacts import Artifact, read_json, write_text
+from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.blocks import Page
 from sfc.pages.circuit import NO_CARDS, circuit_page
+from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover.inputs import baseline_inputs, needs_of_circuits
@@ -28,7 +30,7 @@ class Discover(Study[DiscoveryOptions]):
     name = "discover"
     options = DiscoveryOptions
     schema = 5
-    also = ((PairsOptions, "file"),)
+    also = ((PairsOptions, "file"), (LabelOptions, "explainer"), (LabelOptions, "explainer_model"))
     files: ClassVar = {
         "page": "circuit.html",
         "circuit": "circuit.json",
@@ -66,6 +68,20 @@ class Discover(Study[DiscoveryOptions]):
 
     def needs(self, run: Run) -> list[Need]:
         return [*needs_of_circuits(run), *([Need(NULLS, run)] if has_nulls(run) else [])]
+
+    def is_current(self, run: Run, artifact: Artifact) -> bool:
+        """Whether the circuit is there, and its features are explained if that is asked for."""
+        return artifact.is_complete() and not unexplained(artifact.folder, LabelOptions.of(run.experiment))
+
+    def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
+        """Make the circuit where it is missing. Explanations come last: no failure of theirs costs the circuit."""
+        if rebuild or not artifact.is_complete():
+            super().build(session, artifact, rebuild)
+        if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
+            from sfc.studies.discover.explanations import explain_circuit
+
+            explain_circuit(session, artifact.folder)
+            write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import EvaluationOptions
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import PromptRuns
 from sfc.circuits.proof import pair_figures, pair_scores
 from sfc.core.artifacts import json_records, write_csv
@@ -83,19 +83,19 @@ def restored(
     Measured once with the dictionary of one site alone, site by site, and under `IN_SERIES` with those of all sites.
 
     Args:
-        prompts: the discovery prompts among these, at most some of either side, are paired with equally long ones.
+        prompts: some discovery prompts among these, of either side, are paired with an equally long one each.
 
     Returns:
         For each `restored_toxic`, `restored_safe` and `agreement` (see `sfc.circuits.proof`), with the ends of their
         95 % intervals as `…_low` and `…_high`; None where there is nothing to be measured.
     """
-    run, model = session.run, session.model
+    run, model = session.run.having(DiscoveryOptions, pairs_per_prompt=1), session.model
     groups = {site: {site: dictionary} for site, dictionary in dictionaries.items()} | {IN_SERIES: dictionaries}
     explained = prompts[prompts["split"] == "discovery"]
     few = keyed_ranks(explained, ["refusal_label"], f"restored {run.experiment.seed}") < _RESTORED_PROMPTS
     others = run.prompts.frame[run.prompts.frame["split"] == "discovery"]
     try:
-        pairs = against_counterfactuals(session, explained[few], others, dictionaries)
+        pairs = against_counterfactuals(session.for_run(run), explained[few], others, dictionaries)
     except UserError as error:
         say(f"what features restore is not measured: {error}")
         return {group: dict.fromkeys(_RESTORED) for group in groups}
@@ -125,5 +125,5 @@ def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: l
 def prompts_not_trained_on(run: Run, rows: TrainingRows) -> pd.DataFrame:
     """The circuits' prompts, test prompts aside, that were not among the texts trained on."""
     frame = run.prompts.frame
-    trained = rows.table.loc[rows.table["trained"], "prompt"]
-    return frame[(frame["split"] != "test") & ~frame["prompt"].isin(trained)]
+    trained = rows.table.loc[rows.table["trained"], "id"]
+    return frame[(frame["split"] != "test") & ~frame["id"].isin(trained)]

@@ -22,9 +22,10 @@ from sfc.saes.plan import TokenTable, joined, plan_batches
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
 from sfc.session import Session
-from sfc.studies.collect.fill import Corpus, fill_corpus, n_bytes, sae_corpus
+from sfc.studies.collect.fill import Corpus, fill_corpus, n_bytes
 from sfc.studies.collect.study import COLLECT
 from sfc.studies.study import ensure
+from sfc.studies.train.corpus import sae_corpus
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def training_rows(session: Session) -> TrainingRows:
     if set(sites) <= set(stored_sites(run.corpus)):
         return _stored_rows(run)
     model = session.model
-    corpus = sae_corpus(run, model)
+    corpus = sae_corpus(session)
     needed = sum(n_bytes(corpus.sequences, model.width(site), experiment.activations.dtype) for site in sites)
     free = shutil.disk_usage(run.root).free
     if experiment.corpus.stored == "always" or (experiment.corpus.stored == "auto" and needed < 0.9 * free):
