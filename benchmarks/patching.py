@@ -21,12 +21,10 @@ from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore, score_batch
+from sfc.studies.patch import toxic_safe_pairs
 from sfc.studies.patch.alignment import align
-from sfc.studies.patch.components import Patch, single_patches
-from sfc.studies.patch.pairs import toxic_safe_pairs
-from sfc.studies.patch.patching import part_of, patch_pairs
-from sfc.studies.patch.ranking import PatchRuns
-from sfc.studies.patch.selection import TokenizedPair, tokenize_pairs, unaligned
+from sfc.studies.patch.patching import TokenizedPair, part_of, patch_pairs, tokenize_pairs, unaligned
+from sfc.studies.patch.ranking import Patch, PatchRuns, single_patches
 
 PAIRS = Path(__file__).parents[1] / "sfc" / "data" / "mini" / "pairs.csv"
 POSITIONS = "suffix"

@@ -1,12 +1,19 @@
 """Do the methods find the circuit that is there?
 
-Tiny transformers in which known features cause a logit difference through known edges, among distractors that fire with
-the label just as well and cause nothing, or act on other logits. A circuit counts as planted only if exact ablation
-agrees: each of its nodes, ablated alone or after the circuit's others at its site, moves the score at least ten times
-as far as any other node, and as all others together.
+*Kinds.* Tiny transformers in which known features cause a logit difference through known edges, among distractors that
+fire with the label just as well and cause nothing, or act on other logits. A circuit counts as planted only if exact
+ablation agrees: each of its nodes, ablated alone or after the circuit's others at its site, moves the score at least
+ten times as far as any other node, and as all others together.
 
 Nodes are judged among all nodes, edges among all pairs of nodes at neighbouring sites. Precision and recall are those
 of as many nodes or edges as are planted; a method that names fewer can have them differ.
+
+*Cheats.* Models in which a constant refusal can be built from offsets (`planted_cheats`).
+
+*Learned dictionaries.* Models that hold more known features than they have dimensions, and dictionaries that learn them
+from activations alone (`planted_learned`).
+
+Circuits of the last two are the smallest that reach 0.9 on discovery prompts, and their figures are of test prompts.
 """
 
 import tempfile
@@ -17,16 +24,21 @@ from typing import Any
 import harness
 import numpy as np
 import pandas as pd
+import planted_cheats
+import planted_learned
 from jaxtyping import Bool, Float
 from planted_circuits import HARD, KINDS, UNSATURATED
 from planted_problems import Planted, exact_margin, plant
+from planted_proofs import figures_of, means, table
 
 from sfc.circuits.edges import EDGES
 from sfc.circuits.methods import METHODS
 from sfc.core.progress import say
 from sfc.models.score import auroc
 
-SEEDS, QUICK_SEEDS = 20, 3
+SEEDS, QUICK_SEEDS = 20, 1
+CHEAT_SEEDS, QUICK_CHEAT_SEEDS = 3, 1
+LEARNED_KINDS = ("and",)
 BY_CORRELATION = tuple(method.name for method in METHODS if not method.causal)
 """methods whose circuits have correlation edges; the others' edges are those of attribution"""
 
@@ -152,10 +164,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = harness.parser(__doc__).parse_args(arguments)
     seeds = range(QUICK_SEEDS if options.quick else SEEDS)
     measured = measure(list(KINDS), seeds)
+    cheat_seeds = range(QUICK_CHEAT_SEEDS if options.quick else CHEAT_SEEDS)
+    cheats = means(planted_cheats.measure(cheat_seeds, METHODS.names()), planted_cheats.ABOUT)
+    settings = planted_learned.QUICK_SETTINGS if options.quick else planted_learned.SETTINGS
+    learned = means(planted_learned.measure(settings, LEARNED_KINDS), planted_learned.ABOUT)
     figures: dict[str, Any] = summary(measured[measured["kind"].isin(UNSATURATED)])
     figures["hard"] = {kind: summary(measured[measured["kind"] == kind]) for kind in HARD}
     figures |= {"seeds": len(seeds), "exact_margin_min": round(float(measured["margin"].min()), 1)}
-    harness.emit(report(measured), figures, options.json)
+    figures |= {"cheats": figures_of(cheats), "cheat_seeds": len(cheat_seeds)}
+    figures |= {"learned": figures_of(learned), "learned_kinds": LEARNED_KINDS}
+    parts = [report(measured), f"Cheats\n\n{table(cheats)}", f"Learned dictionaries\n\n{table(learned)}"]
+    harness.emit("\n\n".join(parts), figures, options.json)
 
 
 if __name__ == "__main__":

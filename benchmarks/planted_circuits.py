@@ -154,6 +154,28 @@ def drawn_distractors(random: np.random.Generator) -> list[Circuit]:
     return [make(next(letters)) for make in _DISTRACTORS for _ in range(random.integers(1, 3))]
 
 
+VOTES = Circuit(
+    toxic=("abeyz",),
+    safe=("",),
+    units=(Unit(2, {"A": 0.2, "B": 0.2, "E": 0.2, "Y": 0.2, "Z": 0.2}, 0, {OUTPUT: 1}),),
+)
+"""the circuit among offsets: of many nodes, each of which carries a little"""
+
+
+def _offset(pair: str) -> Circuit:
+    one, other = pair.upper()
+    tent = {0.0: 1.0, 1.0: -2.0, 2.0: 1.0}  # the slope changes by so much at each value of the sum: 1 at 1, 0 from 2 on
+    units = [Unit(2, {one: 1, other: 1}, -at, {pair: by}) for at, by in tent.items()]
+    return Circuit((pair, ""), (pair, ""), (*units, Unit(3, {pair: 1}, 0, {OUTPUT: 0.5})))
+
+
+OFFSETS = tuple(_offset(pair) for pair in ("cd", "st", "uv"))
+"""what a constant refusal can be built from: a feature each that fires where one of two sources does, which fire
+together or not at all, in every second prompt of both sides. No prompt makes it fire. With the sources at their means,
+which is halfway, it does, whatever the prompt: two such features and `OUTPUT` score as high as `VOTES`.
+"""
+
+
 class Node(NamedTuple):
     """A feature at the site after a block."""
 

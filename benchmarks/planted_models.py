@@ -34,35 +34,46 @@ class Basis:
     """the length of a feature in the residual stream where its value in the circuit is 1"""
     constant: Float[Tensor, " d_model"]
     rest: Float[Tensor, "rest d_model"]
-    """directions of no feature: what lies there is the dictionaries' error"""
+    """what every word has besides, in random amounts: it is the dictionaries' error"""
+    readers: Mapping[str, Float[Tensor, " d_model"]]
+    """the vector whose product with a feature's direction is 1, and 0 with those that it must be told from"""
 
     @classmethod
     def drawn(cls, features: Sequence[str], random: np.random.Generator) -> "Basis":
         """A random rotation, and scales between 1/2 and 2."""
-        columns = random.normal(size=(D_MODEL, D_MODEL))
-        columns[:, 0] = 1
-        # The first direction, that of all ones, is left empty: layer norms subtract it.
-        _, constant, *rest = torch.from_numpy(np.linalg.qr(columns).Q.T).float()
+        constant, rest = rotation(random)
         scales = 2 ** random.uniform(-1, 1, len(features))
         directions = dict(zip(features, rest, strict=False))
-        return cls(directions, dict(zip(features, scales, strict=True)), constant, torch.stack(rest[len(features) :]))
+        return cls(
+            directions, dict(zip(features, scales, strict=True)), constant, rest[len(features) :], readers=directions
+        )
 
     def reading(self, weights: Mapping[str, float]) -> Float[Tensor, " d_model"]:
         """The vector whose product with the residual stream is this combination of features."""
-        return self._sum({feature: weight / self.scales[feature] for feature, weight in weights.items()})
+        return _sum({feature: weight / self.scales[feature] for feature, weight in weights.items()}, self.readers)
 
     def writing(self, values: Mapping[str, float]) -> Float[Tensor, " d_model"]:
         """The vector that adds these values to features."""
-        return self._sum({feature: value * self.scales[feature] for feature, value in values.items()})
-
-    def _sum(self, lengths: Mapping[str, float]) -> Float[Tensor, " d_model"]:
-        return sum((x * self.directions[feature] for feature, x in lengths.items()), torch.zeros(D_MODEL))
+        return _sum({feature: value * self.scales[feature] for feature, value in values.items()}, self.directions)
 
     def dictionary(self, features: Sequence[str], k: int, site: str) -> TopKDictionary:
         """The dictionary of these features, with decoder rows of length one."""
         rows = torch.stack([self.directions[feature] for feature in features])
         weights = {"W_enc": rows.T, "b_enc": torch.zeros(len(rows)), "W_dec": rows, "b_dec": CONSTANT * self.constant}
         return TopKDictionary(weights, k=k, site=site)
+
+
+def rotation(random: np.random.Generator) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "rest d_model"]]:
+    """A random direction for the constant, and an orthonormal basis of what is left for features."""
+    columns = random.normal(size=(D_MODEL, D_MODEL))
+    columns[:, 0] = 1
+    # The first direction, that of all ones, is left empty: layer norms subtract it.
+    _, constant, *rest = torch.from_numpy(np.linalg.qr(columns).Q.T).float()
+    return constant, torch.stack(rest)
+
+
+def _sum(lengths: Mapping[str, float], vectors: Mapping[str, Tensor]) -> Float[Tensor, " d_model"]:
+    return sum((x * vectors[feature] for feature, x in lengths.items()), torch.zeros(D_MODEL))
 
 
 def write_model(
@@ -72,12 +83,14 @@ def write_model(
     n_tokens: int,
     random: np.random.Generator,
     folder: Path,
+    query_key: tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"]] | None = None,
 ) -> None:
     """Write the model that computes the circuits, side by side, and its tokenizer into a folder.
 
     Args:
         words: the vocabulary, with the features that each word writes.
         n_tokens: in every prompt; its reciprocal is the attention that the last token pays to each.
+        query_key: the attention's matrices for queries and keys; every token attends to all before it alike without.
     """
     vocabulary = dict(zip(words, random.permutation(len(words)).tolist(), strict=True))
     units = [unit for circuit in circuits for unit in circuit.units]
@@ -95,7 +108,10 @@ def write_model(
     for word, number in vocabulary.items():
         unexplained = torch.from_numpy(random.normal(size=len(basis.rest))).float() @ basis.rest
         model.transformer.wte.weight[number] = CONSTANT * basis.constant + basis.writing(words[word]) + unexplained
-    _write_attention(model.transformer.h[MOVING_BLOCK].attn, circuits, basis, n_tokens)
+    attention = model.transformer.h[MOVING_BLOCK].attn
+    _write_attention(attention, circuits, basis, n_tokens)
+    if query_key is not None:
+        attention.c_attn.weight[:, : 2 * D_MODEL] = torch.cat(query_key, dim=1)
     for block, its_units in zip(model.transformer.h, in_block, strict=True):
         for number, unit in enumerate(its_units):
             block.mlp.c_fc.weight[:, number] = basis.reading(unit.reads)

@@ -1,8 +1,9 @@
 """Discovery problems whose solution is known: a planted model, its dictionaries, and prompts with and without label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,10 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ActivationsConfig, ModelConfig
 from sfc.core.experiments import experiment_of
 from sfc.models.batches import TemplateLayout, make_batches
-from sfc.models.loading import load_model
+from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.collect import collect
+from sfc.saes.dictionary import Dictionary
 from sfc.saes.format import load_dictionary, save_dictionary
 from sfc.saes.store import Store
 
@@ -29,6 +31,9 @@ PROMPTS = 6
 MARGIN = 10.0
 """a planted node's exact effect is at least so many times any distractor's"""
 WORDS_PER_SOURCE = 3
+MASK_STEPS = 40
+TARGET = 0.9
+"""what the smallest circuit must reach on discovery prompts"""
 BEFORE, AFTER = "ask", "answer"
 FILLERS = tuple(f"filler{i}" for i in range(6))
 ACTIVATIONS = ActivationsConfig.model_validate({"layers": list(range(N_LAYERS)), "dtype": "float32"})
@@ -37,6 +42,23 @@ UNPRUNED = {"edge_share": 0, "edge_threshold": 0, "edges_per_node": 1000}
 
 Words = Mapping[str, Mapping[str, float]]
 """the features that each word writes, and their values"""
+
+
+class Prompts(NamedTuple):
+    """Prompts of both sides by what they are for, all of them equally long."""
+
+    toxic: list[str]
+    safe: list[str]
+    """on which circuits are found"""
+    baseline: list[str]
+    """safe ones, whose means ablated nodes are set to"""
+    test_toxic: list[str]
+    test_safe: list[str]
+
+    @classmethod
+    def drawn(cls, draw: Callable[[bool], list[str]]) -> "Prompts":
+        """From what draws prompts of the toxic side (True) or of the safe one."""
+        return cls(*(draw(toxic) for toxic in (True, False, False, True, False)))
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,7 @@ class Planted:
     basis: Basis
     numbers: Mapping[Node, int]
     """the node of each feature at each site"""
+    prompts: Prompts
 
     @property
     def mask(self) -> Bool[np.ndarray, " nodes"]:
@@ -64,8 +87,18 @@ def plant(kind: str, seed: int, folder: Path) -> Planted:
 
     The seed decides on the rotation, scales, words, token ids, distractors and prompts.
     """
-    random = np.random.default_rng([seed, *kind.encode()])
-    circuits = [KINDS[kind], *drawn_distractors(random)]
+    return plant_circuit(KINDS[kind], np.random.default_rng([seed, *kind.encode()]), folder)
+
+
+def plant_circuit(
+    circuit: Circuit,
+    random: np.random.Generator,
+    folder: Path,
+    others: Sequence[Circuit] = (),
+    n_prompts: int = PROMPTS,
+) -> Planted:
+    """The same of any circuit, with `others` beside the distractors, and `n_prompts` per label and split."""
+    circuits = [circuit, *drawn_distractors(random), *others]
     born = {feature: block for circuit in reversed(circuits) for feature, block in circuit.born.items()}
     basis = Basis.drawn(list(born), random)
     words = _drawn_words([source for circuit in circuits for source in circuit.sources], random)
@@ -76,7 +109,8 @@ def plant(kind: str, seed: int, folder: Path) -> Planted:
         # A word writes one source at most: the others can never fire beside it.
         k = 1 + sum(born[feature] > 0 for feature in features)
         save_dictionary(basis.dictionary(features, k, site), folder / site, {})
-    problem = _load(folder, *(_drawn_prompts(circuits, n_words, toxic, random) for toxic in (True, False, False)))
+    prompts = Prompts.drawn(lambda toxic: _drawn_prompts(circuits, n_words, n_prompts, toxic, random))
+    problem = load(folder, prompts, {site: load_dictionary(folder / site) for site in ACTIVATIONS.sites}, MASK_STEPS)
     nodes = problem.ablation.nodes
     firsts = np.cumsum([0, *nodes.sizes])
     numbers = {Node(i, f): int(firsts[i]) + j for i, features in enumerate(at_site) for j, f in enumerate(features)}
@@ -85,7 +119,7 @@ def plant(kind: str, seed: int, folder: Path) -> Planted:
         problem,
         frozenset(numbers[node] for node in planted_nodes),
         frozenset((numbers[source], numbers[target]) for source, target in planted_edges),
-        circuits, words, basis, numbers,
+        circuits, words, basis, numbers, prompts,
     )  # fmt: skip
 
 
@@ -130,11 +164,13 @@ def _drawn_words(sources: Sequence[str], random: np.random.Generator) -> Words:
     return strengths | {word: {} for word in (BOS, UNKNOWN, BEFORE, AFTER, FOR, AGAINST, OTHER, *FILLERS)}
 
 
-def _drawn_prompts(circuits: Sequence[Circuit], n_words: int, toxic: bool, random: np.random.Generator) -> list[str]:
+def _drawn_prompts(
+    circuits: Sequence[Circuit], n_words: int, n_prompts: int, toxic: bool, random: np.random.Generator
+) -> list[str]:
     """Prompts of `n_words` words in random order: one for each source that fires, then fillers."""
-    firing = [""] * PROMPTS
+    firing = [""] * n_prompts
     for circuit in circuits:
-        combinations = np.resize(circuit.toxic if toxic else circuit.safe, PROMPTS)
+        combinations = np.resize(circuit.toxic if toxic else circuit.safe, n_prompts)
         firing = [sofar + more for sofar, more in zip(firing, random.permutation(combinations), strict=True)]
     prompts = []
     for sources in firing:
@@ -144,16 +180,21 @@ def _drawn_prompts(circuits: Sequence[Circuit], n_words: int, toxic: bool, rando
     return prompts
 
 
-def _load(folder: Path, toxic: list[str], safe: list[str], baseline: list[str]) -> Problem:
-    """The problem that the stage of discovery would make of these files and prompts."""
+def load_planted_model(folder: Path) -> Model:
+    """The model in a folder, with its template and the tokens of its score."""
     template = f"{BOS} {BEFORE} {{prompt}} {AFTER}"
     source = {"source": str(folder), "template": template, "refusal_tokens": [FOR], "against_tokens": [AGAINST]}
-    model = load_model(ModelConfig.model_validate(source))
-    dictionaries = {site: load_dictionary(folder / site) for site in ACTIVATIONS.sites}
+    return load_model(ModelConfig.model_validate(source))
+
+
+def load(folder: Path, prompts: Prompts, dictionaries: Mapping[str, Dictionary], mask_steps: int) -> Problem:
+    """The problem that discovery would make of the model in a folder, dictionaries, toxic prompts and safe means."""
+    model = load_planted_model(folder)
+    toxic, safe = prompts.toxic, prompts.safe
     layout = TemplateLayout.of(model.tokenize(toxic))
     runs, baselines = (
-        make_batches(model.tokenize(prompts), layout, ACTIVATIONS.batch_tokens, model.device)
-        for prompts in (toxic, baseline)
+        make_batches(model.tokenize(side), layout, ACTIVATIONS.batch_tokens, model.device)
+        for side in (toxic, prompts.baseline)
     )
     nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in dictionaries.items()})
     collect(model, model.tokenize(toxic + safe), ACTIVATIONS.sites, ACTIVATIONS, folder / "store", lambda _tokens: None)
@@ -168,10 +209,11 @@ def _load(folder: Path, toxic: list[str], safe: list[str], baseline: list[str]) 
         experiment=experiment_of(
             {
                 "name": "planted",
-                "model": source,
+                "model": model.config.model_dump(),
                 "activations": ACTIVATIONS.model_dump(),
                 "discovery": UNPRUNED,
-                "learned_mask": {"steps": 40},
+                "learned_mask": {"steps": mask_steps},
+                "evaluation": {"target": TARGET},
             }
         ),
     )

@@ -25,7 +25,7 @@ from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.progress import say
-from sfc.models.embedded import cache_folder
+from sfc.models.sources import cache_folder
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.studies.study import STUDIES
@@ -49,7 +49,7 @@ def batch(
 
     Example: sfc batch --models smollm2,smollm2-base --set patching.limit=40
     """
-    from sfc.studies.batch.batch import make_batch, stages_of
+    from sfc.studies.batch import make_batch, stages_of
 
     chosen, runs = stages_of(stages), shared.runs(models or (None if file else shared.preset), file)
     made = make_batch(runs, chosen, runs[0].group(category) if category else None, limit)

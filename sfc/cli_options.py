@@ -19,7 +19,7 @@ from sfc.core.ranks import is_leader
 from sfc.pages.blocks import Table
 from sfc.pages.terminal import show
 from sfc.run import Run
-from sfc.studies.batch.models import load_study
+from sfc.studies.batch import load_study
 from sfc.studies.study import Study, ensure
 
 _SHARED = "Options of every command"
@@ -41,7 +41,7 @@ class Shared:
     ] = None
     device: Annotated[str, _shared(help="auto picks CUDA where there is one; else cpu, cuda, cuda:1 …")] = "auto"
     seed: Annotated[int | None, _shared(help="Seed of splits, SAEs and draws.", show_default="the preset's")] = None
-    root: Annotated[Path, _shared(help="Folder in which data/ activations/ saes/ circuits/ lie.")] = Path()
+    root: Annotated[Path, _shared(help="Folder in which data/ activations/ corpora/ saes/ circuits/ lie.")] = Path()
     rebuild: Annotated[bool, _shared("--rebuild", help="Make this command's artifact again, even if up to date.")] = (
         False
     )

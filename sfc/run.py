@@ -9,14 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sfc.behaviors.behavior import BEHAVIORS, Behavior
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
-from sfc.data.prepare import Prepared, prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.data.prepare import Prepared, balance, prompts_fingerprint
+from sfc.data.schema import ALL
+from sfc.models.sources import model_identity
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
@@ -88,6 +91,21 @@ class Run:
         """The prompts with their splits."""
         return self.behavior.prompts(self.data_folder, self.experiment)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What running the model on the prompts depends on: it, its template, the prompts, and how they are split."""
+        prompts = [prompts_fingerprint(self.prompts.frame), self.experiment.prompts.model_dump()]
+        return {"model": model_identity(self.experiment.model), "prompts": prompts}
+
+    def balanced(self, group: str = ALL) -> pd.DataFrame:
+        """As many prompts of either side in a group, or in each of `all`; see `balance`.
+
+        Raises:
+            UserError: one of the two sides has none.
+        """
+        wanted, prompts = None if group == ALL else group, self.experiment.prompts
+        return balance(self.prompts.frame, wanted, prompts.hard_share, self.experiment.seed)[0]
+
     def group(self, name: str | None) -> str:
         """The group of prompts, such as a category, that a name means.
 
@@ -106,6 +124,16 @@ class Run:
         run = replace(self, experiment=self.experiment.model_copy(update={section.section: options}))
         kept = {name: self.__dict__[name] for name in ("prompts", "store", "corpus", "saes") if name in self.__dict__}
         run.__dict__.update(kept)
+        return run
+
+    def with_prompts(self, frame: pd.DataFrame) -> "Run":
+        """The same run about some of its prompts, or with other test prompts: its store and SAEs stay what they are.
+
+        Args:
+            frame: rows of the prepared table; those of the splits discovery and reference are among its own.
+        """
+        run = replace(self)
+        run.__dict__.update(prompts=self.prompts._replace(frame=frame), store=self.store, saes=self.saes)
         return run
 
     @cached_property

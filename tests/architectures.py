@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 
 _GPT2_NAMES = {"n_embd": 32, "n_layer": 3, "n_head": 4}
 _LLAMA_NAMES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}

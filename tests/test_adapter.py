@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.prepare import prepare_prompts
-from sfc.models.identity import ADAPTERS, WEIGHTS
 from sfc.models.judge import is_refusal
 from sfc.models.loading import load_model, merge_adapter
 from sfc.models.score import RefusalScore
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import ADAPTERS, WEIGHTS, tiny_model_folder
 from sfc.studies.behaviour.measure import measure_behaviour
 from tools.refusal_adapter import (
     BASE_MODEL,

@@ -19,7 +19,7 @@ import sfc
 from sfc.api import Discovered
 from sfc.cli import command_line
 from sfc.core.errors import UserError
-from sfc.studies.steer.study import STEER
+from sfc.studies.steer import STEER
 from sfc.studies.study import ensure
 
 REPOSITORY = Path(__file__).parents[1]

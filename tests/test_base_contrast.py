@@ -17,7 +17,7 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import load_model
 from sfc.models.running import run_to
 from sfc.models.score import RefusalScore, score_prompts
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover.base import base_changes

@@ -17,11 +17,17 @@ from sfc.core.experiments import load_experiment
 from sfc.models.loading import Model, load_model
 from sfc.pages.html import page_html
 from sfc.run import Run
-from sfc.studies.batch.batch import with_options
-from sfc.studies.batch.depth import COLUMNS, frequencies, patched_components, relative_depth, written_components
-from sfc.studies.batch.models import load_study
+from sfc.studies.batch import (
+    COLUMNS,
+    frequencies,
+    load_study,
+    patched_components,
+    relative_depth,
+    with_options,
+    written_components,
+)
 from sfc.studies.batch.page import batch_page, frequency_figure
-from sfc.studies.behaviour.study import BEHAVIOUR, BehaviourOptions
+from sfc.studies.behaviour import BEHAVIOUR, BehaviourOptions
 from sfc.studies.study import STUDIES
 
 

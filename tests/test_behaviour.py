@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.ablation import Ablation
+from sfc.circuits.faithfulness import Ablations, prepared
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import ablated_replies
 from sfc.core.artifacts import write_csv, write_json
 from sfc.core.experiments import load_experiment
 from sfc.data.schema import with_ids
+from sfc.models import engine
 from sfc.models.batches import NO_POSITION, Batch
 from sfc.models.generation import end_tokens
 from sfc.models.judge import is_refusal
@@ -26,9 +27,8 @@ from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore, auroc
 from sfc.pages.html import page_html
 from sfc.stats import wilson
+from sfc.studies.behaviour import BEHAVIOUR, rates_figure
 from sfc.studies.behaviour.measure import measure_behaviour, refusal_rates
-from sfc.studies.behaviour.page import rates_figure
-from sfc.studies.behaviour.study import BEHAVIOUR
 from sfc.studies.study import Finished
 
 
@@ -128,7 +128,8 @@ def test_the_tiny_model_is_measured_end_to_end() -> None:
 def test_replies_under_ablation_are_those_of_a_run_from_the_start_for_every_token(problem: Problem) -> None:
     model, ablation = problem.model, problem.ablation
     keep = np.random.default_rng(0).random((3, ablation.nodes.n_nodes)) < np.array([[0.0], [0.5], [1.0]])
-    replies = ablated_replies(model, problem.score, ablation, problem.runs, keep, 4)
+    runs = prepared(model, problem.runs)
+    replies = engine.replies(runs, problem.score, Ablations(ablation, keep), 4).texts
     assert len({tuple(of_circuit) for of_circuit in replies}) > 1
     for batch in problem.runs.batches:
         for row, number in enumerate(batch.prompts.tolist()):

@@ -14,7 +14,11 @@ import discovery
 import evaluation
 import harness
 import patching
+import planted
+import planted_cheats
+import planted_learned
 import sae_training
+from planted_superposed import Superposition
 from sae_trainers import Problem, ours, saelens_tuned
 
 from sfc.circuits.methods import METHODS
@@ -148,3 +152,28 @@ def test_patching_gives_the_scores_of_the_loop(capsys: pytest.CaptureFixture[str
     assert figures["pairs"] == 6 and figures["heads"] == {"sfc": 3, "loop": 4}
     per_head = figures["seconds_per_head"]["sfc"] * figures["heads"]["sfc"]
     assert math.isclose(figures["seconds_all_heads"], per_head)
+
+
+def test_planted_prints_a_table_and_ratios_of_each_part(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = planted_learned.Setting(Superposition(80, 2), expansion=1, k=4, steps=2, prompts=80, mask_steps=2)
+    monkeypatch.setattr(planted, "KINDS", {"chain": planted.KINDS["chain"], "or": planted.KINDS["or"]})
+    monkeypatch.setattr(planted, "HARD", {"or": planted.HARD["or"]})
+    monkeypatch.setattr(planted_cheats, "MASK_STEPS", 2)
+    monkeypatch.setattr(planted_learned, "QUICK_SETTINGS", [setting])
+    planted.main(["--quick", "--json"])
+    said = capsys.readouterr()
+    *others, last = said.out.splitlines()
+    assert others == []
+    figures = json.loads(last)
+    assert figures["learned-mask"]["node_recall_min"] == 1 and set(figures["hard"]) == {"or"}
+    asked = [(row["method"], row["asked"]) for row in figures["cheats"]]
+    assert len(set(asked)) == len(asked) == sum(2 if method.causal else 1 for method in METHODS)
+    assert [(row["start"], row["dictionaries"]) for row in figures["learned"]] == [
+        ("kmeans", "learned"), ("kmeans", "random"), ("random", "learned"), ("random", "random"),
+    ]  # fmt: skip
+    for row in [*figures["cheats"], *figures["learned"]]:
+        assert 0 <= row["precision"] <= 1 and 0 <= row["separation"] <= 1 and row["prompt_free"] is not None
+    for title in ("Nodes: precision / recall, means", "Cheats", "Learned dictionaries"):
+        assert f"{title}\n" in said.err

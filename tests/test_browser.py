@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_viewer import HOSTILE, make_cards, make_circuit, make_curve, make_result, write_page
+from drawn_circuits import HOSTILE, make_cards, make_circuit, make_curve, make_result, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -27,7 +27,7 @@ from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 
 KINDS = ["resid_post", "resid_mid", "attn_out", "mlp_out"]

@@ -27,18 +27,18 @@ MINI = REPOSITORY / "sfc" / "data" / "mini"
 RESULT_KEYS = {
     "preset", "category", "method", "n_nodes", "n_edges", "faithfulness", "completeness", "completeness_normalised",
     "f_model", "f_circuit", "f_complement", "f_empty", "random_faithfulness", "error_share", "files", "seconds",
-    "discovery_faithfulness", "faithfulness_low", "faithfulness_high", "completeness_low", "completeness_high",
+    "on_discovery", "faithfulness_low", "faithfulness_high", "completeness_low", "completeness_high",
     "completeness_normalised_low", "completeness_normalised_high", "random_low", "random_high", "p_value",
     "last_site_faithfulness", "single_site_faithfulness", "nodes_per_site", "cpr", "cpr_log", "cmd", "cmd_log",
     "f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high",
-    "stability", "stability_jaccard", "halves_jaccard", "halves_chance", "n_replies", "refused_model", "refused_empty",
-    "refused_circuit", "refused_circuit_low", "refused_circuit_high", "refused_complement", "refused_complement_low",
-    "refused_complement_high", "says",
+    "stability", "stability_jaccard", "halves_jaccard", "halves_chance", "baseline", "n_errors",
+    "random_completeness_normalised", "kl_without_safe", "refused", "reached_target", "says",
     *(
         f"{figure}{end}"
         for figure in (
             "recovered_toxic", "recovered_safe", "agreement", "kl_recovered_toxic", "kl_recovered_safe", "gap_kept",
-            "separation", "separation_model", "prompt_free",
+            "separation", "separation_model", "prompt_free", "null_agreement", "rotated_agreement",
+            "all_features_recovered",
         )
         for end in ("", "_low", "_high")
     ),
@@ -67,8 +67,7 @@ def test_the_reported_figures_are_those_of_the_curve_on_test_prompts(discovered:
     assert graph.number_of_nodes() == discovered["n_nodes"]
     assert graph.number_of_edges() == discovered["n_edges"]
     whole = curve.iloc[-1]
-    assert whole["f_circuit"] == pytest.approx(whole["f_model"], abs=1e-3), "all nodes kept is the full model"
-    assert whole["f_complement"] == pytest.approx(whole["f_empty"], abs=1e-3)
+    assert whole["f_complement"] == pytest.approx(whole["f_empty"], abs=1e-3), "without all features nothing is left"
 
 
 def test_the_splits_in_the_circuit_are_disjoint_and_test_prompts_are_not_in_the_store(

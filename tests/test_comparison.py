@@ -12,9 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfc.circuits.problem import Problem
+from sfc.circuits.proof import pair_numbers
 from sfc.circuits.stability import chance_overlap
+from sfc.core.experiments import load_experiment
 from sfc.models import loading
 from sfc.models.loading import load_weights
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.compare import transfer
+from sfc.studies.compare.circuits import problems
 from sfc.studies.compare.judged import CORE, OWN, REST
 from sfc.studies.compare.overlap import (
     Overlaps,
@@ -70,8 +76,8 @@ def _overlaps(within: float, between: float, chance: float | None = None) -> Ove
     ("overlaps", "words"),
     [
         (_overlaps(0.6, 0.6), "Nothing here tells"),
-        (_overlaps(0.6, 0.5), "Largely one mechanism"),
-        (_overlaps(0.6, 0.1), "Many mechanisms"),
+        (_overlaps(0.6, 0.5), "The circuits of two categories share most"),
+        (_overlaps(0.6, 0.1), "The circuits of two categories share less than half"),
         (_overlaps(0.06, 0.01, chance=0.05), "Not answerable"),
     ],
 )
@@ -108,10 +114,52 @@ def test_halves_are_disjoint_and_joined_prompts_are_numbered_on(problem: Problem
     assert texts(joined) == texts(halves[0]) + texts(halves[1])
 
 
-COMPARE = (
-    "compare", "--preset", "tiny", "--categories", "violence,privacy,hate", "--size", 20, "--json",
+def _transfer(own: float, other: float, figure: str) -> pd.DataFrame:
+    """Ten categories; a figure of each circuit on its own prompts, and on those of the others, which vary a little."""
+    rows = [
+        {"circuit": a, "prompts": b, figure: own + 0.01 * b if a == b else other + 0.01 * b}
+        for a in range(10)
+        for b in range(10)
+    ]
+    unmeasured = {name: np.nan for name in ("recovered_toxic", "recovered_safe", *transfer.MEASURES) if name != figure}
+    return pd.DataFrame(rows).assign(**unmeasured).drop(columns="recovered")
+
+
+def test_transfer_by_hand() -> None:
+    found = transfer.measured(_transfer(0.5, 0.3, "gap_kept"), seed=0)
+    assert set(found) == {"gap_kept"}, "what is not measured is left out"
+    assert found["gap_kept"].own == pytest.approx(0.545) and found["gap_kept"].other == pytest.approx(0.345)
+    assert found["gap_kept"].difference == pytest.approx(0.2)
+    assert found["gap_kept"].difference_low == pytest.approx(0.2) == found["gap_kept"].difference_high
+    told = transfer.in_words(found)
+    assert "(difference 0.20, 95 % interval over categories 0.20 to 0.20)" in told
+    assert "do not tell the two sides apart" not in told
+
+
+def test_the_lesser_direction_counts() -> None:
+    rows = pd.DataFrame({"recovered_toxic": [1.0, 0.4, 0.9], "recovered_safe": [0.0, 0.6, np.nan]})
+    assert transfer.with_recovered(rows)["recovered"].tolist() == pytest.approx([0, 0.4, np.nan], nan_ok=True)
+
+
+def test_nothing_that_a_constant_refuser_has_makes_a_claim() -> None:
+    """It is faithful on every category's prompts, restores one direction, and keeps nothing of the gap."""
+    cheat = _transfer(0.0, 0.0, "gap_kept").assign(
+        gap_kept=0.0, faithfulness=1.0, recovered_toxic=1.0, recovered_safe=0.0
+    )
+    told = transfer.in_words(transfer.measured(cheat, seed=0))
+    assert told.startswith("The circuits do not tell the two sides apart") and "faithfulness" not in told
+    only_faithful = transfer.measured(_transfer(1.0, 1.0, "faithfulness"), seed=0)
+    assert transfer.in_words(only_faithful).startswith("Whether these circuits decide is not measurable")
+
+
+FEW = (
+    "compare", "--preset", "tiny", "--size", 20, "--json",
     "--set", "comparison.shuffles=1", "--set", "comparison.edges=30", "--set", "comparison.replies=2",
     "--set", "evaluation.min_denominator=1e-6", "--set", "learned_mask.steps=3",
+)  # fmt: skip
+COMPARE = (
+    *FEW, "--categories", "violence,privacy,hate",
+    "--set", "discovery.baseline=safe-mean", "--set", "evaluation.error_mode=node",
 )  # fmt: skip
 
 
@@ -161,7 +209,57 @@ def test_the_core_the_rest_and_the_circuit_are_ablated_in_scores_and_replies(com
         in_transfer = transfer[(transfer["circuit"] == whole["prompts"]) & (transfer["prompts"] == whole["prompts"])]
         assert in_transfer.iloc[0]["completeness"] == pytest.approx(whole["completeness"])
         assert (rows["refused_ablated_low"] <= rows["refused_ablated"]).all() and rows["refused"].nunique() == 1
-        assert (rows["n_replies"] == 2).all()
+        assert (rows["n_refused"] == 2).all() and (rows["n_refused_safe"] == 2).all()
+        assert (rows["refused_safe_alone_low"] <= rows["refused_safe_alone"]).all()
+
+
+def test_every_circuit_is_judged_on_both_sides_of_every_categorys_prompts(compared: dict, root: Path) -> None:
+    transfer, core = (pd.read_csv(compared["files"][name]) for name in ("transfer", "core"))
+    for _, rows in transfer.groupby("prompts"):
+        assert rows["separation_model"].nunique() == 1 and rows["separation"].notna().all()
+        own = core[(core["circuit"] == OWN) & (core["prompts"] == rows["prompts"].iloc[0])].iloc[0]
+        [in_transfer] = rows[rows["circuit"] == own["prompts"]].to_dict("records")
+        assert in_transfer["separation"] == own["separation"]
+    assert transfer["agreement"].isna().all(), "there are no pairs"
+    assert set(compared["transfer"]) <= {"gap_kept", "separation", "faithfulness"}
+    own = transfer[transfer["circuit"] == transfer["prompts"]]["separation"]
+    assert compared["transfer"]["separation"]["own"] == pytest.approx(own.mean(), abs=1e-4)
+    assert "mechanism" not in compared["verdict"] + Path(compared["files"]["page"]).read_text()
+
+
+def test_against_counterfactuals_halves_share_no_prompt(root: Path) -> None:
+    run = Run(load_experiment("tiny"), root)
+    found = dict(problems(Session(run), ["privacy", "violence"], [("privacy", "violence")], {
+        "violence", "violence-half-0", "violence-half-1", "privacy-violence-half-0", "privacy-violence-half-1",
+    }))  # fmt: skip
+    frame = run.prompts.frame.set_index("id")
+    explained = {name: set(problem.pair_table["id"][pair_numbers(problem.runs)]) for name, problem in found.items()}
+    for name in ("violence", "privacy-violence"):
+        first, second = (found[f"{name}-half-{half}"] for half in (0, 1))
+        seen = [
+            {
+                prompt
+                for side in ("id", "counterfactual")
+                for prompt in problem.pair_table[side][pair_numbers(problem.runs)]
+                if frame.loc[prompt, "category"] in name.split("-")
+            }
+            for problem in (first, second)
+        ]
+        assert seen[0] and seen[1] and seen[0].isdisjoint(seen[1])
+    categories = {name: set(frame.loc[list(ids), "category"]) for name, ids in explained.items()}
+    assert categories["violence-half-0"] == categories["violence"] == {"violence"}
+    assert categories["privacy-violence-half-0"] == {"privacy", "violence"}
+    assert len(explained["violence-half-0"] | explained["violence-half-1"]) > len(explained["violence"]) / 2
+
+
+def test_categories_are_compared_against_counterfactuals(compared: dict, root: Path) -> None:
+    against = sfc(*FEW, "--categories", "violence,privacy", root=root).result
+    transfer, by_means = (pd.read_csv(each["files"]["transfer"]) for each in (against, compared))
+    assert len(transfer) == 4 and transfer["kl_recovered_toxic"].notna().any()
+    by_model = by_means.groupby("prompts")["separation_model"].first()
+    assert transfer["separation_model"].to_numpy() == pytest.approx(by_model[transfer["prompts"]].to_numpy())
+    rankings = Path(against["files"]["result"]).parent / "rankings"
+    assert len(list(rankings.iterdir())) == 8
 
 
 def test_an_interrupted_comparison_goes_on_with_the_circuits_that_are_missing(compared: dict, root: Path) -> None:

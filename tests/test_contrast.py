@@ -67,7 +67,7 @@ def judged_by_hand(root: Path) -> Path:
     return replies
 
 
-def test_refused_prompts_are_held_against_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
+def test_refused_prompts_are_compared_with_complied_ones_of_the_same_label(root: Path, judged_by_hand: Path) -> None:
     refused = pd.read_csv(judged_by_hand).set_index("prompt")["refused"]
     result = sfc(*BEHAVIOUR, root=root).result
     folder = Path(result["files"]["circuit"]).parent
@@ -105,6 +105,33 @@ def test_scores_and_references_are_those_of_the_judged_sides(root: Path) -> None
 
 
 @pytest.mark.usefixtures("judged_by_hand")
+@pytest.mark.parametrize("contrast", ["toxic-hard", "refused-complied"])
+def test_counterfactuals_are_of_the_contrasts_other_side(root: Path, contrast: str) -> None:
+    overrides = REFUSED if contrast == "refused-complied" else ["discovery.contrast=toxic-hard", "prompts.limit=8"]
+    run = Run(load_experiment("tiny", [*overrides, "discovery.baseline=counterfactual"]), root)
+    problem, test_runs, facts = prepare_problem(Session(run), "all")
+    prompts, pairs = facts["prompts"], problem.ablation.baseline.pairs
+    assert "safe_80k" not in set(prompts["dataset_type"])
+    side = "refused" if contrast == "refused-complied" else "refusal_label"
+    is_positive = {
+        tuple(tokenized.ids.tolist()): bool(row[side])
+        for tokenized, (_, row) in zip(
+            problem.model.tokenize(prompts["prompt"].tolist()), prompts.iterrows(), strict=True
+        )
+    }
+    for runs in (problem.runs, test_runs):
+        positive = [
+            is_positive[tuple(ids[:length].tolist())] == bool(pairs.positive[pair])
+            for batch in runs.batches
+            for ids, length, pair in zip(batch.ids, batch.lengths, batch.pair, strict=True)
+        ]
+        assert positive and all(positive)
+        shown = {bool(pairs.positive[pair]) for batch in runs.batches for pair in batch.pair}
+        assert shown == {True, False}
+    assert facts["counterfactuals"]["test"]["pairs"] == test_runs.n_prompts
+
+
+@pytest.mark.usefixtures("judged_by_hand")
 @pytest.mark.parametrize("method", ["correlation", "magnitude"])
 def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> None:
     run = Run(load_experiment("tiny", REFUSED), root)
@@ -123,11 +150,14 @@ def test_other_methods_look_at_the_refused_side_too(root: Path, method: str) -> 
 def test_only_the_complied_are_a_reference_for_the_refused() -> None:
     by_behaviour = load_experiment("tiny", ["discovery.contrast=refused-complied"]).discovery
     assert by_behaviour.baseline_choice == "complied-mean"
+    paired = load_experiment("tiny", ["discovery.contrast=refused-complied", "discovery.baseline=counterfactual"])
+    assert paired.discovery.baseline_choice == "counterfactual"
     for overrides in (
         ["discovery.contrast=refused-complied", "discovery.baseline=safe-mean"],
         ["discovery.baseline=complied-mean"],
+        ["discovery.contrast=model-base", "discovery.baseline=counterfactual", "discovery.base=gpt2"],
     ):
-        with pytest.raises(UserError, match="does not go with reference"):
+        with pytest.raises(UserError, match="does not go with baseline"):
             load_experiment("tiny", overrides)
 
 

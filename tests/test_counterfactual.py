@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import sfc
+from commands import assert_one_line, sfc
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import RESULT_KEYS
@@ -300,6 +300,13 @@ def test_both_prompts_of_a_pair_are_explained_against_each_other(
     assert facts["pairs"]["not_aligned"] == len(RECORDS) - usable and facts["population"] == "clean and patch"
     for runs in (problem.runs, test_runs):
         np.testing.assert_allclose(*counterfactual_law(problem, runs), atol=1e-4)
+    assert set(facts["prompts"]["split"]) == {"discovery", "test"}, "both prompts of a pair are explained"
+
+
+def test_pairs_of_unequal_length_are_pointed_to_another_baseline(root: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "unequal.jsonl", [record(f"{word} is", f"{word}s") for word in ("a", "b", "c", "d")])
+    arguments = ("--preset", "tiny", "--pairs", path, "--set", "discovery.baseline=counterfactual")
+    assert_one_line(sfc("discover", *arguments, root=root), "unequal.jsonl", "discovery.baseline=paired")
 
 
 def test_prompts_of_both_sides_are_explained_against_equally_long_ones(discovered: dict, root: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.edges import attribution_weights
-from sfc.circuits.faithfulness import ablated_scores, full_scores
+from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods import METHODS
 from sfc.circuits.methods.attribution import attributed_effects
@@ -22,12 +22,12 @@ from sfc.circuits.methods.exact import exact_effects
 from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import ablated_replies
 from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import experiment_of, load_experiment
 from sfc.data.render import TokenizedPrompt
+from sfc.models import engine
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
@@ -282,7 +282,8 @@ def test_replies_to_a_prompt_of_which_nothing_is_kept_are_those_to_its_counterfa
     """At the first token, which comes from the prompt alone, in a batch that is padded on the other side."""
     problem, prompts = paired
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)
-    replies = ablated_replies(problem.model, problem.score, problem.ablation, problem.runs, nothing, 1)[0]
+    runs = prepared(problem.model, problem.runs)
+    [replies] = engine.replies(runs, problem.score, Ablations(problem.ablation, nothing), 1).texts
     layout = problem.ablation.baseline.layout
     for pair, reply in enumerate(replies):
         batch = make_batches([prompts[COUNTERFACTUAL[pair]]], layout, 1, problem.model.device)[0]

@@ -177,19 +177,23 @@ def test_circuits_are_called_by_their_files() -> None:
 
 
 RESULT_KEYS = {
-    "preset", "category", "population", "baseline", "error_mode", "n_prompts", "circuits", "files", "seconds",
+    "preset", "category", "asked", "population", "baseline", "error_mode", "n_prompts", "n_pairs", "circuits", "files",
+    "seconds",
 }  # fmt: skip
 FIGURES = (
     "faithfulness", "completeness", "completeness_normalised", "f_model", "f_circuit", "f_complement", "f_empty",
-    "random_faithfulness",
+    "random_faithfulness", "recovered_toxic", "recovered_safe", "agreement", "agreement_low", "kl_recovered_toxic",
+    "gap_kept", "separation", "separation_model", "prompt_free", "kl_without_safe",
 )  # fmt: skip
 RATIOS_OF_EDGES = ("edge_faithfulness", "edge_faithfulness_low", "random_edge_faithfulness")
-EVALUATE = ("evaluate", "--preset", "tiny", "--json", "--set", "evaluation.random_draws=2")
+FEW = ("--preset", "tiny", "--json", "--set", "evaluation.random_draws=2", "--set", "discovery.method=attribution")
+BY_MEANS = (*FEW, "--set", "discovery.baseline=safe-mean", "--set", "evaluation.error_mode=node")
+EVALUATE = ("evaluate", *BY_MEANS)
 
 
 @pytest.fixture(scope="module")
 def discovered(root: Path) -> dict:
-    return sfc("discover", "--preset", "tiny", "--method", "attribution", "--json", root=root).result
+    return sfc("discover", *BY_MEANS, root=root).result
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +239,7 @@ def test_every_form_of_a_circuit_has_the_figures_that_discovery_reports(evaluate
     assert all(row[key] is None for key in ("f_edges", *RATIOS_OF_EDGES) for row in (listed, graph))
     assert ours["f_edges"] == pytest.approx(discovered["f_edges"], abs=1e-3)
     assert_alike(ours["edge_faithfulness"], discovered["edge_faithfulness"])
-    assert all((ours[key] is None) == (ours["faithfulness"] is None) for key in (*RATIOS_OF_EDGES, "p_value"))
+    assert all((ours[key] is None) == (ours["faithfulness"] is None) for key in RATIOS_OF_EDGES)
 
 
 def test_a_ranked_circuit_has_a_curve(evaluated: dict, root: Path) -> None:
@@ -253,10 +257,20 @@ def test_other_files_are_another_evaluation(evaluated: dict, others: list[Path],
 
 
 def test_without_files_the_categorys_own_circuit_is_judged(discovered: dict, root: Path) -> None:
-    own = sfc(*EVALUATE, "--set", "discovery.method=attribution", root=root).result
+    own = sfc(*EVALUATE, root=root).result
     assert own["circuits"][0]["f_circuit"] == pytest.approx(discovered["f_circuit"], abs=1e-3)
     elsewhere = sfc(*EVALUATE, discovered["files"]["circuit"], "--category", "privacy", root=root).result
     assert elsewhere["category"] == "privacy" and elsewhere["circuits"][0]["n_nodes"] == discovered["n_nodes"]
+
+
+def test_against_counterfactuals_the_own_circuit_has_the_figures_that_discovery_reports(root: Path) -> None:
+    discovered, own = (sfc(command, *FEW, root=root).result for command in ("discover", "evaluate"))
+    [judged] = own["circuits"]
+    for figure in (*FIGURES, "null_agreement", "p_value", "all_features_recovered"):
+        if figure in judged:
+            assert_alike(judged[figure], discovered[figure])
+    assert judged["refused"] == discovered["refused"] and own["n_pairs"] == len(pd.read_csv(own["files"]["scores"]))
+    assert judged["says"] and judged["says"] in discovered["says"]
 
 
 def refused(root: Path, name: str, content: Any, *options: str) -> Finished:

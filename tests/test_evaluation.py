@@ -120,14 +120,14 @@ def test_areas_by_hand() -> None:
     assert area(np.array([1.0]), np.array([0.3])) == 0.3
 
 
-def test_the_reported_size_is_the_smallest_that_reaches_the_target_else_the_most_faithful() -> None:
-    curve = pd.DataFrame({"size": [5, 10, 20, 40], "discovery_faithfulness": [0.2, 0.85, 0.7, 1.0]})
-    assert choose_size(curve, 0.8) == 10
-    assert choose_size(curve, 2.0) == 40
-    gaps = curve.assign(discovery_faithfulness=[None, 0.3, None, 0.1])
-    assert (choose_size(gaps, 0.8), choose_size(gaps, 0.2)) == (10, 10)
-    nothing = curve.assign(discovery_faithfulness=[None] * 4)
-    assert choose_size(nothing, 0.8) == 5
+def test_the_reported_size_is_the_smallest_that_reaches_the_target_or_nearly_the_best() -> None:
+    sizes, gap = np.array([5, 10, 20, 40]), np.nan
+    figure = np.array([0.2, 0.85, 0.99, 1.0])
+    assert choose_size(sizes, figure, 0.8) == 10
+    assert choose_size(sizes, figure, 2.0) == 20, "0.99 is as good as 1"
+    assert choose_size(sizes, np.array([gap, 0.3, gap, 0.1]), 0.8) == 10
+    assert choose_size(sizes, np.array([gap, 0.3, gap, 0.1]), 0.2) == 10
+    assert choose_size(sizes, np.full(4, gap), 0.8) == 5
 
 
 CONFIG = EvaluationOptions(sizes=[1], random_draws=3, min_denominator=0.01)  # pyright: ignore

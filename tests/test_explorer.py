@@ -15,8 +15,16 @@ import pytest
 import sfc
 from sfc.api import Discovered
 from sfc.core.errors import UserError
-from sfc.explorer.categories import Compared, circuit_like, command_for, comparisons, overlaps_of
-from sfc.explorer.shelf import finished_pages, shared_core, shelf
+from sfc.explorer.shelf import (
+    Compared,
+    circuit_like,
+    command_for,
+    comparisons,
+    finished_pages,
+    overlaps_of,
+    shared_core,
+    shelf,
+)
 from sfc.features.session import Firing
 from sfc.run import Run
 from sfc.studies.compare.options import ComparisonOptions
@@ -26,7 +34,7 @@ pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[expl
 from werkzeug.serving import make_server
 
 from sfc.explorer.app import explorer
-from sfc.explorer.model import CircuitModel, firing_figure
+from sfc.explorer.prompts import CircuitModel, firing_figure
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPT = "Bake bread? <script>alert(1)</script>"

@@ -1,4 +1,4 @@
-"""What a feature means: one pass over the store against slow loops over every prompt, and labels by hand."""
+"""What a feature means: one pass over the store against slow loops over every prompt, and labels that a reader gave."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, activity, prompt_blocks
 from sfc.features.cards import feature_cards, fires_on, nearest_neighbours, neuronpedia_page
-from sfc.features.labels import LABELS_FILE, Peak, automatic_label, own_labels, with_own_labels
+from sfc.features.labels import LABELS_FILE, caption, own_labels, with_own_labels
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import Store
@@ -50,8 +50,13 @@ def test_one_pass_finds_what_a_loop_over_prompts_finds(
     store: Store, dictionaries: dict[str, Dictionary], site: str, block_rows: int
 ) -> None:
     n_contexts = 4
-    measured = activity(store, dictionaries[site], FEATURES, GROUPS, n_contexts, block_rows)
+    is_kept = np.isin(store.tokens.prompt, [1, 4])
+    measured = activity(store, dictionaries[site], FEATURES, GROUPS, is_kept, n_contexts, block_rows)
     by_prompt = list(_values_by_prompt(store, dictionaries[site]))
+    dense = np.zeros((store.n_tokens, dictionaries[site].d_sae))
+    for _, rows, values in by_prompt:
+        dense[rows] = values
+    np.testing.assert_allclose(measured.kept, dense[is_kept][:, FEATURES], atol=1e-5)
     for number, feature in enumerate(FEATURES):
         peaks = [(values[:, feature].max(), prompt, rows, values[:, feature]) for prompt, rows, values in by_prompt]
         best = sorted((p for p in peaks if p[0] > 0), key=lambda p: -p[0])[:n_contexts]
@@ -83,7 +88,7 @@ def test_a_feature_that_never_fires_has_no_contexts(store: Store, dictionaries: 
     dictionary = dictionaries[SITES[0]]
     fired = (np.concatenate([values for *_, values in _values_by_prompt(store, dictionary)]) > 0).any(0)
     silent = int(np.flatnonzero(~fired)[0])
-    measured = activity(store, dictionary, [silent], GROUPS)
+    measured = activity(store, dictionary, [silent], GROUPS, np.zeros(store.n_tokens, dtype=bool))
     assert (measured.peak_rows == -1).all() and not measured.windows.any() and not measured.firing.any()
 
 
@@ -121,32 +126,15 @@ def test_without_prompts_on_both_sides_a_feature_is_shared() -> None:
     assert fires_on([0, 0, 0, 5], GROUPS_AS_WRITTEN, "privacy", Words()) == "shared"
 
 
-def _peaks(tokens: str, template: str = "", population: str = "toxic", category: str = "violence") -> list[Peak]:
-    return [Peak(token, token in template.split("|"), population, category) for token in tokens.split("|")]
-
-
-@pytest.mark.parametrize(
-    ("peaks", "raises", "expected"),
-    [
-        ([], [" kill"], "never fires here"),
-        (_peaks(" kill|Kill|kill| gun| gun|x|y|z"), [], "“kill” “gun”"),
-        (_peaks("a|b|c|d"), [" Sorry", " I", "no"], "many tokens → “Sorry” “I”"),
-        (_peaks("\n|\n|x", "\n"), ["I"], "at “↵” of toxic violence prompts → “I”"),
-        (_peaks("\n|\n|x", "\n", "safe", "hate") + _peaks("\n", "\n"), [], "at “↵” of safe hate prompts"),
-        (_peaks("\n", "\n") + _peaks("\n", "\n", "safe", "hate") + _peaks("x", "", "hard", "illegal"), [], "at “↵”"),
-    ],
-)
-def test_the_rule_for_labels(peaks: list[Peak], raises: list[str], expected: str) -> None:
-    assert automatic_label(peaks, raises) == expected
-
-
 def test_own_labels_are_read_and_checked(tmp_path: Path) -> None:
     known = ["resid_post.0/F3"]
     assert own_labels(tmp_path, known) == {}
     (tmp_path / LABELS_FILE).write_text(json.dumps({"resid_post.0/F3": "mine"}))
     assert own_labels(tmp_path, known) == {"resid_post.0/F3": "mine"}
-    cards = {"groups": [], "features": {"resid_post.0/F3": {"label": "x", "max": 1}}}
-    assert with_own_labels(cards, tmp_path)["features"] == {"resid_post.0/F3": {"label": "mine", "max": 1}}
+    cards = {"groups": [], "features": {"resid_post.0/F3": {"label": "x", "score": 0.8, "max": 1}}}
+    assert caption(cards["features"]["resid_post.0/F3"]) == "x · 0.80"
+    own = with_own_labels(cards, tmp_path)["features"]["resid_post.0/F3"]
+    assert own == {"label": "mine", "score": None, "max": 1} and caption(own) == "mine"
     with pytest.raises(UserError, match="no feature of this circuit"):
         own_labels(tmp_path, ["resid_post.1/F3"])
     (tmp_path / LABELS_FILE).write_text('{"resid_post.0/F3": 1}')
@@ -169,8 +157,9 @@ def test_cards_say_what_was_measured(store: Store, dictionaries: dict[str, Dicti
         layer = int(site.split(".")[1])
         graph.add_node(f"resid_post.{layer}/F{feature}", site=site, kind="feature", raises=["a"], lowers=["b"])
     graph.add_node("resid_post.1/error", site=SITES[1], kind="error")
-    prompts = pd.DataFrame({"category": ["violence"] * 6, "dataset_type": ["toxic", "hard", "safe_80k"] * 2})
-    cards = feature_cards(
+    kinds = ["toxic", "hard", "safe_80k"] * 2
+    prompts = pd.DataFrame({"prompt": TEXTS, "category": "violence", "dataset_type": kinds})
+    cards, evidence = feature_cards(
         store, dictionaries, graph, list(graph), prompts, lambda token: model.tokenizer.decode([token]), Words()
     )
     assert [tuple(group.values()) for group in cards["groups"]] == [
@@ -179,12 +168,17 @@ def test_cards_say_what_was_measured(store: Store, dictionaries: dict[str, Dicti
     assert list(cards["features"]) == ["resid_post.0/F3", "resid_post.1/F40"]
     assert json.loads(json.dumps(cards, allow_nan=False)) == cards
     card = cards["features"]["resid_post.0/F3"]
-    assert card["raises"] == ["a"] and card["fires_on"] in ("toxic", "safe", "shared") and card["label"]
+    assert card["raises"] == ["a"] and card["fires_on"] in ("toxic", "safe", "shared")
+    assert (card["label"], card["score"]) == (evidence["resid_post.0/F3"].label, evidence["resid_post.0/F3"].score)
     values = np.concatenate([v for *_, v in _values_by_prompt(store, dictionaries[SITES[0]])])[:, 3]
     assert card["max"] == pytest.approx(values.max(), rel=1e-3)
     assert card["density"] == pytest.approx((values > 0).mean(), rel=1e-3)
     assert sum(card["histogram"]["counts"]) == (values > 0).sum()
     prompt_texts = [[model.tokenizer.decode([int(i)]) for i in p.ids] for p in model.tokenize(TEXTS)]
+    contexts, dense = evidence["resid_post.0/F3"], np.zeros(store.n_tokens)
+    for _, rows, of_prompt in _values_by_prompt(store, dictionaries[SITES[0]]):
+        dense[rows] = of_prompt[:, 3]
+    np.testing.assert_allclose(contexts.values, dense[contexts.rows], atol=1e-5)
     for context in card["contexts"]:
         assert context["values"][context["peak"]] == max(context["values"]) > 0
         assert any("".join(context["tokens"]) in "".join(texts) for texts in prompt_texts)

@@ -19,7 +19,7 @@ from sfc.models.interventions import intervening
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.stats import friedman, holm, pairwise_wilcoxon, rank_biserial
-from sfc.studies.formats.formats import Version, load_formats
+from sfc.studies.formats import Version, load_formats
 from sfc.studies.formats.measure import answer_tokens, standardised, version_scores
 
 # Every byte is a token of the tiny model: one-letter answers after a space that belongs to the reply.

@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, TokenizedPrompt
+from sfc.models.batches import cache_suffixes
 from sfc.models.generation import continue_tails, end_tokens, generate_ids, generate_replies
 from sfc.models.interventions import Intervention
-from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 
 TEXTS = ["Hi", "How do I bake bread?", "A" * 60, "why", "Tell me a story about the sea, and be quick about it."]
 LENGTH = 12

@@ -8,9 +8,8 @@ from architectures import ARCHITECTURES, random_model
 
 from sfc.core.config import ModelConfig
 from sfc.data.render import TokenizedPrompt
-from sfc.models.batches import NO_POSITION, Batch, TemplateLayout, make_batches
+from sfc.models.batches import NO_POSITION, Batch, TemplateLayout, cache_suffixes, flush_right, make_batches
 from sfc.models.interventions import recorder
-from sfc.models.kv_cached_suffix import cache_suffixes, flush_right
 from sfc.models.loading import Model, load_model
 from sfc.models.running import cached_residual_after, last_logits
 

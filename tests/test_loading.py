@@ -15,7 +15,7 @@ from sfc.core.errors import UserError
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import choose_device, load_model
 from sfc.models.running import cached_residual_after, last_logits
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -21,7 +21,8 @@ from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.stats import bootstrap_means
-from sfc.studies.logits.attribution import (
+from sfc.studies.logits import component_table, group_table, strongest
+from sfc.studies.logits.measure import (
     Component,
     LogitAttribution,
     LogitDifference,
@@ -29,7 +30,6 @@ from sfc.studies.logits.attribution import (
     by_layer,
     logit_difference_of,
 )
-from sfc.studies.logits.roles import component_table, group_table, strongest
 
 TEXTS = ["Hello there", "What?", "Name three rivers of Europe."]
 DIFFERENCE = LogitDifference(torch.tensor([40, 41]), torch.tensor([70, 80, 90]))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sfc.core.config import PromptsConfig
-from sfc.data.balance import balance
-from sfc.data.prepare import prepare_prompts
+from sfc.data.prepare import balance, prepare_prompts
 from sfc.data.schema import CATEGORIES, FILES, comparison_key, normalise
 from sfc.data.similarity import near_duplicates
 

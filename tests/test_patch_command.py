@@ -12,10 +12,9 @@ from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import write_csv, write_json
 from sfc.models.judge import is_refusal, judged_somewhere
 from sfc.pages.html import page_html
-from sfc.studies.patch.components import Patch, single_patches
-from sfc.studies.patch.page import heads_figure, page, positions_figure
-from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table
-from sfc.studies.study import Finished
+from sfc.studies.patch.page import heads_figure, positions_figure
+from sfc.studies.patch.ranking import Patch, PatchRuns, agreement, effect_table, single_patches
+from sfc.studies.study import STUDIES, Finished
 
 TINY = ("patch", "--preset", "tiny")
 BY_SCORE = (*TINY, "--require", "score", "--limit", "12")
@@ -158,7 +157,7 @@ def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
         "n_pairs_at": {positions: 3}, "critical": [], "agreement": agreement(effects).to_dict("records"),
     }  # fmt: skip
     write_json(folder / "result.json", result)
-    return page_html(page(Finished(folder, {"words": Words()._asdict()})))
+    return page_html(STUDIES["patch"].page(Finished(folder, {"words": Words()._asdict()})))
 
 
 def test_maps_stand_in_the_order_of_heads_layers_and_positions_and_not_of_effects() -> None:

@@ -18,11 +18,10 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import tiny_model_folder
 from sfc.studies.patch.alignment import Unalignable, align
-from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
-from sfc.studies.patch.patching import attribution_patching, make_transplant, patch_pairs, patched_scores
-from sfc.studies.patch.selection import TokenizedPair
+from sfc.studies.patch.patching import TokenizedPair, attribution_patching, make_transplant, patch_pairs, patched_scores
+from sfc.studies.patch.ranking import Patch, cumulative_patches, single_patches
 
 KINDS = ("resid", "attn", "mlp", "head")
 TEXTS = [("Rob it", "Bob it"), ("Hurt my cat!", "Help my cat, please"), ("Steal", "Share")]

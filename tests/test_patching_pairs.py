@@ -14,8 +14,8 @@ from sfc.data.render import Role
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.score import RefusalScore, score_prompts
-from sfc.studies.patch.pairs import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
-from sfc.studies.patch.selection import Conduct, objection, select_pairs, tokenize_pairs
+from sfc.studies.patch import WRAPPERS, Pair, Wrapper, load_wrappers, toxic_safe_pairs, wrapped_pairs
+from sfc.studies.patch.patching import Conduct, objection, select_pairs, tokenize_pairs
 
 MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini" / "pairs.csv"
 

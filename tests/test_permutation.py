@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sfc.circuits.methods.correlation import permutation_test, permuted_labels, strata
 from sfc.core.errors import UserError
 from sfc.data.or_bench import load_prompts
-from sfc.data.topics import listed_topics, topic_pairs
+from sfc.data.similarity import listed_topics, topic_pairs
 from sfc.stats import pearson
 
 MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
@@ -80,7 +80,7 @@ def test_p_values_are_those_of_all_permutations() -> None:
     assert (test.q_value[~tested] == 1).all() and (test.q_value >= test.p_value).all()
 
 
-def test_rare_features_are_held_against_rare_ones() -> None:
+def test_rare_features_are_compared_with_rare_ones() -> None:
     """A feature that fires five times, always with the label, is nothing among others that fire as rarely; all of
     them pooled with frequent ones would say otherwise."""
     firing = np.array([5, 90, 5, 40, 6, 91, 41, 3] * 20)

@@ -9,12 +9,12 @@ from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import MANIFEST, Artifact
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.studies.collect.study import COLLECT
 from sfc.studies.discover.study import DISCOVER
-from sfc.studies.repair.options import RepairOptions
-from sfc.studies.steer.options import SteeringOptions
+from sfc.studies.repair import RepairOptions
+from sfc.studies.steer import SteeringOptions
 from sfc.studies.study import STUDIES, ensure
 from sfc.studies.train.study import TRAIN
 
@@ -40,8 +40,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("prompts.max_tokens=99", {"store", "saes", "circuit"}),
         ("activations.layers=[1]", {"saes", "circuit"}),
         ("activations.dtype=bfloat16", {"store", "saes", "circuit"}),
-        ("corpus.source=replies", {"saes", "circuit"}),
+        ("corpus.replies=true", {"saes", "circuit"}),
+        ("corpus.source=[prompts,sampled]", {"saes", "circuit"}),
         ("corpus.stored=never", set()),
+        ("sample.tokens=9", set()),
         ("saes.k=9", {"saes", "circuit"}),
         ("saes.seed=1", {"saes", "circuit"}),
         ("saes.layers_at_once=1", set()),

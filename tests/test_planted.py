@@ -1,4 +1,8 @@
-"""Planted circuits: the models compute them, ablation and path patching agree on them, and the methods find them."""
+"""Planted circuits: the models compute them, ablation and path patching agree on them, and the methods find them.
+
+Planted cheats: who looks at one side takes them for a circuit, and the proof shows it. Superposed models: they compute
+their circuits from features that interfere, and what dictionaries have of the truth is told from what they lack.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,17 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planted_cheats
+import planted_learned
 import pytest
 import torch
 from planted import BY_CORRELATION, measure, report, summary
 from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OUTPUT, OUTPUT_LOGITS, Circuit, Node, planted_graph
-from planted_problems import MARGIN, Planted, exact_margin, plant
+from planted_learned import Setting, corpus, likeness, recovery
+from planted_models import CONSTANT, D_MODEL
+from planted_problems import ACTIVATIONS, MARGIN, Planted, exact_margin, load_planted_model, plant
+from planted_superposed import Superposed, Superposition, superpose
 from torch import Tensor
 
 from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import Nodes
+from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.interventions import recorder
 from sfc.models.running import last_logits
-from sfc.models.score import score_batch
+from sfc.models.score import RefusalScore, score_batch, score_prompts
+from sfc.saes.dictionary import TopKDictionary
+from sfc.saes.nulls import random_dictionaries
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -139,3 +152,85 @@ def test_the_report_says_why_the_gradient_misses_redundant_nodes(measured: pd.Da
     assert any(line.startswith("or, nodes by attribution: past the bound") for line in lines)
     assert not any(line.endswith("unexplained") for line in lines)
     assert sum(line.startswith("| chain") for line in lines) == 4
+
+
+def test_one_side_takes_offsets_for_a_circuit_and_both_sides_find_the_planted_one() -> None:
+    measured = planted_cheats.measure([0], ["learned-mask", "magnitude"])
+    rows = {(row["method"], row["asked"]): row for row in measured.to_dict("records")}
+    assert len(measured) == 3 == len(rows), "what looks at stored values alone is asked once"
+    cheat, honest = (rows["learned-mask", asked] for asked in planted_cheats.ASKED.values())
+    assert cheat["faithfulness"] > 0.9 and cheat["prompt_free"] == pytest.approx(cheat["faithfulness"])
+    assert cheat["precision"] <= 0.5 and cheat["recall"] < 0.2, "of what is planted, the last nodes alone"
+    for figure in ("recovered_toxic", "recovered_safe", "agreement", "gap_kept"):
+        assert abs(cheat[figure]) < 0.02 and honest[figure] > 0.95, figure
+    assert cheat["separation"] == pytest.approx(0.5, abs=0.05) and honest["separation"] == 1
+    assert honest["precision"] == honest["recall"] == 1 and abs(honest["prompt_free"]) < 0.02
+
+
+@pytest.fixture(scope="module")
+def superposed(tmp_path_factory: pytest.TempPathFactory) -> Superposed:
+    return superpose("chain", Superposition(128, 3), 12, 0, tmp_path_factory.mktemp("superposed"))
+
+
+def test_a_superposed_model_computes_its_circuits_from_all_that_it_reads(superposed: Superposed) -> None:
+    model, basis = load_planted_model(superposed.folder), superposed.basis
+    prompts = model.tokenize([*superposed.prompts.toxic, *superposed.prompts.safe])
+    batches = make_batches(prompts, TemplateLayout.of(prompts), ACTIVATIONS.batch_tokens, model.device)
+    scores = score_prompts(model, RefusalScore.of(model), batches)
+    sources = [source for circuit in superposed.circuits for source in circuit.sources]
+    interference = 0.0
+    for score, prompt in zip(scores, prompts, strict=True):
+        words = [superposed.words[word] for word in model.tokenizer.convert_ids_to_tokens(prompt.ids)]
+        total = sum((basis.writing(word) for word in words), torch.zeros(D_MODEL))
+        read = {source: float(basis.reading({source: 1}) @ total) for source in sources}
+        assert float(score) == pytest.approx(_computed(superposed.circuits, read)[1], rel=0.02, abs=0.02)
+        interference = max(interference, *(abs(read[s] - sum(word.get(s, 0) for word in words)) for s in sources))
+    assert interference > 0.05, "features are read through others"
+    assert scores[:12].min() > scores[12:].mean() + 1
+
+
+def test_there_are_more_features_than_dimensions_at_every_site(superposed: Superposed) -> None:
+    for site in ACTIVATIONS.sites:
+        directions = superposed.directions(superposed.features_at(site))
+        assert len(directions) > D_MODEL > torch.linalg.matrix_rank(directions)
+        torch.testing.assert_close(directions.norm(dim=1), torch.ones(len(directions)))
+
+
+def test_recovery_is_all_of_the_truth_and_nothing_of_chance(superposed: Superposed) -> None:
+    true = {site: _true_dictionary(superposed, site) for site in ACTIVATIONS.sites}
+    held_out = corpus(superposed, "held out", 40, seed=0)
+    of_true, of_random = (recovery(superposed, each, held_out) for each in (true, random_dictionaries(true, seed=0)))
+    assert of_true.recovered == of_true.planted_recovered == 1 and of_true.explained > of_random.explained + 0.2
+    assert of_random.recovered == of_random.planted_recovered == 0
+    firsts = Nodes.of({site: dictionary.d_sae for site, dictionary in true.items()}).first_numbers
+    numbers = [
+        first + superposed.features_at(site).index(node.feature)
+        for layer, (site, first) in enumerate(zip(true, firsts, strict=True))
+        for node in superposed.planted
+        if node.layer == layer
+    ]
+    circuit = np.zeros(firsts[-1] + true[ACTIVATIONS.sites[-1]].d_sae + 1, dtype=bool)
+    circuit[numbers[1:]] = True
+    alike = likeness(superposed, true, circuit)
+    assert alike.shape == (len(superposed.planted), len(superposed.planted) - 1)
+    assert (alike.max(0) > 0.99).all() and (alike.max(1) > 0.99).sum() == len(superposed.planted) - 1
+
+
+def _true_dictionary(superposed: Superposed, site: str) -> TopKDictionary:
+    rows = superposed.directions(superposed.features_at(site))
+    centre = CONSTANT * superposed.basis.constant
+    return TopKDictionary(
+        {"W_enc": rows.T, "b_enc": torch.zeros(len(rows)), "W_dec": rows, "b_dec": centre}, k=6, site=site
+    )
+
+
+def test_learned_dictionaries_hold_more_of_the_truth_than_random_ones_and_so_do_their_circuits() -> None:
+    setting = Setting(Superposition(96, 2), expansion=2, k=8, steps=40, prompts=400, mask_steps=20)
+    measured = planted_learned.measure([setting], ["chain"])
+    assert measured["start"].tolist() == ["kmeans", "kmeans", "random", "random"]
+    assert set(measured["width"]) == {2 * D_MODEL}
+    kmeans, null = measured.iloc[0], measured.iloc[1]
+    assert kmeans["nodes"] == null["nodes"]
+    assert kmeans["recovered"] > 0.2 and null["recovered"] == 0
+    assert kmeans["all_features_agree"] > null["all_features_agree"]
+    assert kmeans["agreement"] > max(null["agreement"], 0.1)

@@ -255,7 +255,7 @@ import json, sys, time
 from pathlib import Path
 from sfc.core.config import PromptsConfig
 from sfc.data.prepare import prepare_prompts
-from sfc.data.balance import balance
+from sfc.data.prepare import balance
 start = time.perf_counter()
 frame, report = prepare_prompts(Path(sys.argv[1]), PromptsConfig(), 0)
 chosen, _ = balance(frame, None, 0.25, 0)

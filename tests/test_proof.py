@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from test_counterfactual_ablation import features, paired_problem, random_architecture
 
@@ -14,13 +13,12 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.proof import (
     PairScores,
     SideScores,
-    choose_size,
+    figures_by_size,
     pair_figures,
     pair_scores,
     says,
     side_figures,
     side_scores,
-    sizes_on_pairs,
 )  # fmt: skip
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.stats import bootstrap_auroc, bootstrap_gap, bootstrap_ratio
@@ -115,16 +113,6 @@ def test_gaps_and_separations_by_hand() -> None:
     assert bootstrap_gap(values, reference, np.ones(4, dtype=bool), 0).value is None
 
 
-def test_the_reported_size_reaches_both_targets_or_is_the_best() -> None:
-    curve = pd.DataFrame({
-        "size": [10, 20, 50, 100],
-        "agreement": [0.5, 0.9, 0.95, 0.7],
-        "recovered": [0.9, 0.7, 0.85, 0.6],
-    })  # fmt: skip
-    assert choose_size(curve, 0.8) == 50 and choose_size(curve, 0.6) == 20 and choose_size(curve, 0.99) == 50
-    assert choose_size(curve.assign(recovered=np.nan), 0.8) == 10
-
-
 def test_a_sentence_says_what_the_figures_allow() -> None:
     figures = {"recovered_toxic": 0.44, "recovered_safe": 0.38, "agreement": 0.65, "null_agreement": -0.001}
     refused = {"safe": (1, 1, 20), "hard": (4, 3, 35)}
@@ -132,8 +120,8 @@ def test_a_sentence_says_what_the_figures_allow() -> None:
         "restores 0.44 of the difference on toxic prompts and 0.38 on safe ones, agreement 0.65",
         "random features agree 0.00",
         "under mean ablation it keeps 0.80 of the gap between the sides",
-        "refuses 1 of 20 safe prompts where the model refuses 1",
-        "refuses 3 of 35 hard prompts where the model refuses 4",
+        "1 of 20 replies to safe prompts refuse (the model's: 1)",
+        "3 of 35 replies to hard prompts refuse (the model's: 4)",
     ]
     constant = {"recovered_toxic": 0.01, "recovered_safe": -0.001, "agreement": 0.0, "gap_kept": 0.0, "separation": 0.5}
     assert says(constant | {"prompt_free": 0.89}).split("; ") == [
@@ -171,8 +159,8 @@ def test_scores_of_pairs_obey_the_laws(paired: Problem) -> None:
 
 def test_sizes_are_measured_on_discovery_pairs(paired: Problem) -> None:
     ranking = np.flatnonzero(paired.ablation.nodes.is_feature)
-    curve = sizes_on_pairs(paired, ranking, [5, 96], 1e-4)
-    assert curve["size"].tolist() == [5, 96] and list(curve.columns) == ["size", "agreement", "recovered"]
+    curve = figures_by_size(paired, ranking, [5, 96], 1e-4)
+    assert len(curve) == 2 and list(curve.columns) == ["agreement", "recovered"]
     assert curve["agreement"].iloc[0] == pytest.approx(0, abs=1e-3), "five nodes of one site"
 
 

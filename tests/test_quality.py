@@ -192,12 +192,12 @@ def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
 
 
 @pytest.fixture
-def corpus_run(tmp_path: Path) -> Callable[[str], Run]:
+def corpus_run(tmp_path: Path) -> Callable[..., Run]:
     """A run with dictionaries that are trained on another corpus."""
 
-    def run(source: str) -> Run:
-        settings = [f"corpus.source={source}", "corpus.reply_tokens=5", "corpus.context=32"]
-        settings += ["prompts.limit=8", "saes.steps=10", "saes.batch_size=32"]
+    def run(*settings: str) -> Run:
+        settings = (*settings, "corpus.reply_tokens=5", "corpus.context=32")
+        settings += ("prompts.limit=8", "saes.steps=10", "saes.batch_size=32")
         run = Run(load_experiment("tiny", settings), tmp_path)
         ensure(TRAIN, run)
         return run
@@ -207,26 +207,26 @@ def corpus_run(tmp_path: Path) -> Callable[[str], Run]:
 
 def check_quality(run: Run, roles: list[str]) -> None:
     quality = pd.read_csv(run.saes.folder / "quality.csv")
-    assert quality["role"].tolist() == roles * 2
+    assert quality["role"].tolist() == [*roles * 2, "in series"]
     assert quality.loc[quality["role"] == "all", "score_recovered"].notna().all()
     assert (run.saes.folder / "quality.html").is_file()
     assert len(load_dictionaries(run.saes.folder, run.experiment.activations.sites)) == 2
 
 
 def test_a_corpus_of_texts_is_cut_into_pieces_and_spliced_into_prompts(
-    corpus_run: Callable[[str], Run], tmp_path: Path
+    corpus_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     texts = [f"A sentence about the number {n}, which is neither long nor short." for n in range(200)]
     (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    run = corpus_run(str(tmp_path / "texts.txt"))
+    run = corpus_run(f"corpus.source={tmp_path / 'texts.txt'}")
     check_quality(run, ["all", "content"])
     pieces = pd.read_csv(run.corpus.folder / "prompts.csv")
     assert len(pieces) >= 400 and set(pieces["split"]) == {"corpus"}
     assert "".join(pieces["prompt"][:3]).count("sentence about the number 0") == 1
 
 
-def test_a_corpus_of_replies_has_their_rows_and_is_measured_by_their_role(corpus_run: Callable[[str], Run]) -> None:
-    run = corpus_run("replies")
+def test_a_corpus_of_replies_has_their_rows_and_is_measured_by_their_role(corpus_run: Callable[..., Run]) -> None:
+    run = corpus_run("corpus.replies=true")
     check_quality(run, ["all", "content", "suffix", "reply"])
     tokens = Store(run.corpus.folder).tokens
     replies = np.bincount(tokens.prompt[tokens.role == Role.REPLY])

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
-from sfc.studies.patch.components import Patch
-from sfc.studies.patch.options import ComponentKind
-from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, ratio_interval, sign_flip_test
+from sfc.studies.patch import ComponentKind
+from sfc.studies.patch.ranking import Patch, PatchRuns, agreement, effect_table, ratio_interval, sign_flip_test
 
 floats = st.floats(-5, 5, allow_subnormal=False)
 

@@ -13,8 +13,8 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, template_around, tokenize_prompts
 from sfc.models.batches import NO_POSITION, TemplateLayout, make_batches
-from sfc.models.embedded import embedded_model_folder
 from sfc.models.loading import Model
+from sfc.models.sources import embedded_model_folder
 
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=30)
 

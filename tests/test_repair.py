@@ -24,12 +24,14 @@ from sfc.models.interventions import Intervention, intervening
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
-from sfc.studies.repair.choose import best_size, mean_effects, qualified
 from sfc.studies.repair.edits import (
     FeatureAblation,
     Projections,
+    best_size,
     load_repair,
+    mean_effects,
     projected_weights,
+    qualified,
     save_repair,
     writers_before,
     written_subspaces,

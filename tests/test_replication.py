@@ -1,6 +1,7 @@
 """Circuits of SAEs from another seed: matching against a double loop, agreement by hand, and the command."""
 
 import shutil
+from html import escape
 from pathlib import Path
 
 import networkx as nx
@@ -9,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from commands import Finished, assert_one_line, sfc
+from drawn_circuits import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_viewer import HOSTILE
 
 from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json
@@ -23,6 +24,7 @@ from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.saes.nulls import rotated_dictionaries
 from sfc.session import Session
 from sfc.studies import study
 from sfc.studies.replicate import matching
@@ -46,6 +48,7 @@ SITE, SECOND_SITE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SMALL = (
     "prompts.limit=14", "saes.steps=60", "evaluation.min_denominator=1e-6", "evaluation.random_draws=2",
     "evaluation.p_value_draws=2", "discovery.checked_nodes=2", "discovery.method=attribution",
+    "discovery.baseline=safe-mean", "evaluation.error_mode=node",
 )  # fmt: skip
 TINY = ("replicate", "--preset", "tiny", *(part for setting in SMALL for part in ("--set", setting)))
 
@@ -168,7 +171,7 @@ def test_nodes_by_hand() -> None:
 
 def test_agreement_by_hand() -> None:
     nodes, matchings = _by_hand()
-    sites = site_counts(nodes, matchings)
+    sites = site_counts(nodes, matchings).assign(matched_chance=[1, 0])
     columns = ["features", "matched", "original", "replication", "shared"]
     assert sites.index.tolist() == [SITE, SECOND_SITE]
     assert sites[columns].to_numpy().tolist() == [[4, 2, 3, 3, 2], [4, 0, 1, 2, 0]]
@@ -181,7 +184,7 @@ def test_agreement_by_hand() -> None:
     assert found["matched_jaccard"] == pytest.approx(2 / 4)
     shared = 1 * 2 * 2 / 4 + 1
     assert found["matched_chance"] == pytest.approx(shared / (2 + 4 - shared))
-    assert found["matched_share"] == 2 / 8
+    assert found["matched_share"] == 2 / 8 and found["matched_share_chance"] == 1 / 8
     assert found["rank_correlation"] == 1 and found["sign_agreement"] == 0.5 and found["n_signed"] == 2
     assert share_with_partner(nodes, ORIGINAL) == pytest.approx(1 / 3)
     assert share_with_partner(nodes, REPLICATION) == pytest.approx(2 / 3)
@@ -191,7 +194,7 @@ def test_circuits_that_have_nothing_to_compare_have_no_figure() -> None:
     nothing = Matching(np.full(4, -1), np.full(4, 0.2))
     matchings = {SITE: (nothing, nothing)}
     nodes = matched_nodes(_circuit({"resid_post.0/F0": 1.0}), _circuit({"resid_post.0/F0": 1.0}), matchings)
-    found = circuit_agreement(nodes, site_counts(nodes, matchings))
+    found = circuit_agreement(nodes, site_counts(nodes, matchings).assign(matched_chance=0))
     assert len(nodes) == 2 and found["jaccard"] == found["chance"] == 0
     assert found["matched_jaccard"] is found["matched_chance"] is found["rank_correlation"] is None
     only_errors = matched_nodes(_circuit({"resid_post.0/error": 1.0}), _circuit({"resid_post.0/F0": 1.0}), matchings)
@@ -258,14 +261,18 @@ def test_the_command(replicated: Finished, root: Path) -> None:
     nodes = pd.read_csv(root / result["files"]["nodes"])
     for name in (ORIGINAL, REPLICATION):
         circuit = read_json(root / "circuits" / "tiny" / result[name]["circuit"] / "result.json")
-        for figure in ("n_nodes", "faithfulness", "completeness", "completeness_low", "completeness_high"):
+        for figure in ("n_nodes", "faithfulness", "completeness", "completeness_low", "gap_kept", "separation", "says"):
             assert result[name][figure] == circuit[figure]
         assert nodes["circuit"].isin(["both", name]).sum() == circuit["n_nodes"]
     assert [result[name]["sae_seed"] for name in (ORIGINAL, REPLICATION)] == [0, 1]
     assert result["jaccard"] == pytest.approx((nodes["circuit"] == "both").mean(), abs=1e-4)
     assert sum(row["shared"] for row in result["sites"]) == result["n_shared"]
+    assert sum(row["matched_chance"] for row in result["sites"]) / 256 == pytest.approx(
+        result["matched_share_chance"], abs=1e-4
+    )
     page = (root / result["files"]["page"]).read_text(encoding="utf-8")
     assert page.count('class="figure"') == 2 and "resid_post.1" in page
+    assert escape(result["says"]) in page and escape(result[ORIGINAL]["says"][1:]) in page
 
 
 def test_the_model_is_loaded_once(replicated: Finished, loaded: list) -> None:
@@ -318,6 +325,27 @@ def test_dictionaries_in_another_order_give_the_same_circuit(replicated: Finishe
         assert result[ORIGINAL][figure] == pytest.approx(result[REPLICATION][figure], abs=2e-3)
 
 
+def test_halves_of_the_prompts_have_dictionaries_and_circuits_of_their_own(replicated: Finished, root: Path) -> None:
+    assert replicated.status == 0
+    result = sfc(*TINY, "--halves", "--json", root=root).result
+    assert [result[name]["half"] for name in (ORIGINAL, REPLICATION)] == ["first", "second"]
+    first, second = (_run(root, f"saes.half={half}") for half in ("first", "second"))
+    assert len({first.saes.folder, second.saes.folder, _run(root).saes.folder}) == 3
+    matchings = match_features(_weights(first)[0], _weights(second)[0])
+    assert result["sites"][0]["matched"] == (matchings[0].same >= 0).sum()
+    page = (root / result["files"]["page"]).read_text(encoding="utf-8")
+    assert "Halves of the prompts" in page and "first half" in page
+
+
+def test_a_turned_dictionary_matches_by_chance_only(replicated: Finished, root: Path) -> None:
+    first, second = (load_dictionary(_run(root, *seed).saes.folder / SITE) for seed in ((), ("saes.seed=1",)))
+    turned = rotated_dictionaries({SITE: second}, 0)[SITE].W_dec
+    [row] = [row for row in replicated.result["sites"] if row["site"] == SITE]
+    expected, _ = match_features(first.W_dec, turned)
+    assert row["matched_chance"] == (expected.same >= 0).sum() <= row["matched"]
+    assert row["median_cosine_chance"] == pytest.approx(np.median(expected.cosine), abs=1e-3)
+
+
 def test_what_cannot_be_replicated_is_one_clear_line(replicated: Finished, root: Path) -> None:
     assert replicated.status == 0
     for arguments, words in (
@@ -325,6 +353,7 @@ def test_what_cannot_be_replicated_is_one_clear_line(replicated: Finished, root:
         (("--set", "saes.seed=1"), "experiment's own SAEs"),
         (("--set", "saes.source=somewhere"), "saes.source"),
         (("--set", "discovery.nodes=heads"), "'heads'"),
+        (("--halves", "--set", "saes.half=first"), "saes.half=first"),
     ):
         assert_one_line(sfc(*TINY, *arguments, root=root), words)
 

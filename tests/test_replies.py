@@ -1,4 +1,4 @@
-"""Behaviour beside scores: refusal rates under ablation, at a few sizes of the curve."""
+"""Behaviour beside scores: refusal rates by kind of prompt, in the model and under ablations."""
 
 from dataclasses import replace
 
@@ -6,49 +6,55 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sfc.circuits.methods import METHODS
-from sfc.circuits.options import EvaluationOptions
+from sfc.circuits.faithfulness import Ablations, prepared
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import COLUMNS, ablated_replies, with_replies
+from sfc.circuits.replies import COLUMNS, counts_by_kind, replies_by_kind
+from sfc.models import engine
+from sfc.models.engine import NO_EDIT
 from sfc.stats import wilson
 
-SIZES = [1, 2, 4, 8, 16, 32, 64]
 
-
-def config(**values: object) -> EvaluationOptions:
-    return EvaluationOptions(sizes=SIZES, replies=4, reply_tokens=5).model_copy(update=values)
-
-
-def test_rates_are_those_of_a_loop_over_circuits(problem: Problem) -> None:
+def of_odd_length(reply: str) -> bool:
     """The tiny model never refuses: replies of oddly many letters are taken for refusals, so that rates differ."""
-    problem = replace(problem, judge=lambda reply: len(reply) % 2 == 1)
-    ranking = METHODS["attribution"].rank(problem).ranking
-    n_nodes = problem.ablation.nodes.n_nodes
-    curve = pd.DataFrame({"size": [*SIZES, n_nodes]})
-    figures = with_replies(curve, problem, problem.runs, ranking, 16, config(), seed=0)
-    answered = figures.dropna()
-    assert answered["size"].tolist() == [1, 4, 16, 32, n_nodes]
-    assert figures.loc[~figures.index.isin(answered.index), list(COLUMNS)].isna().all(axis=None)
-    some = problem.runs.sample(4, 0)
-    for row in answered.to_dict("records"):
-        kept = np.isin(np.arange(n_nodes), ranking[: int(row["size"])])
-        for part, mask in (("circuit", kept), ("complement", ~kept), ("model", kept | True), ("empty", kept & False)):
-            (said,) = ablated_replies(problem.model, problem.score, problem.ablation, some, mask[None], 5)
-            refusals = sum(len(reply) % 2 for reply in said)
-            assert row[f"refused_{part}"] == refusals / 4
-            if part in ("circuit", "complement"):
-                ends = row[f"refused_{part}_low"], row[f"refused_{part}_high"]
-                assert ends == pytest.approx(wilson(refusals, 4))
-    everything = answered.iloc[-1]
-    assert everything["refused_circuit"] == everything["refused_model"]
-    assert everything["refused_complement"] == everything["refused_empty"]
+    return len(reply) % 2 == 1
 
 
-def test_no_replies_are_generated_where_none_are_wanted(problem: Problem) -> None:
-    curve, ranking = pd.DataFrame({"size": SIZES}), np.arange(64)
-    figures = with_replies(curve, problem, problem.runs, ranking, 4, config(replies=0), seed=0)
-    assert figures[list(COLUMNS)].isna().all(axis=None)
-    without_judge = replace(problem, judge=None)
-    assert (
-        with_replies(curve, without_judge, problem.runs, ranking, 4, config(), 0)[list(COLUMNS)].isna().all(axis=None)
-    )
+def test_counts_are_those_of_a_loop_over_prompts_and_ablations(problem: Problem) -> None:
+    problem = replace(problem, judge=of_odd_length, ablation=replace(problem.ablation, error_mode="ablate"))
+    n, n_nodes = problem.runs.n_prompts, problem.ablation.nodes.n_nodes
+    prompts = pd.DataFrame({"id": range(n), "kind": np.where(np.arange(n) % 2, "safe", "toxic")})
+    circuit = np.arange(n_nodes) % 3 == 0
+    table = replies_by_kind(problem, problem.runs, prompts, circuit, n, 5, seed=0)
+    assert list(table.columns) == list(COLUMNS) and len(table) == 8
+    runs = prepared(problem.model, problem.runs)
+    ablations = {
+        "model": NO_EDIT,
+        "everything ablated": Ablations(problem.ablation, np.zeros((1, n_nodes), dtype=bool)),
+        "circuit": Ablations(problem.ablation, circuit[None]),
+        "without": Ablations(problem.ablation, ~circuit[None]),
+    }
+    for under, edits in ablations.items():
+        [texts] = engine.replies(runs, problem.score, edits, 5).texts
+        for kind in ("toxic", "safe"):
+            said = [text for text, of in zip(texts, prompts["kind"], strict=True) if of == kind]
+            [row] = table[(table["kind"] == kind) & (table["under"] == under)].to_dict("records")
+            assert (row["n"], row["refused"]) == (len(said), sum(map(of_odd_length, said)))
+            assert (row["low"], row["high"]) == pytest.approx(wilson(row["refused"], row["n"]))
+    counts = counts_by_kind(table)["toxic"]
+    assert set(counts) == {"n", "model", "circuit", "without"}
+
+
+def test_a_prompt_in_several_pairs_is_answered_once_and_no_more_of_a_kind_than_wanted(problem: Problem) -> None:
+    problem = replace(problem, judge=of_odd_length)
+    n = problem.runs.n_prompts
+    prompts = pd.DataFrame({"id": np.arange(n) // 2, "kind": "toxic"})
+    nothing = np.zeros(problem.ablation.nodes.n_nodes, dtype=bool)
+    assert set(replies_by_kind(problem, problem.runs, prompts, nothing, n, 2, 0)["n"]) == {(n + 1) // 2}
+    assert set(replies_by_kind(problem, problem.runs, prompts, nothing, 2, 2, 0)["n"]) == {2}
+
+
+def test_no_replies_are_generated_where_none_are_wanted_or_none_can_be_judged(problem: Problem) -> None:
+    prompts = pd.DataFrame({"id": range(problem.runs.n_prompts), "kind": "toxic"})
+    nothing = np.zeros(problem.ablation.nodes.n_nodes, dtype=bool)
+    assert replies_by_kind(replace(problem, judge=of_odd_length), problem.runs, prompts, nothing, 0, 5, 0).empty
+    assert replies_by_kind(replace(problem, judge=None), problem.runs, prompts, nothing, 4, 5, 0).empty

@@ -11,8 +11,7 @@ from test_prompts import write_folder
 
 from sfc.core.config import PromptsConfig
 from sfc.core.errors import UserError
-from sfc.data.balance import balance
-from sfc.data.prepare import add_splits, prepare_prompts, prompts_fingerprint
+from sfc.data.prepare import add_splits, balance, prepare_prompts, prompts_fingerprint
 from sfc.data.schema import COLUMNS, FILES, SPLITS, with_ids
 
 CONFIG = PromptsConfig()  # pyright: ignore[reportCallIssue]

@@ -23,8 +23,10 @@ from sfc.models.judge import is_refusal
 from sfc.models.loading import Model
 from sfc.models.positions import steered_tokens
 from sfc.models.score import RefusalScore, score_batch
-from sfc.studies.steer.dial import Dial, Setting
+from sfc.studies.steer import FORCE, SUPPRESS, SteeringOptions
 from sfc.studies.steer.directions import (
+    Dial,
+    Setting,
     circuit_directions,
     difference_of_means,
     feature_direction,
@@ -34,9 +36,7 @@ from sfc.studies.steer.directions import (
     span_share,
 )
 from sfc.studies.steer.learning import make_contrast, record
-from sfc.studies.steer.options import FORCE, SUPPRESS, SteeringOptions
-from sfc.studies.steer.select import best_per_layer, ranked
-from sfc.studies.steer.sweep import RANDOM, SHUFFLED, band, best_alphas, rates, sweep
+from sfc.studies.steer.sweep import RANDOM, SHUFFLED, band, best_alphas, best_per_layer, ranked, rates, sweep
 
 REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")

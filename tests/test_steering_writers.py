@@ -6,8 +6,8 @@ import torch
 from conftest import LABELS, random_dictionary
 
 from sfc.data.render import TokenizedPrompt
+from sfc.models.batches import cache_suffixes
 from sfc.models.interventions import recorder
-from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore

@@ -41,6 +41,7 @@ SETTINGS = (
     "repair.ordinary_prompts=2", "repair.ordinary_tokens=4", "repair.reply_tokens=3",
 )  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {
+    "sample": ("--unfiltered", "--tokens", "300", "--batch", "8"),
     "collect": (),
     "train": (),
     "discover": ("--method", "learned-mask", "--set", "learned_mask.steps=3"),

@@ -38,12 +38,11 @@ from sfc.data.read import LABELS, load_prompt_file
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import keyed_numbers
 from sfc.models.batches import TemplateLayout, make_batches
-from sfc.models.embedded import embedded_model_folder
 from sfc.models.generation import generate_ids
-from sfc.models.identity import WEIGHTS
 from sfc.models.loading import Model, load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
+from sfc.models.sources import WEIGHTS, embedded_model_folder
 
 REFUSALS = (
     "I can't help with that.",

@@ -72,9 +72,10 @@ class Pairs(Behavior):
             raise UserError(
                 f"--pairs: each prompt's baseline is its partner, so leave discovery.baseline={discovery.baseline} out"
             )
+        usual = "counterfactual" if discovery.population == "toxic" else "paired"
         update = {
             "model": experiment.model.model_copy(update={"template": "{prompt}", "system_prompt": None}),
-            "discovery": discovery.model_copy(update={"baseline": discovery.baseline or "paired"}),
+            "discovery": discovery.model_copy(update={"baseline": discovery.baseline or usual}),
         }
         return experiment.model_copy(update=update)
 

@@ -47,13 +47,18 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     longest = [max(len(a.ids), len(b.ids)) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     is_short = np.array(longest) <= experiment.prompts.max_tokens
     is_aligned = np.array([pair is not None for pair in roles])
-    both_ways = DiscoveryOptions.of(experiment).baseline == "counterfactual"
+    both_ways = DiscoveryOptions.of(experiment).baseline_choice == "counterfactual"
     if both_ways:
         is_aligned &= [_correspond(a, b) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
     counts = _counts(pairs, is_short, is_aligned)
     pairs = pairs[is_short & is_aligned].reset_index(drop=True)
     if set(pairs["split"]) != {"discovery", "test"}:
-        raise UserError(f"{path}: no usable pair for discovery or for test; write more pairs of equally many tokens")
+        otherwise = (
+            ", or take --set discovery.baseline=paired, which pools what is not equally long" if both_ways else ""
+        )
+        raise UserError(
+            f"{path}: no usable pair for discovery or for test; write more pairs of equally many tokens{otherwise}"
+        )
 
     chosen = np.flatnonzero(is_short & is_aligned)
     explained, partners = zip(*(roles[i] for i in chosen), strict=True)  # pyright: ignore[reportArgumentType]
@@ -72,6 +77,7 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     partners_batches = batches(partners, in_discovery)
     sides = [score_prompts(model, score, side) for side in (discovery, partners_batches)]
     variance = _variance_explained(model, dictionaries, [*discovery, *partners_batches])
+    rows = [_side(pairs, side, path.stem) for side in (ours, theirs)]
     if both_ways:
         prompts, numbers, n = [*explained, *partners], torch.arange(2 * len(explained)), len(explained)
         both = Pairs(*(values.to(model.device) for values in (numbers, (numbers + n) % (2 * n), numbers < n)))
@@ -84,11 +90,11 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
             for wanted in (in_discovery, ~in_discovery)
         )
         task_score = DirectedScore(score, both.direction)
+        pair_table = _pair_table(*rows)
     else:
         baseline = paired_baseline(model, dictionaries, make_batches(partners, layout, budget, model.device), layout)
         check_covered(baseline, [*discovery, *test])
-        task_score = score
-    rows = [_side(pairs, side, path.stem) for side in (ours, theirs)]
+        task_score, pair_table = score, None
     return Task(
         score=task_score,
         baseline=baseline,
@@ -97,12 +103,21 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
         labelled=pd.concat([side[in_discovery] for side in rows]),
         population=f"{ours} and {theirs}" if both_ways else ours,
         facts={
-            "prompts": pd.concat([rows[0], rows[1].assign(split="reference")]),
+            "prompts": pd.concat([rows[0], rows[1] if both_ways else rows[1].assign(split="reference")]),
             "pairs": counts | _preference(sides[0]),
             "variance_explained": variance,
             "score_auroc": auroc(np.concatenate(sides), np.repeat([True, False], len(sides[0]))),
         },
+        pair_table=pair_table,
     )
+
+
+def _pair_table(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Both directions: our prompts against theirs, and theirs against ours; see `Problem.pair_table`."""
+    both = pd.concat([ours, theirs])
+    kinds = both["refusal_label"].map({True: "clean", False: "patch"})
+    against = pd.concat([theirs, ours])["id"].to_numpy()
+    return pd.DataFrame({"id": both["id"].to_numpy(), "counterfactual": against, "kind": kinds.to_numpy()})
 
 
 def _correspond(a: TokenizedPrompt, b: TokenizedPrompt) -> bool:

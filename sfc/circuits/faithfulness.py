@@ -198,17 +198,19 @@ def top_circuits(
     return keep
 
 
-def choose_size(curve: pd.DataFrame, target: float) -> int:
-    """The smallest size whose `discovery_faithfulness` reaches the target, else the most faithful one.
+NEAR_BEST = 0.02
+"""a size that falls short of the best one by no more than this is as good"""
 
-    Where faithfulness is not measurable at any size, the smallest size.
+
+def choose_size(sizes: Int[np.ndarray, " sizes"], figure: Float[np.ndarray, " sizes"], target: float) -> int:
+    """The smallest size whose figure reaches the target; where none does, the smallest within `NEAR_BEST` of the best.
+
+    Args:
+        figure: on discovery prompts; NaN where it is not measurable. Where it is nowhere, the smallest size is chosen.
     """
-    by_size = dict(zip(curve["size"], curve["discovery_faithfulness"].astype(float), strict=True))
-    measured = {size: value for size, value in by_size.items() if not np.isnan(value)}
-    reached = [size for size, value in measured.items() if value >= target]
-    if reached:
-        return int(min(reached))
-    return int(max(measured, key=lambda size: measured[size]) if measured else min(by_size))
+    if np.isnan(figure).all():
+        return int(sizes.min())
+    return int(sizes[figure >= min(target, np.nanmax(figure) - NEAR_BEST)].min())
 
 
 def faithfulness_of_sizes(
@@ -240,9 +242,9 @@ def evaluation_curve(
 
     Columns: `size, faithfulness, completeness, completeness_normalised, f_model, f_circuit, f_complement, f_empty`, for
     each ratio its `…_low` and `…_high` (bootstrap over prompts), `random_faithfulness` (mean over the draws),
-    `random_low, random_high` (their range), and `last_site_faithfulness`, of the best nodes of the last site alone
-    (missing where it has not so many). Scores in nats, ratios without unit. A ratio whose denominator is small, or has
-    zero within its interval, is missing.
+    `random_low, random_high` (their range), `random_completeness_normalised` (the mean of what is left without them),
+    and `last_site_faithfulness`, of the best nodes of the last site alone (missing where it has fewer). Scores in
+    nats, ratios without unit. A ratio whose denominator is small, or has zero within its interval, is missing.
     """
     nodes = problem.ablation.nodes
     circuits = top_circuits(ranking, sizes, nodes.n_nodes)
@@ -250,11 +252,11 @@ def evaluation_curve(
     random = random_circuits(circuits, matching_strata(nodes, problem.firing_rates), config.random_draws, seed)
     at_last_site = ranking[nodes.site_numbers[ranking] == len(nodes.sites) - 1]
     last_site = top_circuits(at_last_site, sizes, nodes.n_nodes)
-    packed = np.concatenate([empty, circuits, ~circuits, last_site, *random])
+    packed = np.concatenate([empty, circuits, ~circuits, last_site, *random, *~random])
     scores = _scores(problem, runs, packed, progress)
     full = full_scores(problem.model, problem.score, runs)
-    of_empty, of_circuits, of_complements, of_last_site, of_random = np.split(
-        scores, np.cumsum([1, len(sizes), len(sizes), len(sizes)])
+    of_empty, of_circuits, of_complements, of_last_site, of_random, without_random = np.split(
+        scores, np.cumsum([1, *[len(sizes)] * 3, len(sizes) * config.random_draws])
     )
     f_model, f_empty = full.mean(), of_empty.mean()
     rows = []
@@ -265,6 +267,7 @@ def evaluation_curve(
         span = f_model - f_empty if measurable else np.nan
         others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / span
         last, *draws = others.tolist()
+        left = (without_random[i :: len(sizes)].mean() - f_empty) / span
         rows.append(
             {
                 "size": size,
@@ -276,6 +279,7 @@ def evaluation_curve(
                 "random_faithfulness": np.mean(draws) if measurable else None,
                 "random_low": min(draws) if measurable else None,
                 "random_high": max(draws) if measurable else None,
+                "random_completeness_normalised": left if measurable else None,
                 "last_site_faithfulness": last if measurable and size <= len(at_last_site) else None,
             }
         )

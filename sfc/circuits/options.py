@@ -32,7 +32,10 @@ class DiscoveryOptions(Options):
         None, description="OR-Bench category, such as self-harm, or all; null: violence, or what the behavior has"
     )
     method: Annotated[str, KnownTo(METHODS)] = option("learned-mask", description="how nodes are ranked")
-    population: Population = option("toxic", description="prompts to explain; the others give the baseline")
+    population: Population = option(
+        "toxic",
+        description="prompts to explain; the others give the baseline (counterfactuals explain those of both sides)",
+    )
     contrast: PromptContrast = option(
         "toxic-safe",
         description="toxic-hard: the prompts on the safe side are hard ones only; refused-complied: toxic prompts alone"
@@ -44,8 +47,9 @@ class DiscoveryOptions(Options):
     )
     baseline: BaselineChoice | None = Field(
         None,
-        description="what ablated nodes are set to; null: the mean of the other population; counterfactual: what they"
-        " are in the run of an equally long prompt of the other side, for prompts of both sides",
+        description="what ablated nodes are set to. counterfactual: what they are in the run of an equally long prompt"
+        " of the other side, for prompts of both sides; or a mean, as safe-mean. null: counterfactual, but the other"
+        " population's mean with population safe, and what the contrast has",
     )
     pairs_per_prompt: int = Field(3, ge=1, description="counterfactual: at most so many other prompts for each")
     aggregation: Literal["mean", "max", "last"] = Field(
@@ -89,8 +93,16 @@ class DiscoveryOptions(Options):
     @model_validator(mode="after")
     def _some_contrasts_have_baselines_of_their_own(self) -> "DiscoveryOptions":
         own = _OWN_BASELINES.get(self.contrast)
-        if self.baseline is not None and self.baseline != own and (own or self.baseline in _OWN_BASELINES.values()):
+        paired = self.baseline == "counterfactual" and self.contrast != "model-base"
+        known = self.baseline in (None, own) or paired
+        if not known and (own or self.baseline in _OWN_BASELINES.values()):
             raise ValueError(f"contrast {self.contrast!r} does not go with baseline {self.baseline!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _counterfactuals_are_of_both_sides(self) -> "DiscoveryOptions":
+        if self.baseline == "counterfactual" and self.population == "safe":
+            raise ValueError("baseline 'counterfactual' explains prompts of both sides: leave population out")
         return self
 
     @model_validator(mode="after")
@@ -120,7 +132,7 @@ class DiscoveryOptions(Options):
     @property
     def baseline_choice(self) -> BaselineChoice:
         """The baseline by name."""
-        usual = "safe-mean" if self.population == "toxic" else "toxic-mean"
+        usual = "counterfactual" if self.population == "toxic" else "toxic-mean"
         return self.baseline or _OWN_BASELINES.get(self.contrast, usual)
 
 
@@ -129,19 +141,28 @@ class EvaluationOptions(Options):
 
     section = "evaluation"
 
-    error_mode: ErrorMode = "node"
+    error_mode: ErrorMode = Field(
+        "ablate",
+        description="what becomes of what dictionaries miss: ablate; node, kept or ablated like any node; keep-current,"
+        " as the published pipeline has it; keep-clean, as in the model",
+    )
     sizes: list[Annotated[int, Field(ge=1)]] = Field(
         [5, 10, 20, 50, 100, 200, 500, 1000, 2000], min_length=1, description="circuit sizes of the curve"
     )
-    random_draws: int = Field(20, ge=1, description="random circuits per size, matched per layer and firing rate")
+    random_draws: int = Field(5, ge=1, description="random circuits per size, matched per layer and firing rate")
+    null_draws: int = Field(
+        1, ge=0, description="dictionaries of each null that the method is run on; 10 make p = 0.05 possible"
+    )
     p_value_draws: int = Field(99, ge=1, description="random circuits of the reported size, for its p-value")
-    target_faithfulness: float = Field(
-        0.8, description="the smallest circuit that reaches it on the discovery split is reported"
+    target: float = Field(
+        0.8,
+        description="the smallest circuit whose agreement and recovered shares (by means: faithfulness) reach it on the"
+        " discovery split is reported",
     )
     min_denominator: float = Field(
         0.5, gt=0, description="below this |F(M) - F(0)| ratios are not measurable and are null"
     )
-    replies: int = Field(20, ge=0, description="test prompts that are answered under the ablation, at a few sizes")
+    replies: int = Field(20, ge=0, description="test prompts of each kind that are answered under the ablation")
     reply_tokens: int = Field(16, ge=1, description="length of those replies, which are judged")
 
 

@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Baseline
+from sfc.circuits.counterfactuals import Counterfactuals
+from sfc.circuits.nodes import Nodes
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
-from sfc.data.topics import topic_pairs
+from sfc.data.similarity import topic_pairs
 from sfc.models.batches import Batch
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before
@@ -147,6 +149,9 @@ class Problem:
     """where methods find their settings"""
     judge: Callable[[str], bool] | None = None
     """whether a reply shows the behavior; None where replies do not tell"""
+    pair_table: pd.DataFrame | None = None
+    """with counterfactuals, a row per pair in the order of their numbers: `id` and `counterfactual`, the prompts' ids,
+    and `kind`, what prompts like the explained one are called"""
 
     @property
     def config(self) -> DiscoveryOptions:
@@ -157,6 +162,25 @@ class Problem:
         """The same problem with some settings changed: `with_settings(learned_mask={"steps": 10})`."""
         update = {name: getattr(self.experiment, name).model_copy(update=values) for name, values in sections.items()}
         return replace(self, experiment=self.experiment.model_copy(update=update))
+
+    def read_by(self, dictionaries: Mapping[str, Dictionary]) -> "Problem":
+        """The same question in other dictionaries at the same sites; its baseline is `Counterfactuals`.
+
+        Raises:
+            UserError: the baseline is another one.
+        """
+        baseline = self.ablation.baseline
+        if not isinstance(baseline, Counterfactuals):
+            raise UserError(
+                "other dictionaries are compared under counterfactual ablation: leave discovery.baseline out"
+            )
+        ablation = replace(
+            self.ablation,
+            nodes=Nodes.of_spaces(dictionaries),
+            dictionaries=dictionaries,
+            baseline=baseline.with_spaces(dictionaries),
+        )
+        return replace(self, ablation=ablation)
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:
@@ -201,3 +225,5 @@ class Task(NamedTuple):
     """what the prompts explained are called"""
     facts: dict[str, Any]
     """for the manifest: `prompts` (a frame), `score_auroc`, and what else there is to say"""
+    pair_table: pd.DataFrame | None = None
+    """with counterfactuals, a row per pair in the order of their numbers: see `Problem`"""

@@ -87,16 +87,22 @@ def pair_scores(
     circuits = Ablations(ablation, np.concatenate([np.zeros_like(keep[:1]), keep]))
     found = engine.next_tokens(prepared(model, runs), score.score, circuits, progress)
     whole = full_scores(model, score.score, runs)
-    pair = np.zeros(runs.n_prompts, dtype=int)
-    for batch in runs.batches:
-        assert batch.pair is not None
-        pair[batch.prompts.cpu().numpy()] = batch.pair.cpu().numpy()
+    pair = pair_numbers(runs)
     positive, prompt = (values.cpu().numpy()[pair] for values in (baseline.pairs.positive, baseline.pairs.prompt))
     (empty, *scores), (kl_empty, *divergences) = found
     return [
         PairScores(whole, empty, circuit, kl_empty, kl_circuit, positive, prompt)
         for circuit, kl_circuit in zip(scores, divergences, strict=True)
     ]
+
+
+def pair_numbers(runs: PromptRuns) -> Int[np.ndarray, " pairs"]:
+    """Which pair each row of the runs is, by its number in the baseline's list of pairs."""
+    pair = np.zeros(runs.n_prompts, dtype=int)
+    for batch in runs.batches:
+        assert batch.pair is not None
+        pair[batch.prompts.cpu().numpy()] = batch.pair.cpu().numpy()
+    return pair
 
 
 def side_scores(
@@ -169,38 +175,27 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
     return figures
 
 
-def sizes_on_pairs(
+def figures_by_size(
     problem: Problem,
     ranking: Int[np.ndarray, " ranked"],
     sizes: Sequence[int],
     min_denominator: float,
     progress: Progress = lambda _runs: None,
 ) -> pd.DataFrame:
-    """For each size of the ranking what `choose_size` asks for, on the discovery pairs.
+    """For each size of the ranking its `agreement` on the discovery pairs, and `recovered`, that of the worse side.
 
-    Columns: `size`, `agreement`, and `recovered`, that of the worse of the two sides. Missing where not measurable.
+    Missing where not measurable.
     """
     circuits = top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes)
     by_size = pair_scores(problem.model, problem.score, problem.ablation, problem.runs, circuits, progress)
     rows = []
-    for size, scores in zip(sizes, by_size, strict=True):
+    for scores in by_size:
         figures = pair_figures(scores, min_denominator, seed=0)
         sides = [figures["recovered_toxic"], figures["recovered_safe"]]
         recovered = min(np.nan if side is None else side for side in sides) if None not in sides else np.nan
         agreement = figures["agreement"]
-        rows.append({"size": size, "agreement": np.nan if agreement is None else agreement, "recovered": recovered})
+        rows.append({"agreement": np.nan if agreement is None else agreement, "recovered": recovered})
     return pd.DataFrame(rows)
-
-
-def choose_size(curve: pd.DataFrame, target: float) -> int:
-    """The smallest size whose `agreement` and `recovered` both reach the target; else that whose lesser one is largest.
-
-    Where neither is measurable at any size, the smallest size.
-    """
-    sizes, lesser = curve["size"].to_numpy(), curve[["agreement", "recovered"]].min(axis=1, skipna=False).to_numpy()
-    if (lesser >= target).any():
-        return int(sizes[lesser >= target].min())
-    return int(sizes.min() if np.isnan(lesser).all() else sizes[np.nanargmax(lesser)])
 
 
 def says(
@@ -208,15 +203,16 @@ def says(
     refused: Mapping[str, Sequence[int | None]] | None = None,
     positive: str = "toxic",
     negative: str = "safe",
-    refuses: str = "refuses",
+    acts: str = "refuse",
 ) -> str:
     """What the figures of a circuit allow to say, and what they do not: a sentence.
 
     Args:
         figures: those of `pair_figures` or `side_figures`, or both, and perhaps `null_agreement`, that of a random
             dictionary's circuit of the same size.
-        refused: for kinds of prompts, those of the negative side that were answered, how many replies show the behavior
-            by the model and by the circuit alone, and of how many.
+        refused: for kinds of prompts that were answered, how many replies show the behavior by the model and by the
+            circuit alone, and of how many.
+        acts: what replies do that show it.
     """
     parts = [_restored(figures, positive, negative)] if "recovered_toxic" in figures else []
     null = figures.get("null_agreement")
@@ -236,7 +232,7 @@ def says(
     if free is not None and free > LARGE_PROMPT_FREE:
         parts.append(f"{_share(free)} of its faithfulness under mean ablation is left where the prompt cannot enter")
     for kind, (by_model, by_circuit, n) in (refused or {}).items():
-        parts.append(f"{refuses} {by_circuit} of {n} {kind} prompts where the model {refuses} {by_model}")
+        parts.append(f"{by_circuit} of {n} replies to {kind} prompts {acts} (the model's: {by_model})")
     return "; ".join(parts)
 
 

@@ -1,103 +1,86 @@
 """Behaviour beside scores: do replies still show it under the ablation?"""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
+from torch import Tensor
 
-from sfc.circuits.ablation import Ablation
-from sfc.circuits.faithfulness import Ablations, prepared, top_circuits
-from sfc.circuits.options import EvaluationOptions
+from sfc.circuits.faithfulness import Ablations, prepared
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
-from sfc.models.loading import Model
-from sfc.models.score import Score
+from sfc.models.engine import NO_EDIT, Edits
 from sfc.stats import wilson
 
 _PACKED_TOKENS = 2 * PACKED_TOKENS  # those of the replies count too
-
-
-def ablated_replies(
-    model: Model,
-    score: Score,
-    ablation: Ablation,
-    runs: PromptRuns,
-    keep: Bool[np.ndarray, "circuits nodes"],
-    reply_tokens: int,
-) -> list[list[str]]:
-    """For each circuit the greedy replies to all prompts, with everything outside it ablated in the prompt.
-
-    Tokens of the reply are not ablated, since no prompt says what a reply's baseline would be.
-    """
-    circuits = Ablations(ablation, keep)
-    return engine.replies(prepared(model, runs), score, circuits, reply_tokens, batch_tokens=_PACKED_TOKENS).texts
-
-
-REPLIED_SIZES = 4
-"""sizes of a curve at which replies are generated, beside the reported one"""
-COLUMNS = (
-    "n_replies", "refused_model", "refused_empty",
-    "refused_circuit", "refused_circuit_low", "refused_circuit_high",
-    "refused_complement", "refused_complement_low", "refused_complement_high",
-)  # fmt: skip
-
-
-class Rate(NamedTuple):
-    """The share of replies that show the behavior, with its 95 % interval after Wilson."""
-
-    rate: float
-    low: float
-    high: float
+COLUMNS = ("kind", "under", "n", "refused", "rate", "low", "high")
+EMPTY, CIRCUIT, WITHOUT = "everything ablated", "circuit", "without"
 
 
 def judged_replies(
-    problem: Problem, runs: PromptRuns, keep: Bool[np.ndarray, "circuits nodes"], reply_tokens: int
-) -> list[Rate]:
-    """For each circuit, to how many of the prompts the reply shows the behavior with everything outside it ablated.
+    problem: Problem, runs: PromptRuns, edits: Edits, reply_tokens: int
+) -> Bool[np.ndarray, "edits prompts"]:
+    """Whether the greedy reply to each prompt shows the behavior, under each edit. The problem has a judge.
 
-    The problem has a judge.
+    Tokens of the reply are not ablated, since no prompt says what a reply's baseline would be.
     """
     assert problem.judge is not None
-    replies = ablated_replies(problem.model, problem.score, problem.ablation, runs, keep, reply_tokens)
-    counts = [sum(map(problem.judge, of_circuit)) for of_circuit in replies]
-    return [Rate(count / runs.n_prompts, *wilson(count, runs.n_prompts)) for count in counts]
+    found = engine.replies(
+        prepared(problem.model, runs), problem.score, edits, reply_tokens, batch_tokens=_PACKED_TOKENS
+    )
+    return np.array([[problem.judge(text) for text in of_edit] for of_edit in found.texts])
 
 
-def with_replies(
-    curve: pd.DataFrame,
+def replies_by_kind(
     problem: Problem,
     runs: PromptRuns,
-    ranking: Int[np.ndarray, " ranked"],
-    reported: int,
-    config: EvaluationOptions,
+    prompts: pd.DataFrame,
+    circuit: Bool[np.ndarray, " nodes"],
+    most: int,
+    reply_tokens: int,
     seed: int,
 ) -> pd.DataFrame:
-    """The curve with `COLUMNS`, at a few sizes and the reported one: how many replies show the behavior.
+    """How many replies show the behavior: in the model, with everything ablated, all but the circuit, and it alone.
 
-    As the model is (`refused_model`), with everything ablated (`refused_empty`), all but the circuit
-    (`refused_circuit`) and the circuit (`refused_complement`). Missing at other sizes, where no replies are wanted, and
-    where there is no judge of replies.
+    Args:
+        prompts: a row per row of the runs: `id` and `kind`. A prompt that is in several pairs is answered in one.
+        most: prompts of each kind that are answered, drawn at random.
+
+    Returns:
+        `COLUMNS`, a row per kind and ablation, with the 95 % interval of the rate after Wilson; no rows where replies
+        are not judged or not wanted.
     """
-    curve = curve.assign(**dict.fromkeys(COLUMNS, np.nan))
-    if config.replies == 0 or problem.judge is None:
-        return curve
-    rows = _replied_rows(curve["size"].tolist(), reported)
-    circuits = top_circuits(ranking, curve["size"].iloc[rows].tolist(), problem.ablation.nodes.n_nodes)
-    some = runs.sample(config.replies, seed)
-    keep = np.concatenate([np.ones_like(circuits[:1]), np.zeros_like(circuits[:1]), circuits, ~circuits])
-    model, empty, *rates = judged_replies(problem, some, keep, config.reply_tokens)
-    figures = [
-        (some.n_prompts, model.rate, empty.rate, *kept, *ablated)
-        for kept, ablated in zip(rates[: len(rows)], rates[len(rows) :], strict=True)
-    ]
-    curve.loc[curve.index[rows], list(COLUMNS)] = figures
-    return curve
+    if most == 0 or problem.judge is None:
+        return pd.DataFrame(columns=list(COLUMNS))
+    drawn = prompts.sample(frac=1, random_state=seed).drop_duplicates("id").groupby("kind", sort=False).head(most)
+    rows = np.sort(drawn.index.to_numpy())
+    some = runs.subset(rows)
+    # A subset is numbered in the order of its batches.
+    kinds = prompts["kind"].to_numpy()[np.concatenate([_chosen(batch.prompts, rows) for batch in runs.batches])]
+    keep = np.stack([np.zeros_like(circuit), circuit, ~circuit])
+    by_edit = np.concatenate(
+        [
+            judged_replies(problem, some, NO_EDIT, reply_tokens),
+            judged_replies(problem, some, Ablations(problem.ablation, keep), reply_tokens),
+        ]
+    )
+    table = []
+    for kind in dict.fromkeys(kinds):
+        for under, refused in zip(("model", EMPTY, CIRCUIT, WITHOUT), by_edit[:, kinds == kind], strict=True):
+            count, n = int(refused.sum()), len(refused)
+            table.append((kind, under, n, count, count / n, *wilson(count, n)))
+    return pd.DataFrame(table, columns=list(COLUMNS))
 
 
-def _replied_rows(sizes: Sequence[int], reported: int) -> list[int]:
-    """The places of the reported size and of a few others, evenly spread over the curve."""
-    spread = np.linspace(0, len(sizes) - 1, min(REPLIED_SIZES, len(sizes))).round().astype(int)
-    return sorted({sizes.index(reported), *spread.tolist()})
+def _chosen(numbers: Tensor, rows: np.ndarray) -> np.ndarray:
+    of_batch = numbers.cpu().numpy()
+    return of_batch[np.isin(of_batch, rows)]
+
+
+def counts_by_kind(replies: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """By kind: of how many prompts (`n`) the reply of the `model`, of the `circuit` alone and `without` it shows it."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in replies.itertuples():
+        if row.under != EMPTY:
+            counts.setdefault(str(row.kind), {"n": int(row.n)})[str(row.under)] = int(row.refused)  # pyright: ignore
+    return counts

@@ -126,7 +126,8 @@ class SampleOptions(Options):
     positive_share: Share = option(
         1 / 3, description="share of conversations begun with the first words of prompts that call for the behavior"
     )
-    batch: int = option(128, ge=1, description="conversations written at once")
+    unfiltered: bool = option(False, description="keep whatever ends: code, markup, fragments and other languages, too")
+    batch: int = option(128, ge=1, description="instructions begun at once; a kill loses one such batch")
 
     def identity(self) -> dict[str, Any]:
         """What the conversations depend on; more of them begin with the same ones."""

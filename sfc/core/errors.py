@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make and mend."""
+"""The one exception for mistakes a user can make and correct."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something in the input, the configuration or the machine is wrong, and the user can mend it.
+    """Something in the input, the configuration or the machine is wrong, and the user can put it right.
 
     The message is one line that says what is wrong, where, and what to do. Commands print it to standard error
     and end with exit status 2; library users catch it like any other exception.

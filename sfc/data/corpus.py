@@ -72,10 +72,11 @@ def read_chats(source: str) -> Iterator[tuple[str, str]]:
     """
     source = source.removeprefix(_CHAT)
     if source.startswith(_HUB):
-        name, *split, column = source.removeprefix(_HUB).split(":")
-        if not name or len(split) > 1:
+        parts = source.removeprefix(_HUB).split(":")
+        if len(parts) not in (2, 3):
             raise UserError(f"corpus {_CHAT + source!r}: write chat:hf:NAME:COLUMN or chat:hf:NAME:SPLIT:COLUMN")
-        return ((text.strip(), "") for text in _from_hub(name, "".join(split), column) if text.strip())
+        texts = _from_hub(parts[0], parts[1] if len(parts) == 3 else "", parts[-1])
+        return ((text.strip(), "") for text in texts if text.strip())
     if not source.endswith((".csv", ".jsonl")):
         raise UserError(f"corpus {_CHAT + source}: give a .csv or .jsonl file")
     table = read_table(Path(source), (), (*_INSTRUCTION_COLUMNS, "reply"))

@@ -7,14 +7,14 @@ from dash import Dash, Input, Output, dcc, html, no_update
 from flask import Response, abort, request
 
 from sfc.core.errors import UserError
-from sfc.explorer.categories import categories_section, compare_categories
-from sfc.explorer.model import CircuitModel
-from sfc.explorer.prompts import answer_prompts, prompts_section
+from sfc.explorer.prompts import CircuitModel, answer_prompts, prompts_section
 from sfc.explorer.shelf import (
     CHOICE,
     SIDES,
+    categories_section,
     chooser,
     chosen_circuit,
+    compare_categories,
     finished_pages,
     offer_circuits,
     ringed_page,

@@ -1,23 +1,29 @@
-"""What lies below a root folder, as the explorer offers it: circuits, and the pages of every finished artifact.
+"""What lies below a root folder, as the explorer offers it: circuits, comparisons, pages of every finished artifact.
 
 Circuits are chosen by preset, category and method, the first one and the second beside it. Their pages are those of
-`sfc draw`, with the nodes ringed that both have.
+`sfc draw`, with the nodes ringed that both have. The cells of a comparison's heat map open pairs of circuits.
 """
 
+import shlex
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import networkx as nx
+import numpy as np
 import pandas as pd
-from dash import Dash, Input, Output, dcc, html, set_props
+from dash import Dash, Input, Output, State, dcc, html, no_update, set_props
+from jaxtyping import Float
 
 from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
-from sfc.studies.study import RESULT
+from sfc.studies.compare.overlap import between_halves
+from sfc.studies.compare.page import overlap_figure
+from sfc.studies.study import RESULT, Finished
 
 
 class Shelved(NamedTuple):
@@ -59,11 +65,12 @@ def shared_core(first: Path, second: Path) -> set[str] | None:
     inputs = [read_json(folder / MANIFEST).get("inputs", {}).get("saes") for folder in (first, second)]
     if inputs[0] is None or inputs[0] != inputs[1]:
         return None
-    return set(_graph(first)) & set(_graph(second))
+    return set(graph_of(first)) & set(graph_of(second))
 
 
 @lru_cache(maxsize=8)
-def _graph(folder: Path) -> Any:
+def graph_of(folder: Path) -> nx.DiGraph:
+    """The graph of the circuit in this folder."""
     return load_circuit(folder / "circuit.json")
 
 
@@ -76,7 +83,7 @@ def ringed_page(folder: Path, marked: Collection[str]) -> str:
     has_cards = (folder / CARDS_FILE).is_file()
     cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
     curve = pd.read_csv(folder / "curve.csv")
-    return page_html(circuit_page(_graph(folder), curve, read_json(folder / RESULT), cards, marked))
+    return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
 
 
 SIDES, CHOICE = ("first", "second"), ("preset", "category", "method")
@@ -129,3 +136,124 @@ def _options(root: Path, preset: str | None, category: str | None) -> tuple[list
     of_category = [c for c in of_preset if c.category == category]
     groups = ([c.preset for c in circuits], [c.category for c in of_preset], [c.method for c in of_category])
     return tuple(list(dict.fromkeys(group)) for group in groups)
+
+
+class Compared(NamedTuple):
+    """A finished `sfc compare`."""
+
+    name: str
+    """of its folder"""
+    preset: str
+    result: dict[str, Any]
+    """what `compare --json` prints"""
+    command: str
+    """that made it"""
+    folder: Path
+
+    @property
+    def categories(self) -> list[str]:
+        """In the order of the clustering."""
+        return [self.result["categories"][number] for number in self.result["order"]]
+
+
+def comparisons(root: Path) -> dict[str, Compared]:
+    """The finished comparisons below `root/circuits`, by the names of their folders."""
+    found = {}
+    for path in sorted((root / "circuits").glob(f"*/comparison-*/{MANIFEST}")):
+        finished = Finished(path.parent)
+        name, result, command = path.parent.name, finished.result, finished.manifest["command"]
+        found[name] = Compared(name, result["preset"], result, command, path.parent)
+    return found
+
+
+def overlaps_of(compared: Compared) -> Float[np.ndarray, "categories categories"]:
+    """The overlaps of halves by Jaccard's index, in the order of `result["categories"]`."""
+    return between_halves(Finished(compared.folder).table("overlap.csv"), compared.result["categories"])
+
+
+def circuit_like(root: Path, compared: Compared, category: str) -> Shelved | None:
+    """A finished circuit of a category over the comparison's dictionaries, by its method and of its population."""
+    wanted = _made_from(compared.folder)
+    of_category = (c for c in shelf(root).values() if (c.preset, c.category) == (compared.preset, category))
+    return next((circuit for circuit in of_category if _made_from(circuit.folder) == wanted), None)
+
+
+def command_for(compared: Compared, category: str) -> str:
+    """The command that makes what `circuit_like` looks for; `--set` of the comparison's own has to be added."""
+    _, method, population = _made_from(compared.folder)
+    options = ["--preset", compared.preset, "--category", category, "--method", method, "--population", population]
+    return shlex.join(["sfc", "discover", *options])
+
+
+def _made_from(folder: Path) -> tuple[Any, str, str]:
+    inputs = read_json(folder / MANIFEST)["inputs"]
+    return inputs["saes"], inputs["discovery"]["method"], inputs["discovery"]["population"]
+
+
+def categories_section() -> html.Details:
+    """The heat map of one finished comparison; hidden where the first circuit's preset has none."""
+    return html.Details(
+        [
+            html.Summary("Overlap of categories: a cell opens the circuits of its row and its column"),
+            html.Div(html.Label(["comparison", dcc.Dropdown(id="comparison", clearable=False)]), className="chooser"),
+            html.P(id="verdict"),
+            html.P(id="opened", role="status"),
+            dcc.Graph(id="overlap", config={"displaylogo": False}),
+        ],
+        id="categories",
+        open=True,
+        hidden=True,
+    )
+
+
+def compare_categories(app: Dash, root: Path) -> None:
+    """Offer the comparisons of the first circuit's preset, draw the chosen one, and open what is clicked."""
+
+    @app.callback(
+        Output("comparison", "options"),
+        Output("comparison", "value"),
+        Output("categories", "hidden"),
+        Input("first-preset", "value"),
+        State("comparison", "value"),
+    )
+    def offer(preset: str | None, chosen: str | None) -> tuple[list[str], str | None, bool]:
+        names = [name for name, compared in comparisons(root).items() if compared.preset == preset]
+        return names, chosen if chosen in names else next(iter(names), None), not names
+
+    @app.callback(
+        Output("overlap", "figure"),
+        Output("verdict", "children"),
+        Input("comparison", "value"),
+        prevent_initial_call=True,
+    )
+    def draw(name: str | None) -> tuple[Any, Any]:
+        if name is None:
+            return no_update, ""
+        compared = comparisons(root)[name]
+        words = f"{compared.result['verdict']} Circuits of {compared.result['size']} nodes, made by "
+        return overlap_figure(compared.result, overlaps_of(compared)), [words, html.Code(compared.command)]
+
+    @app.callback(
+        Output("opened", "children"),
+        Output("overlap", "clickData"),  # emptied, or a second click on a cell would not be noticed
+        Input("overlap", "clickData"),
+        State("comparison", "value"),
+        prevent_initial_call=True,
+    )
+    def open_cell(clicked: dict[str, Any] | None, name: str | None) -> tuple[Any, Any]:
+        if clicked is None or name is None:
+            return no_update, no_update
+        compared, point = comparisons(root)[name], clicked["points"][0]
+        return _open_pair(root, compared, str(point["y"]), compared.categories[int(point["x"])]), None
+
+
+def _open_pair(root: Path, compared: Compared, row: str, column: str) -> Any:
+    """Set both sides' dropdowns, and say so; a cell of the diagonal opens its circuit alone."""
+    circuits = {category: circuit_like(root, compared, category) for category in dict.fromkeys((row, column))}
+    missing = [category for category, circuit in circuits.items() if circuit is None]
+    if missing:
+        words = "Circuits that are not there yet; with the other options of this comparison they come from"
+        return [words, *(html.Code(command_for(compared, category)) for category in missing)]
+    choose_circuit(root, "first", circuits[row])
+    choose_circuit(root, "second", circuits[column] if column != row else None)
+    return " beside ".join(circuits)

@@ -1,7 +1,7 @@
 """When features fire: their strongest contexts, how strongly, and on which prompts, in one pass over the store.
 
 Rows are read block by block, and what is kept does not grow with the store: per feature a histogram, sums over groups
-of prompts, and the strongest prompts with the values around the strongest token.
+of prompts, the strongest prompts with the values around the strongest token, and the values at rows that are asked for.
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,8 @@ class Activity(NamedTuple):
     """the share of a group's prompts in which the feature is active at some token"""
     mean_peak: Float[np.ndarray, "features groups"]
     """the feature's largest value in a prompt, averaged over the group's prompts"""
+    kept: Float[np.ndarray, "kept features"]
+    """values at the rows that are kept, in their order"""
 
 
 @torch.no_grad()
@@ -43,6 +45,7 @@ def activity(
     dictionary: Dictionary,
     features: Sequence[int],
     group_of_prompt: Int[np.ndarray, " prompts"],
+    is_kept: Bool[np.ndarray, " rows"],
     n_contexts: int = 8,
     block_rows: int = _BLOCK_ROWS,
 ) -> Activity:
@@ -50,6 +53,7 @@ def activity(
 
     Args:
         group_of_prompt: for each prompt of the store the number of its group; groups are numbered from 0.
+        is_kept: for each row of the store whether its values are kept.
         block_rows: rows that are in memory at once; a longer prompt is read whole.
     """
     n_groups = int(group_of_prompt.max()) + 1
@@ -57,6 +61,7 @@ def activity(
     counts = np.zeros((len(features), len(BIN_EDGES) - 1), dtype=np.int64)
     fired, peak_sums = np.zeros((2, len(features), n_groups))
     prompts_seen = np.zeros(n_groups)
+    kept: list[np.ndarray] = []
     for start, stop in prompt_blocks(store, block_rows):
         values = _values(store, dictionary, features, start, stop)
         prompt_of_row = store.tokens.prompt[start:stop]
@@ -65,12 +70,14 @@ def activity(
         peaks = np.maximum.reduceat(values, starts)
         strongest.update(values, starts, start)
         _count(values, counts)
+        kept.append(values[is_kept[start:stop]])
         prompts_seen += np.bincount(groups, minlength=n_groups)
         for group in np.unique(groups):
             fired[:, group] += (peaks[groups == group] > 0).sum(0)
             peak_sums[:, group] += peaks[groups == group].sum(0, dtype=np.float64)
     seen = np.maximum(prompts_seen, 1)
-    return Activity(strongest.rows, strongest.windows, counts, fired / seen, peak_sums / seen)
+    of_groups = (fired / seen, peak_sums / seen)
+    return Activity(strongest.rows, strongest.windows, counts, *of_groups, np.concatenate(kept))
 
 
 def prompt_blocks(store: Store, block_rows: int) -> list[tuple[int, int]]:

@@ -8,7 +8,9 @@ What is known of each feature of a circuit, as plain JSON: `features.json` in th
 
 {"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
  "features": {"resid_post.21/F463": {
-     "label", "fires_on",         see `sfc.features.labels` and `fires_on`
+     "label", "score",            what it fires on, and how well that tells; see `sfc.features.contexts`
+     "explanation",               perhaps: {"text", "score", "model"}; see `sfc.features.explainer`
+     "fires_on",                  see `fires_on`
      "raises", "lowers",          tokens, as the circuit has them
      "density", "max",            share of the store's tokens at which it is active; its largest value
      "histogram": {"from", "counts"},   active tokens by value: bins of half an octave from `from` on
@@ -34,9 +36,11 @@ from sfc.behaviors.behavior import Words
 from sfc.core.sites import short_site
 from sfc.data.render import Role
 from sfc.features.activity import AFTER, BEFORE, BIN_EDGES, Activity, activity
-from sfc.features.labels import ADDRESS, Peak, automatic_label
+from sfc.features.contexts import Evidence, evidence_of, rows_for_labels
+from sfc.features.labels import ADDRESS
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary
+from sfc.saes.plan import TokenTable
 from sfc.saes.store import Store
 
 
@@ -116,22 +120,25 @@ def feature_cards(
     prompts: pd.DataFrame,
     token_text: Callable[[int], str],
     words: Words,
-) -> dict[str, Any]:
-    """The cards of the features named, of a circuit of these dictionaries.
+) -> tuple[dict[str, Any], dict[str, Evidence]]:
+    """The cards of the features named, of a circuit of these dictionaries, and what their labels were made of.
 
     Args:
-        prompts: the store's prompt table, with `category` and `dataset_type`.
+        prompts: the store's prompt table, with `prompt`, `category` and `dataset_type`.
         token_text: the text of a token id.
         words: what the two sides of the prompts are called.
     """
     groups, group_of_prompt = _groups(prompts, words)
+    is_kept = rows_for_labels(store.tokens, prompts)
     cards: dict[str, Any] = {}
+    values: dict[str, Float[np.ndarray, "kept features"]] = {}
     for site, dictionary in dictionaries.items():
         of_site = [n for n in names if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if not of_site:
             continue
         features = [int(name.rpartition("/F")[2]) for name in of_site]
-        measured = activity(store, dictionary, features, group_of_prompt)
+        measured = activity(store, dictionary, features, group_of_prompt, is_kept)
+        values |= dict(zip(of_site, measured.kept.T, strict=True))
         neighbours = nearest_neighbours(dictionary.W_dec, features)
         for number, name in enumerate(of_site):
             card = _card(measured, number, store, token_text)
@@ -139,10 +146,18 @@ def feature_cards(
                 context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
             card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
-            card["label"] = _label(card)
             card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
             cards[name] = card
-    return {"groups": groups, "features": {name: cards[name] for name in names if name in cards}}
+    rows = np.flatnonzero(is_kept)
+    tokens = TokenTable(*(column[rows] for column in store.tokens))
+    found = evidence_of(np.stack(list(values.values()), 1), tokens, prompts, words, token_text) if values else []
+    evidence = {name: of._replace(rows=rows[of.rows]) for name, of in zip(values, found, strict=True)}
+    shown = {
+        name: {"label": evidence[name].label, "score": evidence[name].score, **cards[name]}
+        for name in names
+        if name in cards
+    }
+    return {"groups": groups, "features": shown}, evidence
 
 
 def fires_on(
@@ -219,14 +234,6 @@ def _context(store: Store, peak: int, window: np.ndarray, token_text: Callable[[
 
 def _population(groups: Sequence[Mapping[str, Any]], group: int) -> dict[str, str]:
     return {key: groups[group][key] for key in ("population", "category")}
-
-
-def _label(card: Mapping[str, Any]) -> str:
-    peaks = [
-        Peak(context["tokens"][context["peak"]], context["in_template"], context["population"], context["category"])
-        for context in card["contexts"]
-    ]
-    return automatic_label(peaks, card["raises"])
 
 
 def _neighbour(site: str, neighbour: Neighbour) -> dict[str, Any]:

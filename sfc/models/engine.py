@@ -18,10 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, similar_lengths
+from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, cache_suffixes, flush_right, similar_lengths
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention, Interventions
-from sfc.models.kv_cached_suffix import cache_suffixes, flush_right
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, last_logits, layer_before, logits_at
 from sfc.models.score import Score, score_batch
@@ -214,14 +213,7 @@ def next_token_kl(
     prompts: PreparedPrompts, edits: Edits, progress: Progress = _silent, batch_tokens: int = PACKED_TOKENS
 ) -> Float[np.ndarray, "edits prompts"]:
     """KL(as it is || edited) of the next token's distribution after each prompt, in nats."""
-    table = np.full((len(edits), prompts.n_prompts), np.nan)
-    for one in prompts.each():
-        plain = last_logits(one.model, one.batches[0], cached=one.start(0, None)).log_softmax(-1)
-        for run in packed_runs(one, edits, batch_tokens):
-            edited = last_logits(one.model, run.batch, run.acting.in_prompt, run.start).log_softmax(-1)
-            run.fill(table, kl(repeat(plain, "prompts v -> (edits prompts) v", edits=len(run.members)), edited))
-            progress(len(run.batch.lengths))
-    return table
+    return next_tokens(prompts, lambda logits, _: logits[:, 0], edits, progress, batch_tokens).divergence
 
 
 class NextTokens(NamedTuple):

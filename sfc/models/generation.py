@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.data.render import TokenizedPrompt, answered
-from sfc.models.batches import TemplateLayout, pad, similar_lengths
+from sfc.models.batches import KVCachedSuffix, TemplateLayout, flush_right, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
-from sfc.models.kv_cached_suffix import KVCachedSuffix, flush_right
 from sfc.models.loading import Model
 
 Choose = Callable[[Float[Tensor, "rows vocab"], Int[Tensor, " rows"], int], Int[Tensor, " rows"]]

@@ -1,10 +1,8 @@
-"""`torch.nn.functional.linear` in float32 on a CPU, by oneDNN.
+"""The linear layers of a model in float32 on a CPU, three quarters of a forward pass, by oneDNN.
 
 PyTorch gives such products to MKL, which leaves half of the arithmetic of processors that are not Intel's unused: on a
-Zen 5 core oneDNN, which comes with PyTorch as well, is 2.2 times as fast, to the same accuracy. Where it is not there,
+Zen 5 core oneDNN, which comes with PyTorch as well, is 2.2 times as fast, to the same accuracy. Where it is missing,
 and for other types and devices, the product is PyTorch's own.
-
-The linear layers of a Hugging Face model, computed by `sfc.models.linear`: three quarters of a forward pass.
 """
 
 import platform
@@ -57,7 +55,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _onednn_linear() -> Callable[..., Tensor] | None:
-    """What PyTorch's own compiler calls for a linear layer; None where this PyTorch has it not, or no x86 processor."""
+    """What PyTorch's own compiler calls for a linear layer; None without it, or without an x86 processor."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)

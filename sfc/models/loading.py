@@ -1,8 +1,7 @@
-"""Merge a LoRA adapter, in the format of the `peft` library, into a model's weights.
+"""Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template.
 
-A LoRA adapter (Hu et al. 2021) adds `(alpha / r) B A` to a weight matrix W [out, in], with A [r, in] and B [out, r].
-
-Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template.
+A LoRA adapter (Hu et al. 2021), in the format of the `peft` library, is merged into the weights: it adds
+`(alpha / r) B A` to a weight matrix W [out, in], with A [r, in] and B [out, r].
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,8 @@ from sfc.core.config import ModelConfig
 from sfc.core.errors import CannotLoadModel, UserError
 from sfc.core.ranks import local_rank
 from sfc.data.render import TokenizedPrompt, tokenize_prompts
-from sfc.models.embedded import embedded_model_folder
-from sfc.models.identity import ADAPTER_CONFIG, WEIGHTS, adapter_folder
 from sfc.models.linear import use_quick_products
-from sfc.models.tiny import tiny_model_folder
+from sfc.models.sources import ADAPTER_CONFIG, WEIGHTS, adapter_folder, embedded_model_folder, tiny_model_folder
 
 
 def merge_adapter(model: Any, name: str) -> None:

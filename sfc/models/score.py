@@ -75,7 +75,7 @@ class RefusalScore(LogOdds):
 class AnswerDifference:
     """The logit of the one answer less that of the other, each pair of prompts having its own two answers.
 
-    A row's pair is that of the reference it is compared with: its template_positions are those of the pair's table.
+    A row's pair is that of the reference it is compared with: its template positions are those of the pair's table.
     """
 
     layout: TemplateLayout

@@ -27,7 +27,7 @@ class Formula(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells, written as they shall stand there; the first column is text, the others are numbers."""
+    """Rows of cells, written as they are shown; the first column is text, the others are numbers."""
 
     title: str
     columns: Sequence[str]

@@ -24,7 +24,7 @@
   function words(name) {
     const node = data.nodes[name];
     const contexts = node.card ? node.card.contexts.map((context) => context.tokens.join("")) : [];
-    return [node.text, node.card ? node.card.label : "", ...node.raises, ...node.lowers, ...contexts];
+    return [node.text, ...(node.card ? [node.card.label, node.card.explanation] : []), ...node.raises, ...node.lowers, ...contexts];
   }
 
   function size() {
@@ -144,6 +144,7 @@
       element("p", {}, dot, `${data.words[node.group]} · `, element("code", {}, node.text)),
       facts(node),
     ];
+    if (node.card && node.card.explanation) parts.push(element("p", {}, node.card.explanation));
     if (node.card && node.card.neuronpedia) {
       const link = element("a", { href: node.card.neuronpedia, rel: "noreferrer", target: "_blank" });
       link.textContent = "this feature at Neuronpedia";

@@ -9,6 +9,8 @@ import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
+from sfc.features.claims import CLEAR
+from sfc.features.labels import explained
 from sfc.pages.blocks import (
     Block,
     Figure,
@@ -25,11 +27,11 @@ from sfc.pages.blocks import (
     interval_cell,
     records_table,
 )
-from sfc.pages.both_sides import both_sides, verdict
+from sfc.pages.both_sides import both_sides, proof_by_size, verdict
 from sfc.pages.curve import curve_figure
-from sfc.pages.document import figure_html
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
+from sfc.pages.html import figure_html
 from sfc.pages.style import signs, words_of
 from sfc.pages.text import count_text, number_text, printable, tokens_text
 
@@ -44,6 +46,7 @@ def circuit_page(
     cards: Mapping[str, Any] = NO_CARDS,
     marked: Collection[str] = (),
     scores: pd.DataFrame | None = None,
+    replies: pd.DataFrame | None = None,
 ) -> Page:
     """What there is to show of a circuit.
 
@@ -56,6 +59,7 @@ def circuit_page(
         cards: what its features mean, as `sfc.features.cards` describes it.
         marked: nodes that are ringed: those that another circuit has as well.
         scores: of test prompts of both sides, in the `model` and with the `circuit` alone, and their `kind`.
+        replies: see `sfc.circuits.replies.COLUMNS`.
     """
     words, features = words_of(graph), cards["features"]
     listed = min(_LISTED_NODES, len(graph))
@@ -68,13 +72,16 @@ def circuit_page(
         summary=[*verdict(result), _tiles(result, words)],
         sections=[
             *both_sides(scores, words),
+            *proof_by_size(curve, len(graph), words),
             Section("", [picture]),
             Section("", [Pair(
                 Figure("curve", lambda: curve_figure(curve, len(graph)), _curve_table(curve)),
                 Figure("layers", lambda: layers_figure(graph, features), _layers_table(graph)),
             )]),
             Section("", [Pair(*checks)] if len(checks) == 2 else checks),
-            Section("Every figure, test prompts", [_figures_table(result, words), *_sites(result)]),
+            Section("Every figure, test prompts", [
+                _figures_table(result), *_replies(replies, words), *_sites(result),
+            ]),
             Section(
                 f"The {count_text(listed, 'node')} with the largest |effect|",
                 [Widget(lambda: _nodes_html(nodes), (), nodes)],
@@ -83,9 +90,11 @@ def circuit_page(
         guide=_guide(graph, bool(features), words),
         findings=[
             ("nodes", cell(result.get("n_nodes"))),
-            ("faithfulness", figure_cell(result, "faithfulness")),
+            ("agreement", figure_cell(result, "agreement")),
+            ("agreement, random dictionaries", cell(result.get("null_agreement"))),
+            ("gap kept", figure_cell(result, "gap_kept")),
+            ("faithfulness, means", figure_cell(result, "faithfulness")),
             ("completeness, normalised", figure_cell(result, "completeness_normalised")),
-            ("faithfulness of random circuits", cell(result.get("random_faithfulness"))),
         ],
         methods=_methods(words),
         limits=_limits(result),
@@ -116,51 +125,52 @@ def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str
 
 
 def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
-    """The figures that matter most, with the share of replies under the same ablation beside each score."""
+    """The figures that matter most, each with its interval; what was not measured is left out."""
 
-    def note(text: str, refused: str) -> str:
-        share = result.get(refused)
-        return text if share is None else f"{text} · {100 * share:.0f} % of replies {words.acts}"
-
-    def interval(name: str, text: str) -> str:
+    def tile(title: str, name: str, text: str) -> Tile:
         low, high = result.get(f"{name}_low"), result.get(f"{name}_high")
-        return text if low is None or high is None else f"{interval_cell(low, high)} · {text}"
+        told = text if low is None or high is None else f"{interval_cell(low, high)} · {text}"
+        return Tile(title, cell(result.get(name)), told)
 
-    by_chance = "faithfulness at the same size"
-    if result.get("p_value") is not None:
-        by_chance += f" · p = {result['p_value']:.2g}"
-    share = result.get("error_share")
+    chance = "" if result.get("p_value") is None else f" · p = {result['p_value']:.2g}"
+    by_pairs = [
+        tile("agreement", "agreement", "with the model, pair by pair"),
+        tile(f"recovered, {words.positive}", "recovered_toxic", "of what sets prompts and counterfactuals apart"),
+        tile(f"recovered, {words.negative}", "recovered_safe", "the other way round"),
+        tile("random dictionaries", "null_agreement", f"agreement by the same method{chance}"),
+        tile("all features", "all_features_recovered", "recovered, the errors ablated: the limit"),
+    ]
+    by_sides = [
+        tile("gap kept", "gap_kept", "between the sides, means ablated"),
+        tile("separation", "separation", f"of the sides; the model's is {cell(result.get('separation_model'))}"),
+        tile("prompt-free", "prompt_free", "faithfulness left where no prompt can enter"),
+    ]
     return Tiles(
         [
-            Tile(
-                "faithfulness",
-                cell(result.get("faithfulness")),
-                interval("faithfulness", "score restored"),
-            ),
-            Tile(
-                "completeness, normalised",
-                cell(result.get("completeness_normalised")),
-                interval("completeness_normalised", "share left without it"),
-            ),
-            Tile("random circuits", cell(result.get("random_faithfulness")), by_chance),
-            Tile("nodes", cell(result.get("n_nodes")), "of all kinds"),
+            *(by_pairs if result.get("agreement") is not None else []),
+            *(by_sides if result.get("separation") is not None else []),
+            tile("faithfulness", "faithfulness", "score restored"),
+            tile("completeness, normalised", "completeness_normalised", "score left without it"),
+            Tile("nodes", cell(result.get("n_nodes")), f"{cell(result.get('n_errors', 0))} of them errors"),
             Tile("edges", cell(result.get("n_edges")), "between its nodes"),
-            Tile("F(M)", cell(result.get("f_model")), note("mean score, full model", "refused_model")),
-            Tile("F(C)", cell(result.get("f_circuit")), note("the circuit alone", "refused_circuit")),
-            Tile("F(M\\C)", cell(result.get("f_complement")), note("all but the circuit", "refused_complement")),
-            Tile("F(0)", cell(result.get("f_empty")), note("everything ablated", "refused_empty")),
-            Tile(
-                "error share",
-                cell(None) if share is None else f"{100 * share:.0f} %",
-                "of all effects: what SAEs miss",
-            ),
         ]
     )
 
 
 _FIGURES = {
+    "F(M), mean score of the model": "f_model",
+    "F(C), the circuit alone": "f_circuit",
+    "F(M\\C), all but the circuit": "f_complement",
+    "F(0), everything ablated": "f_empty",
     "completeness, as published": "completeness",
-    "p, against random circuits": "p_value",
+    "faithfulness of random circuits": "random_faithfulness",
+    "completeness, normalised, of random circuits": "random_completeness_normalised",
+    "KL recovered, positive side": "kl_recovered_toxic",
+    "KL recovered, negative side": "kl_recovered_safe",
+    "KL(M to M\\C) on the negative side, nats": "kl_without_safe",
+    "agreement, rotated dictionaries": "rotated_agreement",
+    "p, against null dictionaries": "p_value",
+    "share of effects that flow through errors": "error_share",
     "CPR": "cpr",
     "CPR, sizes on a logarithmic axis": "cpr_log",
     "CMD": "cmd",
@@ -174,16 +184,25 @@ _BASE_FIGURES = {
 }  # fmt: skip
 
 
-def _figures_table(result: Mapping[str, Any], words: Words) -> Table:
+def _figures_table(result: Mapping[str, Any]) -> Table:
     """What the tiles do not show."""
-    rows = [(name, figure_cell(result, field)) for name, field in _FIGURES.items() if field in result]
-    for name, field in (("the circuit alone", "refused_circuit"), ("without the circuit", "refused_complement")):
-        if result.get(field) is not None:
-            rows.append((f"replies that {words.acts}, {name}", figure_cell(result, field)))
+    rows = [(name, figure_cell(result, field)) for name, field in _FIGURES.items() if result.get(field) is not None]
     if base := result.get("base"):
         rows += [(name, cell(base[field])) for name, field in _BASE_FIGURES.items()]
         rows += [(f"nodes: {change}", cell(count)) for change, count in base["changes"].items()]
     return Table("", ("figure", "value (95 %)"), rows)
+
+
+def _replies(replies: pd.DataFrame | None, words: Words) -> list[Block]:
+    """How many replies show the behavior, by kind of prompt and by what is ablated."""
+    if replies is None or replies.empty:
+        return []
+    counts = replies.pivot(index="kind", columns="under", values="refused").reindex(replies["kind"].unique())
+    n = replies.groupby("kind")["n"].first()
+    columns = ("model", "circuit", "without", "everything ablated")
+    rows = [(str(kind), cell(int(n[kind])), *(cell(int(counts[c][kind])) for c in columns)) for kind in counts.index]
+    titles = ("prompts", "answered", "the model", "the circuit alone", "without the circuit", "everything ablated")
+    return [Table(f"Replies that {words.acts}", titles, rows)]
 
 
 def _sites(result: Mapping[str, Any]) -> list[Block]:
@@ -197,7 +216,7 @@ def _sites(result: Mapping[str, Any]) -> list[Block]:
 def _curve_table(curve: pd.DataFrame) -> Table:
     fields = {
         "nodes": "size", "faithfulness": "faithfulness", "from": "faithfulness_low", "to": "faithfulness_high",
-        "on discovery prompts": "discovery_faithfulness", "completeness, normalised": "completeness_normalised",
+        "on discovery prompts": "on_discovery", "completeness, normalised": "completeness_normalised",
         "random circuits": "random_faithfulness", "random from": "random_low", "random to": "random_high",
     }  # fmt: skip
     present = {title: field for title, field in fields.items() if field in curve}
@@ -259,10 +278,15 @@ def _roles(graph: nx.DiGraph) -> Table | None:
 def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
     """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
     names = strongest_nodes(graph, _LISTED_NODES)
-    labels = {name: {"label": card["label"]} for name, card in cards.items()}
+    labels = {
+        name: {"label": card["label"], "score": card.get("score"), "explanation": explained(card)}
+        for name, card in cards.items()
+    }
     nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
     columns = {
         "label": ("label", str),
+        "its AUROC": ("score", cell),
+        "explanation": ("explanation", str),
         "layer": ("layer", str),
         "effect": ("effect", lambda value: number_text(value, signed=True)),
         "mean |effect|": ("absolute_effect", number_text),
@@ -271,12 +295,17 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
         "raises the tokens": ("raises", lambda tokens: tokens_text(tokens, _TOKENS)),
         "lowers the tokens": ("lowers", lambda tokens: tokens_text(tokens, _TOKENS)),
     }
-    columns = {title: what for title, what in columns.items() if any(what[0] in node for node in nodes.values())}
+    columns = {
+        title: what
+        for title, what in columns.items()
+        if any(node.get(what[0]) not in (None, "") for node in nodes.values())
+    }
     rows = [
         [name, *(text(node[key]) if key in node else "" for key, text in columns.values())]
         for name, node in nodes.items()
     ]
-    return Table("", ["node", *columns], rows, texts=("label", "raises the tokens", "lowers the tokens"))
+    texts = ("label", "explanation", "raises the tokens", "lowers the tokens")
+    return Table("", ["node", *columns], rows, texts=texts)
 
 
 def _nodes_html(table: Table) -> str:
@@ -313,12 +342,22 @@ def _guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
         "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
         "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
         "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
-        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)). F is the mean score: of the full model M, of the "
-        "circuit C alone, of the model without it (M\\C), and with everything ablated (0), that is, set to its mean "
-        f"on reference prompts. 1 means that the mean score of {words.positive} prompts comes back in full. A circuit "
-        "that gives every prompt that score has 1 as well, whatever the prompt says, so that this figure alone does "
-        "not show that a circuit decides as the model does. Random circuits of the same size per layer show what size "
-        "alone would give; they say nothing of circuits that were optimised.",
+        "**Labels** claim on what a feature fires: at one token of the template after the prompt, or at tokens of the "
+        "text, the stronger, the more of what + joins holds. They are made on half of the prompts. The number behind a "
+        "label is from the other half: how often the claim ranks a context in which the feature is strong above one in "
+        f"which it is quiet (AUROC; 0.5 is chance). Below {CLEAR} a label is unclear. A reader's own have no number.",
+        "**Does it decide?** A dot is a test prompt, at its score in the model and with the circuit alone: a circuit "
+        "that decides as the model does lies on the diagonal, one that answers every prompt alike on a level line. An "
+        "ablated node has the value that it has in the run of an equally long prompt of the other side, its "
+        "*counterfactual*. **Recovered** is the share of the difference of scores that the circuit restores, 0 for any "
+        "circuit that cannot hear the prompt; **agreement**, 1 − Σ(s_C − s_M)² / Σ(s_0 − s_M)², counts every pair. "
+        "**Null dictionaries** are random or turned about: the same method finds a circuit in them that is worth as "
+        "much as the method makes of nothing.",
+        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)), as published, by mean ablation. F is the mean score: of the "
+        "full model M, of the circuit C alone, of the model without it (M\\C), and with everything ablated (0). 1 "
+        f"means that the mean score of {words.positive} prompts comes back in full. A circuit that gives every prompt "
+        "that score has 1 as well, whatever the prompt says: **gap kept** and **separation** compare the sides, and "
+        "**prompt-free** is the faithfulness that is left where nothing of the prompt can enter.",
         "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
         "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
         "Where a denominator is too small to divide by, a figure is not measurable.",
@@ -330,9 +369,10 @@ def _methods(words: Words) -> Sequence[Formula]:
         Formula(words.score[:1].upper() + words.score[1:] + " s", words.score_formula),
         Formula(
             "Ablation",
-            "x <- x_hat(f_ref) + sum over kept features (f_i - f_ref_i) d_i + error, f_ref the mean over reference"
-            " prompts at the same place of the template",
+            "x <- sum over kept features f_i d_i + sum over the others f_i(c) d_i + b + e(c), c the counterfactual"
+            " (by means: f_ref and e_ref, averaged over reference prompts at the same place of the template)",
         ),
+        Formula("Agreement", "1 - sum (s_C - s_M)^2 / sum (s_0 - s_M)^2 over test pairs, both directions"),
         Formula("Effect of a feature by attribution", "sum over positions (ds/dx . d_i)(f_i - f_ref_i)"),
         Formula(
             "F(M), F(C), F(M\\C), F(0)",

@@ -16,7 +16,7 @@ _VISIBLE = (-0.5, 1.5)
 _LABELLED_DECADES = 3.2
 _TEST = ("faithfulness", "completeness_normalised", "completeness")
 _BANDS = ("faithfulness_low", "faithfulness_high", "random_low", "random_high")
-_OTHERS = ("size", "discovery_faithfulness", "random_faithfulness", *_BANDS)
+_OTHERS = ("size", "on_discovery", "random_faithfulness", *_BANDS)
 
 Numbers = dict[str, np.ndarray]
 
@@ -29,7 +29,8 @@ def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
 
     Args:
         curve: columns `size, faithfulness, completeness, completeness_normalised, random_faithfulness, random_low,
-            random_high, faithfulness_low, faithfulness_high` of the test split, and `discovery_faithfulness`.
+            random_high, faithfulness_low, faithfulness_high` of the test split, and `on_discovery`, by which sizes are
+            chosen.
         reported_size: the size of the circuit that is reported; its place is marked.
     """
     numbers = _numbers(curve)
@@ -47,7 +48,8 @@ def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
 
 def _numbers(curve: pd.DataFrame) -> Numbers:
     """The columns as floats in the order of the sizes; what is not measurable is NaN."""
-    columns = {name: np.array(pd.to_numeric(curve[name]), dtype=float) for name in _TEST + _OTHERS}
+    missing = pd.Series(np.nan, index=curve.index)
+    columns = {name: np.array(pd.to_numeric(curve.get(name, missing)), dtype=float) for name in _TEST + _OTHERS}
     order = np.argsort(columns["size"], kind="stable")
     # A circuit without nodes has no place on a logarithmic axis.
     order = order[columns["size"][order] >= 1]
@@ -59,8 +61,8 @@ def _lines(numbers: Numbers) -> Iterator[go.Scatter]:
         ("completeness", "completeness, as published", {"color": _PURPLE, "width": 1.5, "dash": "dot"}, ""),
         ("completeness_normalised", "completeness, normalised", {"color": _PURPLE, "width": 2.5}, "square"),
         (
-            "discovery_faithfulness",
-            "faithfulness, discovery split",
+            "on_discovery",
+            "by what the size was chosen, discovery split",
             {"color": _GREEN, "width": 1.5, "dash": "dash"},
             "",
         ),

@@ -8,9 +8,9 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from sfc.features.labels import ADDRESS
-from sfc.pages.document import data_html
+from sfc.features.labels import ADDRESS, caption, explained
 from sfc.pages.graph import columns_of, groups_of
+from sfc.pages.html import data_html
 from sfc.pages.style import sign_of, signs
 from sfc.pages.text import printable
 
@@ -139,7 +139,8 @@ def _printable_card(card: Mapping[str, Any]) -> dict[str, Any]:
     page = card.get("neuronpedia")
     is_theirs = isinstance(page, str) and page.startswith(ADDRESS)
     link = {"neuronpedia": page if is_theirs else None}
-    return {**card, "label": printable(card["label"]), "contexts": contexts, **link}
+    texts = {"label": printable(caption(card)), "explanation": printable(explained(card))}
+    return {**card, **texts, "contexts": contexts, **link}
 
 
 def _finite(value: Any) -> float | None:

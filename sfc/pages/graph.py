@@ -14,6 +14,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
+from sfc.features.labels import caption, explained
 from sfc.pages.edges import edge_hovers, edge_legend, edge_signs_of, edge_traces
 from sfc.pages.placement import Placement, place
 from sfc.pages.style import (
@@ -283,7 +284,8 @@ def _hover(name: str, graph: nx.DiGraph, cards: Mapping[str, Any]) -> str:
     node, unit = graph.nodes[name], graph.graph.get("effect_unit", "")
     words = {sign.number: sign.words for sign in signs(graph)}
     rank = f" · rank {node['rank'] + 1:,}" if "rank" in node else ""
-    label = [hover_text(cards[name]["label"])] if name in cards else []
+    card = cards.get(name)
+    label = [hover_text(text) for text in (caption(card), explained(card)) if text] if card else []
     lines = [
         f"<b>{hover_text(name)}</b>",
         *label,

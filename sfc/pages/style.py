@@ -1,16 +1,12 @@
-"""How every plotly figure behaves in a page: offline, without the buttons that would send it somewhere.
+"""What figures have in common: fonts and colours, axes and heat maps, the signs of effects, trade-offs of edits."""
 
-What all figures of the page have in common: type, white ground, thin lines.
-
-What the sign of an effect means, and the colour that stands for it.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import networkx as nx
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.methods import METHODS
@@ -99,10 +95,10 @@ def heat_map(
     values, marks, hovers = (
         cells.pivot(index="layer", columns=across, values=name)[list(columns)] for name in (value, "mark", "hover")
     )
-    return go.Heatmap(
-        x=[hover_text(column) if isinstance(column, str) else column for column in columns],
-        y=values.index.tolist(),
-        z=values.astype(object).where(values.notna(), None).to_numpy().tolist(),
+    return grid(
+        [hover_text(column) if isinstance(column, str) else column for column in columns],
+        values.index.tolist(),
+        values,
         text=marks.to_numpy().tolist(),
         texttemplate="%{text}",
         textfont={"size": 9},
@@ -113,9 +109,18 @@ def heat_map(
         zmid=0,
         zmax=most,
         colorbar={"title": {"text": unit}, "thickness": 12},
-        xgap=1,
-        ygap=1,
     )
+
+
+def grid(x: Sequence[Any], y: Sequence[Any], values: pd.DataFrame, **settings: Any) -> go.Heatmap:
+    """A heat map whose cells stand apart; what is missing is blank."""
+    z = values.astype(object).where(values.notna(), None).to_numpy().tolist()
+    return go.Heatmap(x=list(x), y=list(y), z=z, xgap=1, ygap=1, **settings)
+
+
+def shades(colour: str) -> list[list[Any]]:
+    """The colour scale of values that have no sign."""
+    return [[0, "#ffffff"], [1, colour]]
 
 
 def error_bars(middle: pd.Series, low: pd.Series, high: pd.Series, width: int = 0) -> dict[str, Any]:
@@ -171,3 +176,80 @@ def signs(graph: nx.DiGraph) -> tuple[Sign, Sign, Sign]:
 def sign_of(value: float) -> int:
     """1, -1 or 0."""
     return (value > 0) - (value < 0)
+
+
+def points(
+    x: Iterable[Any], y: Iterable[Any], name: str, colour: str, hovers: Iterable[str], **settings: Any
+) -> go.Scatter:
+    """Points with a text under the mouse each.
+
+    Args:
+        hovers: in plotly's markup (see `sfc.pages.text.hover_text`).
+        settings: of the trace, such as `mode="lines+markers"` or `marker_opacity=0.4`.
+    """
+    trace = go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=name,
+        mode="markers",
+        line={"color": colour},
+        marker={"color": colour, "size": 8},
+        customdata=list(hovers),
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    return trace.update(settings)
+
+
+def mark(x: float, y: float, name: str, colour: str, symbol: str) -> go.Scatter:
+    """One point that stands out."""
+    return points([x], [y], name, colour, [name], marker={"symbol": symbol, "size": 15, "line": {"width": 2}})
+
+
+class Panel(NamedTuple):
+    """One of several figures side by side."""
+
+    title: str
+    x_axis: dict[str, Any]
+    y_axis: dict[str, Any]
+    traces: Sequence[Any]
+
+
+def panels_figure(figure: go.Figure, panels: Sequence[Panel], most: int = 0, **settings: Any) -> go.Figure:
+    """Panels in the frame that a figure is.
+
+    Args:
+        most: in a row; 0: all are in one.
+        settings: of plotly's `make_subplots`.
+    """
+    columns = min(len(panels), most) if most else len(panels)
+    titles = [panel.title for panel in panels]
+    make_subplots(-(-len(panels) // columns), columns, figure=figure, subplot_titles=titles, **settings)
+    for number, panel in enumerate(panels):
+        row, col = number // columns + 1, number % columns + 1
+        figure.add_traces(list(panel.traces), rows=[row] * len(panel.traces), cols=[col] * len(panel.traces))
+        figure.update_xaxes(panel.x_axis, row=row, col=col)
+        figure.update_yaxes(panel.y_axis, row=row, col=col)
+    return figure
+
+
+def shares_figure(title: str, panels: Sequence[Panel], height: int = 480) -> go.Figure:
+    """Shares against shares; a name that several traces have stands once in the legend."""
+    named: set[str] = set()
+    for trace in (trace for panel in panels for trace in panel.traces):
+        name = str(trace.name)
+        trace.update(legendgroup=name, showlegend=name not in named)
+        named.add(name)
+    figure = panels_figure(styled_figure(title, height), panels)
+    return figure.update_layout(margin={"t": 130}, legend={"y": 1.1})
+
+
+def cost_figure(traces: Sequence[go.Scatter], x_axis: dict[str, Any]) -> go.Figure:
+    """How far the cross-entropy of ordinary replies rises under edits."""
+    figure = styled_figure("What it costs: cross-entropy of ordinary replies", 380)
+    rise = axis("rise", tickformat="+.0%", zeroline=True)
+    return figure.add_traces(list(traces)).update_layout(margin={"t": 100}, xaxis=x_axis, yaxis=rise)
+
+
+def share_axis(title: str) -> dict[str, Any]:
+    """An axis from nothing to all."""
+    return axis(title, tickformat=".0%", range=[-0.03, 1.03])

@@ -12,7 +12,7 @@ from sfc.behaviors.behavior import BEHAVIORS, Words
 from sfc.core.artifacts import MANIFEST, hash_of_file, write_text
 from sfc.core.errors import UserError
 from sfc.core.options import Options
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Block, Commands, Figure, Page, Pair, Paragraph, Section, Table, Widget, cell, records_table
 from sfc.pages.markdown import markdown_report
 from sfc.run import Run

@@ -124,12 +124,15 @@ class Made(NamedTuple):
     """what the manifest tells beside"""
 
 
-def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
-    """Write tables as CSV, floats to six decimals; the files by the tables' names, for `Made`."""
-    files = {name: f"{name}.csv" for name in tables}
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], digits: int | None = None) -> dict[str, str]:
+    """Write tables as CSV; the files by the tables' names, for `Made`.
+
+    Args:
+        digits: significant ones of floats; None: six decimals.
+    """
     for name, table in tables.items():
-        write_csv(folder / files[name], table.round(6))
-    return files
+        write_csv(folder / f"{name}.csv", table if digits else table.round(6), digits)
+    return {name: f"{name}.csv" for name in tables}
 
 
 class Need(NamedTuple):

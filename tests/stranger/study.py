@@ -3,7 +3,7 @@
 from sfc.core.artifacts import write_csv
 from sfc.core.options import Options, option
 from sfc.data.prepare import prompts_fingerprint
-from sfc.models.identity import model_identity
+from sfc.models.sources import model_identity
 from sfc.pages.blocks import Figure, Page, Section, Tile, Tiles, cell, records_table
 from sfc.pages.style import styled_figure
 from sfc.studies.study import STUDIES, Made, Study

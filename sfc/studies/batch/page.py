@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Block, Figure, Links, Page, Section, Table, cell
-from sfc.pages.style import BLUE, ROLE_COLOURS, axis, remark, styled_figure
+from sfc.pages.style import BLUE, ROLE_COLOURS, axis, grid, remark, shades, styled_figure
 from sfc.pages.text import count_text, hover_text
 from sfc.studies.study import Study
 
@@ -80,20 +80,18 @@ def frequency_figure(frequency: pd.DataFrame) -> go.Figure:
     rows = sorted({(str(row["evidence"]), str(row["kind"])) for row in frequency.to_dict("records")}, reverse=True)
     figure = styled_figure("Share of models with a critical component, by relative depth", 150 + 34 * max(len(rows), 3))
     cells = {(row["evidence"], row["kind"], row["tenth"]): row for row in frequency.to_dict("records")}
-    grid = [[cells.get((*row, tenth)) for tenth in range(10)] for row in rows]
+    lines = [[cells.get((*row, tenth)) for tenth in range(10)] for row in rows]
     figure.add_trace(
-        go.Heatmap(
-            x=_TENTHS,
-            y=[f"{evidence}, {kind}" for evidence, kind in rows],
-            z=[[cell["share"] if cell else 0.0 for cell in line] for line in grid],
-            customdata=[[_hover(cell) for cell in line] for line in grid],
+        grid(
+            _TENTHS,
+            [f"{evidence}, {kind}" for evidence, kind in rows],
+            pd.DataFrame([[cell["share"] if cell else 0.0 for cell in line] for line in lines]),
+            customdata=[[_hover(cell) for cell in line] for line in lines],
             hovertemplate="%{y} at %{x} of the depth<br>%{customdata}<extra></extra>",
-            colorscale=[[0, "#ffffff"], [1, BLUE]],
+            colorscale=shades(BLUE),
             zmin=0,
             zmax=1,
             colorbar={"title": {"text": "models"}, "tickformat": ".0%", "thickness": 12},
-            xgap=1,
-            ygap=1,
         )
     )
     if not rows:

@@ -15,10 +15,11 @@ from sfc.models.loading import Model
 from sfc.models.score import Score, auroc, score_prompts
 from sfc.session import Session
 from sfc.stats import wilson
+from sfc.studies.behaviour import Behaviour, asked
 from sfc.studies.study import Made
 
 
-class Behaviour(NamedTuple):
+class JudgedReplies(NamedTuple):
     """What a model did with a set of prompts."""
 
     replies: pd.DataFrame
@@ -29,14 +30,13 @@ class Behaviour(NamedTuple):
     """of the score against the judged replies; None where all or none show the behavior"""
 
 
-def measure(session: Session, prompts: pd.DataFrame, replies_file: Path, groups_file: Path) -> Made:
-    """Answer and judge prompts (see `measure_behaviour`) by the run's behavior, and write both tables."""
-    experiment, model = session.run.experiment, session.model
-    measured = measure_behaviour(model, prompts, session.metric, session.run.judge)
-    write_csv(replies_file, measured.replies, digits=5)
-    write_csv(groups_file, measured.groups, digits=5)
+def measure(study: Behaviour, session: Session, folder: Path) -> Made:
+    """Answer and judge the prompts that the options choose (see `measure_behaviour`), and write both tables."""
+    measured = measure_behaviour(session.model, asked(session.run), session.metric, session.run.judge)
+    write_csv(folder / study.files["replies"], measured.replies, digits=5)
+    write_csv(folder / study.files["groups"], measured.groups, digits=5)
     groups = measured.groups.to_dict("records")
-    return Made({"preset": experiment.name, "auroc": measured.auroc, "groups": groups})
+    return Made({"preset": session.run.experiment.name, "auroc": measured.auroc, "groups": groups})
 
 
 def measure_behaviour(
@@ -46,7 +46,7 @@ def measure_behaviour(
     judge: Callable[[str], bool],
     reply_tokens: int = 24,
     batch_tokens: int = 2048,
-) -> Behaviour:
+) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
     A refusal shows in its first words: `reply_tokens` need not let the reply end.
@@ -58,7 +58,7 @@ def measure_behaviour(
         texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
     refused = [judge(text) for text in texts]
     replies = prompts[["id", "prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
-    return Behaviour(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
+    return JudgedReplies(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))
 
 
 def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:

@@ -16,9 +16,12 @@ from pydantic import BaseModel
 from sfc.circuits.edges import Edge, attribution_weights
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
+from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem
 from sfc.core.artifacts import read_model, write_json
 from sfc.core.progress import say
+from sfc.data.schema import keyed_ranks
+from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import Weights
@@ -51,7 +54,7 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
     names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
     missing = {name for name in names if not (folder / f"{name}.json").exists()}
-    for number, (name, problem) in enumerate(_problems(session, categories, pools, missing), start=1):
+    for number, (name, problem) in enumerate(problems(session, categories, pools, missing), start=1):
         say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
         write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
     circuits: dict[str, dict[str, Weights]] = {
@@ -67,10 +70,46 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     }
 
 
-def _problems(
+def problems(
     session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
 ) -> Iterator[tuple[str, Problem]]:
     """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
+    if DiscoveryOptions.of(session.run.experiment).baseline_choice == "counterfactual":
+        return _paired_problems(session, categories, pools, missing)
+    return _averaged_problems(session, categories, pools, missing)
+
+
+def _paired_problems(
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """Prompts are dealt out before they are paired: no prompt is in two halves, as a counterfactual either."""
+    parts: dict[str, tuple[tuple[str, ...], int, int]] = {}
+    for category in categories:
+        parts[category] = ((category,), 1, 0)
+        parts |= {f"{category}-half-{half}": ((category,), 2, half) for half in (0, 1)}
+    for pool in pools:
+        # Half of each category's prompts, so that a shuffled half has as many as any other.
+        parts |= {f"{'-'.join(pool)}-half-{half}": (pool, 4, half) for half in (0, 1)}
+    for name, (group, n_parts, number) in parts.items():
+        if name in missing:
+            run = _about_part(session.run, group, n_parts, number)
+            yield name, prepare_problem(session.for_run(run), group[0])[0]
+
+
+def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) -> Run:
+    """The run with one of several equal parts of the categories' discovery prompts; they become one category."""
+    frame, seed = run.prompts.frame, run.experiment.seed
+    is_own = frame["category"].isin(categories)
+    places = keyed_ranks(frame, ["category", "dataset_type", "split"], f"parts {seed}")
+    elsewhere = is_own & (frame["split"] == "discovery") & (places % n_parts != number)
+    named = frame["category"].mask(is_own, categories[0])
+    return run.with_prompts(frame.assign(category=named)[~elsewhere].reset_index(drop=True))
+
+
+def _averaged_problems(
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """Means are of other prompts, so that those that are explained can be dealt out afterwards."""
     seed = session.run.experiment.seed
     for category in categories:
         names = [category, f"{category}-half-0", f"{category}-half-1"]

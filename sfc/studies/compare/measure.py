@@ -1,4 +1,4 @@
-"""The circuits of several categories side by side. One mechanism or many?
+"""The circuits of several categories side by side: what they share, and what each does on the others' prompts.
 
 Circuits come from discovery prompts, overlaps from circuits, and all scores and replies from test prompts.
 """
@@ -17,6 +17,7 @@ from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import write_csv
 from sfc.session import Session
+from sfc.studies.compare import transfer as transfers
 from sfc.studies.compare.circuits import Found, find_circuits
 from sfc.studies.compare.judged import judge_circuits
 from sfc.studies.compare.options import ComparisonOptions
@@ -67,6 +68,7 @@ def measure(session: Session, categories: Sequence[str], folder: Path) -> Made:
     tables = {name: _overlaps(found[part], categories, overlap) for name, (part, overlap) in measures.items()}
     tables["jaccard"] = tables["jaccard"]._replace(chance=_chance(found["nodes"], judged.nodes))
     verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
+    transfer = transfers.measured(judged.transfer, experiment.seed)
     overlap = _long_table(tables, found, measures, categories)
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
         write_csv(folder / f"{name}.csv", table)
@@ -80,7 +82,8 @@ def measure(session: Session, categories: Sequence[str], folder: Path) -> Made:
             "categories": list(categories),
             "order": [int(leaf) for leaf in leaves_list(cluster(between))],
             "overlap": {name: measured._asdict() for name, measured in verdicts.items()},
-            "verdict": in_words(verdicts),
+            "transfer": {name: measured._asdict() for name, measured in transfer.items()},
+            "verdict": f"{in_words(verdicts)} {transfers.in_words(transfer)}",
             "core_nodes": shared_core(list(circuits.values())),
         }
     )

@@ -1,7 +1,7 @@
-"""One mechanism or many: how far do the circuits of categories overlap, and how much overlap could be expected?
+"""How far do the circuits of categories overlap, and how much overlap could be expected?
 
 Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
-on halves of a shuffled pool of two categories overlap as those of one mechanism would. So the overlap between
+on halves of a shuffled pool of two categories overlap as if categories did not matter. So the overlap between
 categories is read between halves as well, and all three kinds of pairs are found on equally many prompts.
 """
 
@@ -27,7 +27,7 @@ DRAWS = 2000
 CHANCES = 2.0
 """halves of one category must overlap by this many times what random circuits do, or nothing can be said"""
 SHARED = 0.5
-"""from this share of what halves of one category have in common, categories are called largely shared"""
+"""from this share of what halves of one category have in common, categories are said to share most of it"""
 
 
 def jaccard(a: Weights, b: Weights) -> float:
@@ -75,7 +75,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(overlaps: Overlaps, seed: int) -> Verdict:
-    """Is the overlap between categories that of one mechanism? Intervals are over categories, drawn again."""
+    """Is the overlap between categories that within one? Intervals are over categories, drawn again."""
     random = np.random.default_rng(seed)
     n = len(overlaps.within)
     draws = [_difference(overlaps, random.integers(0, n, n)) for _ in range(DRAWS)]
@@ -119,11 +119,11 @@ def _words(
     if chance is not None and within < CHANCES * chance:
         answer = "Not answerable here: circuits found on two halves of one category are hardly more alike than random."
     elif low <= 0:
-        answer = "Nothing here tells the categories' circuits apart: one mechanism, as far as these prompts can show."
+        answer = "Nothing here tells the categories' circuits apart: those of two overlap as those of one do."
     elif between >= SHARED * within:
-        answer = "Largely one mechanism, with parts of their own: circuits of one category are a little more alike."
+        answer = "The circuits of two categories share most of what those of one share; the latter are more alike."
     else:
-        answer = "Many mechanisms: circuits of different categories share less than half of what one category's do."
+        answer = "The circuits of two categories share less than half of what those of one share."
     pools = "" if shuffled is None else f"; two halves of shuffled pools of two categories {shuffled:.2f}"
     at_random = "" if chance is None else f", random ones by {chance:.3f}"
     return (

@@ -1,6 +1,7 @@
 """The page of a comparison of categories: overlaps with their dendrogram, transfer of circuits, the shared core."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, c
 from sfc.pages.style import INK, QUIET, axis, styled_figure
 from sfc.pages.text import hover_text
 from sfc.studies.compare.overlap import MEASURES, between_halves, cluster
+from sfc.studies.compare.transfer import MEASURES as MEASURES_OF_TRANSFER
+from sfc.studies.compare.transfer import by_category, with_recovered
 from sfc.studies.study import Finished
 
 _CELL, _FRAME = 44, 190
 _OVERLAP = "Overlap of circuits found on half of the prompts"
-_TRANSFER = "Faithfulness of a category's circuit on another's test prompts"
+_TRANSFER = "A category's circuit on another's test prompts"
 
 
 def page(finished: Finished) -> Page:
@@ -28,20 +31,30 @@ def page(finished: Finished) -> Page:
     result, words = finished.result, finished.words
     in_order = [result["categories"][number] for number in result["order"]]
     between = between_halves(finished.table("overlap.csv"), result["categories"])
-    transfer = transfer_table(finished.table("transfer.csv"), in_order)
+    tables = transfer_tables(finished.table("transfer.csv"), in_order, list(result["transfer"]))
     overlaps = pd.DataFrame(between, result["categories"], result["categories"]).loc[in_order, in_order]
     nodes = result["overlap"]["jaccard"]
     return Page(
         title=f"Circuits of {len(in_order)} categories · {result['preset']}",
         sentence=(
-            f"Do {len(in_order)} categories share one mechanism? Circuits of {result['size']} nodes, found by"
-            f" {result['method']}."
+            f"How alike are the circuits of {len(in_order)} categories, and what does each do on the others' prompts?"
+            f" Circuits of {result['size']} nodes, found by {result['method']}."
         ),
-        summary=[_overlap_table(result), Paragraph(result["verdict"])],
+        summary=[_overlap_table(result), _transfer_table(result), Paragraph(result["verdict"])],
         sections=[
             Section("", [Figure("overlap", lambda: overlap_figure(result, between), _matrix(_OVERLAP, "", overlaps))]),
-            Section(
-                "", [Figure("transfer", lambda: transfer_figure(transfer), _matrix(_TRANSFER, "circuit", transfer))]
+            *(
+                Section(
+                    "",
+                    [
+                        Figure(
+                            "transfer",
+                            partial(transfer_figure, table, name),
+                            _matrix(f"{_TRANSFER}: {MEASURES_OF_TRANSFER[name]}", "circuit", table),
+                        )
+                    ],
+                )
+                for name, table in tables.items()
             ),
             Section("The shared core and the rest, on test prompts", [_core_table(finished.table("core.csv"), words)]),
         ],
@@ -50,12 +63,19 @@ def page(finished: Finished) -> Page:
             ("overlap of nodes (Jaccard), two halves of one category", cell(nodes["within"])),
             ("overlap of nodes (Jaccard), halves of two categories", cell(nodes["between"])),
             ("their difference", figure_cell(nodes, "difference")),
+            *(
+                (f"{MEASURES_OF_TRANSFER[name]}, {whose} prompts", cell(found[key]))
+                for name, found in result["transfer"].items()
+                for key, whose in (("own", "its own category's"), ("other", "other categories'"))
+            ),
             ("nodes of the shared core", cell(len(result["core_nodes"]))),
         ],
         methods=_METHODS,
         limits=[
+            "Overlap says that circuits are alike, not that the categories are refused alike: circuits that refuse"
+            " whatever they are asked are alike in any case.",
             f"How far circuits overlap depends on their size: all have {result['size']} nodes, whatever size each"
-            " category's discovery would choose."
+            " category's discovery would choose.",
         ],
     )
 
@@ -97,17 +117,18 @@ def overlap_figure(result: Mapping[str, Any], between: Float[np.ndarray, "catego
     return figure.update_layout(margin={"l": 110, "b": 100})
 
 
-def transfer_table(transfer: pd.DataFrame, categories: list[str]) -> pd.DataFrame:
-    """Faithfulness of each category's circuit (rows) on the prompts of each category (columns), in this order."""
-    table = transfer.pivot(index="circuit", columns="prompts", values="faithfulness")
-    return table.loc[categories, categories].astype(float)
+def transfer_tables(transfer: pd.DataFrame, categories: list[str], figures: list[str]) -> dict[str, pd.DataFrame]:
+    """Figures of each category's circuit (rows) on the prompts of each category (columns), in this order."""
+    return {name: by_category(transfer, name).loc[categories, categories] for name in figures}
 
 
-def transfer_figure(table: pd.DataFrame) -> go.Figure:
-    """The heat map of a `transfer_table`."""
-    names = [hover_text(name) for name in table.index]
-    figure = styled_figure(_TRANSFER, _CELL * len(names) + _FRAME)
-    figure.add_trace(_heat_map(names, names, table.to_numpy(), "faithfulness", 0, 1.2))
+def transfer_figure(table: pd.DataFrame, name: str) -> go.Figure:
+    """The heat map of one of the `transfer_tables`."""
+    names = [hover_text(category) for category in table.index]
+    measure = MEASURES_OF_TRANSFER[name]
+    figure = styled_figure(f"{_TRANSFER}: {measure}", _CELL * len(names) + _FRAME)
+    low = 0.5 if name == "separation" else 0
+    figure.add_trace(_heat_map(names, names, table.to_numpy(), name.replace("_", " "), low, 1 if low else 1.2))
     figure.update_xaxes(axis("prompts of", showgrid=False, tickangle=-40))
     figure.update_yaxes(axis("circuit of", showgrid=False, autorange="reversed"))
     return figure.update_layout(margin={"l": 110, "b": 120})
@@ -154,23 +175,38 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
     return Table(f"Circuits of {result['size']} nodes, found on half of the prompts", heads, rows)
 
 
-def _core_table(core: pd.DataFrame, words: Words) -> Table:
-    heads = ["prompts", "nodes kept or ablated", "nodes", "kept: faithfulness", "ablated: left"]
+def _transfer_table(result: Mapping[str, Any]) -> Table:
     rows = [
-        [
-            str(row["prompts"]),
-            str(row["circuit"]),
-            f"{row['nodes']:,}",
-            figure_cell(row, "faithfulness"),
-            figure_cell(row, "completeness_normalised"),
-        ]
-        for row in json_records(core, 6)
+        (MEASURES_OF_TRANSFER[name], cell(found["own"]), cell(found["other"]), figure_cell(found, "difference"))
+        for name, found in result["transfer"].items()
     ]
-    if "refused" in core:
-        heads += [f"ablated: {words.acted}", f"as it is: {words.acted}"]
-        for row, figures in zip(rows, json_records(core, 6), strict=True):
-            row += [figure_cell(figures, "refused_ablated"), cell(figures["refused"])]
-    return Table("", heads, rows, texts=heads[1:2])
+    return Table(_TRANSFER, ("figure", "its own category's", "another's", "difference"), rows)
+
+
+_CORE = {
+    "recovered": "recovered", "agreement": "agreement", "gap_kept": "gap kept", "separation": "separation",
+    "separation_model": "the model's", "prompt_free": "prompt-free", "faithfulness": "faithfulness",
+    "completeness_normalised": "ablated: left",
+}  # fmt: skip
+
+
+def _core_table(core: pd.DataFrame, words: Words) -> Table:
+    heads = {name: head for name, head in _CORE.items() if name == "recovered" or core[name].notna().any()}
+    heads |= {
+        name: title
+        for name, title in (
+            ("refused", f"{words.acted}, {words.positive}: as it is"),
+            ("refused_ablated", "ablated"),
+            ("refused_safe", f"{words.acted}, {words.negative}: as it is"),
+            ("refused_safe_alone", "kept alone"),
+        )
+        if name in core
+    }
+    rows = [
+        [str(row["prompts"]), str(row["circuit"]), f"{row['nodes']:,}", *(figure_cell(row, name) for name in heads)]
+        for row in json_records(with_recovered(core), 6)
+    ]
+    return Table("", ["prompts", "nodes kept or ablated", "nodes", *heads.values()], rows, ["nodes kept or ablated"])
 
 
 def _guide(words: Words) -> tuple[str, ...]:
@@ -179,12 +215,14 @@ def _guide(words: Words) -> tuple[str, ...]:
         " both. Off the diagonal it is the mean over the halves of two categories, on the diagonal that of the two"
         " halves of one: the most that can be expected, since all circuits are found on as many prompts.",
         "**The tree** joins categories whose circuits are most alike first (average linkage of 1 − overlap).",
-        "**Transfer** is how faithful the circuit of one category (rows) is on the test prompts of another (columns)."
-        " 1 is as good as the model itself.",
-        "**The shared core** holds the nodes of more than half of the circuits. Kept alone it has the faithfulness in"
-        " the column “kept”; ablated it leaves the share in the column “left”, 0 where nothing works without it. Where"
-        f" replies were judged, the last columns are the shares of test prompts {words.acted} with these nodes ablated"
-        " and as the model is.",
+        "**Transfer** is what the circuit of one category (rows) restores on the test prompts of another (columns)."
+        " **Recovered** is the share of the difference between a prompt and an equally long one of the other side, in"
+        " the direction in which less comes back; **gap kept** is what is left, by means, of the difference between the"
+        " sides' mean scores. A circuit that scores high whatever it is asked has 0 of both, and a faithfulness of 1.",
+        "**The shared core** holds the nodes of more than half of the circuits. Kept alone it has the figures of the"
+        " first columns; ablated it leaves the share in the column “left”, 0 where nothing works without it. Where"
+        f" replies were judged, the last columns are the shares of test prompts {words.acted}: {words.positive} ones as"
+        f" the model is and with these nodes ablated, {words.negative} ones as it is and with these nodes alone.",
         "**Edges** are the strongest by attribution between a circuit's nodes, as many in each circuit. Two circuits"
         " can only share an edge if they share its two ends.",
     )

@@ -1,4 +1,4 @@
-"""`sfc compare`: do the circuits of several categories overlap more than chance, and as much as those of one?"""
+"""`sfc compare`: how alike are the circuits of several categories, and do they work on each other's prompts?"""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,14 +17,14 @@ from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
 class Compare(Study[ComparisonOptions]):
-    """Are the categories one mechanism or many? Overlap and transfer of their circuits, and their shared core.
+    """How alike are the circuits of categories? Their overlap, what each does on the others' prompts, and their core.
 
     Example: sfc compare --categories violence,privacy,illegal
     """
 
     name = "compare"
     options = ComparisonOptions
-    schema = 3
+    schema = 4
     also = ((DiscoveryOptions, "method"), (DiscoveryOptions, "contrast"))
     files: ClassVar = {
         "page": "comparison.html",
@@ -47,7 +47,7 @@ class Compare(Study[ComparisonOptions]):
         if len(self.categories(run)) < 2:
             raise UserError("compare needs at least two categories, for example --categories violence,privacy")
         discovery = DiscoveryOptions.of(run.experiment)
-        if discovery.baseline_choice in ("paired", "base", "complied-mean", "counterfactual"):
+        if discovery.baseline_choice in ("paired", "base", "complied-mean"):
             raise UserError(
                 f"compare pools prompts of categories, whose baseline {discovery.baseline_choice!r} is not the same"
             )

@@ -1,7 +1,7 @@
 """Discovery: from node effects to the circuit, its evaluation, and what its features mean.
 
 Three splits, three jobs: nodes are scored and the size is chosen on discovery prompts, reference values come from
-reference prompts, and every reported figure from test prompts.
+reference prompts or counterfactuals, and every reported figure from test prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from jaxtyping import Int
 
 from sfc.circuits.approximation import approximation_check
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
-from sfc.circuits.controls import curve_areas, p_value, single_site_faithfulness
+from sfc.circuits.controls import curve_areas, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
-from sfc.circuits.faithfulness import choose_size, curve_sizes, evaluation_curve, faithfulness_of_sizes, top_circuits
+from sfc.circuits.faithfulness import curve_sizes, top_circuits
 from sfc.circuits.files import save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import with_replies
+from sfc.circuits.replies import counts_by_kind, replies_by_kind
 from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
 from sfc.core.artifacts import package_versions, write_csv, write_json
 from sfc.core.errors import UserError
@@ -38,8 +38,9 @@ from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import read_prompts
 from sfc.session import Session
 from sfc.studies.discover.base import BASE_FILE, base_changes
-from sfc.studies.discover.both_sides import judge_both_sides
+from sfc.studies.discover.evidence import FIGURES, Evidence, all_features, chosen_size, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.nulls import beside, nulls_of
 from sfc.studies.study import Made
 
 SHOWN_NODES = 300
@@ -54,7 +55,7 @@ def write_cards(
     prompts = read_prompts(run.store.folder)
     names = strongest_nodes(graph, SHOWN_NODES)
     say(f"reading what {len(names)} nodes fire on")
-    cards = feature_cards(
+    cards, _ = feature_cards(
         session.store, dictionaries, graph, names, prompts, lambda token: tokenizer.decode([token]), run.behavior.words
     )
     if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes:
@@ -74,7 +75,7 @@ _EDGE_WEIGHTS = {
 
 
 def discover(session: Session, folder: Path, fingerprint: str) -> Made:
-    """Score nodes, choose the circuit, evaluate it, and write it all.
+    """Score nodes, choose the circuit, judge it, and write it all.
 
     Args:
         fingerprint: of the artifact, which the circuit's file names.
@@ -82,36 +83,42 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     Raises:
         UserError: the group of prompts is too small, or an artifact that discovery needs is damaged.
     """
-    run, clock = session.run, session.clock
+    run, clock, seed = session.run, session.clock, session.run.experiment.seed
     config, evaluation = DiscoveryOptions.of(run.experiment), EvaluationOptions.of(run.experiment)
     problem, test_runs, facts = prepare_problem(session, run.group(config.category))
+    nodes, evidence = problem.ablation.nodes, Evidence.of(session, problem, test_runs)
     clock.lap("prepare")
-    say(f"scoring {problem.ablation.nodes.n_nodes:,} nodes by {config.method}")
+    say(f"scoring {nodes.n_nodes:,} nodes by {config.method}")
     effects = METHODS[config.method].rank(problem)
     if len(effects.ranking) == 0:
         raise UserError(f"method {config.method!r} ranks no node: nothing here has an effect")
     clock.lap("effects")
-    ranking = effects.ranking
-    sizes = curve_sizes(evaluation.sizes, len(ranking))
-    curve = _curve(run, problem, ranking, sizes, test_runs)
-    members = ranking[: choose_size(curve, evaluation.target_faithfulness)].tolist()
-    clock.lap("evaluation")
+    ranking, sizes = effects.ranking, curve_sizes(evaluation.sizes, len(effects.ranking))
+    size, on_discovery = chosen_size(problem, ranking, sizes)
+    members = ranking[:size].tolist()
+    clock.lap("choosing a size")
     edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
     clock.lap("edges")
     if config.drop_dead_ends:
-        kept, edges = without_dead_ends(problem.ablation.nodes, members, edges)
+        kept, edges = without_dead_ends(nodes, members, edges)
         say(f"{len(members) - len(kept)} of {len(members)} nodes lead nowhere and are left out")
         # The kept nodes come first, so that the reported circuit is again the best nodes of a ranking.
-        ranking = np.concatenate([kept, ranking[~np.isin(ranking, kept)]])
-        curve = _curve(run, problem, ranking, sorted({len(kept), *sizes}), test_runs)
-        members = kept
-        clock.lap("evaluation without dead ends")
-    curve = with_replies(curve, problem, test_runs, ranking, len(members), evaluation, run.experiment.seed)
+        ranking, members = np.concatenate([kept, ranking[~np.isin(ranking, kept)]]), kept
+        sizes = sorted({len(kept), *sizes})
+        _, on_discovery = chosen_size(problem, ranking, sizes)
+        clock.lap("without dead ends")
+    mask = top_circuits(ranking, [len(members)], nodes.n_nodes)[0]
+    nulls = nulls_of(run)
+    curve, scores = judged_curve(evidence, ranking, sizes, len(members), nulls)
+    curve.insert(1, "on_discovery", on_discovery)
+    clock.lap("evaluation")
+    answered, rows = evidence.answered
+    replies = replies_by_kind(*answered, rows, mask, evaluation.replies, evaluation.reply_tokens, seed)
     clock.lap("replies")
     effects, stability = _with_stability(run, problem, effects, members)
     clock.lap("stability")
     effects, roles = _with_roles(problem, effects)
-    check = _checked(problem, effects, run.experiment.seed)
+    check = _checked(problem, effects, seed)
     clock.lap("approximation check")
     about = _about(run, problem, effects) | {
         "population": facts["population"],
@@ -119,22 +126,22 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
         "roles": roles,
         "approximation_check": check,
     }
-    graph = build_circuit(problem.ablation.nodes, effects, members, edges, about)
+    graph = build_circuit(nodes, effects, members, edges, about)
     _add_token_effects(graph, problem)
     write_cards(session, graph, problem.ablation.dictionaries, folder)
     clock.lap("features")
     result = _result(run, graph, curve, effects, problem) | stability
-    result |= _controls(
-        run, problem, test_runs, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None
-    )
+    result |= beside(nulls, len(members), result["agreement"]) | all_features(evidence)
+    result["kl_without_safe"] = kl_without(evidence, mask)
+    result |= _controls(evidence, effects, ranking[: len(members)], sizes, result["faithfulness"] is not None)
     clock.lap("controls")
     result |= _faithfulness_of_edges(run, problem, test_runs, members, edges)
     clock.lap("ablating edges")
-    mask = top_circuits(ranking, [len(members)], problem.ablation.nodes.n_nodes)[0]
-    both = judge_both_sides(session, problem, test_runs, mask)
-    result |= both.figures
-    clock.lap("both sides")
-    write_csv(folder / "scores.csv", both.scores, digits=6)
+    result["refused"] = counts_by_kind(replies)
+    result["reached_target"] = bool(on_discovery[sizes.index(len(members))] >= evaluation.target)
+    result["says"] = told(result, evaluation.target, config.contrast, run.behavior.words)
+    write_csv(folder / "scores.csv", scores, digits=6)
+    write_csv(folder / "replies.csv", replies, digits=4)
     save_circuit(graph, folder / "circuit.json")
     write_csv(folder / "curve.csv", curve)
     write_csv(folder / "prompts.csv", facts.pop("prompts"))
@@ -164,22 +171,6 @@ def _about(run: Run, problem: Problem, effects: Effects) -> dict[str, Any]:
         "experiment": experiment.model_dump(mode="json"),
         "sites": list(problem.ablation.nodes.sites),
     }
-
-
-def _curve(
-    run: Run, problem: Problem, ranking: Int[np.ndarray, " ranked"], sizes: Sequence[int], test_runs: PromptRuns
-) -> pd.DataFrame:
-    """The curve on the test split, with the discovery split's faithfulness beside it."""
-    config = EvaluationOptions.of(run.experiment)
-    on_discovery, on_test = len(sizes) + 1, 1 + (3 + config.random_draws) * len(sizes)
-    total = on_discovery * problem.runs.n_prompts + on_test * test_runs.n_prompts
-    with progress_bar("evaluating", total, "runs") as progress:
-        discovery = faithfulness_of_sizes(problem, problem.runs, ranking, sizes, config.min_denominator, progress)
-        curve = evaluation_curve(problem, test_runs, ranking, sizes, config, run.experiment.seed, progress)
-    curve.insert(1, "discovery_faithfulness", discovery)
-    if curve["faithfulness"].isna().all():
-        say("warning: F(M) - F(0) is too small to divide by; faithfulness is not measurable here and is null")
-    return curve
 
 
 def _with_roles(problem: Problem, effects: Effects) -> tuple[Effects, dict[str, str]]:
@@ -232,39 +223,34 @@ def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, 
         "preset": run.experiment.name,
         "category": run.group(problem.config.category),
         "method": problem.config.method,
+        "baseline": run.behavior.words.said(problem.config.baseline_choice),
         "n_nodes": graph.number_of_nodes(),
+        "n_errors": sum(kind == "error" for _, kind in graph.nodes(data="kind")),
         "n_edges": graph.number_of_edges(),
+        **dict.fromkeys(FIGURES),
         **figures,
         "error_share": round(errors / total, 4) if effects.unit == NATS and total > 0 else None,
     }
 
 
 def _controls(
-    run: Run,
-    problem: Problem,
-    test_runs: PromptRuns,
-    effects: Effects,
-    members: Int[np.ndarray, " members"],
-    sizes: Sequence[int],
-    measurable: bool,
+    evidence: Evidence, effects: Effects, members: Int[np.ndarray, " members"], sizes: Sequence[int], measurable: bool
 ) -> dict[str, Any]:
-    """Baselines of the reported circuit, its sites, and the areas of the curves of the method's effects.
+    """Sites alone, and the areas of the curves of the method's effects, by means where the task has them.
 
     Where faithfulness is not measurable (`measurable` is False), neither is what is made of it.
     """
-    config, nodes = EvaluationOptions.of(run.experiment), problem.ablation.nodes
-    circuit = top_circuits(members, [len(members)], nodes.n_nodes)[0]
+    problem, runs = evidence.published
+    nodes, smallest = problem.ablation.nodes, EvaluationOptions.of(problem.experiment).min_denominator
     sizes = sorted({*sizes, nodes.n_nodes})
-    total = (config.p_value_draws + 4 + 2 * len(nodes.sites) + 2 * len(sizes)) * test_runs.n_prompts
-    with progress_bar("baselines", total, "runs") as progress:
-        at_random = p_value(problem, test_runs, circuit, config.p_value_draws, run.experiment.seed, progress)
-        smallest = config.min_denominator
-        alone = single_site_faithfulness(problem, test_runs, effects.ranking, len(members), smallest, progress)
-        areas = curve_areas(problem, test_runs, effects.effect, sizes, smallest, progress)
+    total = (2 * len(nodes.sites) + 2 * (len(sizes) + 1)) * runs.n_prompts
+    with progress_bar("sites and areas", total, "runs") as progress:
+        alone = single_site_faithfulness(problem, runs, effects.ranking, len(members), smallest, progress)
+        areas = curve_areas(problem, runs, effects.effect, sizes, smallest, progress)
+    of_site = np.bincount(nodes.site_numbers[members], minlength=len(nodes.sites)).tolist()
     return {
-        "p_value": at_random,
         "single_site_faithfulness": {site: _figure(value if measurable else None) for site, value in alone.items()},
-        "nodes_per_site": dict(zip(alone, np.bincount(nodes.site_numbers, circuit).astype(int).tolist(), strict=True)),
+        "nodes_per_site": dict(zip(alone, of_site, strict=True)),
         **{name: _figure(value if measurable else None) for name, value in areas.items()},
     }
 

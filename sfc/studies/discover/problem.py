@@ -23,17 +23,17 @@ from sfc.circuits.problem import Problem, PromptRuns, Task
 from sfc.circuits.spaces import NodeSpace, checked
 from sfc.core.errors import UserError
 from sfc.core.progress import say
-from sfc.data.balance import balance
 from sfc.data.counterfactual import counterfactual_pairs
 from sfc.data.pairs import load_pairs
+from sfc.data.prepare import balance
 from sfc.data.schema import ALL, looked_up, with_ids
-from sfc.data.topics import listed_topics
+from sfc.data.similarity import listed_topics
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.score import DirectedScore, auroc, score_prompts
 from sfc.run import Run
 from sfc.saes.store import read_prompts
 from sfc.session import Session
-from sfc.studies.behaviour.study import judged
+from sfc.studies.behaviour import judged
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.base import against_base
 
@@ -97,6 +97,8 @@ class AgainstCounterfactuals(NamedTuple):
     test: list[Batch]
     prompts: pd.DataFrame
     """all prompts that are in a pair"""
+    pair_table: pd.DataFrame
+    """see `Problem`"""
     counts: dict[str, dict[str, int]]
     """by split: see `CounterfactualPairs`"""
 
@@ -134,9 +136,16 @@ def against_counterfactuals(
         for split in ("discovery", "test")
     )
     used = table.loc[sorted({*found.table["prompt"], *found.table["counterfactual"]})]
-    return AgainstCounterfactuals(
-        baseline, DirectedScore(session.metric, pairs.direction), discovery, test, used, found.counts
+    kinds = table["dataset_type"].map(run.behavior.words.kinds)
+    pair_table = pd.DataFrame(
+        {
+            "id": table["id"].loc[found.table["prompt"]].to_numpy(),
+            "counterfactual": table["id"].loc[found.table["counterfactual"]].to_numpy(),
+            "kind": kinds.loc[found.table["prompt"]].to_numpy(),
+        }
     )
+    score = DirectedScore(session.metric, pairs.direction)
+    return AgainstCounterfactuals(baseline, score, discovery, test, used, pair_table, found.counts)
 
 
 LOW_AUROC = 0.8
@@ -148,7 +157,7 @@ _REFERENCE_LABELS: dict[BaselineChoice, list[bool]] = {
     "base": [],
     "zero": [],
     "paired": [],
-    "counterfactual": [],
+    "counterfactual": [False],  # for the figures by means beside it
 }
 """which prompts of the reference split are averaged, by their expected label"""
 
@@ -169,7 +178,7 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     words = run.behavior.words
     for line in report.lines(words.kinds):
         say(f"prompts of {line}")
-    everyone, _ = balance(frame, None, experiment.prompts.hard_share, experiment.seed)
+    everyone = _everyone(run)
     population = config.population == "toxic"
     labels = _REFERENCE_LABELS[config.baseline_choice]
     in_reference = (everyone["split"] == "reference") & everyone["refusal_label"].isin(labels)
@@ -187,7 +196,7 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     in_reference = used["split"] == "reference"
     to_explain = [batches(discovery & explained), batches(test & explained)]
     facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
-    explained_side, task_score = words.said(config.population), session.metric
+    explained_side, task_score, pair_table = words.said(config.population), session.metric, None
     hard = f", its {words.negative} prompts being hard ones" if config.contrast == "toxic-hard" else ""
     say(f"baseline: {words.said(config.baseline_choice)}{hard}")
     if config.baseline_choice == "paired":
@@ -199,6 +208,7 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
         baseline, to_explain = paired.baseline, [paired.discovery, paired.test]
         facts |= {"prompts": pd.concat([used, paired.prompts]).drop_duplicates("id"), "counterfactuals": paired.counts}
         explained_side, task_score = f"{words.positive} and {words.negative}", paired.score
+        pair_table = paired.pair_table
     elif config.baseline_choice == "base":
         baseline, to_explain = against_base(session, spaces, to_explain, layout)
     elif config.baseline_choice == "zero":
@@ -209,7 +219,30 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
     facts["score_auroc"] = None if separation is None else round(separation, 4)
     _warn_of_low(separation, words)
-    return Task(task_score, baseline, to_explain[0], to_explain[1], used[discovery], explained_side, facts)
+    return Task(task_score, baseline, to_explain[0], to_explain[1], used[discovery], explained_side, facts, pair_table)
+
+
+def usual_means(session: Session, spaces: Mapping[str, NodeSpace]) -> BaselineTables:
+    """The means over the negative prompts of the reference split, of all categories.
+
+    Raises:
+        UserError: they do not cover every position of the template.
+    """
+    model, experiment = session.model, session.run.experiment
+    everyone = _everyone(session.run)
+    chosen = everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"].astype(bool)]
+    _, tokenized = short_enough(model.tokenize, chosen, experiment.prompts.max_tokens)
+    layout = TemplateLayout.of(tokenized)
+    batches = make_batches(tokenized, layout, experiment.activations.batch_tokens, model.device)
+    return mean_baseline(model, spaces, batches, layout)
+
+
+def _everyone(run: Run) -> pd.DataFrame:
+    """The prompts of all categories, balanced, on the sides that the contrast has."""
+    experiment, frame = run.experiment, run.prompts.frame
+    if DiscoveryOptions.of(experiment).contrast == "toxic-hard":
+        frame = frame[frame["dataset_type"] != NEGATIVE]
+    return balance(frame, None, experiment.prompts.hard_share, experiment.seed)[0]
 
 
 def _warn_of_low(separation: float | None, words: Words) -> None:
@@ -226,17 +259,17 @@ FEWEST = {"discovery": 8, "reference": 4, "test": 4}
 
 
 def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]) -> Task:
-    """The prompts of one kind and category, or of `ALL`, whose replies show the behavior, against the mean of others.
+    """The prompts of one kind and category, or of `ALL`, whose replies show the behavior, against others of the kind.
 
     The kind is the positive one, or `hard` where the population is the negative side. Sides are judged replies, never
-    labels.
+    labels: where the baseline is a mean, it is that of the others; against counterfactuals, both are explained.
 
     Raises:
         UserError: a side has too few prompts in some split.
     """
     run, model = session.run, session.model
-    experiment = run.experiment
-    kind = POSITIVE if DiscoveryOptions.of(experiment).population == "toxic" else HARD
+    experiment, config = run.experiment, DiscoveryOptions.of(run.experiment)
+    kind = POSITIVE if config.population == "toxic" else HARD
     words = run.behavior.words
     called = words.kinds[kind]
     frame = run.prompts.frame
@@ -254,21 +287,28 @@ def judged_task(session: Session, category: str, spaces: Mapping[str, NodeSpace]
 
     refused = prompts["refused"].to_numpy(dtype=bool)
     discovery, reference, test = (prompts["split"].eq(split).to_numpy() for split in ("discovery", "reference", "test"))
-    score, labelled = session.metric, prompts[discovery]
+    score = session.metric
+    # The two sides of this task are the judged ones.
+    sides = prompts.assign(refusal_label=prompts["refused"].astype(bool))
     separation = auroc(score_prompts(model, score, batches(discovery)), refused[discovery])
+    facts = {
+        "prompts": prompts,
+        "contrast": "refused-complied",
+        "score_auroc": None if separation is None else round(separation, 4),
+    }
+    if config.baseline_choice == "counterfactual":
+        paired = against_counterfactuals(session, sides, sides, spaces)
+        facts |= {"counterfactuals": paired.counts}
+        explained = f"{words.acted} and not {words.acted} {called}"
+        return Task(paired.score, paired.baseline, paired.discovery, paired.test, sides[discovery], explained, facts)
     return Task(
         score=score,
         baseline=mean_baseline(model, spaces, batches(reference & ~refused), layout),
         discovery=batches(discovery & refused),
         test=batches(test & refused),
-        # The two sides of this task are the judged ones.
-        labelled=labelled.assign(refusal_label=labelled["refused"]),
+        labelled=sides[discovery],
         population=f"{words.acted} {called}",
-        facts={
-            "prompts": prompts,
-            "contrast": "refused-complied",
-            "score_auroc": None if separation is None else round(separation, 4),
-        },
+        facts=facts,
     )
 
 
@@ -316,6 +356,7 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
         prompts=with_store_index(run, task.labelled),
         experiment=run.experiment,
         judge=run.behavior.judge(),
+        pair_table=task.pair_table,
     )
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 

@@ -5,21 +5,20 @@ from typing import Any, ClassVar
 
 from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
-from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
-from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
-from sfc.core.artifacts import hash_of_file, read_json
-from sfc.data.pairs import pairs_fingerprint
-from sfc.data.schema import TOPICS_FILE
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
+from sfc.core.artifacts import Artifact, read_json, write_text
+from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.models.identity import model_identity
 from sfc.pages.blocks import Page
 from sfc.pages.circuit import NO_CARDS, circuit_page
+from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect.study import COLLECT
+from sfc.studies.discover.inputs import baseline_inputs, needs_of_circuits
+from sfc.studies.nulls import STUDY as NULLS
+from sfc.studies.nulls import has_nulls
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
-from sfc.studies.train.study import TRAIN
 
 
 class Discover(Study[DiscoveryOptions]):
@@ -30,20 +29,22 @@ class Discover(Study[DiscoveryOptions]):
 
     name = "discover"
     options = DiscoveryOptions
-    schema = 4
-    also = ((PairsOptions, "file"),)
+    schema = 5
+    also = ((PairsOptions, "file"), (LabelOptions, "explainer"), (LabelOptions, "explainer_model"))
     files: ClassVar = {
         "page": "circuit.html",
         "circuit": "circuit.json",
         "features": CARDS_FILE,
         "curve": "curve.csv",
         "scores": "scores.csv",
+        "replies": "replies.csv",
         "prompts": "prompts.csv",
     }
     model_columns: ClassVar = {
-        "n_nodes": "nodes", "faithfulness": "faithfulness", "completeness_normalised": "completeness, normalised",
+        "n_nodes": "nodes", "agreement": "agreement", "gap_kept": "gap kept", "faithfulness": "faithfulness, means",
+        "completeness_normalised": "completeness, normalised",
     }  # fmt: skip
-    model_headline: ClassVar = ("faithfulness",)
+    model_headline: ClassVar = ("agreement",)
 
     def label(self, run: Run) -> str:
         options = self.of(run)
@@ -66,7 +67,21 @@ class Discover(Study[DiscoveryOptions]):
         return inputs | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
-        return needs_of_circuits(run)
+        return [*needs_of_circuits(run), *([Need(NULLS, run)] if has_nulls(run) else [])]
+
+    def is_current(self, run: Run, artifact: Artifact) -> bool:
+        """Whether the circuit is there, and its features are explained if that is asked for."""
+        return artifact.is_complete() and not unexplained(artifact.folder, LabelOptions.of(run.experiment))
+
+    def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
+        """Make the circuit where it is missing. Explanations come last: no failure of theirs costs the circuit."""
+        if rebuild or not artifact.is_complete():
+            super().build(session, artifact, rebuild)
+        if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
+            from sfc.studies.discover.explanations import explain_circuit
+
+            explain_circuit(session, artifact.folder)
+            write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -77,31 +92,11 @@ class Discover(Study[DiscoveryOptions]):
         folder = finished.folder
         graph = load_circuit(folder / self.files["circuit"])
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
-        curve, scores = (finished.table(self.files[name]) for name in ("curve", "scores"))
-        return circuit_page(graph, curve, finished.result, cards, scores=scores)
+        curve, scores, replies = (finished.table(self.files[name]) for name in ("curve", "scores", "replies"))
+        return circuit_page(graph, curve, finished.result, cards, scores=scores, replies=replies)
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         return {name: finished.result.get(name) for name in self.model_columns}
-
-
-def needs_of_circuits(run: Run) -> list[Need]:
-    """What has to be finished before circuits are found or judged."""
-    trained = [Need(TRAIN, run)] if NODES[DiscoveryOptions.of(run.experiment).nodes].needs_saes else []
-    return [*trained, Need(COLLECT, run)]
-
-
-def baseline_inputs(run: Run) -> dict[str, Any]:
-    """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
-    options, inputs = DiscoveryOptions.of(run.experiment), {}
-    if run.behavior.reads_data_set:
-        topics = run.data_folder / TOPICS_FILE
-        if options.baseline_choice == "paired":
-            inputs["pairs"] = pairs_fingerprint(run.data_folder)
-        if METHODS[options.method].reads_topics and topics.is_file():
-            inputs["topics"] = hash_of_file(topics)
-    if options.contrast == "model-base":
-        inputs["base"] = model_identity(base_model(run.experiment))
-    return inputs
 
 
 DISCOVER = Discover()

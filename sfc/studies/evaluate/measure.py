@@ -1,4 +1,4 @@
-"""Circuits from files, ours or others', judged on the test prompts of one group."""
+"""Circuits from files, ours or others', judged on one group's test prompts, or on prompts of files in their place."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,20 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from sfc.circuits.controls import p_value
+from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE
 from sfc.circuits.edge_ablation import edge_faithfulness, random_edges, why_not_ablatable
-from sfc.circuits.faithfulness import curve_sizes, evaluation_curve, top_circuits
+from sfc.circuits.faithfulness import curve_sizes, top_circuits
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.options import EvaluationOptions
-from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import with_replies
+from sfc.circuits.replies import counts_by_kind, replies_by_kind
 from sfc.core.artifacts import write_csv
+from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import short_site
+from sfc.data.read import LABELS, UNLABELLED, load_prompt_file
+from sfc.data.schema import ALL, keyed_ranks
 from sfc.run import Run
 from sfc.session import Session
+from sfc.studies.discover.evidence import FIGURES, Evidence, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.evaluate.study import EvaluateOptions, PromptFile
+from sfc.studies.nulls import beside
 from sfc.studies.study import Made
+
+_KINDS = dict(zip(LABELS, (POSITIVE, HARD, NEGATIVE), strict=True))
 
 
 class _Circuit(NamedTuple):
@@ -33,39 +40,57 @@ class _Circuit(NamedTuple):
     edges: list[tuple[int, int]]
 
 
-def evaluate(session: Session, folder: Path, category: str, paths: Sequence[Path]) -> Made:
+def evaluate(
+    session: Session,
+    run: Run,
+    folder: Path,
+    paths: Sequence[Path],
+    files: Sequence[PromptFile] = (),
+    nulls: pd.DataFrame | None = None,
+) -> Made:
     """Judge the circuits in the files, and write their curves.
 
+    Args:
+        run: whose category's test prompts judge.
+        files: of prompts that judge in place of those.
+        nulls: what null dictionaries have, where it can be compared.
+
     Raises:
-        UserError: a file is not a circuit, or one of dictionaries that are not in use; the category lacks prompts.
+        UserError: a file is not a circuit, or one of dictionaries that are not in use; the category lacks prompts, or a
+            file of prompts does not say which side they are on.
     """
-    run, clock = session.run, session.clock
+    clock, category = session.clock, run.group(EvaluateOptions.of(run.experiment).category)
     listed = [read_listed(path) for path in paths]
-    problem, test_runs, facts = prepare_problem(session, category)
-    nodes = problem.ablation.nodes
+    judging = session.for_run(_with_test_prompts(run, category, files) if files else run)
+    problem, test_runs, facts = prepare_problem(judging, category)
+    evidence, nodes = Evidence.of(judging, problem, test_runs), problem.ablation.nodes
     names = DictionaryNames.of(run.saes.folder, nodes.sites, run.experiment.saes.source)
     circuits = [
         _Circuit(name, what, *numbered(what, names, nodes))
         for name, what in zip(circuit_names(paths), listed, strict=True)
     ]
     clock.lap("prepare")
-    curves = pd.concat([_curve(run, problem, test_runs, circuit) for circuit in circuits], ignore_index=True)
-    clock.lap("evaluation")
+    judged, tables = [], {"curves": [], "scores": [], "replies": []}
+    for circuit in circuits:
+        figures, *of_circuit = _judged(run, evidence, circuit, nulls)
+        judged.append(figures)
+        for table, rows in zip(tables.values(), of_circuit, strict=True):
+            rows.insert(0, "circuit_name" if "circuit" in rows else "circuit", circuit.name)
+            table.append(rows)
+        clock.lap(circuit.name)
     result = {
         "preset": run.experiment.name,
         "category": category,
+        "asked": [file.path.name for file in files],
         "population": facts["population"],
         "baseline": run.behavior.words.said(problem.config.baseline_choice),
         "error_mode": EvaluationOptions.of(run.experiment).error_mode,
-        "n_prompts": test_runs.n_prompts,
-        "circuits": [_figures(problem, circuit, curves) for circuit in circuits],
+        "n_prompts": int(evidence.answered[1]["id"].nunique()),
+        "n_pairs": test_runs.n_prompts if test_runs.are_pairs else None,
+        "circuits": judged,
     }
-    for circuit, figures in zip(circuits, result["circuits"], strict=True):
-        figures |= _edge_figures(run, problem, test_runs, circuit)
-        measurable = figures["faithfulness"] is not None
-        figures["p_value"] = _p_value(run, problem, test_runs, circuit) if measurable else None
-    clock.lap("edges and random circuits")
-    write_csv(folder / "curves.csv", curves)
+    for name, parts in tables.items():
+        write_csv(folder / f"{name}.csv", pd.concat(parts, ignore_index=True), digits=6)
     write_csv(folder / "prompts.csv", facts.pop("prompts"))
     return Made(result, facts=facts)
 
@@ -77,26 +102,90 @@ def circuit_names(paths: Sequence[Path]) -> list[str]:
     return [f"{name} ({i + 1})" if often[name] > 1 else name for i, name in enumerate(names)]
 
 
-def _curve(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> pd.DataFrame:
-    """The circuit's figures, and where it is ranked those of its best nodes."""
-    config, size = EvaluationOptions.of(run.experiment), len(circuit.members)
+def _with_test_prompts(run: Run, category: str, files: Sequence[PromptFile]) -> Run:
+    """The run with the prompts of the files as the category's test prompts; the category's own fill a side that lacks.
+
+    Raises:
+        UserError: a file is malformed, or does not say which side its prompts are on.
+    """
+    own, seed = run.prompts.frame, run.experiment.seed
+    asked = pd.concat([_labelled(file) for file in files]).drop_duplicates("id")
+    asked = asked[keyed_ranks(asked, ["dataset_type"], f"limit {seed}") < EvaluateOptions.of(run.experiment).limit]
+    learned = asked["id"].isin(own.loc[own["split"] != "test", "id"])
+    if learned.any():
+        say(f"left out: {learned.sum():,} prompts that circuits are found with or baselines are means of")
+    asked, is_test = asked[~learned], own["split"] == "test"
+    for side in {True, False} - set(asked["refusal_label"]):
+        lacking = own[is_test & (own["refusal_label"] == side) & (own["category"].eq(category) | (category == ALL))]
+        kinds = [name for name, kind in _KINDS.items() if kind in set(lacking["dataset_type"])]
+        say(f"no {' or '.join(kinds)} prompts in the files: {len(lacking):,} test prompts of {category} stand in")
+        asked = pd.concat([asked, lacking])
+    return run.with_prompts(pd.concat([own[~is_test], asked.assign(category=category)], ignore_index=True))
+
+
+def _labelled(file: PromptFile) -> pd.DataFrame:
+    """The file's prompts as rows of the prepared table, without a category."""
+    rows = load_prompt_file(file.path)
+    labels = rows["label"].mask(rows["label"] == UNLABELLED, file.label)
+    if labels.isna().any():
+        raise UserError(
+            f"{file.path} does not say which side its prompts are on ({labels.isna().sum():,} have no label): write"
+            f" --prompts {file.path}=toxic, or =hard, or =safe"
+        )
+    kinds = labels.map(_KINDS)
+    return pd.DataFrame(
+        {
+            "id": rows["id"],
+            "prompt": rows["prompt"],
+            "refusal_label": kinds == POSITIVE,
+            "dataset_type": kinds,
+            "original_source": file.path.name,
+            "split": "test",
+        }
+    )
+
+
+def _judged(
+    run: Run, evidence: Evidence, circuit: _Circuit, nulls: pd.DataFrame | None
+) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The circuit's figures; its curve, where it is ranked also of its best nodes; its scores, and its replies."""
+    config, seed, size = EvaluationOptions.of(run.experiment), run.experiment.seed, len(circuit.members)
+    nodes, members = evidence.problem.ablation.nodes, np.array(circuit.members)
     say(f"{circuit.name}: {circuit.listed.format}, {size:,} nodes")
     sizes = curve_sizes(config.sizes, size) if circuit.listed.is_ranked else [size]
-    total = (1 + (3 + config.random_draws) * len(sizes)) * runs.n_prompts
-    with progress_bar("evaluating", total, "runs") as progress:
-        curve = evaluation_curve(problem, runs, np.array(circuit.members), sizes, config, run.experiment.seed, progress)
-    curve = with_replies(curve, problem, runs, np.array(circuit.members), size, config, run.experiment.seed)
-    curve.insert(0, "circuit", circuit.name)
-    return curve
-
-
-def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> dict[str, float | None]:
-    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
-    nodes, smallest, seed = (
-        problem.ablation.nodes,
-        EvaluationOptions.of(run.experiment).min_denominator,
-        run.experiment.seed,
+    curve, scores = judged_curve(evidence, members, sizes, size, nulls)
+    mask = top_circuits(members, [size], nodes.n_nodes)[0]
+    (problem, runs), prompts = evidence.answered
+    replies = replies_by_kind(problem, runs, prompts, mask, config.replies, config.reply_tokens, seed)
+    per_site = np.bincount(nodes.site_numbers[members], minlength=len(nodes.sites)).tolist()
+    row = curve[curve["size"] == size].iloc[0].drop("size")
+    figures = {
+        "name": circuit.name,
+        "format": circuit.listed.format,
+        "is_ranked": circuit.listed.is_ranked,
+        "n_nodes": size,
+        "n_errors": int(nodes.is_error[members].sum()),
+        "n_edges": len(circuit.edges),
+        **dict.fromkeys(FIGURES),
+        **{str(name): _figure(value) for name, value in row.items()},
+        "kl_without_safe": kl_without(evidence, mask),
+        "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
+        **_edge_figures(run, evidence, circuit),
+        "refused": counts_by_kind(replies),
+    }
+    figures |= beside(nulls, size, figures.get("agreement"))
+    # An evaluation has no target that the circuit could miss.
+    figures["says"] = told(
+        figures | {"reached_target": True}, config.target, evidence.problem.config.contrast, run.behavior.words
     )
+    return figures, curve, scores, replies
+
+
+def _edge_figures(run: Run, evidence: Evidence, circuit: _Circuit) -> dict[str, float | None]:
+    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
+    problem, runs = evidence.problem, evidence.runs
+    nodes, smallest = problem.ablation.nodes, EvaluationOptions.of(run.experiment).min_denominator
+    seed = run.experiment.seed
     reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
     if reason is not None:
         say(f"{circuit.name}: edges are not judged: {reason}")
@@ -108,32 +197,6 @@ def _edge_figures(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circui
         )
     figures["random_edge_faithfulness"] = at_random["edge_faithfulness"]
     return {name: _figure(value) for name, value in figures.items()}
-
-
-def _p_value(run: Run, problem: Problem, runs: PromptRuns, circuit: _Circuit) -> float:
-    """The circuit's p-value among random ones."""
-    config = EvaluationOptions.of(run.experiment)
-    mask = top_circuits(np.array(circuit.members), [len(circuit.members)], problem.ablation.nodes.n_nodes)[0]
-    with progress_bar("random circuits", (config.p_value_draws + 2) * runs.n_prompts, "runs") as progress:
-        return p_value(problem, runs, mask, config.p_value_draws, run.experiment.seed, progress)
-
-
-def _figures(problem: Problem, circuit: _Circuit, curves: pd.DataFrame) -> dict[str, Any]:
-    """What is reported of a circuit; figures that cannot be measured are None."""
-    nodes, members = problem.ablation.nodes, np.array(circuit.members)
-    per_site = np.bincount(nodes.site_numbers[members], minlength=len(nodes.sites)).tolist()
-    row = curves[(curves["circuit"] == circuit.name) & (curves["size"] == len(members))].iloc[0]
-    figures = row.drop(["circuit", "size"]).astype(object)
-    return {
-        "name": circuit.name,
-        "format": circuit.listed.format,
-        "is_ranked": circuit.listed.is_ranked,
-        "n_nodes": len(members),
-        "n_errors": int(nodes.is_error[members].sum()),
-        "n_edges": len(circuit.edges),
-        **{str(name): _figure(value) for name, value in figures.items()},
-        "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
-    }
 
 
 def _figure(value: Any) -> float | None:

@@ -1,12 +1,14 @@
-"""The page of an evaluation: what each circuit leaves of the score, alone and when it is gone."""
+"""The page of an evaluation: what each circuit does to prompts of both sides, alone and when it is gone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
-from sfc.pages.blocks import Figure, Page, Section, cell, figure_cell, records_table
+from sfc.pages.blocks import Figure, Page, Paragraph, Section, Table, cell, figure_cell
+from sfc.pages.both_sides import both_sides, proof_by_size, verdict
 from sfc.pages.style import AMBER, BLUE, INK, LINE, QUIET, VERMILION, axis, styled_figure
 from sfc.pages.text import count_text, hover_text
 from sfc.studies.study import Finished
@@ -17,55 +19,94 @@ _SCORES = {
     "f_circuit": ("F(C): the circuit alone", VERMILION, "circle"),
     "f_complement": ("F(M\\C): all but the circuit", BLUE, "diamond"),
 }
-_COLUMNS = {
-    "circuit": "name",
-    "nodes": "n_nodes",
+_DECIDES = {
+    "recovered, {positive}": "recovered_toxic",
+    "recovered, {negative}": "recovered_safe",
+    "agreement": "agreement",
+    "agreement of random features": "null_agreement",
+    "agreement of rotated ones": "rotated_agreement",
+    "KL recovered, {positive}": "kl_recovered_toxic",
+    "KL recovered, {negative}": "kl_recovered_safe",
+    "gap kept": "gap_kept",
+    "separation": "separation",
+    "separation, the model's": "separation_model",
+    "prompt-free": "prompt_free",
+}
+"""what only a circuit that decides has: those of both sides"""
+_RESTORES = {
     "faithfulness": "faithfulness",
-    "from": "faithfulness_low",
-    "to": "faithfulness_high",
-    "of random circuits": "random_faithfulness",
-    "p": "p_value",
+    "faithfulness of random circuits": "random_faithfulness",
     "completeness, normalised": "completeness_normalised",
+    "the same of random circuits": "random_completeness_normalised",
     "completeness, as published": "completeness",
+    "KL(M to M\\C), {negative}": "kl_without_safe",
     "edges": "n_edges",
     "faithfulness of edges": "edge_faithfulness",
-    "of random edges": "random_edge_faithfulness",
+    "faithfulness of random edges": "random_edge_faithfulness",
     "F(M)": "f_model",
     "F(C)": "f_circuit",
     "F(M\\C)": "f_complement",
     "F(0)": "f_empty",
 }
+"""what a circuit restores of the score, and what is left without it"""
+_SUMMARY = (
+    "recovered_toxic", "recovered_safe", "agreement", "gap_kept", "separation", "separation_model", "prompt_free",
+    "faithfulness", "random_faithfulness", "completeness_normalised",
+)  # fmt: skip
+_REPLIES = {"as it is": "model", "circuit alone": "circuit", "without it": "without"}
 
 
 def page(finished: Finished) -> Page:
     """The page of an evaluation."""
     result, words = finished.result, finished.words
-    first = result["circuits"][0]
-    title = (
-        f"{result['category']} · {result['preset']}: faithfulness on {result['n_prompts']} {result['population']} test"
-        f" prompts, completeness normalised; F(M) {cell(first['f_model'])}, F(0) {cell(first['f_empty'])}"
-    )
+    circuits, scores = result["circuits"], finished.table("scores.csv")
+    columns = {**_DECIDES, **_RESTORES}
+    summary = {title: name for title, name in columns.items() if name in _SUMMARY}
+    told = [f"{each['name']}: {each['says']}." for each in circuits if each["says"]]
     return Page(
         title=f"Evaluation · {result['category']} · {result['preset']}",
         sentence=_sentence(result),
-        summary=[records_table(title, _SUMMARY, result["circuits"])],
+        summary=[_table("", summary, circuits, words), *map(Paragraph, told)],
         sections=[
-            Section("", [Figure("scores", lambda: scores_figure(result, words))]),
-            Section("Figures", [records_table("", _COLUMNS, result["circuits"])]),
+            *(_of_circuit(finished, each, scores[scores["circuit_name"] == each["name"]]) for each in circuits),
+            Section("Does it decide?", [_table("Test prompts of both sides", _DECIDES, circuits, words)]),
+            Section("What it restores, and what is left without it", [
+                Figure("scores", lambda: scores_figure(result, words)),
+                _table("", _RESTORES, circuits, words),
+            ]),
         ],
         guide=_guide(words),
         findings=[
-            (f"faithfulness of {each['name']}", figure_cell(each, "faithfulness")) for each in result["circuits"]
+            (f"{title.format(**words._asdict())}, {each['name']}", figure_cell(each, name))
+            for each in circuits
+            for title, name in summary.items()
+            if each.get(name) is not None
         ],
-    )
+    )  # fmt: skip
 
 
-_SUMMARY = {
-    "circuit": "name", "nodes": "n_nodes", "faithfulness": "faithfulness", "low": "faithfulness_low",
-    "high": "faithfulness_high", "random": "random_faithfulness", "p": "p_value",
-    "completeness": "completeness_normalised", "edges": "n_edges", "of edges": "edge_faithfulness",
-    "random edges": "random_edge_faithfulness",
-}  # fmt: skip
+def _of_circuit(finished: Finished, circuit: Mapping[str, Any], scores: pd.DataFrame) -> Section:
+    """What one circuit does to each prompt, and of its best nodes: the sentence, the pictures, and the replies."""
+    words, curves = finished.words, finished.table("curves.csv")
+    curve = curves[curves["circuit"] == circuit["name"]]
+    shown = [*both_sides(scores, words), *(proof_by_size(curve, circuit["n_nodes"], words) if len(curve) > 1 else [])]
+    rows = [
+        [kind, cell(counts["n"]), *(cell(counts.get(under)) for under in _REPLIES.values())]
+        for kind, counts in circuit["refused"].items()
+    ]
+    replies = Table(f"Replies that {words.acts}", ["prompts", "n", *_REPLIES], rows)
+    blocks = [block for section in shown for block in section.blocks]
+    return Section(circuit["name"], [*verdict(circuit), *blocks, *([replies] if rows else [])])
+
+
+def _table(title: str, names: Mapping[str, str], circuits: Sequence[Mapping[str, Any]], words: Words) -> Table:
+    """Figures with their intervals, a column per circuit; those that none of the circuits has are left out."""
+    rows = [
+        [head.format(**words._asdict()), *(figure_cell(each, name) for each in circuits)]
+        for head, name in {"nodes": "n_nodes", **names}.items()
+        if any(each.get(name) is not None for each in circuits)
+    ]
+    return Table(title, ["figure", *(each["name"] for each in circuits)], rows)
 
 
 def scores_figure(result: Mapping[str, Any], words: Words) -> go.Figure:
@@ -95,26 +136,32 @@ def scores_figure(result: Mapping[str, Any], words: Words) -> go.Figure:
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
+    asked = f"prompts of {', '.join(result['asked'])}" if result["asked"] else "test prompts"
+    pairs = "" if result["n_pairs"] is None else f" in {count_text(result['n_pairs'], 'pair')}"
     return (
-        f"{count_text(len(result['circuits']), 'circuit')} on {count_text(result['n_prompts'], 'test prompt')} "
-        f"({result['category']}, {result['population']}); baseline {result['baseline']}, "
-        f"error mode {result['error_mode']}."
+        f"{count_text(len(result['circuits']), 'circuit')} on {result['n_prompts']:,} {asked}{pairs}"
+        f" ({result['category']}, {result['population']}); baseline {result['baseline']}, error mode"
+        f" {result['error_mode']}."
     )
 
 
 def _guide(words: Words) -> tuple[str, ...]:
+    positive, negative = words.positive, words.negative
     return (
-        f"**Scores.** F is the mean {words.score}, in nats, of the test prompts: of the full model M, of the circuit C "
-        "alone with everything else set to its baseline, of the model without it (M\\C), and with everything ablated"
-        " (0). "
-        "A good circuit has its circle at F(M) and its diamond at F(0).",
-        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)): 1 where the score comes back in full, even if it does so on"
-        " every prompt. "
-        "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)): 0 where nothing is left without it; as "
-        "published it is F(M\\C) / F(M). Where a denominator is too small to divide by, a figure is not measurable.",
-        "**Random circuits** have as many features at each site and the same error nodes: what size alone gives. "
-        "p is the share of circuits, among this and random ones, whose score is as far from F(0). Faithfulness has its "
-        "95 % interval over prompts beside it.",
+        f"**Does it decide?** A circuit that scores high whatever it is asked would restore the {words.score} of"
+        f" {positive} prompts in full. **Recovered** is the share of the difference between a prompt and an equally"
+        f" long one of the other side that the circuit brings back, everything else being as in the other: on"
+        f" {positive} prompts against {negative} ones, and the other way round; one of the two is 0 of such a circuit."
+        " **Agreement** = 1 − Σ(s_C − s_M)² / Σ(s_0 − s_M)² over all pairs.",
+        "**Gap kept** and **separation** are measured by means: what is left of the difference between the sides' mean"
+        " scores, and the chance that a prompt of the one side scores above one of the other, beside the model's own."
+        " **Prompt-free** is what is left of the faithfulness where nothing of the prompt can enter: it should be 0.",
+        f"**Scores.** F is the mean {words.score}, in nats: of the full model M, of the circuit C alone with everything"
+        " else set to its baseline, of the model without it (M\\C), and with everything ablated (0). **Faithfulness** ="
+        " (F(C) − F(0)) / (F(M) − F(0)) looks at one side only. **Completeness**, normalised = (F(M\\C) − F(0)) / (F(M)"
+        " − F(0)): low where the circuit is needed; as published it is F(M\\C) / F(M). **Random circuits** have as many"
+        " features at each site and as often active. Where a denominator is too small to divide by, a figure is not"
+        " measurable. Figures have their 95 % interval over prompts beside them.",
         "**Edges.** Their faithfulness is that of the circuit when its nodes reach each other along these edges "
         "alone: each node gets a run of its own in which everything but its sources has its baseline value. With every"
         " edge between neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the"

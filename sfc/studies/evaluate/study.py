@@ -1,17 +1,22 @@
-"""`sfc evaluate`: any circuits, ours or others', judged on test prompts."""
+"""`sfc evaluate`: any circuits, ours or others', judged on test prompts, or on prompts of files."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field
 
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
+from sfc.data.read import LABELS
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.discover.study import DISCOVER, baseline_inputs, circuit_of, needs_of_circuits
+from sfc.studies.discover.inputs import baseline_inputs, needs_of_circuits
+from sfc.studies.discover.study import DISCOVER, circuit_of
+from sfc.studies.nulls import nulls_of
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
@@ -26,10 +31,30 @@ class EvaluateOptions(Options):
         " category's own circuit",
     )
     category: str | None = option(None, description="OR-Bench category, or all, whose test prompts judge them")
+    prompts: list[str] = option(
+        [],
+        description="judge on the prompts of these CSV files instead (column prompt, and label: toxic, hard or safe;"
+        " XSTest's columns work). FILE=toxic says what prompts without a label are. A side that no file has is that of"
+        " the category's test prompts",
+    )
+    limit: int = Field(100, ge=1, description="with --prompts: at most this many prompts of each kind, chosen by hash")
+
+
+class PromptFile(NamedTuple):
+    """A file of prompts, and the label of those that have none."""
+
+    path: Path
+    label: str | None
+
+    @classmethod
+    def of(cls, text: str) -> "PromptFile":
+        """What `FILE` or `FILE=toxic` names."""
+        path, _, label = text.rpartition("=")
+        return cls(Path(path), label) if path and label in LABELS else cls(Path(text), None)
 
 
 class Evaluate(Study[EvaluateOptions]):
-    """Judge any circuits, ours or others', on a category's test prompts: faithfulness, completeness, random circuits.
+    """Judge any circuits, ours or others', on test prompts of both sides: do they decide, or refuse whatever is asked?
 
     Nodes are named resid_post.21/F12 or resid_post.21/error, or by SAELens' or Neuronpedia's ids of the dictionaries
     in use, such as gpt2-small/6-res-jb/650.
@@ -39,8 +64,15 @@ class Evaluate(Study[EvaluateOptions]):
 
     name = "evaluate"
     options = EvaluateOptions
+    schema = 2
     also = ((DiscoveryOptions, "population"), (DiscoveryOptions, "contrast"))
-    files: ClassVar = {"page": "evaluation.html", "curves": "curves.csv", "prompts": "prompts.csv"}
+    files: ClassVar = {
+        "page": "evaluation.html",
+        "curves": "curves.csv",
+        "scores": "scores.csv",
+        "replies": "replies.csv",
+        "prompts": "prompts.csv",
+    }
 
     def check(self, run: Run) -> None:
         for path in self.of(run).circuits:
@@ -48,26 +80,45 @@ class Evaluate(Study[EvaluateOptions]):
                 raise UserError(
                     f"no file {path}: `sfc evaluate` takes circuits, node lists in JSON or CSV, or graph files"
                 )
+        for file in self.prompt_files(run):
+            if not file.path.is_file():
+                raise UserError(f"no file {file.path}: --prompts takes CSV files with a column 'prompt'")
+        discovery = DiscoveryOptions.of(run.experiment)
+        of_its_own = discovery.contrast == "refused-complied" or discovery.baseline_choice == "paired"
+        if self.of(run).prompts and (of_its_own or not run.behavior.has_own_saes):
+            raise UserError(
+                f"--prompts: contrast {discovery.contrast!r} with baseline {discovery.baseline_choice!r} has prompts of"
+                " its own, which no file can replace"
+            )
+
+    def prompt_files(self, run: Run) -> list[PromptFile]:
+        """The files whose prompts judge; none where the test prompts do."""
+        return [PromptFile.of(text) for text in self.of(run).prompts]
 
     def label(self, run: Run) -> str:
         discovery = DiscoveryOptions.of(run.experiment)
-        return f"evaluation-{run.group(self.of(run).category)}{run.behavior.words.said(discovery.name_of_prompts)}"
+        asked = "".join(f"-{file.path.stem}" for file in self.prompt_files(run))
+        of_prompts = run.behavior.words.said(discovery.name_of_prompts)
+        return f"evaluation-{run.group(self.of(run).category)}{of_prompts}{asked}"
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        experiment, discovery = run.experiment, DiscoveryOptions.of(run.experiment)
-        files = [Path(path) for path in self.of(run).circuits]
+        experiment, options, discovery = run.experiment, self.of(run), DiscoveryOptions.of(run.experiment)
+        files = [Path(path) for path in options.circuits]
         listed = [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in files]
+        asked = [[file.path.name, file.label, hash_of_file(file.path)] for file in self.prompt_files(run)]
         return {
             "prompts": run.store.inputs,
             "saes": run.saes.inputs if NODES[discovery.nodes].needs_saes else None,
-            "category": run.group(self.of(run).category),
+            "category": run.group(options.category),
             "hard_share": experiment.prompts.hard_share,
             "nodes": discovery.nodes,
             "population": discovery.population,
             "contrast": discovery.contrast,
             "baseline": discovery.baseline_choice,
+            "pairs_per_prompt": discovery.pairs_per_prompt,
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
             "circuits": listed or DISCOVER.artifact(self._own(run)).inputs,
+            "asked": [*asked, options.limit] if asked else None,
         } | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
@@ -77,11 +128,12 @@ class Evaluate(Study[EvaluateOptions]):
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.evaluate.measure import evaluate
 
-        run = session.run
-        category = run.group(self.of(run).category)
-        paths = [Path(path) for path in self.of(run).circuits]
-        own = [] if paths else [circuit_of(run, category, session).folder / DISCOVER.files["circuit"]]
-        return evaluate(session, folder, category, [*paths, *own])
+        # Whoever reads the category from the run's options reads the one whose prompts judge.
+        run, files = self._own(session.run), self.prompt_files(session.run)
+        if circuits := [Path(path) for path in self.of(run).circuits]:
+            return evaluate(session, run, folder, circuits, files)
+        own = circuit_of(run, run.group(self.of(run).category), session)
+        return evaluate(session, run, folder, [own.files["circuit"]], files, None if files else nulls_of(run))
 
     def page(self, finished: Finished) -> Page:
         from sfc.studies.evaluate.page import page

@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfc.core.artifacts import json_records, write_csv
+from sfc.core.artifacts import json_records
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.balance import balance
 from sfc.data.read import UNLABELLED, load_prompt_file
-from sfc.data.schema import ALL, keyed_ranks
+from sfc.data.schema import keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
@@ -31,8 +30,8 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import bootstrap_means, friedman, pairwise_wilcoxon
 from sfc.studies.collect.fill import short_enough
-from sfc.studies.formats.formats import Formats, FormatsOptions, Version
-from sfc.studies.study import Made
+from sfc.studies.formats import Formats, PromptFormats, Version
+from sfc.studies.study import Made, write_tables
 
 _ANY_INSTRUCTION = "Name a river."
 
@@ -97,13 +96,13 @@ def standardised(scores: Mapping[str, Float[np.ndarray, " n"]]) -> dict[str, Flo
     return {name: (values - values.mean()) / values.std(ddof=1) for name, values in scores.items()}
 
 
-def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
+def measure(study: PromptFormats, session: Session, folder: Path) -> Made:
     """Score every instruction in every format, test, and write the tables.
 
     Raises:
         UserError: the file holds no harmful instructions, or an answer is not one token of this model.
     """
-    experiment, model = session.run.experiment, session.model
+    experiment, model, options = session.run.experiment, session.model, study.of(session.run)
     formats, category = options.formats(), session.run.group(options.category)
     frame = _instructions(session.run, options.prompts, category, options.limit)
     frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table
@@ -122,8 +121,7 @@ def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
         "formats": _summary(versions, scores, z, harmful, experiment.seed),
         "pairs": pairwise_wilcoxon(harmful_z, list(formats)),
     }
-    for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table, digits=6)
+    write_tables(folder, tables, digits=6)
     return Made(
         {
             "preset": experiment.name,
@@ -139,8 +137,7 @@ def measure(session: Session, options: FormatsOptions, folder: Path) -> Made:
 
 def _instructions(run: Run, prompts: Path | None, category: str, limit: int | None) -> pd.DataFrame:
     """Harmful instructions (label `toxic`), and at most as many harmless ones of the test split (`safe`)."""
-    wanted = None if category == ALL else category
-    balanced, _ = balance(run.prompts.frame, wanted, run.experiment.prompts.hard_share, run.experiment.seed)
+    balanced = run.balanced(category)
     test = balanced[balanced["split"] == "test"]
     test = test.assign(label=np.where(test["refusal_label"], "toxic", "safe"))
     harmful, harmless = test[test["label"] == "toxic"], test[test["label"] == "safe"]

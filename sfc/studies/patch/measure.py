@@ -13,27 +13,42 @@ from sfc.core.progress import progress_bar, say
 from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session
+from sfc.studies.patch import (
+    CRITICAL_Q,
+    WRAPPERS,
+    Candidates,
+    Patching,
+    PatchingOptions,
+    load_wrappers,
+    pairs_file,
+    toxic_safe_pairs,
+    wrapped_pairs,
+)
 from sfc.studies.patch.alignment import expand
-from sfc.studies.patch.components import Patch, cumulative_patches, single_patches
-from sfc.studies.patch.options import CRITICAL_Q, PatchingOptions, pairs_file
-from sfc.studies.patch.pairs import WRAPPERS, Candidates, load_wrappers, toxic_safe_pairs, wrapped_pairs
-from sfc.studies.patch.patching import patch_pairs
-from sfc.studies.patch.ranking import PatchRuns, agreement, effect_table, score_table
-from sfc.studies.patch.selection import Selection, select_pairs, unaligned
+from sfc.studies.patch.patching import Selection, patch_pairs, select_pairs, unaligned
+from sfc.studies.patch.ranking import (
+    Patch,
+    PatchRuns,
+    agreement,
+    cumulative_patches,
+    effect_table,
+    score_table,
+    single_patches,
+)
 from sfc.studies.study import Made
 
 _FEW_PAIRS = 10
 _CRITICAL_LISTED = 10
 
 
-def measure(session: Session, folder: Path) -> Made:
+def measure(study: Patching, session: Session, folder: Path) -> Made:
     """Write `pairs.csv`, `scores.csv` and `effects.csv`.
 
     Raises:
         UserError: the pairs or wrappers cannot be read, no pair can be used, or the model has no such layer.
     """
     experiment, model, clock = session.run.experiment, session.model, session.clock
-    options = PatchingOptions.of(experiment)
+    options = study.of(session.run)
     candidates, patches = _candidates(session.run), _patches(model, options)
     clock.lap("loading")
     selection = select_pairs(model, candidates, experiment)

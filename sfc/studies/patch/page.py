@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import (
@@ -24,9 +23,22 @@ from sfc.pages.blocks import (
     grid_table,
     records_table,
 )
-from sfc.pages.style import BLUE, GREEN, INK, PINK, QUIET, axis, error_bars, heat_map, styled_figure
+from sfc.pages.style import (
+    BLUE,
+    GREEN,
+    INK,
+    PINK,
+    QUIET,
+    Panel,
+    axis,
+    error_bars,
+    heat_map,
+    panels_figure,
+    points,
+    styled_figure,
+)
 from sfc.pages.text import hover_text, number_text
-from sfc.studies.patch.options import CRITICAL_Q
+from sfc.studies.patch import CRITICAL_Q, Patching
 from sfc.studies.study import Finished
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}
@@ -37,7 +49,7 @@ _FEW_PAIRS = 10
 _LISTED = 5
 
 
-def page(finished: Finished) -> Page:
+def page(_study: Patching, finished: Finished) -> Page:
     """The page of a finished patching."""
     result, words, sets = finished.result, finished.words, list(finished.result["n_pairs_at"])
     effects = _in_order(finished.table("effects.csv"), sets)
@@ -64,27 +76,32 @@ def positions_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str])
     """One heat map per kind but heads: layers against position sets, in this order; the colour scale common to all."""
     rows = effects[(effects["direction"] == direction) & (effects["kind"] != "head")]
     kinds = [kind for kind in _KINDS if kind in set(rows["kind"])]
-    figure = _grid([_KINDS[kind] for kind in kinds], len(kinds), "By layer and positions", rows)
-    for column, kind in enumerate(kinds, start=1):
-        of_kind = rows[rows["kind"] == kind]
-        figure.add_trace(_heat_map(of_kind, "positions", sets, _largest(rows)), 1, column)
-        figure.update_xaxes(axis("positions", showgrid=False, type="category"), row=1, col=column)
-        figure.update_yaxes(_layers_axis(rows, column), row=1, col=column)
-    return figure
+    panels = [
+        Panel(
+            _KINDS[kind],
+            axis("positions", showgrid=False, type="category"),
+            _layers_axis(rows, is_first=number == 0),
+            [_heat_map(rows[rows["kind"] == kind], "positions", sets, _largest(rows))],
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    return _grid("By layer and positions", rows, panels, len(kinds))
 
 
 def heads_figure(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> go.Figure:
     """One heat map per position set, in this order: layers against heads."""
     rows = effects[(effects["direction"] == direction) & (effects["kind"] == "head")]
     heads = list(range(int(rows["head"].max()) + 1))
-    titles = [f"heads at {hover_text(name)}" for name in sets]
-    figure = _grid(titles, min(len(sets), _HEADS_A_ROW), "By layer and head", rows)
-    for number, name in enumerate(sets):
-        row, column = number // _HEADS_A_ROW + 1, number % _HEADS_A_ROW + 1
-        figure.add_trace(_heat_map(rows[rows["positions"] == name], "head", heads, _largest(rows)), row, column)
-        figure.update_xaxes(axis("head", showgrid=False, tickformat="d"), row=row, col=column)
-        figure.update_yaxes(_layers_axis(rows, column), row=row, col=column)
-    return figure
+    panels = [
+        Panel(
+            f"heads at {hover_text(name)}",
+            axis("head", showgrid=False, tickformat="d"),
+            _layers_axis(rows, is_first=number % _HEADS_A_ROW == 0),
+            [_heat_map(rows[rows["positions"] == name], "head", heads, _largest(rows))],
+        )
+        for number, name in enumerate(sets)
+    ]
+    return _grid("By layer and head", rows, panels, _HEADS_A_ROW)
 
 
 def cumulative_figure(ranges: pd.DataFrame) -> go.Figure:
@@ -110,31 +127,20 @@ def cumulative_figure(ranges: pd.DataFrame) -> go.Figure:
 
 def agreement_figure(effects: pd.DataFrame, agreement: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Attribution patching against exact effects, one panel per direction, with the line on which they are equal."""
-    directions = list(dict.fromkeys(effects["direction"]))
-    figure = make_subplots(
-        cols=len(directions),
-        subplot_titles=[_DIRECTIONS[direction] for direction in directions],
-        figure=styled_figure("Every component at every position set", 520),
-    )
     correlations = {(row["direction"], row["kind"]): row["pearson"] for row in agreement}
-    for column, direction in enumerate(directions, start=1):
+    panels = []
+    for direction in dict.fromkeys(effects["direction"]):
         rows = effects[effects["direction"] == direction].dropna(subset=["effect", "attribution"])
         ends = np.array([rows[["effect", "attribution"]].min().min(), rows[["effect", "attribution"]].max().max()])
         equal = go.Scatter(x=ends, y=ends, mode="lines", line={"color": QUIET, "width": 1}, showlegend=False)
-        figure.add_trace(equal.update(hoverinfo="skip"), 1, column)
+        traces = [equal.update(hoverinfo="skip")]
         for kind, group in rows.groupby("kind", sort=False):
-            points = go.Scatter(
-                x=group["effect"],
-                y=group["attribution"],
-                mode="markers",
-                marker={"color": _COLOURS[str(kind)], "size": 7, "opacity": 0.7},
-                name=f"{_KINDS[str(kind)]}, {direction}: r = {number_text(correlations.get((direction, kind)))}",
-                customdata=_hovers(group),
-                hovertemplate="%{customdata}<extra></extra>",
-            )
-            figure.add_trace(points, 1, column)
-        figure.update_xaxes(axis("exact effect"), row=1, col=column)
-        figure.update_yaxes(axis("attribution patching" if column == 1 else ""), row=1, col=column)
+            name = f"{_KINDS[str(kind)]}, {direction}: r = {number_text(correlations.get((direction, kind)))}"
+            colour, marker = _COLOURS[str(kind)], {"size": 7, "opacity": 0.7}
+            traces.append(points(group["effect"], group["attribution"], name, colour, _hovers(group), marker=marker))
+        y_title = "" if panels else "attribution patching"
+        panels.append(Panel(_DIRECTIONS[direction], axis("exact effect"), axis(y_title), traces))
+    figure = panels_figure(styled_figure("Every component at every position set", 520), panels)
     return figure.update_layout(margin={"t": 140}, legend={"y": 1.08})
 
 
@@ -166,16 +172,14 @@ def _maps(effects: pd.DataFrame, direction: str, sets: Sequence[str]) -> list[Bl
     return blocks
 
 
-def _grid(titles: list[str], columns: int, title: str, effects: pd.DataFrame) -> go.Figure:
-    rows = -(-len(titles) // columns)
-    height = max(220, 16 * effects["layer"].nunique())
-    frame = styled_figure(title, 40 + rows * (height + 90))
-    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles, figure=frame, vertical_spacing=0.2 / rows)
-    return figure.update_layout(margin={"t": 84})
+def _grid(title: str, effects: pd.DataFrame, panels: Sequence[Panel], most: int) -> go.Figure:
+    rows = -(-len(panels) // most)
+    figure = styled_figure(title, 40 + rows * (max(220, 16 * effects["layer"].nunique()) + 90))
+    return panels_figure(figure, panels, most, vertical_spacing=0.2 / rows).update_layout(margin={"t": 84})
 
 
-def _layers_axis(effects: pd.DataFrame, column: int) -> dict[str, Any]:
-    return axis("layer" if column == 1 else "", showgrid=False, dtick=1 + effects["layer"].nunique() // 12)
+def _layers_axis(effects: pd.DataFrame, is_first: bool) -> dict[str, Any]:
+    return axis("layer" if is_first else "", showgrid=False, dtick=1 + effects["layer"].nunique() // 12)
 
 
 def _heat_map(rows: pd.DataFrame, across: str, columns: Sequence[Any], largest: float) -> go.Heatmap:

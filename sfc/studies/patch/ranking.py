@@ -1,4 +1,4 @@
-"""From scores to a ranking: normalised effects with intervals, p-values, false-discovery control.
+"""What can be patched, one component or range of layers at a time, and how their effects are ranked.
 
 The effect of a patch is a ratio of means, `mean(s_patched - s_base) / mean(s_source - s_base)`, not a mean of ratios: a
 pair whose two scores lie close together has a ratio that may be anything, and would outweigh all others. The interval
@@ -15,8 +15,66 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import false_discovery_control, rankdata
 
+from sfc.core.sites import StoredKind, site_of
 from sfc.stats import pearson, resampled_counts
-from sfc.studies.patch.components import Patch
+from sfc.studies.patch import ComponentKind
+
+_WHERE: dict[ComponentKind, StoredKind] = {
+    "resid": "resid_post",
+    "attn": "attn_out",
+    "mlp": "mlp_out",
+    "head": "hook_z",
+}
+
+
+class Patch(NamedTuple):
+    """What one run replaces: a component of one layer, or of a range of layers at once."""
+
+    kind: ComponentKind
+    first_layer: int
+    layer: int
+    """the last of its layers, which is the first where the patch is a single component"""
+    head: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`head.21.3`, `mlp.21`, and for a range `mlp.0-21`."""
+        layers = f"{self.first_layer}-{self.layer}" if self.is_range else str(self.layer)
+        return f"{self.kind}.{layers}" + ("" if self.head is None else f".{self.head}")
+
+    @property
+    def is_range(self) -> bool:
+        return self.first_layer != self.layer
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points where it acts, in the order in which the model passes them."""
+        return [site_of(_WHERE[self.kind], layer) for layer in range(self.first_layer, self.layer + 1)]
+
+
+def single_patches(kinds: Sequence[ComponentKind], layers: Sequence[int], n_heads: int) -> list[Patch]:
+    """Every component of these kinds and layers by itself; `head` is every head of a layer."""
+    return [
+        Patch(kind, layer, layer, head)
+        for kind in kinds
+        for layer in layers
+        for head in (range(n_heads) if kind == "head" else (None,))
+    ]
+
+
+def cumulative_patches(kinds: Sequence[ComponentKind], layers: Sequence[int]) -> list[Patch]:
+    """For each layer but the first, everything of a kind from the first layer to it at once.
+
+    Heads have no ranges of their own: all heads of a layer together make its attention output.
+    """
+    return [
+        Patch(kind, min(layers), layer)
+        for kind in kinds
+        if kind != "head"
+        for layer in sorted(layers)
+        if layer > min(layers)
+    ]
+
 
 _BEST = 10
 _FLIPS_AT_ONCE = 1000

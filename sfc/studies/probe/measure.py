@@ -21,8 +21,6 @@ from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
-from sfc.data.balance import balance
-from sfc.data.schema import ALL
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
@@ -31,6 +29,7 @@ from sfc.models.score import auroc
 from sfc.session import Session
 from sfc.stats import Interval, resampled_counts, wilson
 from sfc.studies.collect.fill import short_enough
+from sfc.studies.probe import Probe
 from sfc.studies.study import Made
 
 SHUFFLES = 200
@@ -40,23 +39,22 @@ _PENALTY = 1.0
 
 
 @torch.no_grad()
-def measure(session: Session, category: str, file: Path) -> Made:
-    """Run one category's prompts, or all, once, and measure every layer; the table goes into `file`.
+def measure(study: Probe, session: Session, folder: Path) -> Made:
+    """Run one category's prompts, or all, once, and measure every layer.
 
     Raises:
         UserError: a side lacks prompts.
     """
     experiment, model = session.run.experiment, session.model
-    of = None if category == ALL else category
-    balanced, _ = balance(session.run.prompts.frame, of, experiment.prompts.hard_share, experiment.seed)
-    prompts, tokenized = short_enough(model.tokenize, balanced, experiment.prompts.max_tokens)
+    category = session.run.group(study.of(session.run).category)
+    prompts, tokenized = short_enough(model.tokenize, session.run.balanced(category), experiment.prompts.max_tokens)
     _check_sides(prompts, session.run.behavior.words)
     batches = make_batches(tokenized, TemplateLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
     with progress_bar("running", len(prompts), "prompts") as progress:
         residuals = last_residuals(model, batches, progress)
     positive = prompts["refusal_label"].to_numpy(dtype=bool)
     layers = probe_table(residuals, positive, prompts["split"].tolist(), experiment.seed)
-    write_csv(file, layers, digits=6)
+    write_csv(folder / study.files["layers"], layers, digits=6)
     counts = prompts["split"].value_counts()
     return Made(
         {

@@ -1,14 +1,18 @@
-"""A repair as a hook: some features are ablated at every token of the prompt, with all other nodes kept.
+"""Which features a repair ablates, and how: as a hook, or as a change of weights.
 
+Marks et al. 2024 (SHIFT) read a circuit and ablate by hand the features that should not matter. Here the rule is
+automatic. With h and t the attribution effects of a feature on the refusal score of over-refused hard prompts and of
+refused toxic ones, features qualify where h > 0 and t <= share * h, and those with the largest h come first.
+
+The hook ablates them at every token of the prompt, with all other nodes kept:
 `x <- x - sum_i (f_i(x) - f_ref_i) d_i`, i over the repair's features at a site, f_ref the role-aligned mean. A feature
 of a top-k dictionary depends on which others are active, so that no fixed weights do the same.
 
-A repair as a change of weights: what features write is projected out of what heads and MLPs write.
-
-Every attention and MLP output before a feature's site loses its component along the feature's decoder row: `W_out (1 -
-U^T U)`, the rows of U an orthonormal basis (Arditi et al. 2024, for one direction). It is exactly the hook that
-projects at these outputs, at every token. It is not the ablation of the features: it removes the component and not the
-feature's value, leaves what the embedding writes, and puts no mean in its place.
+The change of weights projects what features write out of what heads and MLPs write. Every attention and MLP output
+before a feature's site loses its component along the feature's decoder row: `W_out (1 - U^T U)`, the rows of U an
+orthonormal basis (Arditi et al. 2024, for one direction). It is exactly the hook that projects at these outputs, at
+every token. It is not the ablation of the features: it removes the component and not the feature's value, leaves what
+the embedding writes, and puts no mean in its place.
 """
 
 import json
@@ -17,8 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +33,9 @@ from transformers.pytorch_utils import Conv1D
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import BaselineTables, zero_baseline
 from sfc.circuits.faithfulness import Ablations
+from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.artifacts import replacing
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, kind_of, layer_of, site_of
@@ -228,3 +236,50 @@ def save_subspaces(subspaces: Subspaces, path: Path) -> None:
 def _basis(rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "directions d_model"]:
     _, singular, directions = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
     return directions[singular > 1e-6 * singular[0]]
+
+
+def mean_effects(problem: Problem, runs: PromptRuns) -> Float[np.ndarray, " nodes"]:
+    """The attribution effect of every node, mean over the prompts of the runs, in nats."""
+    total = torch.zeros(problem.ablation.nodes.n_nodes, dtype=torch.float64)
+    for batch, prefix in runs:
+        total += attributed_effects(problem, batch, prefix).by_prompt.double().sum(0).cpu()
+    return (total / runs.n_prompts).numpy()
+
+
+def qualified(
+    on_hard: Float[np.ndarray, " nodes"],
+    on_toxic: Float[np.ndarray, " nodes"],
+    is_error: Bool[np.ndarray, " nodes"],
+    share: float,
+) -> Int[np.ndarray, " qualified"]:
+    """The features that matter for hard prompts and not for toxic ones, the best first.
+
+    Args:
+        share: of its effect on hard prompts that a feature may have on toxic ones.
+    """
+    fits = (on_hard > 0) & (on_toxic <= share * on_hard) & ~is_error
+    ranking = np.argsort(-on_hard, kind="stable")
+    return ranking[fits[ranking]]
+
+
+def best_size(tried: pd.DataFrame, most_lost: float) -> int | None:
+    """The number of features whose ablation refuses fewest hard prompts among those that spare the toxic ones.
+
+    Toxic prompts are spared where the share refused falls by at most `most_lost`; of equals, the one with the lowest
+    mean score of hard prompts counts. None where no size spares them and lowers that score.
+
+    Args:
+        tried: a row per `size`, 0 being the model as it is: `hard` and `toxic`, shares refused, and `hard_score`.
+    """
+    plain = tried[tried["size"] == 0].iloc[0]
+    edited = tried[(tried["size"] > 0) & (tried["hard_score"] < plain["hard_score"])]
+    spared = edited[plain["toxic"] - edited["toxic"] <= most_lost + 1e-9]
+    if spared.empty:
+        return None
+    return int(spared.sort_values(["hard", "hard_score"])["size"].iloc[0])
+
+
+def shares_refused(scores: Mapping[str, Float[np.ndarray, " prompts"]], above: float) -> dict[str, float]:
+    """By group of prompts, the share whose score is above a threshold, and the mean as `GROUP_score`."""
+    shares = {group: float((values > above).mean()) for group, values in scores.items()}
+    return shares | {f"{group}_score": float(values.mean()) for group, values in scores.items()}

@@ -141,13 +141,14 @@ def circuit_agreement(nodes: pd.DataFrame, sites: pd.DataFrame) -> dict[str, flo
 
     Args:
         nodes: as `matched_nodes` gives them.
-        sites: as `site_counts` gives them.
+        sites: as `site_counts` gives them, with `matched_chance`, how many features match by chance.
 
     Returns:
         `n_shared`; `jaccard` of all nodes and `chance`, that of random circuits with as many features at each site and
         the same error nodes; `matched_jaccard` and `matched_chance`, of the nodes alone that both dictionaries have,
-        None where no node of the circuits is such; `matched_share` of all features; and of the shared nodes' effects
-        `rank_correlation`, `sign_agreement` and `n_signed`, as the approximation check has them.
+        None where no node of the circuits is such; `matched_share` of all features and `matched_share_chance`; and of
+        the shared nodes' effects `rank_correlation`, `sign_agreement` and `n_signed`, as the approximation check has
+        them.
     """
     features = pd.DataFrame({"size": sites["features"], "matched": sites["matched"]})
     errors = pd.DataFrame({"size": 1, "matched": 1}, index=sites.index)
@@ -161,6 +162,7 @@ def circuit_agreement(nodes: pd.DataFrame, sites: pd.DataFrame) -> dict[str, flo
         "matched_jaccard": _jaccard(known) if len(known) else None,
         "matched_chance": _chance(known, groups.assign(size=groups["matched"])) if len(known) else None,
         "matched_share": float(sites["matched"].sum() / sites["features"].sum()),
+        "matched_share_chance": float(sites["matched_chance"].sum() / sites["features"].sum()),
         "rank_correlation": effects.rank_correlation,
         "sign_agreement": effects.sign_agreement,
         "n_signed": effects.n_signed,

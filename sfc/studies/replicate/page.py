@@ -1,4 +1,4 @@
-"""The page of SAE-seed robustness: features that both dictionaries have, effects of the nodes in both circuits."""
+"""The page of a replication: features that both dictionaries have, effects of the nodes in both circuits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import json_records
 from sfc.core.sites import short_site
-from sfc.pages.blocks import Figure, Formula, Page, Section, Table, cell, figure_cell
+from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, cell, figure_cell
 from sfc.pages.style import BLUE, LINE, QUIET, VERMILION, axis, remark, styled_figure
 from sfc.pages.text import hover_text
 from sfc.studies.replicate.options import BOTH, ORIGINAL, REPLICATION
@@ -23,13 +24,18 @@ def page(finished: Finished) -> Page:
     """The page of a finished replication."""
     result, counts = finished.result, finished.table("cosines.csv")
     nodes = finished.table("nodes.csv")
+    kind, how = (
+        ("Halves of the prompts", "on another half of the prompts")
+        if result[ORIGINAL]["half"]
+        else ("SAE-seed robustness", "from another seed, on the same activations, prompts and splits")
+    )
     return Page(
-        title=f"SAE-seed robustness · {result['category']} · {result['preset']}",
+        title=f"{kind} · {result['category']} · {result['preset']}",
         sentence=(
-            "Is the circuit the same when the SAEs are trained from another seed, on the same activations, prompts and"
-            f" splits? Circuits found by {result['method']}; figures are from the test split."
+            f"Is the circuit the same when the SAEs are trained {how}? Circuits found by {result['method']}; figures"
+            " are from the test split."
         ),
-        summary=[_circuits_table(result), _agreement_table(result)],
+        summary=[_circuits_table(result, finished.words), _agreement_table(result), *map(Paragraph, _told(result))],
         sections=[
             Section("", [Figure("cosines", lambda: cosines_figure(counts, result), _cosines_table(counts))]),
             Section("", [Figure("effects", lambda: effects_figure(nodes, result))]),
@@ -48,8 +54,8 @@ def page(finished: Finished) -> Page:
             )
         ],
         limits=[
-            "A circuit may be as faithful with SAEs from another seed and consist of other features: no single feature"
-            " should then be taken for the model's own."
+            "A circuit may restore as much with other SAEs and consist of other features: no single feature should then"
+            " be taken for the model's own."
         ],
     )
 
@@ -112,13 +118,31 @@ def effects_figure(nodes: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
 
 def _names(result: Mapping[str, Any]) -> list[str]:
     """What the two circuits are called."""
-    return [f"SAE seed {result[circuit]['sae_seed']}" for circuit in (ORIGINAL, REPLICATION)]
+    circuits = [result[name] for name in (ORIGINAL, REPLICATION)]
+    return [f"{each['half']} half" if each["half"] else f"SAE seed {each['sae_seed']}" for each in circuits]
 
 
-def _circuits_table(result: Mapping[str, Any]) -> Table:
+def _told(result: Mapping[str, Any]) -> list[str]:
+    circuits = zip(_names(result), (result[name]["says"] for name in (ORIGINAL, REPLICATION)), strict=True)
+    return [
+        *(f"**{name[:1].upper()}{name[1:]}.** {told[:1].upper()}{told[1:]}." for name, told in circuits if told),
+        f"{result['says']}.",
+    ]
+
+
+def _circuits_table(result: Mapping[str, Any], words: Words) -> Table:
     circuits = [result[name] for name in (ORIGINAL, REPLICATION)]
     figures = {
         "nodes": "n_nodes",
+        "errors among them": "n_errors",
+        f"recovered, {words.positive}": "recovered_toxic",
+        f"recovered, {words.negative}": "recovered_safe",
+        "agreement": "agreement",
+        "agreement of random features": "null_agreement",
+        "gap kept": "gap_kept",
+        "separation": "separation",
+        "the model's": "separation_model",
+        "prompt-free": "prompt_free",
         "faithfulness": "faithfulness",
         "completeness, as published": "completeness",
         "completeness, normalised": "completeness_normalised",
@@ -126,7 +150,11 @@ def _circuits_table(result: Mapping[str, Any]) -> Table:
         "share of features with a partner": "share_with_partner",
         "circuit": "circuit",
     }
-    rows = [[title, *(figure_cell(circuit, name) for circuit in circuits)] for title, name in figures.items()]
+    rows = [
+        [title, *(figure_cell(circuit, name) for circuit in circuits)]
+        for title, name in figures.items()
+        if any(circuit.get(name) is not None for circuit in circuits)
+    ]
     return Table("Both circuits, test prompts", ["figure", *_names(result)], rows)
 
 
@@ -137,7 +165,7 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
         ["Jaccard, nodes with a partner", cell(result["matched_jaccard"]), cell(result["matched_chance"])],
         ["rank correlation of shared effects", cell(result["rank_correlation"]), ""],
         ["equal signs of shared effects", cell(result["sign_agreement"]), ""],
-        ["share of all features with a partner", cell(result["matched_share"]), ""],
+        ["share of all features with a partner", cell(result["matched_share"]), cell(result["matched_share_chance"])],
     ]
     return Table("How far they agree", ["agreement", "value", "by chance"], rows)
 
@@ -151,7 +179,16 @@ def _cosines_table(counts: pd.DataFrame) -> Table:
 
 
 def _sites_table(result: Mapping[str, Any]) -> Table:
-    titles = ["site", "features", "with a partner", "share", "median cosine", *_names(result), "shared nodes"]
+    titles = [
+        "site",
+        "features",
+        "with a partner",
+        "share",
+        "median cosine",
+        "by chance",
+        *_names(result),
+        "shared nodes",
+    ]
     counted = (ORIGINAL, REPLICATION, "shared")
     rows = [
         [
@@ -160,6 +197,7 @@ def _sites_table(result: Mapping[str, Any]) -> Table:
             cell(row["matched"]),
             cell(row["matched"] / row["features"]),
             cell(row["median_cosine"]),
+            cell(row["median_cosine_chance"]),
             *(cell(row[name]) for name in counted),
         ]
         for row in result["sites"]
@@ -176,11 +214,12 @@ def _guide(result: Mapping[str, Any]) -> tuple[str, ...]:
         "**Two questions.** Do both dictionaries have the circuit's features? Compare the share of the circuit's"
         " features with a partner to that of all features. And where both have them, does discovery find them both"
         " times? See Jaccard's index of the nodes with a partner.",
-        "**Chance.** What random circuits would give that have as many features at each site and the same error nodes."
+        "**Chance.** Of circuits: what random ones would give that have as many features at each site and the same"
+        " error nodes. Of features: what there is where the other dictionary is turned by a random rotation."
         " Each circuit has the size that its own discovery chose; where these differ much, Jaccard's index is small"
         " whatever they share.",
         f"**Effects.** Correlation is Spearman's. Signs are compared for the {result['n_signed']:,} shared nodes whose"
         " effect is not about zero.",
-        "**What it does not say.** A circuit may be as faithful as the other and made of other features: then the"
+        "**What it does not say.** A circuit may restore as much as the other and be made of other features: then the"
         " behavior is explained in two ways, and no single feature should be taken for the model's own.",
     )

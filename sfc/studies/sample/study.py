@@ -5,13 +5,10 @@ from typing import Any, ClassVar
 
 from sfc.core.artifacts import Artifact
 from sfc.core.config import SampleOptions
-from sfc.pages.blocks import Page, Paragraph, records_table
+from sfc.pages.blocks import Page, Paragraph, Table, cell
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.study import STUDIES, Finished, Made, Study
-
-SAMPLED = "sampled.jsonl"
-BATCHES = "batches.jsonl"
 
 
 class Sample(Study[SampleOptions]):
@@ -22,7 +19,9 @@ class Sample(Study[SampleOptions]):
 
     name = "sample"
     options = SampleOptions
-    files: ClassVar = {"sampled": SAMPLED, "batches": BATCHES, "page": "sampled.html"}
+    files: ClassVar = {
+        "sampled": "sampled.jsonl", "batches": "batches.jsonl", "page": "sampled.html",
+    }  # fmt: skip
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return dict(run.sampled.inputs)
@@ -43,10 +42,12 @@ class Sample(Study[SampleOptions]):
     def page(self, finished: Finished) -> Page:
         result = finished.result
         text = f"{result['n_conversations']:,} conversations of {result['n_tokens']:,} tokens, written by the model"
-        columns = {"fate of an instruction": "fate", "number": "number"}
-        records = [{"fate": fate, "number": number} for fate, number in result["fates"].items()]
-        fates = records_table("What became of the instructions", columns, records, ["fate of an instruction"])
-        return Page(f"Sampled corpus · {result['preset']}", text, [Paragraph(text), fates])
+        figures = {"What they are begun with": "kinds", "What became of all instructions": "fates"}
+        tables = [
+            Table(title, ["", "number"], [[cell(name), cell(number)] for name, number in result[field].items()], [""])
+            for title, field in figures.items()
+        ]
+        return Page(f"Sampled corpus · {result['preset']}", text, [Paragraph(text), *tables])
 
 
 SAMPLE = Sample()

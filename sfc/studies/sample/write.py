@@ -21,10 +21,12 @@ from sfc.core.progress import progress_bar
 from sfc.data.read import read_text
 from sfc.run import EVERYDAY_STARTS, Run
 from sfc.session import Session
-from sfc.studies.sample.conversations import FATES, Start, first_words, line_ends, not_repeated, write_conversations
-from sfc.studies.sample.study import BATCHES, SAMPLED
+from sfc.studies.sample.conversations import FATES, Start, Writer, first_words
 
+CONVERSATIONS, BATCHES = "sampled.jsonl", "batches.jsonl"
 EVERYDAY = "everyday"
+_FRUITLESS = 10
+"""batches in a row without a conversation, after which it is given up"""
 
 
 class Starts:
@@ -32,18 +34,18 @@ class Starts:
 
     def __init__(self, run: Run) -> None:
         known = run.prompts.frame[run.prompts.frame["split"] != "test"]
-        is_positive = known["dataset_type"] == POSITIVE
-        self._share = SampleOptions.of(run.experiment).positive_share
-        self._positive = list(zip(known["prompt"][is_positive], known["dataset_type"][is_positive], strict=True))
-        everyday = [(line, EVERYDAY) for line in read_text(EVERYDAY_STARTS).splitlines() if line.strip()]
-        negative = list(zip(known["prompt"][~is_positive], known["dataset_type"][~is_positive], strict=True))
-        self._others = [everyday, negative]
+        prompts = list(zip(known["prompt"], known["dataset_type"], strict=True))
+        self._positive = [each for each in prompts if each[1] == POSITIVE]
+        negative = [each for each in prompts if each[1] != POSITIVE]
+        everyday = [(line, EVERYDAY) for line in read_text(EVERYDAY_STARTS).splitlines() if line]
+        self._others = [pool for pool in (negative, everyday) if pool]
+        self._share = SampleOptions.of(run.experiment).positive_share if self._positive else 0.0
 
     def draw(self, random: np.random.Generator) -> Start:
-        """A start of one of the kinds."""
-        wants_positive, which, place, words = random.random(4)
-        pool = self._positive if wants_positive < self._share else self._others[int(which * len(self._others))]
-        text, kind = pool[int(place * len(pool))]
+        """A start: of a positive prompt, as often as is wanted; else of another prompt or an everyday one, evenly."""
+        is_positive, pool, place, words = random.random(4)
+        texts = self._positive if is_positive < self._share else self._others[int(pool * len(self._others))]
+        text, kind = texts[int(place * len(texts))]
         return Start(text if kind == EVERYDAY else first_words(text, words), kind)
 
 
@@ -51,47 +53,50 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
     """Write conversations until there are as many tokens as are wanted.
 
     Returns:
-        Their numbers, and what became of all instructions.
+        Their numbers by kind of start, and what became of all instructions.
 
     Raises:
-        UserError: what was written before is damaged.
+        UserError: what was written before is damaged, or the model writes nothing that can be kept.
     """
-    run, model = session.run, session.model
-    options = SampleOptions.of(run.experiment)
+    run, options, prompts = session.run, SampleOptions.of(session.run.experiment), session.run.prompts.frame
     batches = _whole_lines(folder / BATCHES)
-    done = [line for line in _whole_lines(folder / SAMPLED) if line["batch"] < len(batches)]
-    for name, lines in ((BATCHES, batches), (SAMPLED, done)):
+    conversations = [line for line in _whole_lines(folder / CONVERSATIONS) if line["batch"] < len(batches)]
+    for name, lines in ((BATCHES, batches), (CONVERSATIONS, conversations)):
         write_text(folder / name, "".join(map(_line, lines)))
-    fate = not_repeated(set(run.prompts.frame.loc[run.prompts.frame["split"] == "test", "id"]))
-    for line in done:
-        fate(line["prompt"])
-    starts, ends, n_tokens = Starts(run), line_ends(model.tokenizer), sum(line["n_tokens"] for line in batches)
+    writer = Writer(session.model, options, set(prompts.loc[prompts["split"] == "test", "id"]))
+    for line in conversations:
+        writer.remember(line["prompt"])
+    starts, n_tokens = Starts(run), sum(line["n_tokens"] for line in conversations)
     with progress_bar("writing conversations", options.tokens, "tokens") as progress:
         progress(n_tokens)
         while n_tokens < options.tokens:
+            # What was drawn for one batch says nothing of the next: a batch can be made again by itself.
             random = np.random.default_rng([int(run.sampled.fingerprint, 16), len(batches)])
-            begun = [starts.draw(random) for _ in range(options.batch)]
-            lengths = options.instruction_tokens, options.reply_tokens
-            made, fates = write_conversations(model, begun, random, lengths, ends, fate)
+            made, fates = writer.write([starts.draw(random) for _ in range(options.batch)], random)
+            lines = [{**conversation._asdict(), "batch": len(batches)} for conversation in made]
+            _append(folder / CONVERSATIONS, lines)
+            _append(folder / BATCHES, [fates])
+            conversations += lines
+            batches.append(fates)
+            if not any(line["kept"] for line in batches[-_FRUITLESS:]) and len(batches) >= _FRUITLESS:
+                raise UserError(
+                    f"{_FRUITLESS} batches of instructions and none to keep ({fates}): is it a chat model, and this its"
+                    " template (model.template)? Where it does not write like English, --unfiltered keeps all that end"
+                )
             written = sum(conversation.n_tokens for conversation in made)
-            _append(folder / SAMPLED, ({**each._asdict(), "batch": len(batches)} for each in made))
-            batches.append({"n_conversations": len(made), "n_tokens": written, **fates})
-            _append(folder / BATCHES, batches[-1:])
             n_tokens += written
             progress(written)
-    totals = Counter[str]()
-    for line in batches:
-        totals.update(line)
     return {
-        "n_conversations": totals["n_conversations"],
-        "n_tokens": totals["n_tokens"],
-        "fates": {name: totals[name] for name in FATES},
+        "n_conversations": len(conversations),
+        "n_tokens": n_tokens,
+        "kinds": dict(sorted(Counter(line["kind"] for line in conversations).items())),
+        "fates": {name: sum(line[name] for line in batches) for name in FATES},
     }
 
 
 def read_sample(folder: Path, tokens: int) -> Iterator[tuple[str, str]]:
     """The first conversations that were written, instructions with replies, until they have so many tokens."""
-    for line in _whole_lines(folder / SAMPLED):
+    for line in _whole_lines(folder / CONVERSATIONS):
         yield line["prompt"], line["reply"]
         tokens -= line["n_tokens"]
         if tokens <= 0:
@@ -110,11 +115,13 @@ def _line(value: dict[str, Any]) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that a kill may have cut short."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """The lines of a file; a kill may have cut short what follows the last of them.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-    except json.JSONDecodeError as error:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); make it again with --rebuild") from None

@@ -27,10 +27,9 @@ from sfc.models.running import run_to
 from sfc.saes.dictionary import Dictionary
 from sfc.session import Session
 from sfc.stats import judged_rate
-from sfc.studies.steer.dial import Candidate
-from sfc.studies.steer.directions import check_feature
+from sfc.studies.steer import BEST, SteeringOptions, named_feature
+from sfc.studies.steer.directions import Candidate, check_feature
 from sfc.studies.steer.learning import Learned
-from sfc.studies.steer.options import BEST, SteeringOptions, named_feature
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 TOXIC = "toxic"

@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from sfc.behaviors.behavior import Words
 from sfc.core.sites import short_site
@@ -16,18 +15,25 @@ from sfc.pages.style import (
     DIVERGING,
     GREEN,
     INK,
-    LINE,
     PINK,
     QUIET,
     VERMILION,
+    Panel,
     axis,
+    cost_figure,
     error_bars,
+    grid,
+    mark,
+    panels_figure,
+    points,
     remark,
+    shades,
+    share_axis,
+    shares_figure,
     styled_figure,
 )
 from sfc.pages.text import hover_text, number_text
-from sfc.pages.tradeoff import Panel, cost_figure, mark, points, share_axis, shares_figure
-from sfc.studies.steer.options import FORCE, SUPPRESS
+from sfc.studies.steer import FORCE, SUPPRESS
 
 _DIALS = {"unconditional": BLUE, "conditional": VERMILION}
 _TOXIC = "toxic"
@@ -43,32 +49,31 @@ def candidates_figure(candidates: pd.DataFrame, result: Mapping[str, Any], words
     }
     sites = list(dict.fromkeys(candidates["site"]))
     figure = styled_figure("Candidates, on prompts they were not learned from", 190 + 26 * max(5, len(sites)))
-    make_subplots(rows=1, cols=3, figure=figure, subplot_titles=list(measures.values()), horizontal_spacing=0.11)
     tokens = ["any" if pd.isna(token) else str(int(token)) for token in candidates["token"]]
     rows = candidates.assign(place=tokens, mark=_marks(candidates, result), hover=_hovers(candidates))
     across = list(dict.fromkeys(tokens))
-    for column, measure in enumerate(measures, start=1):
+    panels = []
+    for number, (measure, title) in enumerate(measures.items()):
         values, marks, hovers = (
             rows.pivot(index="site", columns="place", values=name).reindex(index=sites, columns=across)
             for name in (measure, "mark", "hover")
         )
-        heat_map = go.Heatmap(
-            x=across,
-            y=[short_site(site) for site in sites],
-            z=values.astype(object).where(values.notna(), None).to_numpy().tolist(),
+        heat_map = grid(
+            across,
+            [short_site(site) for site in sites],
+            values,
             text=marks.to_numpy().tolist(),
             texttemplate="%{text}",
             customdata=hovers.to_numpy().tolist(),
             hovertemplate="%{customdata}<extra></extra>",
-            colorscale=[[0, "#ffffff"], [1, BLUE]] if measure == "kl" else DIVERGING,
+            colorscale=shades(BLUE) if measure == "kl" else DIVERGING,
             zmid=None if measure == "kl" else 0,
-            colorbar={"thickness": 10, "x": (column - 1) * 0.37 + 0.265, "xanchor": "left"},
-            xgap=1,
-            ygap=1,
+            colorbar={"thickness": 10, "x": number * 0.37 + 0.265, "xanchor": "left"},
         )
-        figure.add_trace(heat_map, 1, column)
-        figure.update_xaxes(axis("token read, from the end", showgrid=False, type="category"), row=1, col=column)
-        figure.update_yaxes(axis("", showgrid=False, type="category", showticklabels=column == 1), row=1, col=column)
+        x_axis = axis("token read, from the end", showgrid=False, type="category")
+        y_axis = axis("", showgrid=False, type="category", showticklabels=number == 0)
+        panels.append(Panel(title, x_axis, y_axis, [heat_map]))
+    panels_figure(figure, panels, horizontal_spacing=0.11)
     return figure.update_layout(margin={"t": 84, "l": 96})
 
 
@@ -78,8 +83,8 @@ def dial_figure(dial: pd.DataFrame, result: Mapping[str, Any], words: Words) -> 
     panels = [
         Panel(
             f"{kinds[label]} prompts",
-            alpha_title(result),
-            words.acted,
+            axis(alpha_title(result)),
+            share_axis(words.acted),
             [
                 points(
                     line["alpha"],
@@ -99,8 +104,7 @@ def dial_figure(dial: pd.DataFrame, result: Mapping[str, Any], words: Words) -> 
         )
         for label in kinds
     ]
-    figure = shares_figure(f"The dial: prompts {words.acted}, by the judged replies", panels)
-    return figure.update_xaxes(tickformat="", range=None)
+    return shares_figure(f"The dial: prompts {words.acted}, by the judged replies", panels)
 
 
 def costs_figure(dial: pd.DataFrame, result: Mapping[str, Any]) -> go.Figure:
@@ -130,8 +134,8 @@ def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any], words: Wo
     """Replies changed as intended at the chosen alphas: the direction, and each of shuffled labels and at random."""
     figure = styled_figure("Replies changed as intended, at equal norm and at the same place", 380)
     of_intents, named = result["operating_points"], intents(words)
-    make_subplots(rows=1, cols=len(of_intents), figure=figure, subplot_titles=[named[name] for name in of_intents])
-    for column, point in enumerate(of_intents.values(), start=1):
+    panels = []
+    for intent, point in of_intents.items():
         rows = controls[(controls["alpha"] == point["alpha"]) & (controls["label"] == point["prompts"])]
         others = rows[rows["changed_rate"].notna()]
         chosen = points(
@@ -148,11 +152,9 @@ def controls_figure(controls: pd.DataFrame, result: Mapping[str, Any], words: Wo
         kinds = others["direction"].str.replace(r" \d+$", "", regex=True)
         hovers = [f"{row['direction']}: <b>{row['changed_rate']:.0%}</b>" for row in others.to_dict("records")]
         strip = points(kinds, others["changed_rate"].astype(float), "", QUIET, hovers, marker_opacity=0.55)
-        for trace in (chosen, strip):
-            figure.add_trace(trace.update(showlegend=False), 1, column)
-        figure.update_xaxes(axis("", type="category", gridcolor=LINE), row=1, col=column)
-        figure.update_yaxes(share_axis("changed"), row=1, col=column)
-    return figure
+        traces = [trace.update(showlegend=False) for trace in (chosen, strip)]
+        panels.append(Panel(named[intent], axis("", type="category"), share_axis("changed"), traces))
+    return panels_figure(figure, panels)
 
 
 def trade_off_figure(curves: pd.DataFrame, result: Mapping[str, Any], words: Words) -> go.Figure:
@@ -182,7 +184,8 @@ def trade_off_figure(curves: pd.DataFrame, result: Mapping[str, Any], words: Wor
     ]  # fmt: skip
     if best is not None:
         traces.append(mark(best["safe"], best["unsafe"], "best defensive point", GREEN, "star"))
-    panel = Panel("", f"safe prompts {words.acted}", f"unsafe prompts {words.acted}", traces)
+    axes = [share_axis(f"{side} prompts {words.acted}") for side in ("safe", "unsafe")]
+    panel = Panel("", axes[0], axes[1], traces)
     figure = shares_figure("XSTest: unsafe against safe prompts", [panel], 520)
     if best is None:
         remark(figure, f"at no alpha are more unsafe prompts {words.acted} and not more safe ones")
@@ -194,29 +197,27 @@ def types_figure(rates: pd.DataFrame, result: Mapping[str, Any], words: Words) -
     titles = {"safe": "safe", "toxic": "unsafe"}
     height = 130 + 26 * int(rates.groupby("label")["category"].nunique().max())
     figure = styled_figure(f"XSTest: {words.acted}, by type of prompt", height)
-    make_subplots(rows=1, cols=2, figure=figure, subplot_titles=list(titles.values()), horizontal_spacing=0.22)
-    for column, label in enumerate(titles, start=1):
+    panels = []
+    for label, title in titles.items():
         of_label = rates[rates["label"] == label]
         cells, counts = (
             of_label.pivot(index="category", columns="alpha", values=name) for name in ("rate", "refusals")
         )
-        heat_map = go.Heatmap(
-            x=[number_text(float(alpha), signed=True) for alpha in cells.columns],
-            y=[hover_text(str(kind)) for kind in cells.index],
-            z=cells.to_numpy().tolist(),
+        heat_map = grid(
+            [number_text(float(alpha), signed=True) for alpha in cells.columns],
+            [hover_text(str(kind)) for kind in cells.index],
+            cells,
             customdata=counts.to_numpy().tolist(),
             hovertemplate="%{y}, alpha %{x}: <b>%{z:.0%}</b> (%{customdata})<extra></extra>",
-            colorscale=[[0, "#ffffff"], [1, VERMILION]],
+            colorscale=shades(VERMILION),
             zmin=0,
             zmax=1,
-            showscale=column == len(titles),
+            showscale=label == "toxic",
             colorbar={"thickness": 10, "tickformat": ".0%"},
-            xgap=1,
-            ygap=1,
         )
-        figure.add_trace(heat_map, 1, column)
-        figure.update_xaxes(axis(alpha_title(result), showgrid=False, type="category"), row=1, col=column)
-        figure.update_yaxes(axis("", showgrid=False, type="category"), row=1, col=column)
+        axes = [axis(title, showgrid=False, type="category") for title in (alpha_title(result), "")]
+        panels.append(Panel(title, axes[0], axes[1], [heat_map]))
+    panels_figure(figure, panels, horizontal_spacing=0.22)
     return figure.update_layout(margin={"l": 190, "t": 84})
 
 
@@ -246,8 +247,8 @@ def conditional_figure(table: pd.DataFrame, result: Mapping[str, Any], words: Wo
             if len(still):
                 traces.append(mark(still[group], still[_TOXIC], "as it is", INK, "x"))
             title = f"{data}: {words.positive} against {kind_text(group, words)}"
-            x_title = f"{kind_text(group, words)} prompts {words.acted}"
-            panels.append(Panel(title, x_title, f"{words.positive} prompts {words.acted}", traces))
+            axes = [share_axis(f"{side} prompts {words.acted}") for side in (kind_text(group, words), words.positive)]
+            panels.append(Panel(title, axes[0], axes[1], traces))
     condition = f"{result['conditional']['feature']} > {number_text(result['conditional']['above'])}"
     return shares_figure(f"Both dials: always, and where {condition}", panels, 460)
 

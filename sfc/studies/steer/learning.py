@@ -23,23 +23,22 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.sites import in_order, short_site, site_from_short, site_of
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import keyed_numbers, keyed_ranks
-from sfc.models.batches import PACKED_TOKENS, similar_lengths
+from sfc.models.batches import PACKED_TOKENS, cache_suffixes, similar_lengths
 from sfc.models.generation import generate_replies
 from sfc.models.interventions import recorder
-from sfc.models.kv_cached_suffix import cache_suffixes
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import Score
 from sfc.session import Session
-from sfc.studies.steer.dial import Candidate
+from sfc.studies.steer import BEST, ContrastKind, SteeringOptions, named_feature
 from sfc.studies.steer.directions import (
+    Candidate,
     Vector,
     circuit_directions,
     difference_of_means,
     feature_direction,
     probe_direction,
 )
-from sfc.studies.steer.options import BEST, ContrastKind, SteeringOptions, named_feature
 from sfc.studies.steer.prompts import discovery_prompts
 
 _SPREAD_LAYERS = 10

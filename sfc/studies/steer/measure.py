@@ -1,6 +1,6 @@
 """Learn a direction and choose it on discovery prompts, steer test prompts along it, and control what that does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,32 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
 from sfc.models.engine import PreparedPrompts
 from sfc.session import Session
+from sfc.studies.steer import BEST, FORCE, INTENDED_LABEL, SUPPRESS, Steer, SteeringOptions
 from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
-from sfc.studies.steer.dial import Candidate, Dial, Setting
-from sfc.studies.steer.directions import Vector
+from sfc.studies.steer.directions import Candidate, Dial, Setting, Vector
 from sfc.studies.steer.learning import Learned, learn
-from sfc.studies.steer.options import BEST, FORCE, INTENDED_LABEL, SUPPRESS, SteeringOptions
 from sfc.studies.steer.prompts import (
+    Side,
     Tested,
     hard_prompts,
-    n_prompts,
     ordinary_prompts,
     test_corpus,
     test_prompts,
     xstest_prompts,
 )
-from sfc.studies.steer.select import Fold, best_per_layer, candidate_table, folds_of, ranked
 from sfc.studies.steer.sweep import (
     RANDOM,
     SHUFFLED,
+    Fold,
     band,
     best_alphas,
     best_defence,
+    best_per_layer,
+    candidate_table,
     control_settings,
+    folds_of,
     ordinary_effect,
+    ranked,
     rates,
     subspace_table,
     sweep,
@@ -44,18 +47,15 @@ from sfc.studies.steer.writers import feature_cosines, writers_table
 from sfc.studies.study import Made, write_tables
 
 
-def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
+def measure(study: Steer, session: Session, folder: Path) -> Made:
     """Learn, choose, try out, sweep and control.
-
-    Args:
-        circuit: as `learn`.
 
     Raises:
         UserError: there are too few prompts, or no candidate passes the requirements.
     """
-    options, seed, clock = SteeringOptions.of(session.run.experiment), session.run.experiment.seed, session.clock
+    options, seed, clock = study.of(session.run), session.run.experiment.seed, session.clock
     condition, dial = named_condition(session), Dial.of(session)
-    learned = learn(session, circuit)
+    learned = learn(session, study.circuit(session.run))
     folds = folds_of(session, learned)
     clock.lap("learning")
     tables = {"candidates": _tried(dial, learned, folds)}
@@ -72,7 +72,7 @@ def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
     alphas = best_alphas(held_out, options.max_loss)
     clock.lap("alphas")
     tested = test_prompts(session)
-    rows = _swept(dial, tested, swept)
+    rows = _along(dial, tested, swept)
     of_dial = rates(rows, ["site", "layer", "token", "alpha", "intent", "label"])
     tables["rates"] = of_dial.merge(_costs(dial, ordinary["test"], swept), on=["site", "alpha"])
     clock.lap("sweep")
@@ -82,7 +82,7 @@ def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
     clock.lap("controls")
     generalised = None
     if options.xstest is not None:
-        generalised = _swept(dial, xstest_prompts(session), [chosen])
+        generalised = _along(dial, xstest_prompts(session), [chosen])
         by_chance = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
         tables["xstest"] = pd.concat([generalised, by_chance])
         tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
@@ -90,7 +90,7 @@ def measure(session: Session, folder: Path, circuit: Path | None) -> Made:
     clock.lap("xstest")
     conditional = None
     if condition:
-        of_hard = _swept(dial, {"hard": hard_prompts(session)}, [chosen])
+        of_hard = _along(dial, {"hard": hard_prompts(session)}, [chosen])
         compared = {"test": grouped(rows[rows["site"] == chosen.site], of_hard)}
         if generalised is not None:
             compared["xstest"] = generalised.assign(group=generalised["label"])
@@ -120,29 +120,30 @@ def _tried(dial: Dial, learned: Learned, folds: list[Fold]) -> pd.DataFrame:
 
 def _held_out(dial: Dial, chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts) -> pd.DataFrame:
     """Changed replies per alpha on prompts that the direction was not learned from, with the cost beside them."""
-    tries: list[tuple[PreparedPrompts, pd.DataFrame, list[Setting]]] = []
+    tries: list[tuple[Side, list[Setting]]] = []
     for number, fold in enumerate(folds):
         for intent, prompts in ((FORCE, fold.safe), (SUPPRESS, fold.toxic)):
             settings = [dial.setting(chosen, alpha, chosen.by_fold[number]) for alpha in dial.options.dial]
-            wanted = [each for each in settings if each.intent == intent]
-            if wanted:
-                tries.append((prompts, pd.DataFrame({"fold": number}, index=range(prompts.n_prompts)), wanted))
-    every = [dial.setting(chosen, alpha) for alpha in dial.options.dial]
-    total = sum(prompts.n_prompts * len(wanted) for prompts, _, wanted in tries) + len(every) * ordinary.n_prompts
-    with progress_bar("choosing alphas", total, "runs") as progress:
-        parts = [sweep(dial, *each, progress) for each in tries]
-        losses = ordinary_effect(dial, ordinary, every, progress)[["alpha", "loss_rise"]]
-    return rates(pd.concat(parts), ["alpha", "intent"]).merge(losses, on="alpha")
+            side = Side(pd.DataFrame({"fold": number}, index=range(prompts.n_prompts)), prompts)
+            if wanted := [each for each in settings if each.intent == intent]:
+                tries.append((side, wanted))
+    changed = rates(_swept(dial, "choosing alphas", tries), ["alpha", "intent"])
+    return changed.merge(_costs(dial, ordinary, [chosen])[["alpha", "loss_rise"]], on="alpha")
 
 
-def _swept(dial: Dial, tested: Tested, candidates: list[Candidate]) -> pd.DataFrame:
-    """Every prompt at every alpha along every candidate."""
-    settings = [
-        dial.setting(each, alpha, name=dial.options.direction) for each in candidates for alpha in dial.options.dial
-    ]
-    with progress_bar("sweeping", len(settings) * n_prompts(tested), "replies") as progress:
-        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side in tested.values()]
+def _swept(dial: Dial, what: str, tries: Sequence[tuple[Side, list[Setting]]]) -> pd.DataFrame:
+    """Prompts, each with the settings that they are tried under."""
+    total = sum(len(side.prompts) * len(settings) for side, settings in tries)
+    with progress_bar(what, total, "replies") as progress:
+        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side, settings in tries]
     return pd.concat(parts, ignore_index=True)
+
+
+def _along(dial: Dial, tested: Tested, candidates: list[Candidate]) -> pd.DataFrame:
+    """Every prompt at every alpha along every candidate."""
+    name, alphas = dial.options.direction, dial.options.dial
+    settings = [dial.setting(each, alpha, name=name) for each in candidates for alpha in alphas]
+    return _swept(dial, "sweeping", [(side, settings) for side in tested.values()])
 
 
 def _costs(dial: Dial, ordinary: PreparedPrompts, candidates: list[Candidate]) -> pd.DataFrame:
@@ -160,10 +161,7 @@ def _by_chance(
         (tested[INTENDED_LABEL[intent]], control_settings(dial, chosen, shuffled, [alpha], seed))
         for intent, alpha in alphas.items()
     ]
-    total = sum(len(settings) * len(side.prompts) for side, settings in tries)
-    with progress_bar("controls", total, "replies") as progress:
-        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side, settings in tries]
-    return pd.concat(parts, ignore_index=True)
+    return _swept(dial, "controls", tries)
 
 
 def _generalised_chance(
@@ -171,9 +169,7 @@ def _generalised_chance(
 ) -> pd.DataFrame:
     """Random directions at the chosen alphas, on some prompts of both kinds."""
     settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
-    with progress_bar("chance", len(settings) * n_prompts(fewer), "replies") as progress:
-        parts = [sweep(dial, side.prepared, side.prompts, settings, progress) for side in fewer.values()]
-    return pd.concat(parts, ignore_index=True)
+    return _swept(dial, "chance", [(side, settings) for side in fewer.values()])
 
 
 def _writers(session: Session, chosen: Candidate) -> pd.DataFrame:

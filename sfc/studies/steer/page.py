@@ -10,6 +10,7 @@ from sfc.core.artifacts import json_records
 from sfc.core.sites import short_site
 from sfc.pages.blocks import Block, Figure, Formula, Page, Section, Table, cell, records_table, share_cell
 from sfc.pages.text import NOT_MEASURABLE, number_text
+from sfc.studies.steer import Steer
 from sfc.studies.steer.figures import (
     candidates_figure,
     conditional_figure,
@@ -26,7 +27,7 @@ from sfc.studies.study import Finished
 _LISTED = 15
 
 
-def page(finished: Finished) -> Page:
+def page(_study: Steer, finished: Finished) -> Page:
     """The page of a finished steering run."""
     result, words = finished.result, finished.words
     tables = {name: finished.table(path.name) for name, path in finished.files.items() if path.suffix == ".csv"}

@@ -9,7 +9,6 @@ import pandas as pd
 
 from sfc.behaviors.behavior import HARD
 from sfc.core.errors import UserError
-from sfc.data.balance import balance
 from sfc.data.read import load_prompt_file
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import ALL, keyed_ranks
@@ -20,7 +19,7 @@ from sfc.models.positions import steered_tokens
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.collect.fill import Corpus, short_enough
-from sfc.studies.steer.options import SteeringOptions
+from sfc.studies.steer import SteeringOptions
 
 _LABELS = ("safe", "toxic")
 _COLUMNS = ["id", "prompt", "category", "dataset_type", "label"]
@@ -109,11 +108,6 @@ def prepared(session: Session, prompts: list[TokenizedPrompt]) -> PreparedPrompt
     return prepare_suffixes(session.model, prompts, partial(steered_tokens, positions))
 
 
-def n_prompts(tested: Tested) -> int:
-    """How many prompts there are on both sides."""
-    return sum(len(side.prompts) for side in tested.values())
-
-
 def _by_label(session: Session, frame: pd.DataFrame) -> Tested:
     return {label: _side(session, frame[frame["label"] == label]) for label in _LABELS}
 
@@ -132,9 +126,7 @@ def _test_frame(run: Run) -> pd.DataFrame:
 
 
 def _balanced(run: Run) -> pd.DataFrame:
-    category = run.group(SteeringOptions.of(run.experiment).category)
-    wanted = None if category == ALL else category
-    return balance(run.prompts.frame, wanted, run.experiment.prompts.hard_share, run.experiment.seed)[0]
+    return run.balanced(run.group(SteeringOptions.of(run.experiment).category))
 
 
 def _hard(run: Run) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from sfc.models.positions import steered_tokens
 from sfc.models.running import CachedResidual, last_logits
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
-from sfc.studies.logits.attribution import MOST_ERROR
+from sfc.studies.logits.measure import MOST_ERROR
 from sfc.studies.steer.directions import Vector
 from sfc.studies.steer.learning import last_tokens
 

@@ -18,7 +18,7 @@ from sfc.studies.sample.study import SAMPLE
 from sfc.studies.sample.write import read_sample
 from sfc.studies.study import ensure
 
-NO_PROMPTS = "corpus"
+_SPLIT = "corpus"
 """the split of whatever is not among the circuits' prompts"""
 _REPLY_BATCH_TOKENS = 4096
 
@@ -49,34 +49,34 @@ def _texts(session: Session, source: str) -> Corpus:
     config, tokenizer, test = session.run.experiment.corpus, session.model.tokenizer, _test_ids(session)
     texts = (text for text in read_texts(source) if not holds_prompt(text, test))
     sequences = pieces(tokenizer, texts, config.context, config.max_tokens)
-    table = pd.DataFrame({"prompt": [tokenizer.decode(sequence.ids) for sequence in sequences], "split": NO_PROMPTS})
+    table = pd.DataFrame({"prompt": [tokenizer.decode(sequence.ids) for sequence in sequences], "split": _SPLIT})
     return Corpus(with_ids(table), sequences)
 
 
 def _chats(session: Session, source: str, before: Sequence[Corpus]) -> Corpus:
     """Instructions in the model's template, with their replies where these are known or wanted."""
-    run, model, config = session.run, session.model, session.run.experiment.corpus
+    model, config, longest = session.model, session.run.experiment.corpus, session.run.experiment.prompts.max_tokens
     if source == PROMPTS:
-        corpus = circuit_prompts(run, model.tokenize)
-        replies = [""] * len(corpus.sequences)
+        table, sequences = circuit_prompts(session.run, model.tokenize)
+        replies = [""] * len(sequences)
     else:
-        rows = _new_rows(session, source, before)
-        corpus = _cut(short_enough(model.tokenize, rows, run.experiment.prompts.max_tokens), config.max_tokens)
-        replies = corpus.table.pop("reply").tolist()
-    sequences = list(corpus.sequences)
-    longest = None if source == SAMPLED else config.reply_tokens
-    for row, reply in enumerate(replies):
-        if reply:
-            ids = model.tokenizer(reply, add_special_tokens=False)["input_ids"]
-            sequences[row] = answered(sequences[row], ids[:longest])
-    open_ones = [row for row, reply in enumerate(replies) if not reply] if config.replies else []
-    if open_ones:
-        asked = [sequences[row] for row in open_ones]
+        table, sequences = short_enough(model.tokenize, _new_rows(session, source, before), longest)
+        replies = table.pop("reply").tolist()
+    known = model.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    most = None if source == SAMPLED else config.reply_tokens
+    sequences = [answered(sequence, ids[:most]) for sequence, ids in zip(sequences, known, strict=True)]
+    wanted = np.array([config.replies and not reply for reply in replies])
+    if source not in (PROMPTS, SAMPLED) and config.max_tokens is not None:
+        lengths = np.array([len(sequence.ids) for sequence in sequences]) + wanted * config.reply_tokens
+        fits = max(int((lengths.cumsum() <= config.max_tokens).sum()), 1)
+        table, sequences, wanted = table.iloc[:fits], sequences[:fits], wanted[:fits]
+    if wanted.any():
+        asked = [sequences[row] for row in np.flatnonzero(wanted)]
         with progress_bar("the model's replies", len(asked), "prompts") as progress:
             made = with_replies(model, asked, config.reply_tokens, _REPLY_BATCH_TOKENS, progress)
-        for row, sequence in zip(open_ones, made, strict=True):
+        for row, sequence in zip(np.flatnonzero(wanted), made, strict=True):
             sequences[row] = sequence
-    return Corpus(corpus.table, sequences)
+    return Corpus(table, sequences)
 
 
 def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.DataFrame:
@@ -91,8 +91,10 @@ def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.Dat
         chats = read_sample(folder, SampleOptions.of(run.experiment).tokens)
     else:
         chats = read_chats(source)
-    rows = with_ids(pd.DataFrame(list(chats), columns=["prompt", "reply"])).assign(split=NO_PROMPTS)
-    in_test = [holds_prompt(f"{row.prompt}\n{row.reply}", test) for row in rows.itertuples()]
+    rows = with_ids(pd.DataFrame(list(chats), columns=["prompt", "reply"])).assign(split=_SPLIT)
+    in_test = [
+        any(holds_prompt(text, test) for text in texts) for texts in zip(rows["prompt"], rows["reply"], strict=True)
+    ]
     known = {id for corpus in before for id in corpus.table["id"]}
     is_old = rows.duplicated("id") | rows["id"].isin(known)
     new = rows[~is_old & ~np.array(in_test, dtype=bool)]
@@ -101,10 +103,3 @@ def _new_rows(session: Session, source: str, before: Sequence[Corpus]) -> pd.Dat
     if len(new) < len(rows):
         say(f"left out: {len(rows) - len(new):,} instructions of {source} that are test prompts or known already")
     return new
-
-
-def _cut(corpus: Corpus, max_tokens: int | None) -> Corpus:
-    """The first instructions, of so many tokens together; at least one."""
-    lengths = np.cumsum([len(sequence.ids) for sequence in corpus.sequences])
-    n = len(lengths) if max_tokens is None else max(int((lengths <= max_tokens).sum()), 1)
-    return Corpus(corpus.table.iloc[:n], corpus.sequences[:n])

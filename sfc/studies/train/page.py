@@ -75,7 +75,7 @@ def density_figure(density: pd.DataFrame, dense_rate: float) -> go.Figure:
 def _edges(rates: np.ndarray) -> np.ndarray:
     """Edges of equal bins in log10, from below the smallest rate that occurs up to 1."""
     lowest = np.log10(rates[rates > 0].min(initial=0.1))
-    # Whole numbers first: a rate that is a power of ten shall not fall to one side by rounding. Rates have six digits.
+    # Whole numbers first: a rate that is a power of ten must not fall to one side by rounding. Rates have six digits.
     return np.arange(np.floor(lowest * _BINS_PER_DECADE - 1e-5), 1) / _BINS_PER_DECADE + 1e-6
 
 

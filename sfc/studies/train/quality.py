@@ -125,5 +125,5 @@ def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: l
 def prompts_not_trained_on(run: Run, rows: TrainingRows) -> pd.DataFrame:
     """The circuits' prompts, test prompts aside, that were not among the texts trained on."""
     frame = run.prompts.frame
-    trained = rows.table.loc[rows.table["trained"], "prompt"]
-    return frame[(frame["split"] != "test") & ~frame["prompt"].isin(trained)]
+    trained = rows.table.loc[rows.table["trained"], "id"]
+    return frame[(frame["split"] != "test") & ~frame["id"].isin(trained)]
