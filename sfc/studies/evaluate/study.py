@@ -1,56 +1,20 @@
 """`sfc evaluate`: any circuits, ours or others', judged on test prompts, or on prompts of files."""
 
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
-
-from pydantic import Field
+from typing import Any, ClassVar
 
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.core.options import Options, option
-from sfc.data.read import LABELS
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover.inputs import baseline_inputs, needs_of_circuits
 from sfc.studies.discover.study import DISCOVER, circuit_of
+from sfc.studies.evaluate.options import EvaluateOptions, PromptFile
 from sfc.studies.nulls import nulls_of
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
-
-
-class EvaluateOptions(Options):
-    """Which circuits are judged, on whose test prompts."""
-
-    section = "evaluate"
-    circuits: list[str] = option(
-        [],
-        positional=True,
-        description="circuit.json files, node lists (.json or .csv), graph files of circuit-tracer; none: the"
-        " category's own circuit",
-    )
-    category: str | None = option(None, description="OR-Bench category, or all, whose test prompts judge them")
-    prompts: list[str] = option(
-        [],
-        description="judge on the prompts of these CSV files instead (column prompt, and label: toxic, hard or safe;"
-        " XSTest's columns work). FILE=toxic says what prompts without a label are. A side that no file has is that of"
-        " the category's test prompts",
-    )
-    limit: int = Field(100, ge=1, description="with --prompts: at most this many prompts of each kind, chosen by hash")
-
-
-class PromptFile(NamedTuple):
-    """A file of prompts, and the label of those that have none."""
-
-    path: Path
-    label: str | None
-
-    @classmethod
-    def of(cls, text: str) -> "PromptFile":
-        """What `FILE` or `FILE=toxic` names."""
-        path, _, label = text.rpartition("=")
-        return cls(Path(path), label) if path and label in LABELS else cls(Path(text), None)
 
 
 class Evaluate(Study[EvaluateOptions]):
