@@ -38,6 +38,7 @@ from sfc.models.score import auroc
 
 SEEDS, QUICK_SEEDS = 20, 1
 CHEAT_SEEDS, QUICK_CHEAT_SEEDS = 3, 1
+CHEAT_METHODS = METHODS.names()
 LEARNED_KINDS = ("and",)
 BY_CORRELATION = tuple(method.name for method in METHODS if not method.causal)
 """methods whose circuits have correlation edges; the others' edges are those of attribution"""
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = range(QUICK_SEEDS if options.quick else SEEDS)
     measured = measure(list(KINDS), seeds)
     cheat_seeds = range(QUICK_CHEAT_SEEDS if options.quick else CHEAT_SEEDS)
-    cheats = means(planted_cheats.measure(cheat_seeds, METHODS.names()), planted_cheats.ABOUT)
+    cheats = means(planted_cheats.measure(cheat_seeds, CHEAT_METHODS), planted_cheats.ABOUT)
     settings = planted_learned.QUICK_SETTINGS if options.quick else planted_learned.SETTINGS
     learned = means(planted_learned.measure(settings, LEARNED_KINDS), planted_learned.ABOUT)
     figures: dict[str, Any] = summary(measured[measured["kind"].isin(UNSATURATED)])

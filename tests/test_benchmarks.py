@@ -160,7 +160,8 @@ def test_planted_prints_a_table_and_ratios_of_each_part(
     setting = planted_learned.Setting(Superposition(80, 2), expansion=1, k=4, steps=2, prompts=80, mask_steps=2)
     monkeypatch.setattr(planted, "KINDS", {"chain": planted.KINDS["chain"], "or": planted.KINDS["or"]})
     monkeypatch.setattr(planted, "HARD", {"or": planted.HARD["or"]})
-    monkeypatch.setattr(planted_cheats, "MASK_STEPS", 2)
+    monkeypatch.setattr(planted, "CHEAT_METHODS", ["attribution", "magnitude"])
+    monkeypatch.setattr(planted_cheats, "PROMPTS", 4)
     monkeypatch.setattr(planted_learned, "QUICK_SETTINGS", [setting])
     planted.main(["--quick", "--json"])
     said = capsys.readouterr()
@@ -168,8 +169,8 @@ def test_planted_prints_a_table_and_ratios_of_each_part(
     assert others == []
     figures = json.loads(last)
     assert figures["learned-mask"]["node_recall_min"] == 1 and set(figures["hard"]) == {"or"}
-    asked = [(row["method"], row["asked"]) for row in figures["cheats"]]
-    assert len(set(asked)) == len(asked) == sum(2 if method.causal else 1 for method in METHODS)
+    by_method = [row["method"] for row in figures["cheats"]]
+    assert by_method == ["attribution", "magnitude", "attribution"], "what is not causal is asked once"
     assert [(row["start"], row["dictionaries"]) for row in figures["learned"]] == [
         ("kmeans", "learned"), ("kmeans", "random"), ("random", "learned"), ("random", "random"),
     ]  # fmt: skip

@@ -1,7 +1,5 @@
 """Labels: claims made on half of the prompts and scored on the other, on prompts and features made up for it."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sfc.api import discover, load_preset
 from sfc.behaviors.behavior import Words
 from sfc.data.render import Role
 from sfc.features.claims import Predicates, levels, make_claims, weighted_auroc
@@ -148,15 +145,3 @@ def test_the_first_clause_is_the_predicate_of_largest_auroc() -> None:
         assert claim[0] == (int(np.argmax(slow)),)
         told = weighted_auroc(levels(claim[:1], predicates), column, float(column.mean()))
         assert told == pytest.approx(max(slow))
-
-
-@pytest.mark.slow
-def test_most_labels_of_a_circuit_of_the_embedded_model_are_clear(tmp_path: Path) -> None:
-    quick = [
-        "saes.source=null", "discovery.method=attribution", "discovery.checked_prompts=1",
-        "discovery.checked_nodes=2", "evaluation.sizes=[200]", "evaluation.random_draws=1",
-        "evaluation.p_value_draws=1", "evaluation.replies=0",
-    ]  # fmt: skip
-    cards = discover(load_preset("smollm2", quick, root=tmp_path)).cards["features"]
-    clear = [card["score"] is not None and card["score"] >= 0.7 for card in cards.values()]
-    assert len(clear) > 150 and np.mean(clear) >= 0.5

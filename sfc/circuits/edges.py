@@ -20,7 +20,7 @@ A kind of edge is a function from a `Problem` and a circuit's nodes to edges, re
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -227,20 +227,20 @@ class Weights(NamedTuple):
 
 
 def attribution_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
-    """Edges by what passes along them to first order, errors included.
+    """Edges by what passes along them to first order on `edge_prompts` of the discovery prompts, errors included.
 
     Kept are edges whose |weight| is at least `edge_share` of the circuit's largest, and into each node the strongest
     `edges_per_node`.
     """
-    weights = attribution_weights(problem, members)
+    config = problem.config
+    some = replace(problem, runs=problem.runs.sample(config.edge_prompts, problem.experiment.seed))
+    weights = attribution_weights(some, members)
     largest = max((np.abs(between.weight).max(initial=0) for between in weights), default=0)
-    return strongest_edges(weights, problem.config.edge_share * largest, problem.config.edges_per_node)
+    return strongest_edges(weights, config.edge_share * largest, config.edges_per_node)
 
 
 def attribution_weights(problem: Problem, members: Sequence[int]) -> list[Weights]:
-    """The weights by attribution, means over the discovery prompts, for each pair of sites between which there are
-    edges.
-    """
+    """The weights by attribution, means over the problem's prompts, for sites between which there are edges."""
     nodes, device = problem.ablation.nodes, problem.model.device
     at_site = members_at_sites(nodes, members)
     within = [

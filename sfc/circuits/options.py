@@ -59,6 +59,8 @@ class DiscoveryOptions(Options):
     edge_share: Share = Field(0.01, description="attribution: smallest edge, as a share of the circuit's largest")
     edge_threshold: float = Field(0.5, ge=0, le=1, description="correlation: smallest |r| of an edge")
     edges_per_node: int = Field(5, ge=1, description="at most this many edges into a node")
+    edge_nodes: int = Field(200, ge=2, description="edges are looked for between so many of the circuit's best nodes")
+    edge_prompts: int = Field(50, ge=1, description="attribution: at most so many discovery prompts, or pairs")
     edge_tokens: int = Field(
         2048, ge=1, description="attribution: tokens times nodes that go through a layer's Jacobian at once"
     )

@@ -29,6 +29,12 @@ def explained(card: Mapping[str, Any]) -> str:
     return f"explanation by the model {explanation['model']}: {explanation['text']} · {score}"
 
 
+def said(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of a card: `label`, `score` and `explanation`, without what there is not."""
+    told = {"label": card.get("label"), "score": card.get("score"), "explanation": explained(card)}
+    return {key: value for key, value in told.items() if value not in (None, "")}
+
+
 def own_labels(folder: Path, known: Iterable[str]) -> dict[str, str]:
     """The labels of `labels.json` in a circuit's folder, `{"resid_post.21/F463": "a label"}`; none without the file.
 

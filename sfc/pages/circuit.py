@@ -9,12 +9,10 @@ import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
-from sfc.features.claims import CLEAR
-from sfc.features.labels import explained
+from sfc.features.labels import said
 from sfc.pages.blocks import (
     Block,
     Figure,
-    Formula,
     Page,
     Pair,
     Section,
@@ -28,11 +26,12 @@ from sfc.pages.blocks import (
     records_table,
 )
 from sfc.pages.both_sides import both_sides, proof_by_size, verdict
+from sfc.pages.circuit_guide import guide, methods
 from sfc.pages.curve import curve_figure
 from sfc.pages.explorable import explorable_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
 from sfc.pages.html import figure_html
-from sfc.pages.style import signs, words_of
+from sfc.pages.style import words_of
 from sfc.pages.text import count_text, number_text, printable, tokens_text
 
 NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
@@ -87,7 +86,7 @@ def circuit_page(
                 [Widget(lambda: _nodes_html(nodes), (), nodes)],
             ),
         ],
-        guide=_guide(graph, bool(features), words),
+        guide=guide(graph, bool(features), words),
         findings=[
             ("nodes", cell(result.get("n_nodes"))),
             ("agreement", figure_cell(result, "agreement")),
@@ -96,7 +95,7 @@ def circuit_page(
             ("faithfulness, means", figure_cell(result, "faithfulness")),
             ("completeness, normalised", figure_cell(result, "completeness_normalised")),
         ],
-        methods=_methods(words),
+        methods=methods(words),
         limits=_limits(result),
         foot=_foot(graph, result),
     )  # fmt: skip
@@ -278,11 +277,7 @@ def _roles(graph: nx.DiGraph) -> Table | None:
 def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
     """The nodes with the largest |effect|, a row each; columns that no node has are left out."""
     names = strongest_nodes(graph, _LISTED_NODES)
-    labels = {
-        name: {"label": card["label"], "score": card.get("score"), "explanation": explained(card)}
-        for name, card in cards.items()
-    }
-    nodes = {name: {**graph.nodes[name], **labels.get(name, {})} for name in names}
+    nodes = {name: {**graph.nodes[name], **said(cards.get(name, {}))} for name in names}
     columns = {
         "label": ("label", str),
         "its AUROC": ("score", cell),
@@ -295,17 +290,12 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
         "raises the tokens": ("raises", lambda tokens: tokens_text(tokens, _TOKENS)),
         "lowers the tokens": ("lowers", lambda tokens: tokens_text(tokens, _TOKENS)),
     }
-    columns = {
-        title: what
-        for title, what in columns.items()
-        if any(node.get(what[0]) not in (None, "") for node in nodes.values())
-    }
+    columns = {title: what for title, what in columns.items() if any(what[0] in node for node in nodes.values())}
     rows = [
         [name, *(text(node[key]) if key in node else "" for key, text in columns.values())]
         for name, node in nodes.items()
     ]
-    texts = ("label", "explanation", "raises the tokens", "lowers the tokens")
-    return Table("", ["node", *columns], rows, texts=texts)
+    return Table("", ["node", *columns], rows, ("label", "explanation", "raises the tokens", "lowers the tokens"))
 
 
 def _nodes_html(table: Table) -> str:
@@ -320,72 +310,6 @@ def _nodes_html(table: Table) -> str:
         of_row = "".join(f'<td class="{s}">{escape(printable(c))}</td>' for s, c in zip(styles, cells, strict=True))
         rows += f'<tr><td><code data-node="{shown}">{shown}</code></td>{of_row}</tr>'
     return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-
-
-def _guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
-    positive, negative, _ = signs(graph)
-    unit = graph.graph.get("effect_unit") or "no unit given"
-    weight = f" ({graph.graph['edge_weight']})" if graph.graph.get("edge_weight") else ""
-    colours = (
-        f"Colours say what a feature fires on: orange, peaks on average twice as high on the {words.group}'s"
-        f" {words.positive} prompts as on its {words.negative} ones; blue, the reverse; grey, neither."
-        if has_cards
-        else f"Orange: {positive.words}. Blue: {negative.words}."
-    )
-    return (
-        f"**Nodes.** A column is a layer. Circles are features of its sparse autoencoder (SAE), diamonds stand for "
-        f"what the SAE misses. The area is the size of the effect ({unit}). Above the line: "
-        f"{positive.words}. Below it: {negative.words}. The strongest stand next to the line. {colours}",
-        f"**Edges.** A line joins two nodes, drawn thicker and darker with its weight{weight}, green where it is "
-        "positive and purple where it is negative. Point half-way along a line to see what it joins.",
-        "**Exploring.** The slider shows the circuit's best n nodes, and moves the marker on the curve. Click on a "
-        "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
-        "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
-        "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
-        "**Labels** claim on what a feature fires: at one token of the template after the prompt, or at tokens of the "
-        "text, the stronger, the more of what + joins holds. They are made on half of the prompts. The number behind a "
-        "label is from the other half: how often the claim ranks a context in which the feature is strong above one in "
-        f"which it is quiet (AUROC; 0.5 is chance). Below {CLEAR} a label is unclear. A reader's own have no number.",
-        "**Does it decide?** A dot is a test prompt, at its score in the model and with the circuit alone: a circuit "
-        "that decides as the model does lies on the diagonal, one that answers every prompt alike on a level line. An "
-        "ablated node has the value that it has in the run of an equally long prompt of the other side, its "
-        "*counterfactual*. **Recovered** is the share of the difference of scores that the circuit restores, 0 for any "
-        "circuit that cannot hear the prompt; **agreement**, 1 − Σ(s_C − s_M)² / Σ(s_0 − s_M)², counts every pair. "
-        "**Null dictionaries** are random or turned about: the same method finds a circuit in them that is worth as "
-        "much as the method makes of nothing.",
-        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)), as published, by mean ablation. F is the mean score: of the "
-        "full model M, of the circuit C alone, of the model without it (M\\C), and with everything ablated (0). 1 "
-        f"means that the mean score of {words.positive} prompts comes back in full. A circuit that gives every prompt "
-        "that score has 1 as well, whatever the prompt says: **gap kept** and **separation** compare the sides, and "
-        "**prompt-free** is the faithfulness that is left where nothing of the prompt can enter.",
-        "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
-        "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
-        "Where a denominator is too small to divide by, a figure is not measurable.",
-    )
-
-
-def _methods(words: Words) -> Sequence[Formula]:
-    return (
-        Formula(words.score[:1].upper() + words.score[1:] + " s", words.score_formula),
-        Formula(
-            "Ablation",
-            "x <- sum over kept features f_i d_i + sum over the others f_i(c) d_i + b + e(c), c the counterfactual"
-            " (by means: f_ref and e_ref, averaged over reference prompts at the same place of the template)",
-        ),
-        Formula("Agreement", "1 - sum (s_C - s_M)^2 / sum (s_0 - s_M)^2 over test pairs, both directions"),
-        Formula("Effect of a feature by attribution", "sum over positions (ds/dx . d_i)(f_i - f_ref_i)"),
-        Formula(
-            "F(M), F(C), F(M\\C), F(0)",
-            "mean s of the full model; with all but the circuit ablated; with the circuit ablated; with everything"
-            " ablated",
-        ),
-        Formula("Faithfulness (Marks et al. 2024)", "(F(C) - F(0)) / (F(M) - F(0))"),
-        Formula(
-            "CPR, CMD (Mueller et al. 2025)",
-            "area under the curve of faithfulness by size, nodes ranked by effect; area between it and 1, by |effect|",
-        ),
-        Formula("Completeness, normalised", "(F(M\\C) - F(0)) / (F(M) - F(0)); as published, F(M\\C) / F(M)"),
-    )
 
 
 def _limits(result: Mapping[str, Any]) -> Sequence[str]:

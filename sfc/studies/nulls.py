@@ -42,6 +42,13 @@ def baseline_inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
+_OF_GRAPHS = {
+    "edges", "edge_share", "edge_threshold", "edges_per_node", "edge_nodes", "edge_prompts", "edge_tokens",
+    "drop_dead_ends", "halves", "checked_nodes", "checked_prompts",
+}  # fmt: skip
+"""options of discovery that the circuits of null dictionaries, which are not drawn, do not depend on"""
+
+
 class Nulls(Study[DiscoveryOptions]):
     """Run the method of discovery on random and on rotated dictionaries: what would it find in any?
 
@@ -68,7 +75,7 @@ class Nulls(Study[DiscoveryOptions]):
             "saes": run.saes.inputs,
             "category": run.group(options.category),
             "hard_share": experiment.prompts.hard_share,
-            "discovery": discovery_identity(experiment),
+            "discovery": {name: v for name, v in discovery_identity(experiment).items() if name not in _OF_GRAPHS},
             "evaluation": EvaluationOptions.of(experiment).model_dump(include=fields),
         } | baseline_inputs(run)
 

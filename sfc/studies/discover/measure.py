@@ -97,7 +97,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     size, on_discovery = chosen_size(problem, ranking, sizes)
     members = ranking[:size].tolist()
     clock.lap("choosing a size")
-    edges = EDGES[config.edges](problem, members) if NODES[config.nodes].has_edges else []
+    edges = EDGES[config.edges](problem, members[: config.edge_nodes]) if NODES[config.nodes].has_edges else []
     clock.lap("edges")
     if config.drop_dead_ends:
         kept, edges = without_dead_ends(nodes, members, edges)
@@ -258,7 +258,9 @@ def _controls(
 def _faithfulness_of_edges(
     run: Run, problem: Problem, test_runs: PromptRuns, members: Sequence[int], edges: Sequence[Edge]
 ) -> dict[str, float | None]:
-    """Of the edges that are drawn, on the test split."""
+    """Of the edges that are drawn, on the test split; None where they were not looked for between all nodes."""
+    if len(members) > problem.config.edge_nodes:
+        return dict.fromkeys(("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high"))
     config, ends = EvaluationOptions.of(run.experiment), [(edge.source, edge.target) for edge in edges]
     with progress_bar(
         "ablating edges", len(problem.ablation.nodes.sites) * len(test_runs.batches), "sites"
