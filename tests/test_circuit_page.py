@@ -138,11 +138,11 @@ def test_a_page_shows_every_figure_and_says_what_is_not_measurable(tmp_path):
         "F(M\\C)",
         "81bc03aa",
         "sfc 0.1.0",
-        "3 %",
+        "0.031",
     ):
         assert part in page.text, part
     assert page.text.count("not measurable") == 2  # the tile, and the sentence that explains it
-    assert sum(tag == "tr" for tag, _ in page.elements) == 31 + 2, "30 nodes and a head; a table of one more figure"
+    assert sum(tag == "tr" for tag, _ in page.elements) == 31 + 8, "30 nodes and a head; a table of seven more figures"
     names = [name for trace in page.data["circuit-data"]["data"] for name in trace.get("ids", ())]
     assert set(names) == set(graph)
 

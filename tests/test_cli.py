@@ -82,12 +82,13 @@ def test_the_splits_in_the_circuit_are_disjoint_and_test_prompts_are_not_in_the_
 
 def test_a_circuit_without_dead_ends_is_evaluated_as_it_is_drawn(discovered: dict, root: Path) -> None:
     options = ("--set", "discovery.drop_dead_ends=true", "--set", "discovery.edges_per_node=1")
+    options += ("--set", "evaluation.sizes=[64]")
     result = sfc("discover", "--preset", "tiny", "--json", *options, root=root).result
     graph = nx.node_link_graph(json.loads((root / result["files"]["circuit"]).read_text()), edges="edges")
     assert graph.graph["edges"] == "attribution" and "nats" in graph.graph["edge_weight"]
     last = {node for node, layer in graph.nodes(data="layer") if layer == 1}
     assert all(node in last or nx.descendants(graph, node) & last for node in graph)
-    assert 0 < result["n_nodes"] == len(graph) < discovered["n_nodes"]
+    assert 0 < result["n_nodes"] == len(graph) < 64
     curve = pd.read_csv(root / result["files"]["curve"])
     row = curve[curve["size"] == len(graph)].iloc[0]
     assert result["f_circuit"] == pytest.approx(row["f_circuit"], abs=1e-3)
@@ -178,10 +179,9 @@ def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) ->
         "density.csv",
         "result.json",
     }
-    assert [row["role"] for row in result["quality"]] == ["all", "content", "suffix"] * 2
-    assert all(
-        row["fvu"] > 0 and (row["score_recovered"] is None) == (row["role"] != "all") for row in result["quality"]
-    )
+    *of_sites, in_series = result["quality"]
+    assert [row["role"] for row in of_sites] == ["all", "content", "suffix"] * 2 and in_series["role"] == "in series"
+    assert all(row["fvu"] > 0 and (row["score_recovered"] is None) == (row["role"] != "all") for row in of_sites)
 
 
 def test_doctor_finds_nothing_wrong_and_then_what_is(discovered: dict, root: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_help_groups_options_and_shows_their_defaults_and_further_settings(tmp_p
     own, of_pairs, of_all = (page.index(title) for title in ("─ Options ─", "Settings of pairs", "every command"))
     assert own < page.index("--population") < of_pairs < page.index("--pairs") < of_all < page.index("--preset")
     assert "[default: learned-mask]" in page and "integrated-gradients" in page
-    assert "Also by --set discovery.NAME=VALUE: nodes, base, reference" in page
+    assert "Also by --set discovery.NAME=VALUE: nodes, base, baseline" in page
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)

@@ -58,7 +58,12 @@ def written(path: Path, records: list[dict[str, str]]) -> Path:
 
 
 def about_pairs(root: Path, file: Path) -> Run:
-    return Run.of(load_experiment("tiny", ["behavior=pairs", f"pairs.file={file}"]), root)
+    return Run.of(
+        load_experiment(
+            "tiny", ["behavior=pairs", f"pairs.file={file}", "discovery.baseline=paired", "evaluation.error_mode=node"]
+        ),
+        root,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,8 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def discovered(root: Path, pairs_file: Path) -> dict:
-    return sfc("discover", "--preset", "tiny", "--pairs", pairs_file, "--json", root=root).result
+    options = ("--pairs", pairs_file, "--set", "discovery.baseline=paired")
+    return sfc("discover", "--preset", "tiny", *options, "--json", root=root).result
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def test_discover_explains_pairs_by_the_same_way_as_refusals(discovered: dict, r
 
 
 def test_what_is_left_out_is_said_and_a_second_run_does_nothing(root: Path, pairs_file: Path, discovered: dict) -> None:
-    command = ("discover", "--preset", "tiny", "--pairs", pairs_file)
+    command = ("discover", "--preset", "tiny", "--pairs", pairs_file, "--set", "discovery.baseline=paired")
     again = sfc(*command, "--json", root=root)
     assert again.result == discovered and "up to date" in again.stderr
     rebuilt = sfc(*command, "--method", "correlation", "--population", "safe", "--json", root=root)

@@ -127,7 +127,7 @@ def test_edges_are_the_definition_token_by_token(problem: Problem, deep: Model, 
     random = at_sites(problem, deep, prompts, tuple(f"blocks.{layer}.hook_{kind}" for layer in (0, 1)))
     (pair,) = all_pairs(random)
     shortest = make_batches(prompts[:1], TemplateLayout.of(prompts), 1, deep.device)[0]
-    prefix = PromptRuns.of(deep, [shortest], pair.upstream).prefixes[0]
+    prefix = PromptRuns.of(deep, [shortest], pair.upstream).cached_residuals[0]
     (fast,) = edge_effects(random, shortest, prefix, [pair], 1000)
     slow = edges_by_definition(random, shortest, pair.upstream, pair.downstream)
     assert (slow != 0).any(0).sum() > 10 and shortest.ids.shape[1] == 6
@@ -212,7 +212,7 @@ def test_an_edge_is_what_the_score_loses_through_one_feature_when_another_moves(
 ) -> None:
     """Finite differences: move x a little towards the baseline of u, let only d hear of it, and score."""
     batch = make_batches(prompts[:1], layout, 1, problem.model.device)[0]
-    prefix = PromptRuns.of(problem.model, [batch], SITES[0]).prefixes[0]
+    prefix = PromptRuns.of(problem.model, [batch], SITES[0]).cached_residuals[0]
     (edges,) = edge_effects(problem, batch, prefix, all_pairs(problem), 1000)
     above, below = (problem.ablation.dictionaries[site] for site in SITES)
     x, x_next = clean_activations(problem, batch, SITES)

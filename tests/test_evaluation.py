@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.controls import area, curve_areas, p_value, single_site_faithfulness
+from sfc.circuits.controls import area, curve_areas, single_site_faithfulness
 from sfc.circuits.faithfulness import (
     Scores,
     ablated_scores,
@@ -214,19 +214,6 @@ def test_baselines_of_one_site_are_its_best_nodes(problem: Problem) -> None:
         assert value == pytest.approx(expected)
     too_many = single_site_faithfulness(problem, problem.runs, ranking, 10_000, 0.01, lambda _: None)
     assert set(too_many.values()) == {None}
-
-
-def test_the_p_value_of_everything_is_1_and_it_is_never_0(problem: Problem) -> None:
-    def p(circuit: np.ndarray) -> float:
-        return p_value(problem, problem.runs, circuit, 9, 3, lambda _: None)
-
-    nodes = problem.ablation.nodes
-    assert p(np.ones(nodes.n_nodes, dtype=bool)) == 1
-    by_itself = np.zeros((nodes.n_nodes - 2, nodes.n_nodes), dtype=bool)
-    by_itself[np.arange(len(by_itself)), np.flatnonzero(~nodes.is_error)] = True
-    scores = ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, by_itself).mean(1)
-    best = by_itself[np.argmax(scores)]
-    assert 0.1 <= p(best) <= 0.5
 
 
 def test_areas_are_those_of_the_curves_by_signed_effect_and_by_size(problem: Problem) -> None:

@@ -41,7 +41,7 @@ PROMPT = "Bake bread? <script>alert(1)</script>"
 
 
 def by(method: str, root: Path) -> Run:
-    settings = ["evaluation.sizes=[16, 64]", "evaluation.target_faithfulness=-100"]
+    settings = ["evaluation.sizes=[16, 64]", "evaluation.target=-100"]
     fewer = ["comparison.size=20", "comparison.shuffles=1"]
     return sfc.load_preset("tiny", [f"discovery.method={method}", *settings, *fewer], root=root)
 

@@ -18,7 +18,7 @@ STRANGER = Path(__file__).parent / "stranger"
 PLUGINS = [STRANGER / f"{name}.py" for name in ("study", "behavior", "method", "nodes", "sae")]
 FAST = (
     "behavior=agreement", "prompts.limit=40", "saes.steps=5", "evaluation.sizes=[4,16]", "evaluation.random_draws=2",
-    "evaluation.p_value_draws=2", "evaluation.replies=4", "discovery.checked_prompts=4", "discovery.checked_nodes=2",
+    "evaluation.replies=4", "discovery.checked_prompts=4", "discovery.checked_nodes=2",
 )  # fmt: skip
 TINY = ("--preset", "tiny", *(part for setting in FAST for part in ("--set", setting)))
 STEERING = (

@@ -31,7 +31,7 @@ NAME = f"<u>[red]{MARK}"
 LABELS = {"Bake": "safe", "Break": "toxic"}
 SETTINGS = (
     "prompts.limit=10", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
-    "evaluation.random_draws=2", "evaluation.p_value_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3",
+    "evaluation.random_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3",
     "discovery.method=attribution", "discovery.checked_nodes=2", "discovery.checked_prompts=4", "comparison.size=8",
     "comparison.shuffles=1", "comparison.replies=2", "comparison.reply_tokens=3", "steering.min_induced=-99",
     "steering.max_kl=99", "steering.max_loss=99", "steering.contrasts=[toxic-safe]", "steering.prompts=8",
@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "sample": ("--unfiltered", "--tokens", "300", "--batch", "8"),
     "collect": (),
     "train": (),
+    "nulls": ("--method", "learned-mask", "--set", "learned_mask.steps=3"),
     "discover": ("--method", "learned-mask", "--set", "learned_mask.steps=3"),
     "evaluate": (f"files/{NAME}.csv",),
     "behaviour": ("--prompts", "files/asked.csv"),

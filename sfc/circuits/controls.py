@@ -1,4 +1,4 @@
-"""What the reported circuit is compared with: random circuits of its size, the best nodes of one site, whole curves.
+"""What the reported circuit is compared with: the best nodes of one site, and whole curves.
 
 Areas of faithfulness curves follow the Mechanistic Interpretability Benchmark (Mueller et al. 2025), over nodes. CPR
 says how well the nodes that raise the score carry it: the area under the curve with nodes ranked by signed effect;
@@ -10,36 +10,13 @@ on the logarithmic axis, where small circuits have their place, the curve begins
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from sfc.circuits.faithfulness import ablated_scores, faithfulness_of_sizes, matching_strata, random_circuits
+from sfc.circuits.faithfulness import faithfulness_of_sizes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.sites import short_site
 
 Progress = Callable[[int], None]
-
-
-def p_value(
-    problem: Problem,
-    runs: PromptRuns,
-    circuit: Bool[np.ndarray, " nodes"],
-    draws: int,
-    seed: int,
-    progress: Progress,
-) -> float:
-    """The share of circuits, among this one and random ones, whose mean score is at least as far from the empty one's.
-
-    Random circuits have as many features per site and range of firing rates; `1 / (draws + 1)` is the least there is.
-    """
-    strata = matching_strata(problem.ablation.nodes, problem.firing_rates)
-    random = random_circuits(circuit[None], strata, draws, seed)[:, 0]
-    keep = np.concatenate([np.zeros_like(circuit)[None], circuit[None], random])
-    f_empty, f_circuit, *f_random = ablated_scores(
-        problem.model, problem.score, problem.ablation, runs, keep, progress
-    ).mean(1)
-    direction = np.sign(f_circuit - f_empty)
-    as_good = direction * (np.array(f_random) - f_empty) >= direction * (f_circuit - f_empty)
-    return float((1 + as_good.sum()) / (1 + draws))
 
 
 def single_site_faithfulness(

@@ -103,7 +103,8 @@ class DiscoveryOptions(Options):
 
     @model_validator(mode="after")
     def _counterfactuals_are_of_both_sides(self) -> "DiscoveryOptions":
-        if self.baseline == "counterfactual" and self.population == "safe":
+        of_one_kind = self.contrast == "refused-complied"
+        if self.baseline == "counterfactual" and self.population == "safe" and not of_one_kind:
             raise ValueError("baseline 'counterfactual' explains prompts of both sides: leave population out")
         return self
 
@@ -155,7 +156,6 @@ class EvaluationOptions(Options):
     null_draws: int = Field(
         1, ge=0, description="dictionaries of each null that the method is run on; 10 make p = 0.05 possible"
     )
-    p_value_draws: int = Field(99, ge=1, description="random circuits of the reported size, for its p-value")
     target: float = Field(
         0.8,
         description="the smallest circuit whose agreement and recovered shares (by means: faithfulness) reach it on the"
