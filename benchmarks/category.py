@@ -9,10 +9,10 @@ from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.collect.study import COLLECT
+from sfc.studies.collect import COLLECT
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.study import ensure
-from sfc.studies.train.study import TRAIN
+from sfc.studies.train import TRAIN
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

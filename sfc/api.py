@@ -19,7 +19,7 @@ from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.discover.draw import ensure_cards
+from sfc.studies.discover import ensure_cards
 from sfc.studies.steer.directions import steer
 from sfc.studies.study import RESULT, STUDIES, Finished, ensure
 

@@ -67,7 +67,7 @@ def draw(shared: Shared, category: _Category = None) -> None:
 
     Example: sfc draw --category privacy
     """
-    from sfc.studies.discover.draw import draw_circuit
+    from sfc.studies.discover import draw_circuit
 
     run = shared.run()
     finish({"category": run.group(category), "files": draw_circuit(run, category)}, shared.json)
@@ -88,7 +88,7 @@ def export(
     from sfc.circuits.exports import export_circuit
     from sfc.circuits.files import load_circuit
     from sfc.features.labels import labels_of
-    from sfc.studies.discover.study import circuit_of
+    from sfc.studies.discover import circuit_of
 
     run = shared.run()
     circuit = circuit_of(run, category)

@@ -20,8 +20,7 @@ from sfc.models.loading import load_weights
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.compare import transfer
-from sfc.studies.compare.circuits import problems
-from sfc.studies.compare.judged import CORE, OWN, REST
+from sfc.studies.compare.measure import CORE, OWN, REST, problems
 from sfc.studies.compare.overlap import (
     Overlaps,
     Verdict,

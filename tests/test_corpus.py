@@ -26,8 +26,8 @@ from sfc.studies.sample.conversations import Start, Writer, first_words, is_plai
 from sfc.studies.sample.study import SAMPLE
 from sfc.studies.sample.write import EVERYDAY, Starts, read_sample
 from sfc.studies.study import ensure
+from sfc.studies.train import TRAIN
 from sfc.studies.train.corpus import sae_corpus
-from sfc.studies.train.study import TRAIN
 
 SMALL = ("prompts.limit=8", "sample.unfiltered=true", "sample.batch=6", "sample.tokens=400")
 

@@ -27,7 +27,7 @@ from sfc.explorer.shelf import (
 )
 from sfc.features.session import Firing
 from sfc.run import Run
-from sfc.studies.compare.options import ComparisonOptions
+from sfc.studies.compare import ComparisonOptions
 from sfc.studies.study import STUDIES, ensure
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")

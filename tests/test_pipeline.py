@@ -11,12 +11,12 @@ from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.models.sources import model_identity
 from sfc.run import Run
-from sfc.studies.collect.study import COLLECT
-from sfc.studies.discover.study import DISCOVER
+from sfc.studies.collect import COLLECT
+from sfc.studies.discover import DISCOVER
 from sfc.studies.repair import RepairOptions
 from sfc.studies.steer import SteeringOptions
 from sfc.studies.study import STUDIES, ensure
-from sfc.studies.train.study import TRAIN
+from sfc.studies.train import TRAIN
 
 
 def _run(root: Path, *overrides: str) -> Run:

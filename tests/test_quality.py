@@ -25,8 +25,8 @@ from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quali
 from sfc.saes.store import Store
 from sfc.session import Session
 from sfc.studies.study import Finished, ensure
+from sfc.studies.train import TRAIN
 from sfc.studies.train.rows import training_rows
-from sfc.studies.train.study import TRAIN
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX

@@ -27,8 +27,15 @@ from sfc.saes.format import load_dictionary, save_dictionary
 from sfc.saes.nulls import rotated_dictionaries
 from sfc.session import Session
 from sfc.studies import study
-from sfc.studies.replicate import matching
-from sfc.studies.replicate.matching import (
+from sfc.studies.replicate import (
+    ORIGINAL,
+    REPLICATION,
+    ReplicationOptions,
+    cosines_figure,
+    effects_figure,
+)
+from sfc.studies.replicate import measure as matching
+from sfc.studies.replicate.measure import (
     SAME,
     Matching,
     chance_agreement,
@@ -39,8 +46,6 @@ from sfc.studies.replicate.matching import (
     share_with_partner,
     site_counts,
 )
-from sfc.studies.replicate.options import ORIGINAL, REPLICATION, ReplicationOptions
-from sfc.studies.replicate.page import cosines_figure, effects_figure, page
 from sfc.studies.study import RESULT, STUDIES, ensure
 from sfc.studies.train.rows import training_rows
 
@@ -377,7 +382,7 @@ def test_the_page_escapes_names_and_says_when_nothing_is_shared(
     write_csv(tmp_path / "cosines.csv", counts)
     write_json(tmp_path / RESULT, result)
     made = read_json((root / replicated.result["files"]["result"]).with_name(MANIFEST))
-    text = page_html(page(study.Finished(tmp_path, made)))
+    text = page_html(STUDIES["replicate"].page(study.Finished(tmp_path, made)))
     assert not any(hostile in text for hostile in HOSTILE[:4])
     everything, in_circuit = cosines_figure(counts, result).to_dict()["data"]
     assert everything["name"] == "all features (4)" and sum(everything["y"]) == pytest.approx(1)

@@ -22,12 +22,11 @@ from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import fetch_pretrained, load_dictionaries
 from sfc.saes.source import EMBEDDED_DICTIONARIES
 from sfc.session import Session
-from sfc.studies.discover.study import DISCOVER, circuit_of
+from sfc.studies.discover import DISCOVER, circuit_of
 from sfc.studies.study import ensure
-from sfc.studies.train.foreign import check_fit
-from sfc.studies.train.quality import QUALITY_FILE
-from sfc.studies.train.rows import HeldOutBlock
-from sfc.studies.train.study import TRAIN
+from sfc.studies.train import TRAIN
+from sfc.studies.train.rows import HeldOutBlock, check_fit
+from sfc.studies.train.train import QUALITY_FILE
 from tools.embed_dictionaries import FIGURES_FILE, embed
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

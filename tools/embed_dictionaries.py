@@ -23,8 +23,8 @@ from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.format import save_dictionary
 from sfc.session import Session
 from sfc.studies.study import Finished
-from sfc.studies.train.quality import prompts_not_trained_on, restored
 from sfc.studies.train.rows import training_rows
+from sfc.studies.train.train import prompts_not_trained_on, restored
 
 FIGURES_FILE = "training.json"
 LARGEST_CHANGE = 0.01

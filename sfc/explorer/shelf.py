@@ -21,8 +21,8 @@ from sfc.core.artifacts import MANIFEST, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
+from sfc.studies.compare import overlap_figure
 from sfc.studies.compare.overlap import between_halves
-from sfc.studies.compare.page import overlap_figure
 from sfc.studies.study import RESULT, Finished
 
 

@@ -4,23 +4,35 @@ Circuits come from discovery prompts, overlaps from circuits, and all scores and
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
+from pydantic import BaseModel
 from scipy.cluster.hierarchy import leaves_list
 
-from sfc.circuits.nodes import Nodes
-from sfc.circuits.options import DiscoveryOptions
+from sfc.circuits.edges import Edge, attribution_weights
+from sfc.circuits.faithfulness import Ablations, Scores, ablated_scores, full_scores, metrics_with_intervals
+from sfc.circuits.methods import METHODS
+from sfc.circuits.nodes import NODES, Nodes
+from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
+from sfc.circuits.problem import Problem
+from sfc.circuits.replies import judged_replies
 from sfc.circuits.stability import chance_overlap
-from sfc.core.artifacts import write_csv
+from sfc.core.artifacts import read_model, write_csv, write_json
+from sfc.core.config import Experiment
+from sfc.core.progress import progress_bar, say
+from sfc.data.schema import keyed_ranks
+from sfc.models.engine import NO_EDIT
+from sfc.run import Run
 from sfc.session import Session
+from sfc.stats import judged_rate
+from sfc.studies.compare import Compare, ComparisonOptions
 from sfc.studies.compare import transfer as transfers
-from sfc.studies.compare.circuits import Found, find_circuits
-from sfc.studies.compare.judged import judge_circuits
-from sfc.studies.compare.options import ComparisonOptions
 from sfc.studies.compare.overlap import (
     Overlaps,
     Weights,
@@ -32,7 +44,248 @@ from sfc.studies.compare.overlap import (
     verdict,
     weighted_overlap,
 )
+from sfc.studies.discover.evidence import Evidence, judge
+from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.study import Made
+
+
+class Circuit(BaseModel):
+    """A circuit's nodes and its edges, by their names, with the sizes of their effects."""
+
+    nodes: dict[str, float]
+    edges: dict[str, float] | None = None
+    """None where edges are not compared"""
+
+
+class Found(NamedTuple):
+    """The circuits of a comparison: of each its nodes, or its edges, with the sizes of their effects."""
+
+    whole: dict[str, Weights]
+    halves: dict[str, list[Weights]]
+    shuffled: list[list[Weights]]
+
+
+def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
+    """All circuits' `nodes` and, where they are wanted, `edges`: those in the folder are read, the others found."""
+    experiment = session.run.experiment
+    options = ComparisonOptions.of(experiment)
+    pairs = list(itertools.combinations(categories, 2))
+    drawn = np.random.default_rng(experiment.seed).permutation(len(pairs))[: options.shuffles]
+    pools = [pairs[number] for number in drawn]
+    names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
+    names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
+    missing = {name for name in names if not (folder / f"{name}.json").exists()}
+    for number, (name, problem) in enumerate(problems(session, categories, pools, missing), start=1):
+        say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
+        write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
+    circuits: dict[str, dict[str, Weights]] = {
+        name: read_model(folder / f"{name}.json", Circuit).model_dump(exclude_none=True) for name in names
+    }
+    return {
+        part: Found(
+            {category: circuits[category][part] for category in categories},
+            {category: [circuits[f"{category}-half-{half}"][part] for half in (0, 1)] for category in categories},
+            [[circuits[f"{a}-{b}-half-{half}"][part] for half in (0, 1)] for a, b in pools],
+        )
+        for part in circuits[categories[0]]
+    }
+
+
+def problems(
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
+    if DiscoveryOptions.of(session.run.experiment).baseline_choice == "counterfactual":
+        return _paired_problems(session, categories, pools, missing)
+    return _averaged_problems(session, categories, pools, missing)
+
+
+def _paired_problems(
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """Prompts are dealt out before they are paired: no prompt is in two halves, as a counterfactual either."""
+    parts: dict[str, tuple[tuple[str, ...], int, int]] = {}
+    for category in categories:
+        parts[category] = ((category,), 1, 0)
+        parts |= {f"{category}-half-{half}": ((category,), 2, half) for half in (0, 1)}
+    for pool in pools:
+        # Half of each category's prompts, so that a shuffled half has as many as any other.
+        parts |= {f"{'-'.join(pool)}-half-{half}": (pool, 4, half) for half in (0, 1)}
+    for name, (group, n_parts, number) in parts.items():
+        if name in missing:
+            run = _about_part(session.run, group, n_parts, number)
+            yield name, prepare_problem(session.for_run(run), group[0])[0]
+
+
+def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) -> Run:
+    """The run with one of several equal parts of the categories' discovery prompts; they become one category."""
+    frame, seed = run.prompts.frame, run.experiment.seed
+    is_own = frame["category"].isin(categories)
+    places = keyed_ranks(frame, ["category", "dataset_type", "split"], f"parts {seed}")
+    elsewhere = is_own & (frame["split"] == "discovery") & (places % n_parts != number)
+    named = frame["category"].mask(is_own, categories[0])
+    return run.with_prompts(frame.assign(category=named)[~elsewhere].reset_index(drop=True))
+
+
+def _averaged_problems(
+    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
+) -> Iterator[tuple[str, Problem]]:
+    """Means are of other prompts, so that those that are explained can be dealt out afterwards."""
+    seed = session.run.experiment.seed
+    for category in categories:
+        names = [category, f"{category}-half-0", f"{category}-half-1"]
+        if missing.isdisjoint(names):
+            continue
+        problem, _, _ = prepare_problem(session, category)
+        parts = [problem.runs, *problem.runs.halves(seed)]
+        yield from (
+            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
+        )
+    for a, b in pools:
+        names = [f"{a}-{b}-half-{half}" for half in (0, 1)]
+        if missing.isdisjoint(names):
+            continue
+        problem, other = (prepare_problem(session, category)[0] for category in (a, b))
+        # Half of each category's prompts, so that a shuffled half has as many as any other.
+        size = (problem.runs.n_prompts + other.runs.n_prompts) // 4
+        pool = problem.runs.joined(other.runs).sample(2 * size, seed)
+        parts = pool.halves(seed)
+        yield from (
+            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
+        )
+
+
+def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
+    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
+    effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
+    members = effects.ranking[: options.size].tolist()
+    circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})
+    if options.edges and NODES[problem.config.nodes].has_edges:
+        strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
+        circuit.edges = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
+    return circuit
+
+
+def _edges(problem: Problem, members: Sequence[int]) -> Iterator[Edge]:
+    """Every edge between the members that is not zero."""
+    for sources, targets, weight, absolute in attribution_weights(problem, members):
+        for row, column in zip(*np.nonzero(weight), strict=True):
+            ends = int(sources[row]), int(targets[column])
+            yield Edge(*ends, float(weight[row, column]), float(absolute[row, column]))
+
+
+def _edge_name(nodes: Nodes, edge: Edge) -> str:
+    return f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}"
+
+
+CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
+
+
+class _OfCategory(BaseModel):
+    """The file of one category: its rows of the two tables, and the nodes that circuits are made of."""
+
+    transfer: list[dict[str, Any]]
+    core: list[dict[str, Any]]
+    nodes: Nodes
+
+
+class Judged(NamedTuple):
+    """The figures of all circuits on all categories' test prompts."""
+
+    transfer: pd.DataFrame
+    """one row per circuit and category of prompts: `FIGURES` of both sides, faithfulness and completeness, each with
+    its interval"""
+    core: pd.DataFrame
+    """the same for the shared core, the category's own circuit, and what is left of that one without the core; beside
+    it the shares of replies that show the behavior: on the positive side as the model is (`refused`) and with these
+    nodes ablated (`refused_ablated`), on the negative side as it is (`refused_safe`) and with these nodes alone
+    (`refused_safe_alone`)"""
+    nodes: Nodes
+
+
+def judge_circuits(session: Session, folder: Path, circuits: Mapping[str, Weights]) -> Judged:
+    """Score the circuits of all categories on each category's test prompts; what the folder has is read."""
+    core = shared_core(list(circuits.values()))
+    judged = []
+    with progress_bar("test prompts", len(circuits), "categories") as progress:
+        for category, own in circuits.items():
+            path = folder / f"{category}.json"
+            if not path.exists():
+                parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
+                write_json(path, _judged(session, category, circuits, parts))
+            judged.append(read_model(path, _OfCategory))
+            progress(1)
+    transfer = pd.DataFrame([row for one in judged for row in one.transfer])
+    parts = pd.DataFrame([row for one in judged for row in one.core])
+    return Judged(transfer, parts, judged[0].nodes)
+
+
+def _judged(
+    session: Session, category: str, circuits: Mapping[str, Weights], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """What is written for one category: rows of `transfer` and `core`, and the nodes."""
+    experiment = session.run.experiment
+    # Whoever reads the category from the run's options reads this one.
+    own = session.for_run(session.run.having(DiscoveryOptions, category=category))
+    problem, runs, _ = prepare_problem(own, category)
+    evidence = Evidence.of(own, problem, runs)
+    names, listed = [*circuits, *parts], [*map(list, circuits.values()), *parts.values()]
+    keep = masks(problem.ablation.nodes, listed)
+    sides, published = judge(evidence, keep, experiment.seed), _published(evidence, keep, experiment)
+    rows = [
+        {"circuit": name, "prompts": category, "nodes": len(circuit), **figures, **of_sides.figures}
+        for name, circuit, figures, of_sides in zip(names, listed, published, sides, strict=True)
+    ]
+    transfer, core = rows[: len(circuits)], rows[len(circuits) :]
+    if ComparisonOptions.of(experiment).replies and problem.judge is not None:
+        replies = _replied(evidence, keep[len(circuits) :], experiment)
+        core = [{**row, **figures} for row, figures in zip(core, replies, strict=True)]
+    return {"transfer": transfer, "core": core, "nodes": asdict(problem.ablation.nodes)}
+
+
+def masks(nodes: Nodes, circuits: Sequence[Sequence[str]]) -> Bool[np.ndarray, "circuits nodes"]:
+    """The circuits, given by their nodes' names, as rows over all nodes."""
+    keep = np.zeros((len(circuits), nodes.n_nodes), dtype=bool)
+    for row, circuit in enumerate(circuits):
+        keep[row, [nodes.number(name) for name in circuit]] = True
+    return keep
+
+
+def _published(
+    evidence: Evidence, keep: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
+) -> list[dict[str, Any]]:
+    """Faithfulness and completeness of each circuit."""
+    problem, runs = evidence.published
+    packed = np.concatenate([np.zeros_like(keep[:1]), keep, ~keep])
+    empty, *scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed)
+    full = full_scores(problem.model, problem.score, runs)
+    smallest = EvaluationOptions.of(experiment).min_denominator
+    return [
+        metrics_with_intervals(Scores(full, empty, kept, ablated), smallest, experiment.seed)
+        for kept, ablated in zip(scores[: len(keep)], scores[len(keep) :], strict=True)
+    ]
+
+
+def _replied(
+    evidence: Evidence, circuits: Bool[np.ndarray, "circuits nodes"], experiment: Experiment
+) -> list[dict[str, Any]]:
+    """How many replies show the behavior: those to prompts that call for it with each circuit ablated, and those to
+    others with it alone, which refuse where a circuit refuses whatever it is asked.
+    """
+    config, (problem, runs) = ComparisonOptions.of(experiment), evidence.published
+    asked = [("refused", "ablated", runs, ~circuits)]
+    if evidence.means is not None and not (positive := evidence.means.prompts["positive"].to_numpy()).all():
+        asked.append(("refused_safe", "alone", evidence.means.runs.subset(np.flatnonzero(~positive)), circuits))
+    rows: list[dict[str, Any]] = [{} for _ in circuits]
+    for name, how, whole, keep in asked:
+        some = whole.sample(config.replies, experiment.seed)
+        [model] = judged_replies(problem, some, NO_EDIT, config.reply_tokens)
+        of_circuits = judged_replies(problem, some, Ablations(problem.ablation, keep), config.reply_tokens)
+        for row, shown in zip(rows, of_circuits, strict=True):
+            rate = judged_rate(shown)
+            row |= {f"n_{name}": rate["n"], name: float(model.mean()), f"{name}_{how}": rate["rate"]}
+            row |= {f"{name}_{how}_low": rate["low"], f"{name}_{how}_high": rate["high"]}
+    return rows
 
 
 class _Measure(NamedTuple):
@@ -50,7 +303,7 @@ _MEASURES = {
 }
 
 
-def measure(session: Session, categories: Sequence[str], folder: Path) -> Made:
+def measure(study: Compare, session: Session, folder: Path) -> Made:
     """Find the circuits, compare them, and write the tables into the folder.
 
     Circuits that are in its folder `rankings`, and categories that are in `judged`, are not computed again.
@@ -58,7 +311,7 @@ def measure(session: Session, categories: Sequence[str], folder: Path) -> Made:
     Raises:
         UserError: a category lacks prompts.
     """
-    experiment = session.run.experiment
+    experiment, categories = session.run.experiment, study.categories(session.run)
     found = find_circuits(session, folder / "rankings", categories)
     session.clock.lap("circuits")
     circuits = found["nodes"].whole

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from sfc.circuits.proof import SMALL
 from sfc.stats import bootstrap_means
 
 MEASURES = {
@@ -63,6 +62,8 @@ def _transfer(table: Float[np.ndarray, "circuits prompts"], seed: int) -> Transf
 
 def in_words(found: Mapping[str, Transfer]) -> str:
     """What the figures allow to say."""
+    from sfc.circuits.proof import SMALL  # where torch is imported; the tables above are read without it
+
     deciding = [name for name in _DECIDING if name in found]
     if not deciding:
         return (

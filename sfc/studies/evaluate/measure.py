@@ -24,7 +24,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover.evidence import FIGURES, Evidence, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
-from sfc.studies.evaluate.options import EvaluateOptions, PromptFile
+from sfc.studies.evaluate import EvaluateOptions, PromptFile
 from sfc.studies.nulls import beside
 from sfc.studies.study import Made
 

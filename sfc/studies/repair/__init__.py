@@ -30,9 +30,9 @@ from sfc.pages.style import (
 )
 from sfc.pages.text import hover_text, number_text
 from sfc.run import Run
-from sfc.studies.collect.study import COLLECT
+from sfc.studies.collect import COLLECT
 from sfc.studies.study import STUDIES, Finished, Need, Study
-from sfc.studies.train.study import TRAIN
+from sfc.studies.train import TRAIN
 
 KINDS = {"hard": HARD, "toxic": POSITIVE, "safe": NEGATIVE}
 """groups of prompts, by the `dataset_type` they are of"""

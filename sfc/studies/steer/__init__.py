@@ -16,9 +16,9 @@ from sfc.core.sites import site_from_short
 from sfc.data.schema import ALL
 from sfc.models.positions import EditKind, check_positions
 from sfc.run import Run
-from sfc.studies.discover.study import DISCOVER
+from sfc.studies.discover import DISCOVER
 from sfc.studies.study import STUDIES, Finished, Need, Study
-from sfc.studies.train.study import TRAIN
+from sfc.studies.train import TRAIN
 
 ContrastKind = Literal["toxic-safe", "refused-complied", "hard-score"]
 SteeringKind = Literal["resid_pre", "resid_mid", "resid_post"]

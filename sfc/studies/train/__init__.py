@@ -1,0 +1,77 @@
+"""`sfc train`: one sparse autoencoder per site, and their quality.
+
+Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sfc.core.artifacts import Artifact
+from sfc.core.options import Options, option
+from sfc.core.ranks import is_leader, wait_for_all
+from sfc.pages.blocks import Page
+from sfc.run import Run
+from sfc.session import Session
+from sfc.studies.study import STUDIES, Finished, Made, Study
+
+
+class TrainOptions(Options):
+    """Where the figures of a training go. What is trained, and how, are the sections `saes` and `corpus`."""
+
+    section = "train"
+    log: list[str] = option([], description="also send the figures to wandb or tensorboard")
+
+
+class Train(Study[TrainOptions]):
+    """Train one top-k sparse autoencoder per site and measure them; collects first where needed.
+
+    Examples: sfc train --set saes.k=5% --set saes.steps=1000; torchrun --nproc-per-node 4 scripts/train_saes.py
+    """
+
+    name = "train"
+    options = TrainOptions
+    files: ClassVar = {
+        "saes": ".", "quality": "quality.csv", "density": "density.csv", "page": "quality.html",
+    }  # fmt: skip
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        return dict(run.saes.inputs)
+
+    def artifact(self, run: Run) -> Artifact:
+        return run.saes
+
+    def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
+        """Train on every process; the first one alone holds the lock, measures and finishes."""
+        from sfc.studies.train.train import train_dictionaries
+
+        session = session.for_run(session.run.learned_by or session.run)
+        with artifact.being_made(rebuild) if is_leader() else nullcontext():
+            rows = train_dictionaries(session, artifact.folder, self.of(session.run).log)
+            if is_leader():
+                self.finish(session, artifact, rows)
+        wait_for_all()
+
+    def finish(self, session: Session, artifact: Artifact, rows: Any) -> None:
+        """Measure the dictionaries, and write down what was measured."""
+        from sfc.saes.quality import DENSE_RATE
+        from sfc.studies.train.train import write_quality
+
+        quality = write_quality(session, rows, artifact.folder)
+        made = Made(
+            {"preset": session.run.experiment.name, "dense_rate": DENSE_RATE, "quality": quality},
+            facts={"source": session.run.experiment.saes.source or "trained"},
+        )
+        self.leave(session, artifact, made)
+
+    def make(self, session: Session, folder: Path) -> Made:
+        raise NotImplementedError("training is made by `build`, on several processes")
+
+    def page(self, finished: Finished) -> Page:
+        from sfc.studies.train.page import quality_page
+
+        return quality_page(finished)
+
+
+TRAIN = Train()
+STUDIES.register(TRAIN)

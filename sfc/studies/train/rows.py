@@ -1,9 +1,14 @@
-"""What SAEs are trained and measured on: rows of a store, or of runs of the model where no store would fit the disk."""
+"""What SAEs are trained and measured on: rows of a store, or of runs of the model where no store would fit the disk.
+
+Dictionaries that others trained, in place of our own, are fetched, checked on such rows, and copied.
+"""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +17,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.core.artifacts import replacing
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
-from sfc.core.progress import say
+from sfc.core.progress import progress_bar, say
 from sfc.data.schema import keyed_numbers, keyed_ranks
-from sfc.models.loading import Model
+from sfc.models.loading import Model, choose_device
 from sfc.run import Run
+from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
+from sfc.saes.dictionary import Dictionary
+from sfc.saes.format import fetch_pretrained, load_dictionary
 from sfc.saes.plan import TokenTable, joined, plan_batches
+from sfc.saes.quality import ALL, quality_by_role
+from sfc.saes.source import check_site, for_layer, local_dictionaries
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
 from sfc.session import Session
+from sfc.studies.collect import COLLECT
 from sfc.studies.collect.fill import Corpus, fill_corpus, n_bytes
-from sfc.studies.collect.study import COLLECT
 from sfc.studies.study import ensure
 from sfc.studies.train.corpus import sae_corpus
 
@@ -131,3 +142,60 @@ def _with_held_out(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     if not held_out.any() or not trained.any():
         raise UserError("saes.held_out leaves nothing to train on or nothing to measure on: --set saes.held_out=0.05")
     return table.assign(held_out=held_out, trained=trained)
+
+
+def adopt_dictionaries(run: Run, source: str, folder: Path, held_out: Callable[[str], Iterable[HeldOutBlock]]) -> None:
+    """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`, once it is known to fit.
+
+    Args:
+        held_out: gives the activations of a site that the fit is measured on, block by block.
+
+    Raises:
+        UserError: a dictionary cannot be fetched or read, or does not fit (see `check_fit`).
+    """
+    sites = run.experiment.activations.sites
+    local = local_dictionaries(source, sites)
+    with progress_bar("checking", len(sites), "dictionaries") as progress:
+        for site in sites:
+            if local:
+                _adopt(run, local[site], folder / site, held_out(site))
+            else:
+                with TemporaryDirectory(dir=folder) as fetched:
+                    fetch_pretrained(for_layer(source, site), Path(fetched))
+                    check_site(Path(fetched), site)
+                    _adopt(run, Path(fetched), folder / site, held_out(site))
+            progress(1)
+
+
+def check_fit(dictionary: Dictionary, blocks: Iterable[HeldOutBlock], smallest: float) -> float:
+    """The fraction of the variance of these rows that the dictionary explains.
+
+    Raises:
+        UserError: its width is not that of the rows, or it explains less than `smallest`.
+    """
+    explained = 1 - quality_by_role(dictionary, _of_width(dictionary, blocks))[ALL].quality.fvu
+    if not explained >= smallest:  # NaN is not a fit either
+        raise UserError(
+            f"{dictionary.site}: the dictionary explains {explained:.3f} of the variance of held-out activations, less"
+            f" than saes.min_variance_explained={smallest:g}; it was made for another model or layer, or reads"
+            " activations that were scaled or centred and its files do not say how"
+        )
+    return explained
+
+
+def _of_width(dictionary: Dictionary, blocks: Iterable[HeldOutBlock]) -> Iterator[HeldOutBlock]:
+    for block in blocks:
+        if dictionary.d_in != block.rows.shape[1]:
+            raise UserError(
+                f"{dictionary.site}: the dictionary reads activations of width {dictionary.d_in}, those of this model"
+                f" have {block.rows.shape[1]}; it was made for another model"
+            )
+        yield block
+
+
+def _adopt(run: Run, origin: Path, target: Path, blocks: Iterable[HeldOutBlock]) -> None:
+    device = choose_device(run.device)
+    check_fit(load_dictionary(origin, device), blocks, run.experiment.saes.min_variance_explained)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        with replacing(target / name) as temporary:
+            shutil.copyfile(origin / name, temporary)
