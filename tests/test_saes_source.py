@@ -123,7 +123,10 @@ def test_a_perfect_normalised_dictionary_leaves_nothing_to_the_error_nodes(
     )
     result = circuit_of(run, "violence").result
     quality = pd.read_csv(run.saes.folder / QUALITY_FILE)
-    assert (quality["fvu"] < 1e-6).all() and (quality["loss_recovered"].dropna() > 0.999).all()
+    assert (quality["fvu"].dropna() < 1e-6).all() and (quality["loss_recovered"].dropna() > 0.999).all()
+    agreement = quality.loc[quality["role"].isin(["all", "in series"]), "agreement"]
+    assert len(agreement) == 3 and np.allclose(agreement, 1, atol=1e-3)
+    assert result["rotated_agreement"] is not None and result["null_agreement"] is None, "it has no fixed k"
     assert result["error_share"] < 1e-3 and result["n_nodes"] > 0
 
 
