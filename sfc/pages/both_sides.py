@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.pages.blocks import Block, Figure, Paragraph, Section, Table, cell, figure_cell
-from sfc.pages.style import AMBER, BLUE, GREEN, QUIET, VERMILION, axis, styled_figure
+from sfc.pages.style import AMBER, BLUE, GREEN, INK, QUIET, VERMILION, axis, styled_figure
 from sfc.pages.text import hover_text
 
 LARGE_PROMPT_FREE = 0.1
@@ -111,9 +111,9 @@ def _proof_figure(curve: pd.DataFrame, reported: int, titles: Mapping[str, str])
             name=hover_text(title),
             hovertemplate=f"{hover_text(title)}: <b>%{{y:.2f}}</b><br>%{{x:,}} nodes<extra></extra>",
         )
-    figure.add_vline(reported, line={"color": QUIET, "width": 1, "dash": "dot"}, layer="below")
+    figure.add_vline(reported, line={"color": INK, "width": 1, "dash": "dot"})
     return figure.update_layout(
         showlegend=True,
-        xaxis=axis("nodes in the circuit", type="log"),
+        xaxis=axis("nodes in the circuit", type="log", dtick=1),
         yaxis=axis("share restored", range=[-0.3, 1.05], zeroline=True),
     )
