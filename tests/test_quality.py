@@ -167,12 +167,14 @@ def test_a_run_writes_a_row_per_site_and_role(run: Run) -> None:
     quality = pd.read_csv(run.saes.folder / "quality.csv")
     sites = run.experiment.activations.sites
     assert list(zip(quality["site"], quality["role"], strict=True)) == [
-        (site, role) for site in sites for role in ("all", "content", "suffix")
+        *((site, role) for site in sites for role in ("all", "content", "suffix")),
+        ("all", "in series"),
     ]
     of_all = quality[quality["role"] == "all"]
     assert of_all["cross_entropy_zero_ablated"].notna().all() and of_all["score_recovered"].notna().all()
     assert quality.loc[quality["role"] != "all", "score_spliced"].isna().all()
-    pd.testing.assert_frame_equal(pd.DataFrame(Finished(run.saes.folder).result["quality"]), quality, atol=1e-5)
+    told = pd.DataFrame(Finished(run.saes.folder).result["quality"]).astype(quality.dtypes)
+    pd.testing.assert_frame_equal(told, quality, atol=1e-5)
 
 
 def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
