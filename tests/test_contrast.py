@@ -33,7 +33,9 @@ REFUSED = ["discovery.contrast=refused-complied", "discovery.population=safe", "
 
 @pytest.mark.parametrize(("population", "explained"), [("toxic", "toxic"), ("safe", "hard")])
 def test_against_hard_prompts_no_others_are_on_the_safe_side(root: Path, population: str, explained: str) -> None:
-    result = sfc(*DISCOVER, "--population", population, root=root).result
+    mean = "safe-mean" if population == "toxic" else "toxic-mean"
+    options = ("--population", population, "--set", f"discovery.baseline={mean}")
+    result = sfc(*DISCOVER, *options, root=root).result
     folder = Path(result["files"]["circuit"]).parent
     prompts = pd.read_csv(folder / "prompts.csv")
     assert set(prompts["dataset_type"]) == {"toxic", "hard"}

@@ -18,7 +18,7 @@ def test_curve_shows_its_columns_on_a_log_axis_with_values_out_of_sight_still_th
     figure = curve_figure(make_curve(completeness=[0.9, 0.4, -0.2, -40.0]), 500)
     traces = traces_by_name(figure)
     assert traces["faithfulness"]["y"] == [0.1, 0.5, 0.9, 1.0]
-    assert traces["faithfulness, discovery split"]["line"]["dash"] == "dash"
+    assert traces["by what the size was chosen, discovery split"]["line"]["dash"] == "dash"
     assert traces["completeness, as published"]["y"][-1] == -40
     layout = figure.to_dict()["layout"]
     assert layout["xaxis"]["type"] == "log" and layout["yaxis"]["range"] == [-0.5, 1.5]

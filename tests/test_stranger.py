@@ -118,14 +118,15 @@ def test_the_circuit_of_the_behavior_speaks_its_words(ran: Ran) -> None:
     page = ran.text("behavior", "circuit.html")
     for words in (
         "raises the agreement score", "lowers the agreement score", "nats of agreement score",
-        "behind the model&#x27;s agreement",        "opinion prompts against question-mean", "% of replies agree",
+        "behind the model&#x27;s agreement",
+        "opinion and question prompts against counterfactual", "Replies that agree",
     ):  # fmt: skip
         assert words in page, words
     tracer = json.loads(ran.text("exports", "circuit-tracer.json"))
     assert [node["clerp"] for node in tracer["nodes"] if node["feature_type"] == "logit"] == ["agreement score"]
-    assert tracer["metadata"]["generation_settings"]["baseline"] == "question-mean"
+    assert tracer["metadata"]["generation_settings"]["baseline"] == "counterfactual"
     graph = json.loads(ran.text("behavior", "circuit.json"))["graph"]
-    assert (graph["population"], graph["behavior"]) == ("opinion", "agreement")
+    assert (graph["population"], graph["behavior"]) == ("opinion and question", "agreement")
 
 
 def test_replies_are_judged_by_the_behavior(ran: Ran) -> None:

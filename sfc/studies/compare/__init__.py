@@ -156,8 +156,8 @@ class Compare(Study[ComparisonOptions]):
             ],
             methods=_METHODS,
             limits=[
-                "Overlap says that circuits are alike, not that the categories are refused alike: circuits that refuse"
-                " whatever they are asked are alike in any case.",
+                "Overlap says that circuits are alike, not that the model treats the categories alike: circuits that"
+                " give every prompt the same score are alike in any case.",
                 f"How far circuits overlap depends on their size: all have {result['size']} nodes, whatever size each"
                 " category's discovery would choose.",
             ],
