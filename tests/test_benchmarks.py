@@ -84,7 +84,8 @@ def test_a_contender_learns_and_reconstructs_in_the_units_of_its_rows(build) -> 
     before = error()
     for _ in range(100):
         contender.step(next(stream))
-    assert error() < 0.8 * before and error() < 0.5
+    # A start at centroids reconstructs a good part already.
+    assert error() < 0.85 * before and error() < 0.5
 
 
 def test_sae_training_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> None:

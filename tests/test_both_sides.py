@@ -45,14 +45,14 @@ def test_a_circuit_is_judged_by_pairs_in_both_directions_by_means_and_beside_nul
         assert result[f"{figure}_low"] <= result[figure] <= result[f"{figure}_high"]
     toxic = scores["kind"] == "toxic"
     assert not set(scores.loc[toxic, "id"]) & set(scores.loc[toxic, "counterfactual"]), "of the other side"
-    assert result["separation"] is not None and result["faithfulness"] is not None, "by means as well"
+    assert result["separation"] is not None and result["f_model"] is not None, "by means as well"
     assert result["p_value"] in (pytest.approx(1 / 3, abs=1e-4), pytest.approx(2 / 3, abs=1e-4), 1)
     assert {"toxic", "safe"} <= set(result["refused"])
     assert all(n["circuit"] <= n["n"] <= 2 for n in result["refused"].values())
     curve = pd.read_csv(result["files"]["curve"])
     reported = curve[curve["size"] == result["n_nodes"]].iloc[0]
     assert reported["agreement"] == pytest.approx(result["agreement"], abs=1e-4)
-    assert "restores" in result["says"] and "restored" in Path(result["files"]["page"]).read_text()
+    assert "restore" in result["says"] and "restored" in Path(result["files"]["page"]).read_text()
     nulls = sfc("nulls", "--preset", "tiny", *FEW, "--json", root=root)
     assert "up to date" in nulls.stderr and "nulls" in nulls.result["files"]
 
