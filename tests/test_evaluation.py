@@ -146,7 +146,7 @@ def curve(problem: Problem) -> pd.DataFrame:
     steps: list[int] = []
     sizes = [5, 20, len(ranking)]
     curve = evaluation_curve(problem, problem.runs, ranking, sizes, CONFIG, 7, steps.append)
-    assert sum(steps) == (1 + 3 * len(sizes) + 3 * len(sizes)) * problem.runs.n_prompts
+    assert sum(steps) == (1 + 3 * len(sizes) + 2 * 3 * len(sizes)) * problem.runs.n_prompts
     return curve
 
 

@@ -56,7 +56,7 @@ class Replicate(Study[ReplicationOptions]):
         if not NODES[nodes].needs_saes:
             raise UserError(f"replicate needs circuits of SAE features: nodes {nodes!r} have no SAEs")
         if saes.source is not None:
-            raise UserError("replicate trains SAEs from another seed, which those of saes.source are not: --set saes.source=null")
+            raise UserError("replicate trains SAEs of its own, so that none can be given: --set saes.source=null")
         if self.of(run).halves and saes.half:
             raise UserError(f"--halves trains SAEs on both halves: leave saes.half={saes.half} out")
         if not self.of(run).halves and sae_seed == run.experiment.sae_seed:
