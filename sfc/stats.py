@@ -102,6 +102,13 @@ class Estimate(NamedTuple):
 
 
 UNMEASURABLE = Estimate(None, None, None)
+
+
+def reported(value: float | None) -> float | None:
+    """A figure as results have it: rounded to four decimals; None where it is missing or not a number."""
+    return None if value is None or np.isnan(value) else round(float(value), 4)
+
+
 _TAILS = (0.025, 0.975)
 
 

@@ -17,6 +17,8 @@ PromptContrast = Literal["toxic-safe", "toxic-hard", "refused-complied", "model-
 BaselineChoice = Literal[
     "safe-mean", "toxic-mean", "balanced-mean", "complied-mean", "base", "zero", "paired", "counterfactual"
 ]
+LARGE_PROMPT_FREE = 0.1
+"""above this share, what a circuit restores under mean ablation is in good part not the prompt's doing"""
 _OWN_BASELINES: dict[PromptContrast, BaselineChoice] = {"refused-complied": "complied-mean", "model-base": "base"}
 
 

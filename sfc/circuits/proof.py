@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.counterfactuals import Counterfactuals
 from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared, top_circuits
+from sfc.circuits.options import LARGE_PROMPT_FREE
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models import engine
 from sfc.models.engine import Progress
@@ -32,8 +33,6 @@ from sfc.models.loading import Model
 from sfc.models.score import DirectedScore, Score
 from sfc.stats import Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio
 
-LARGE_PROMPT_FREE = 0.1
-"""above this share, what a circuit restores under mean ablation is in good part not the prompt's doing"""
 SMALL = 0.1
 """figures below this are called none"""
 

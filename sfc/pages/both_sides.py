@@ -8,12 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
+from sfc.circuits.options import LARGE_PROMPT_FREE
 from sfc.pages.blocks import Block, Figure, Paragraph, Section, Table, cell, figure_cell
 from sfc.pages.style import AMBER, BLUE, GREEN, INK, QUIET, VERMILION, axis, styled_figure
 from sfc.pages.text import hover_text
-
-LARGE_PROMPT_FREE = 0.1
-"""share of the faithfulness left without the prompt above which a page warns"""
 
 
 def verdict(result: Mapping[str, Any]) -> list[Block]:

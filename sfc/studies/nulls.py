@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
 from sfc.circuits.methods import METHODS
@@ -18,6 +17,7 @@ from sfc.models.sources import model_identity
 from sfc.pages.blocks import Page, Section, Table, cell, interval_cell
 from sfc.run import Run
 from sfc.session import Session
+from sfc.stats import reported
 from sfc.studies.collect import COLLECT
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, write_tables
 from sfc.studies.train import TRAIN
@@ -121,7 +121,6 @@ def null_circuits(session: Session) -> pd.DataFrame:
         UserError: the baseline is no counterfactual.
     """
     from sfc.circuits.faithfulness import curve_sizes, top_circuits
-    from sfc.circuits.methods import METHODS
     from sfc.circuits.proof import pair_figures, pair_scores
     from sfc.saes.nulls import NULLS
     from sfc.studies.discover.problem import prepare_problem
@@ -187,4 +186,4 @@ def beside(nulls: pd.DataFrame | None, size: int, agreement: float | None) -> di
             figures |= {f"{name}{end}": float(best[f"agreement{end}"]) for end in ("", "_low", "_high")}
     if agreement is not None and len(of_size):
         figures["p_value"] = float((1 + (of_size["agreement"] >= agreement).sum()) / (1 + len(of_size)))
-    return {name: None if value is None or np.isnan(value) else round(value, 4) for name, value in figures.items()}
+    return {name: reported(value) for name, value in figures.items()}

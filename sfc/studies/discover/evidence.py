@@ -31,6 +31,7 @@ from sfc.data.schema import ALL
 from sfc.models.batches import make_batches
 from sfc.models.engine import next_token_kl
 from sfc.session import Session
+from sfc.stats import reported
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.discover.problem import usual_means
 from sfc.studies.nulls import beside
@@ -124,7 +125,10 @@ def judge(evidence: Evidence, circuits: Bool[np.ndarray, "circuits nodes"], seed
         tables = [rows.assign(model=s.model, circuit=s.circuit) for s in pairs]
         for figures, scores in zip(measured, pairs, strict=True):
             figures |= pair_figures(scores, config.min_denominator, seed)
-    return [Judged(_rounded(figures), table) for figures, table in zip(measured, tables, strict=True)]
+    return [
+        Judged({name: reported(figures.get(name)) for name in FIGURES}, table)
+        for figures, table in zip(measured, tables, strict=True)
+    ]
 
 
 def chosen_size(
@@ -203,7 +207,7 @@ def kl_without(evidence: Evidence, circuit: Bool[np.ndarray, " nodes"]) -> float
     problem, runs, prompts = evidence.means
     harmless = runs.subset(np.flatnonzero(~prompts["positive"].to_numpy()))
     without = Ablations(problem.ablation, ~circuit[None])
-    return round(float(next_token_kl(prepared(problem.model, harmless), without).mean()), 4)
+    return reported(next_token_kl(prepared(problem.model, harmless), without).mean())
 
 
 def rows_of_pairs(problem: Problem, runs: PromptRuns) -> pd.DataFrame | None:
@@ -245,7 +249,3 @@ def _by_means(session: Session, problem: Problem) -> ByMeans:
     runs = PromptRuns.of(model, batches, problem.ablation.nodes.sites[0])
     ablation = replace(problem.ablation, baseline=means)
     return ByMeans(replace(problem, score=session.metric, ablation=ablation, pair_table=None), runs, prompts)
-
-
-def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: None if (value := figures.get(name)) is None else round(float(value), 4) for name in FIGURES}

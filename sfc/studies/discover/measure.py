@@ -37,6 +37,7 @@ from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
 from sfc.saes.store import read_prompts
 from sfc.session import Session
+from sfc.stats import reported
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.evidence import FIGURES, Evidence, all_features, chosen_size, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
@@ -190,7 +191,7 @@ def _with_stability(
     effects, figures = with_stability(with_intervals(effects, members, seed), members, config.method, seed)
     halves = agreement_of_halves(problem, len(members), seed) if config.halves else None
     figures |= {"halves_jaccard": halves and halves.jaccard, "halves_chance": halves and halves.chance}
-    return effects, {name: _figure(value) for name, value in figures.items()}
+    return effects, {name: reported(value) for name, value in figures.items()}
 
 
 def _checked(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, 
     """The figures of the reported circuit, all from the test split; what cannot be measured is None."""
     row = curve[curve["size"] == len(graph)].iloc[0]
     names = [name for name in curve.columns if name != "size"]
-    figures = {name: _figure(row[name]) for name in names}
+    figures = {name: reported(row[name]) for name in names}
     total = float(np.nansum(np.abs(effects.effect)))
     errors = float(np.nansum(np.abs(effects.effect[problem.ablation.nodes.is_error])))
     return {
@@ -249,9 +250,9 @@ def _controls(
         areas = curve_areas(problem, runs, effects.effect, sizes, smallest, progress)
     of_site = np.bincount(nodes.site_numbers[members], minlength=len(nodes.sites)).tolist()
     return {
-        "single_site_faithfulness": {site: _figure(value if measurable else None) for site, value in alone.items()},
+        "single_site_faithfulness": {site: reported(value if measurable else None) for site, value in alone.items()},
         "nodes_per_site": dict(zip(alone, of_site, strict=True)),
-        **{name: _figure(value if measurable else None) for name, value in areas.items()},
+        **{name: reported(value if measurable else None) for name, value in areas.items()},
     }
 
 
@@ -268,8 +269,4 @@ def _faithfulness_of_edges(
         figures = edge_faithfulness(
             problem, test_runs, members, ends, config.min_denominator, run.experiment.seed, progress
         )
-    return {name: _figure(value) for name, value in figures.items()}
-
-
-def _figure(value: Any) -> float | None:
-    return None if pd.isna(value) else round(float(value), 4)
+    return {name: reported(value) for name, value in figures.items()}

@@ -22,6 +22,7 @@ from sfc.data.read import LABELS, UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
 from sfc.run import Run
 from sfc.session import Session
+from sfc.stats import reported
 from sfc.studies.discover.evidence import FIGURES, Evidence, judged_curve, kl_without, told
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.evaluate import EvaluateOptions, PromptFile
@@ -167,7 +168,7 @@ def _judged(
         "n_errors": int(nodes.is_error[members].sum()),
         "n_edges": len(circuit.edges),
         **dict.fromkeys(FIGURES),
-        **{str(name): _figure(value) for name, value in row.items()},
+        **{str(name): reported(value) for name, value in row.items()},
         "kl_without_safe": kl_without(evidence, mask),
         "nodes_per_site": dict(zip(map(short_site, nodes.sites), per_site, strict=True)),
         **_edge_figures(run, evidence, circuit),
@@ -196,8 +197,4 @@ def _edge_figures(run: Run, evidence: Evidence, circuit: _Circuit) -> dict[str, 
             for edges in (circuit.edges, drawn)
         )
     figures["random_edge_faithfulness"] = at_random["edge_faithfulness"]
-    return {name: _figure(value) for name, value in figures.items()}
-
-
-def _figure(value: Any) -> float | None:
-    return None if pd.isna(value) else round(float(value), 4)
+    return {name: reported(value) for name, value in figures.items()}
