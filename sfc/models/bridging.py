@@ -7,7 +7,8 @@ these ways, is an error when the model is loaded instead of a wrong number later
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import numpy as np
@@ -25,16 +26,21 @@ from sfc.models.generation import continue_tails
 from sfc.models.interventions import recorder
 from sfc.models.linear import use_quick_products
 from sfc.models.model import Model, not_finite
-from sfc.models.running import cached_residual_after, last_logits, layer_before, logits_at
+from sfc.models.running import cached_residual_after, last_logits, logits_at
 
-_TEXTS = {"The capital of France is a large city on the banks of a river, known for its": 16, "Two and two make four": 9}
+_TEXTS = {
+    "The capital of France is a large city on the banks of a river, known for its": 16,
+    "Two and two make four": 9,
+}
 """and how many tokens of each, from the start again where there are fewer"""
+_THOSE_THAT_WORK = "docs/models.md lists the architectures that work"
 _SUFFIX = 3
 """tokens that are run on top of cached keys and values"""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """difference from the plain model's logits, as a share of the largest, that rounding may make"""
 
 
+@torch.no_grad()
 def bridged(hf: Any, tokenizer: Any, config: ModelConfig) -> Model:
     """A model with hooks. The Hugging Face model is changed in place, so that its weights are in memory once.
 
@@ -47,28 +53,39 @@ def bridged(hf: Any, tokenizer: Any, config: ModelConfig) -> Model:
     prompts = _short_prompts(tokenizer)
     plain = _plain_logits(hf, prompts, source)
     use_quick_products(hf)
-    try:
+    with _refusing(f"TransformerLens' bridge does not fit {architecture}, the architecture of {source!r}"):
         bridge = build_bridge_from_module(hf, architecture, hf_config=hf.config, dtype=hf.dtype)
-        # Last, because the bridge adds a bias to an unembedding that has none.
-        bridge.original_model.requires_grad_(False).eval()
-        model = Model(bridge, tokenizer, config)
-        batch = pad(prompts, TemplateLayout.of(prompts), model.device)
-        differences = {way: _difference(ours, own) for way, ours, own in _bridged_logits(model, prompts, batch, plain)}
+    # Last, because the bridge adds a bias to an unembedding that has none.
+    bridge.original_model.requires_grad_(False).eval()
+    model = Model(bridge, tokenizer, config)
+    batch = pad(prompts, TemplateLayout.of(prompts), model.device)
+    for way, (run, own) in _ways(model, prompts, batch, plain).items():
+        with _refusing(f"TransformerLens' bridge cannot run {architecture}, the architecture of {source!r}, {way}"):
+            ours = run()
+        _check_difference(model, way, _difference(ours, own))
+    with _refusing(f"TransformerLens' bridge has no sites that can be used in {architecture}"):
         model.unusable.update(_unusable_sites(model, batch))
-    except Exception as error:  # whatever the bridge's many adapters and the wrapped modules raise
-        raise CannotLoadModel(
-            f"TransformerLens' bridge cannot run {architecture}, the architecture of {source!r} ({one_line(error)});"
-            " docs/models.md lists those that work"
-        ) from error
-    allowed = _TOLERANCE[hf.dtype]
-    for way, difference in differences.items():
-        if not difference <= allowed:  # also where it is not a number
-            raise CannotLoadModel(
-                f"TransformerLens' bridge computes something else than {architecture} itself ({source!r}): logits {way}"
-                f" are off by {difference:.2%} of the largest, where rounding in {config.dtype} explains {allowed:.1%};"
-                " docs/models.md lists the architectures that work"
-            )
     return model
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Make a `CannotLoadModel` of whatever the bridge's many adapters and the modules in them raise."""
+    try:
+        yield
+    except Exception as error:
+        raise CannotLoadModel(f"{what} ({one_line(error)}); {_THOSE_THAT_WORK}") from error
+
+
+def _check_difference(model: Model, way: str, difference: float) -> None:
+    """Raise an error if the difference of logits is more than rounding explains."""
+    allowed, dtype = _TOLERANCE[model.dtype], model.config.dtype
+    if not difference <= allowed:  # also where it is not a number
+        raise CannotLoadModel(
+            f"TransformerLens' bridge computes something else than {model.architecture} itself ({model.config.source!r}):"
+            f" {way}, its logits are off by {difference:.2%} of the largest, where rounding in {dtype} explains {allowed:.1%};"
+            f" {_THOSE_THAT_WORK}"
+        )
 
 
 def _short_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
@@ -80,7 +97,6 @@ def _short_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
     return prompts
 
 
-@torch.no_grad()
 def _plain_logits(hf: Any, prompts: Sequence[TokenizedPrompt], source: str) -> list[Float[Tensor, "pos vocab"]]:
     """The model's own logits, prompt by prompt, without padding, mask or cache.
 
@@ -89,27 +105,36 @@ def _plain_logits(hf: Any, prompts: Sequence[TokenizedPrompt], source: str) -> l
         UserError: they are not finite.
     """
     ids = [torch.tensor(prompt.ids, device=hf.device)[None] for prompt in prompts]
-    try:
+    with _refusing(f"{type(hf).__name__}, the model of {source!r}, cannot be run"):
         plain = [hf(input_ids=row, use_cache=False).logits[0].float() for row in ids]
-    except Exception as error:  # of foreign code and files
-        raise CannotLoadModel(
-            f"{type(hf).__name__}, the model of {source!r}, cannot be run ({one_line(error)})"
-        ) from error
     if not all(bool(logits.isfinite().all()) for logits in plain):
         raise not_finite(f"the logits of {source!r}", hf.dtype)
     return plain
 
 
-@torch.no_grad()
-def _bridged_logits(
+def _ways(
     model: Model, prompts: Sequence[TokenizedPrompt], batch: Batch, plain: Sequence[Float[Tensor, "pos vocab"]]
-) -> Iterator[tuple[str, Float[Tensor, "rows vocab"], Float[Tensor, "rows vocab"]]]:
-    """Ways of running the model: what each is called, its logits, and the plain model's at the same places."""
-    all_of_it, last = torch.cat(list(plain)), torch.stack([logits[-1] for logits in plain])
-    everywhere = batch.template_positions != NO_POSITION
-    yield "of a batch padded on the right", logits_at(model, batch, everywhere), all_of_it
+) -> dict[str, tuple[Callable[[], Float[Tensor, "rows vocab"]], Float[Tensor, "rows vocab"]]]:
+    """Every way in which models are run here: what gives its logits, and the plain model's at the same places."""
+    everywhere, last = torch.cat(list(plain)), torch.stack([logits[-1] for logits in plain])
+    half = model.n_layers // 2
+    return {
+        "padded on the right": (lambda: logits_at(model, batch, batch.template_positions != NO_POSITION), everywhere),
+        "padded on the left": (lambda: last_logits(model, flush_right(batch)), last),
+        "with a cached step of generation": (lambda: _after_a_step(model, prompts), last),
+        "with a suffix after cached keys and values": (
+            lambda: last_logits(model, cache_suffixes(model, prompts, _SUFFIX)),
+            last,
+        ),
+        "from a cached residual stream": (
+            lambda: last_logits(model, batch, cached=cached_residual_after(model, batch, half)),
+            last,
+        ),
+    }
 
-    # The last token is given as if the model had said it, so that it comes by a step of generation.
+
+def _after_a_step(model: Model, prompts: Sequence[TokenizedPrompt]) -> Float[Tensor, "rows vocab"]:
+    """Logits after the prompts' last tokens, which are given as if the model had generated them."""
     begun = [TokenizedPrompt(prompt.ids[:-1], prompt.roles[:-1]) for prompt in prompts]
     said = torch.tensor([prompt.ids[-1] for prompt in prompts], device=model.device)
     seen: list[Tensor] = []
@@ -119,13 +144,7 @@ def _bridged_logits(
         return said[rows]
 
     continue_tails(model, flush_right(pad(begun, TemplateLayout.of(begun), model.device)), 2, choose=choose)
-    yield "of a batch padded on the left", seen[0], torch.stack([logits[-2] for logits in plain])
-    yield "of a cached step of generation", seen[1], last
-
-    yield "of a suffix after cached keys and values", last_logits(model, cache_suffixes(model, prompts, _SUFFIX)), last
-    for layer in sorted({0, model.n_layers // 2}):
-        cached = cached_residual_after(model, batch, layer)
-        yield "of a run from a cached residual stream", last_logits(model, batch, cached=cached), last
+    return seen[-1]
 
 
 def _difference(ours: Float[Tensor, "rows vocab"], plain: Float[Tensor, "rows vocab"]) -> float:
@@ -134,7 +153,6 @@ def _difference(ours: Float[Tensor, "rows vocab"], plain: Float[Tensor, "rows vo
     return float((ours - plain).abs().max() / largest.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-@torch.no_grad()
 def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
     """The sites whose hook never fires, has another shape than is promised, or changes nothing when it is changed.
 
@@ -148,6 +166,7 @@ def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
     }
     seen: dict[str, Tensor] = {}
     plain = last_logits(model, batch, {site: recorder(seen, site) for site in sites})
+    start = cached_residual_after(model, batch, model.n_layers - 2)
     unusable, without_effect = {}, set()
     for site, kind in reversed(sites.items()):
         if site not in seen:
@@ -157,7 +176,6 @@ def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
         if found[:2] != batch.ids.shape or math.prod(found[2:]) != model.width(site):
             unusable[site] = f"its activations are {list(found)}, not [batch, pos, {model.width(site)}]"
         elif layer_of(site) == model.n_layers - 1:
-            start = cached_residual_after(model, batch, layer_before(site))
             if torch.equal(last_logits(model, batch, {site: lambda x: x.roll(1, -1)}, start), plain):
                 without_effect.add(kind)
         if kind in without_effect:
