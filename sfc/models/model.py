@@ -74,7 +74,10 @@ class Model:
 
     def tokenize(self, texts: Sequence[str], reply: str = "") -> list[TokenizedPrompt]:
         """Render prompts in this model's template, each with the start of a reply, and tokenize them, with roles."""
-        return tokenize_prompts(self.tokenizer, list(texts), self.config.template, self.config.system_prompt, reply)
+        config = self.config
+        return tokenize_prompts(
+            self.tokenizer, list(texts), config.template, config.system_prompt, reply, config.template_arguments
+        )
 
     def width(self, site: str) -> int:
         """Dimensions of the activation at a site; the heads' outputs (`hook_z`) count side by side."""
