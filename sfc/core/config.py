@@ -180,8 +180,8 @@ class SaeConfig(Section):
     anchor_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the features' mean distance (1 - cosine) from the directions where they start: features that"
-        " stay near come back more often from other seeds and other data, for more variance unexplained",
+        description="weight of the features' mean distance (1 - cosine) from the directions where they start: those"
+        " that stay near come back more often from other seeds and other data, for more variance unexplained",
     )
     l1_weight: float = Field(
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
