@@ -1,4 +1,4 @@
-"""What users give to commands, sound and damaged: files of every kind, and a small root in which everything is finished.
+"""What users give to commands, sound and damaged.
 
 A damage is a function of the sound bytes that gives other bytes, or an act that leaves something else at the path.
 """
@@ -37,7 +37,9 @@ PAIRS = "category,toxic,safe\n" + "".join(
     for toxic, safe in zip(TOXIC[:6], SAFE[:6], strict=True)
 )
 ANSWERS = "".join(
-    json.dumps({"clean_prefix": f"The cat {word}", "patch_prefix": f"The cow {word}", "clean_answer": "a", "patch_answer": "b"})
+    json.dumps(
+        {"clean_prefix": f"The cat {word}", "patch_prefix": f"The cow {word}", "clean_answer": "a", "patch_answer": "b"}
+    )
     + "\n"
     for word in ("sat", "ran", "hid", "ate", "won", "saw")
 )  # fmt: skip
@@ -47,15 +49,13 @@ TEXTS = "\n\n".join(f"Text number {n}: the lamp, the door, the road and the tree
 TEXTS_CSV = "text\n" + "".join(f'"{text}"\n' for text in TEXTS.split("\n\n"))
 TEXTS_JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS.split("\n\n"))
 CHATS_CSV = "prompt,reply\n" + "".join(f'"{text}","It is."\n' for text in TEXTS.split("\n\n"))
-LIST_JSON = json.dumps(
-    {"nodes": [{"node": "resid_post.0/F1", "effect": 2.0}, {"node": "resid_post.1/F3", "effect": 1.0}]}
-)
+LIST_JSON = json.dumps({"nodes": [{"node": f"resid_post.{n}/F1", "effect": 2.0 - n} for n in (0, 1)]})
 LIST_CSV = "node,effect\nresid_post.0/F1,2\nresid_post.1/F3,1\n"
 TRACER = json.dumps(
     {
         "metadata": {"scan": None},
         "nodes": [
-            {"node_id": f"{layer}_{n}_4", "feature_type": "cross layer transcoder", "influence": 0.1 * n, "layer": str(layer)}
+            {"node_id": f"{layer}_{n}_4", "feature_type": "cross layer transcoder", "influence": 0.1 * n}
             for layer in (0, 1) for n in (1, 2)
         ],
         "links": [{"source": "0_1_4", "target": "1_2_4", "weight": 0.3}],
@@ -101,6 +101,12 @@ def _in_the_middle(text: bytes, inserted: bytes) -> bytes:
     return text[:place] + inserted + text[place:]
 
 
+def _rows_of(data: bytes, cell: bytes) -> bytes:
+    """The header, and rows of nothing but this."""
+    header = data.partition(b"\n")[0]
+    return b"\n".join([header, *[b",".join([cell] * len(header.split(b",")))] * 4, b""])
+
+
 ANY: dict[str, Damage] = {
     "empty": lambda data: b"",
     "only-blanks": lambda data: b" \n\n\t \n",
@@ -137,11 +143,11 @@ TABLE: dict[str, Damage] = {
     "short-row": lambda data: data + b"alone\n",
     "open-quote": lambda data: data + b'"never closed,violence\n',
     "quote-inside": lambda data: _in_the_middle(data, b'"x"'),
-    "blank-cells": lambda data: data.partition(b"\n")[0] + b"\n" + b"\n".join([b"," * data.partition(b"\n")[0].count(b",")] * 3) + b"\n",
+    "blank-cells": lambda data: _rows_of(data, b""),
     "doubled-column": lambda data: data.replace(b"\n", b",again\n").replace(b",again", b"," + data.split(b",")[0], 1),
     "renamed-column": lambda data: b"q" + data,
     "one-row": lambda data: b"\n".join(data.split(b"\n")[:2]) + b"\n",
-    "numbers": lambda data: data.partition(b"\n")[0] + b"\n" + b"\n".join([b",".join([b"1"] * (1 + data.partition(b"\n")[0].count(b",")))] * 4) + b"\n",
+    "numbers": lambda data: _rows_of(data, b"1"),
     "formulas": lambda data: _in_the_middle(data, b"").replace(b"\n", b'\n=HYPERLINK("x")', 2),
     "many-columns": lambda data: b",".join(b"c%d" % n for n in range(20_000)) + b"\n",
     "nan-cells": lambda data: data.replace(b"violence", b"nan").replace(b"toxic", b"NaN"),

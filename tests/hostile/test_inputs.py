@@ -37,7 +37,7 @@ from hostile.inputs import (
 from hostile.inputs import (
     PRESET as SMALL,
 )
-from hostile.sampling import sample
+from hostile.sampling import sample, spread
 
 FORMATS = (Path(__file__).parents[2] / "sfc/studies/formats/formats.yaml").read_text(encoding="utf-8")
 HERE = "HERE"
@@ -66,7 +66,9 @@ GIVEN = (
         for _, toxic, safe in (line.split(",") for line in PAIRS.splitlines()[1:])
     ), (LINES,), (("patch", *ON, "--require", "score", "--limit", "4", "--pairs", HERE),)),
     Given("wrappers.csv", WRAPPERS, (TABLE,), (("patch", *ON, "--pairs", "wrapped", "--wrappers", HERE),)),
-    Given("answers.jsonl", ANSWERS, (LINES,), (("discover", *ON, "--pairs", HERE), ("evaluate", *ON, "--set", f"pairs.file={HERE}", "--behavior", "pairs"))),
+    Given("answers.jsonl", ANSWERS, (LINES,), (
+        ("discover", *ON, "--pairs", HERE), ("evaluate", *ON, "--set", f"pairs.file={HERE}", "--behavior", "pairs"),
+    )),
     Given("texts.txt", TEXTS, (), (("train", *ON, "--set", SOURCE),)),
     Given("texts.csv", TEXTS_CSV, (TABLE,), (("train", *ON, "--set", SOURCE),)),
     Given("texts.jsonl", TEXTS_JSONL, (LINES,), (("train", *ON, "--set", SOURCE),)),
@@ -92,8 +94,9 @@ def _name(case: tuple) -> str:
 CASES = [
     (given, place, damage)
     for given in GIVEN
-    for place in range(len(given.commands))
-    for damage in damages(*given.kinds)
+    for place, damage in spread(
+        range(len(given.commands)), damages(*given.kinds), -(-len(damages(*given.kinds)) // len(given.commands))
+    )
 ]
 
 
@@ -129,7 +132,7 @@ READERS = (
 
 @pytest.mark.parametrize(
     ("command", "damage"),
-    sample([(command, damage) for command in READERS for damage in REFUSED], keep=16),
+    sample(spread(READERS, REFUSED, 6), keep=12),
 )
 def test_a_data_set_that_is_refused(home: Home, command: str, damage: str) -> None:
     home.empty()
@@ -143,18 +146,21 @@ def test_a_data_set_that_is_refused(home: Home, command: str, damage: str) -> No
     assert finished.status == 2 or (damage == "other-words" and "toxic" not in name)
 
 
+_READ = {
+    "data": DATA_FILES, "collect": DATA_FILES, "patch": ("pairs.csv",), "discover": ("pairs.csv", "topics.csv"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("command", "name", "damage"),
     sample(
         [
             (command, name, damage)
-            for command, names in {
-                "data": DATA_FILES, "collect": DATA_FILES, "patch": ("pairs.csv",), "discover": ("pairs.csv", "topics.csv")
-            }.items()
-            for name in names
-            for damage in damages(TABLE)
+            for (command, name), damage in spread(
+                [(command, name) for command, names in _READ.items() for name in names], damages(TABLE), 13
+            )
         ],
-        keep=8,
+        keep=6,
     ),
 )  # fmt: skip
 def test_a_data_set_that_is_odd(home: Home, command: str, name: str, damage: str) -> None:
@@ -171,7 +177,7 @@ def test_a_data_set_that_is_odd(home: Home, command: str, name: str, damage: str
 
 @pytest.mark.parametrize(
     ("command", "damage"),
-    sample([(command, damage) for command in ("draw", "export") for damage in damages(OBJECT)], keep=4),
+    sample(spread(("draw", "export"), damages(OBJECT), 26), keep=3),
 )
 def test_damaged_labels_of_a_reader(home: Home, command: str, damage: str) -> None:
     home.empty()
@@ -185,7 +191,7 @@ def test_damaged_labels_of_a_reader(home: Home, command: str, damage: str) -> No
 
 FOLDERS: dict[str, tuple[Callable[[Home], Path], str, dict[str, tuple[dict[str, Damage], ...]]]] = {
     "saes": (
-        lambda home: next(home.root.glob("saes/small-*")),
+        lambda home: next(home.root.glob("saes/small-*/manifest.json")).parent,
         "saes.source",
         {
             "blocks.0.hook_resid_post/cfg.json": (OBJECT,),
@@ -198,13 +204,17 @@ FOLDERS: dict[str, tuple[Callable[[Home], Path], str, dict[str, tuple[dict[str, 
         {"adapter_config.json": (OBJECT,), "adapter_model.safetensors": (WEIGHTS,)},
     ),
 }
+_USERS = {"saes": ("train", "discover"), "adapter": ("probe", "doctor")}
+TEXT_ONLY = ("utf-16", "long-field")
+"""damages that need text"""
 FOLDER_CASES = [
     (folder, command, name, damage)
     for folder, (_, _, files) in FOLDERS.items()
-    for command in (("train", "discover") if folder == "saes" else ("probe", "doctor"))
     for name, kinds in files.items()
-    for damage in damages(*kinds)
-    if not (name.endswith("safetensors") and damage in ("utf-16", "long-field"))
+    for command, damage in spread(
+        ("train", "discover") if folder == "saes" else ("probe", "doctor"), damages(*kinds), 26
+    )
+    if not (name.endswith("safetensors") and damage in TEXT_ONLY)
 ]
 
 
@@ -238,8 +248,8 @@ NAMES = (
 @pytest.mark.parametrize(
     ("command", "name"),
     sample(
-        [(command, name) for command in ("behaviour", "formats", "evaluate", "patch") for name in NAMES],
-        keep=3,
+        spread(("behaviour", "formats", "evaluate", "patch"), NAMES, 6),
+        keep=2,
     ),
 )
 def test_a_file_with_an_odd_name(home: Home, command: str, name: str) -> None:

@@ -6,14 +6,15 @@ import pytest
 from typer.main import get_command
 
 from hostile.home import DATA, PRESET, Home, attack
-from hostile.sampling import sample
+from hostile.sampling import sample, spread
 from sfc.cli import command_line
 from sfc.core.experiments import load_experiment
 
 NUMBERS = ("-1", "-5", "0.5", "1e8", "1e400", "nan", "-inf", "9" * 40, "0x10", "1_0")
 TEXTS = (
-    "", " ", "-1", "\x1b[2J\x1b]0;t\x07", "\u202etxt", "\x9b31m", "a" * 5000, "/dev/zero", "/", "../../../etc/passwd", "null",
-    "[", "{a: &a [*a]}", "nan", "\udcff", "[red]x[/red]", "%s{0}", ",,", "=", "a,b", "1e8", "9" * 40, "\n", "é" * 300,
+    "", " ", "-1", "\x1b[2J\x1b]0;t\x07", "\u202etxt", "\x9b31m", "a" * 5000, "/dev/zero", "/", "../../../etc/passwd",
+    "null", "[", "{a: &a [*a]}", "nan", "\udcff", "[red]x[/red]", "%s{0}", ",,", "=", "a,b", "1e8", "9" * 40, "\n",
+    "é" * 300,
 )  # fmt: skip
 QUICK = ("--stages", "probe", "--limit", "2")
 SLOW = ("sample", "download", "explore")
@@ -21,18 +22,27 @@ SLOW = ("sample", "download", "explore")
 SHARED = ("--preset", "--data", "--device", "--behavior", "--set", "--seed")
 
 
+def _is_number(parameter: Any) -> bool:
+    return any(name in str(parameter.type_descriptor).upper() for name in ("INT", "FLOAT"))
+
+
 def _options() -> list[tuple[str, str, str]]:
-    """Each command, option and value."""
+    """Commands, options and values: three for each of a command's own, one for those that all commands have."""
     commands: Any = get_command(command_line())
-    return [
-        (name, parameter.opts[0] if parameter.param_type_name == "option" else "", value)
+    found = [
+        (name, parameter.opts[0] if parameter.param_type_name == "option" else "", _is_number(parameter))
         for name, command in commands.commands.items()
         for parameter in command.params
         if not getattr(parameter, "is_flag", False) and parameter.opts[0] not in ("--root", "--help")
-        if parameter.opts[0] in SHARED or name not in SLOW
-        for value in (NUMBERS if parameter.type.name in ("integer", "float", "integer range", "float range") else TEXTS)
-        if not (parameter.opts[0] == "--port" and value in ("1e8",))
     ]
+    own = [option for option in found if option[1] not in SHARED and option[0] not in SLOW]
+    cases = [
+        *spread([option for option in own if option[2]], NUMBERS, 3),
+        *spread([option for option in own if not option[2]], TEXTS, 3),
+        *spread([option for option in found if option[1] in SHARED and option[2]], NUMBERS, 1),
+        *spread([option for option in found if option[1] in SHARED and not option[2]], TEXTS, 1),
+    ]
+    return [(command, option, value) for (command, option, _), value in cases]
 
 
 def _id(value: str) -> str:
@@ -64,7 +74,7 @@ def _settings() -> list[tuple[str, str]]:
     for name, field in experiment.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
         keys += [f"{name}.{key}" for key in inner] if inner else [name]
-    return [(key, value) for key in (*keys, "", ".", "model.", "saes.k.x", "a.b.c.d") for value in SETTINGS]
+    return spread((*keys, "", ".", "model.", "saes.k.x", "a.b.c.d"), SETTINGS, 2)
 
 
 @pytest.mark.parametrize(("key", "value"), sample(_settings(), keep=40), ids=_id)
@@ -74,7 +84,8 @@ def test_a_setting_that_nobody_means(home: Home, key: str, value: str) -> None:
 
 ABSURD = {
     "train": (
-        "saes.expansion=100000000", "saes.expansion=1e8", "saes.expansion=1000000", "saes.k=1000000000", "saes.k='0.0001%'",
+        "saes.expansion=100000000", "saes.expansion=1e8", "saes.expansion=1000000", "saes.k=1000000000",
+        "saes.k='0.0001%'",
         "saes.batch_size=1e12", "saes.buffer_rows=1e13", "saes.layers_at_once=1e9", "saes.warmup_steps=1e9",
         "saes.learning_rate=1e30", "saes.l1_weight=1e300", "saes.auxiliary_weight=1e300", "saes.dead_after=1e15",
         "saes.checkpoint_seconds=1e-300", "saes.held_out=1", "saes.held_out=0", "saes.decay_share=1",
@@ -83,8 +94,9 @@ ABSURD = {
         "activations.batch_tokens=1e15", "activations.shard_tokens=1e15", "activations.batch_tokens=1",
         "activations.shard_tokens=1", "prompts.max_tokens=1e15", "prompts.max_tokens=8", "prompts.limit=1e15",
         "activations.layers=[0,1,2]", "activations.layers=[99999999]", "activations.kind=[]", "model.dtype=float16",
-        "model.template=''", "model.template='{prompt}{prompt}'", "model.template='{{ prompt'", "model.refusal_tokens=['']",
-        "model.refusal_tokens=['no such token at all']", "model.source=/dev/null", "model.source='../..'",
+        "model.template=''", "model.template='{prompt}{prompt}'", "model.template='{{ prompt'",
+        "model.refusal_tokens=['']", "model.refusal_tokens=['no such token at all']", "model.source=/dev/null",
+        "model.source='../..'",
         "model.revision='../..'", "model.system_prompt='\u2042probe\u2042'", "prompts.discovery=0", "prompts.test=1",
     ),
     "discover": (
