@@ -1,8 +1,8 @@
 """How well a dictionary reconstructs activations it was not trained on, and whether another one has its features.
 
 Figures are overall and by the tokens' roles, in one pass over blocks of rows, so that memory does not grow with their
-number: means and variances are merged as in Chan, Golub and LeVeque 1983, which stays exact where the mean is large beside
-the spread.
+number: means and variances are merged as in Chan, Golub and LeVeque 1983, which stays exact where the mean is large
+beside the spread.
 """
 
 from collections.abc import Iterable
