@@ -1,10 +1,4 @@
-"""Features whose decoder directions are alike.
-
-Where Neuronpedia shows a feature, for the dictionaries that they host.
-
-Which tokens a feature raises and lowers, read off its decoder direction through the unembedding.
-
-What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
+"""What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
 
 {"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
  "features": {"resid_post.21/F463": {

@@ -13,10 +13,12 @@ from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
 from sfc.saes.store import stored_sites, write_prompts
+from sfc.session import Session
 
 
 class Corpus(NamedTuple):
@@ -59,6 +61,18 @@ def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Co
     if not fits.all():
         say(f"left out: {(~fits).sum():,} prompts of more than {max_tokens} tokens")
     return Corpus(frame[fits].reset_index(drop=True), [tokenized[i] for i in np.flatnonzero(fits)])
+
+
+def batched(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
+    """The prompts that are short enough, and batches of them for runs of the session's model.
+
+    Raises:
+        UserError: none is short enough.
+    """
+    experiment, model = session.run.experiment, session.model
+    table, sequences = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
+    layout, batch_tokens = TemplateLayout.of(sequences), experiment.activations.batch_tokens
+    return table, make_batches(sequences, layout, batch_tokens, model.device)
 
 
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:

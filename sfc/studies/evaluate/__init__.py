@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from pydantic import Field
 
 from sfc.behaviors.behavior import Words
-from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
@@ -23,7 +22,7 @@ from sfc.pages.text import count_text, hover_text
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover import DISCOVER, circuit_of
-from sfc.studies.nulls import baseline_inputs, needs_of_circuits, nulls_of
+from sfc.studies.nulls import circuit_inputs, needs_of_circuits, nulls_of
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
@@ -114,10 +113,8 @@ class Evaluate(Study[EvaluateOptions]):
         listed = [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in files]
         asked = [[file.path.name, file.label, hash_of_file(file.path)] for file in self.prompt_files(run)]
         return {
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs if NODES[discovery.nodes].needs_saes else None,
+            **circuit_inputs(run),
             "category": run.group(options.category),
-            "hard_share": experiment.prompts.hard_share,
             "nodes": discovery.nodes,
             "population": discovery.population,
             "contrast": discovery.contrast,
@@ -126,7 +123,7 @@ class Evaluate(Study[EvaluateOptions]):
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
             "circuits": listed or DISCOVER.artifact(self._own(run)).inputs,
             "asked": [*asked, options.limit] if asked else None,
-        } | baseline_inputs(run)
+        }
 
     def needs(self, run: Run) -> list[Need]:
         own = [] if self.of(run).circuits else [Need(DISCOVER, self._own(run))]

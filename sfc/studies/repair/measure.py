@@ -25,7 +25,7 @@ from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts
 from sfc.models.generation import with_replies
 from sfc.models.score import score_prompts
 from sfc.session import Session
-from sfc.stats import judged_rate
+from sfc.stats import judged_rates
 from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
 from sfc.studies.repair import HOOK, KINDS, WEIGHTS, Repair, RepairOptions
@@ -299,11 +299,8 @@ def _measured(
 
 def _rates(replies: pd.DataFrame) -> pd.DataFrame:
     """Judged replies per edit and group, with Wilson intervals of 95 %; `draw` is -1 for the chosen features."""
-    by, rows = ["kind", "size", "draw", "group"], []
-    for key, part in replies.groupby(by, sort=False):
-        about = dict(zip(by, key, strict=True))  # pyright: ignore[reportArgumentType]
-        rows.append({**about, **judged_rate(part["refused"]), "score": part["score"].mean()})
-    return pd.DataFrame(rows)
+    by = ["kind", "size", "draw", "group"]
+    return judged_rates(replies, by).assign(score=replies.groupby(by, sort=False)["score"].mean().to_numpy())
 
 
 def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, ranking: np.ndarray) -> pd.DataFrame:

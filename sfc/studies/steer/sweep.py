@@ -242,22 +242,14 @@ def control_settings(
     return [dial.setting(candidate, alpha, vector, name) for alpha in alphas for name, vector in others.items()]
 
 
-class Band(NamedTuple):
-    """Where the directions of a control end up."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def band(table: pd.DataFrame, control: str, column: str) -> Band:
-    """Mean and extremes over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
+def by_chance(table: pd.DataFrame, control: str, column: str) -> tuple[float, float]:
+    """Mean and maximum over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
 
     Args:
         table: with a column `direction`, the control's name and a number.
     """
     values = table.loc[table["direction"].str.startswith(control), column].astype(float)
-    return Band(float(values.mean()), float(values.min()), float(values.max()))
+    return float(values.mean()), float(values.max())
 
 
 def subspace_table(
