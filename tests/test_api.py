@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -38,11 +36,6 @@ def command(circuit: Discovered, *arguments: str) -> dict:
     finished = CliRunner().invoke(command_line(), [*arguments, *shared], catch_exceptions=False)
     assert finished.exit_code == 0
     return json.loads(finished.stdout)
-
-
-def test_importing_the_package_imports_no_torch() -> None:
-    program = "import sys, sfc; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 def test_every_name_that_the_package_promises_is_there() -> None:

@@ -36,7 +36,7 @@ from sfc.studies.steer.directions import (
     span_share,
 )
 from sfc.studies.steer.learning import Recording, last_tokens, make_contrast
-from sfc.studies.steer.sweep import RANDOM, SHUFFLED, best_alphas, best_per_layer, ranked, rates, sweep
+from sfc.studies.steer.sweep import RANDOM, SHUFFLED, best_alphas, best_per_layer, by_chance, ranked, rates, sweep
 
 REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")
