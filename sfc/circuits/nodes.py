@@ -126,6 +126,11 @@ class Nodes:
         """Values over all nodes [..., nodes] as one tensor [..., size] per site."""
         return dict(zip(self.sites, values.split(self.sizes, dim=-1), strict=True))
 
+    def by_site(self, nodes: Int[np.ndarray, " chosen"]) -> dict[str, Int[np.ndarray, " of_site"]]:
+        """Nodes by their site, numbered within it, in the order given; sites that have none of them are left out."""
+        site_of = self.site_numbers[nodes]
+        return {self.sites[site]: nodes[site_of == site] - self.first_numbers[site] for site in np.unique(site_of)}
+
     def _place(self, node: int) -> tuple[int, int]:
         """The node's site, and its number within it."""
         site = int(self.site_numbers[node])

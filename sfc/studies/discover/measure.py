@@ -205,7 +205,7 @@ def _checked(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
 
 def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
     """Give the strongest features of the graph the tokens they raise and lower."""
-    strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:SHOWN_NODES]
+    strongest = strongest_nodes(graph, SHOWN_NODES)
     for site, dictionary in problem.ablation.dictionaries.items():
         names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if names:

@@ -29,6 +29,8 @@ from sfc.studies.study import STUDIES, Finished, Study
 
 CRITICAL_Q = 0.05
 """components with a q-value of at most this are critical"""
+FEW_PAIRS = 10
+"""with fewer, no p-value can be small"""
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 
 
