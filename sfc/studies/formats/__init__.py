@@ -143,7 +143,10 @@ class PromptFormats(Study[FormatsOptions]):
         ]
         return Page(
             title=f"Prompt formats · {result['prompts']} · {result['preset']}",
-            sentence=_sentence(result),
+            sentence=(
+                f"{result['n_harmful']} harmful and {result['n_harmless']} harmless instructions, each in"
+                f" {len(result['formats'])} formats: does the format change how strongly the model refuses?"
+            ),
             summary=[
                 Tiles(
                     [
@@ -191,13 +194,6 @@ def violins(scores: pd.DataFrame, column: str, title: str, unit: str) -> go.Figu
         xaxis=axis("", showgrid=False),
         yaxis=axis(unit, zeroline=True, zerolinecolor=INK),
         showlegend=True,
-    )
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['n_harmful']} harmful and {result['n_harmless']} harmless instructions, each in"
-        f" {len(result['formats'])} formats: does the format change how strongly the model refuses?"
     )
 
 
