@@ -4,7 +4,6 @@ The same instruction is asked as a question, as a blank to fill and as a choice.
 `formats.yaml`; any file with the same keys can take its place.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 

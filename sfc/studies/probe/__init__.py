@@ -61,8 +61,8 @@ class Probe(Study[ProbeOptions]):
             sentence=(
                 f"At which layers can {result['n_prompts']} {words.positive} and {words.negative} prompts be told apart"
                 " from the residual stream at the last position? The direction comes from"
-                f" {result['n_discovery']} discovery prompts and is judged on {result['n_test']} test prompts; the probe"
-                f" is judged by {result['n_folds']}-fold cross-validation over all."
+                f" {result['n_discovery']} discovery prompts and is judged on {result['n_test']} test prompts; the"
+                f" probe is judged by {result['n_folds']}-fold cross-validation over all."
             ),
             summary=[records_table(title, _SUMMARY, result["layers"])],
             sections=[
