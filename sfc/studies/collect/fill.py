@@ -77,7 +77,9 @@ def batched(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[B
 
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
     """How prompts are rendered and tokenized for a model of which only the tokenizer is loaded."""
-    return lambda texts: tokenize_prompts(tokenizer, texts, config.template, config.system_prompt)
+    return lambda texts: tokenize_prompts(
+        tokenizer, texts, config.template, config.system_prompt, arguments=config.template_arguments
+    )
 
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
