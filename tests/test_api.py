@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -36,6 +38,11 @@ def command(circuit: Discovered, *arguments: str) -> dict:
     finished = CliRunner().invoke(command_line(), [*arguments, *shared], catch_exceptions=False)
     assert finished.exit_code == 0
     return json.loads(finished.stdout)
+
+
+def test_importing_the_package_imports_neither_torch_nor_pandas() -> None:
+    program = "import sys, sfc; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 def test_every_name_that_the_package_promises_is_there() -> None:

@@ -10,13 +10,15 @@ import pandas as pd
 import pytest
 import torch
 from commands import Finished, sfc
+from drawn_circuits import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sfc.circuits.stability import chance_overlap
-from sfc.core.artifacts import read_json
+from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json
 from sfc.core.experiments import load_experiment
+from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
@@ -42,7 +44,7 @@ from sfc.studies.replicate.measure import (
     share_with_partner,
     site_counts,
 )
-from sfc.studies.study import STUDIES, ensure
+from sfc.studies.study import RESULT, STUDIES, ensure
 from sfc.studies.train.rows import training_rows
 
 SITE, SECOND_SITE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -330,15 +332,26 @@ def test_a_turned_dictionary_matches_by_chance_only(replicated: Finished, root: 
     assert row["median_cosine_chance"] == pytest.approx(np.median(expected.cosine), abs=1e-3)
 
 
-def test_the_figures_count_every_feature_and_say_when_nothing_is_shared(replicated: Finished) -> None:
+def test_the_page_escapes_names_and_says_when_nothing_is_shared(
+    replicated: Finished, root: Path, tmp_path: Path
+) -> None:
+    result = {**replicated.result, "category": HOSTILE[0], "preset": HOSTILE[1], "effect_unit": HOSTILE[2]}
+    result[ORIGINAL] = {**result[ORIGINAL], "circuit": HOSTILE[3]}
     nodes, matchings = _by_hand()
-    counts = cosine_counts(nodes, matchings[SITE][0].cosine)
-    everything, in_circuit = cosines_figure(counts, replicated.result).to_dict()["data"]
+    cosines = matchings[SITE][0].cosine
+    counts = cosine_counts(nodes, cosines)
+    write_csv(tmp_path / "nodes.csv", nodes.assign(node=HOSTILE[:7]))
+    write_csv(tmp_path / "cosines.csv", counts)
+    write_json(tmp_path / RESULT, result)
+    made = read_json((root / replicated.result["files"]["result"]).with_name(MANIFEST))
+    text = page_html(STUDIES["replicate"].page(study.Finished(tmp_path, made)))
+    assert not any(hostile in text for hostile in HOSTILE[:4])
+    everything, in_circuit = cosines_figure(counts, result).to_dict()["data"]
     assert everything["name"] == "all features (4)" and sum(everything["y"]) == pytest.approx(1)
     assert in_circuit["name"] == "the circuit's features (3)" and sum(in_circuit["y"]) == pytest.approx(1)
-    points = {each.get("name"): list(each["y"]) for each in effects_figure(nodes, replicated.result).to_dict()["data"]}
+    points = {each.get("name"): list(each["y"]) for each in effects_figure(nodes, result).to_dict()["data"]}
     assert points["error nodes"] == [-2.0] and points["feature nodes"] == [4.0]
-    alone = effects_figure(nodes[nodes["circuit"] != "both"], replicated.result).to_dict()
+    alone = effects_figure(nodes[nodes["circuit"] != "both"], result).to_dict()
     assert alone["layout"]["annotations"][0]["text"] == "No node is in both circuits."
 
 
