@@ -83,8 +83,8 @@ def _check_difference(model: Model, way: str, difference: float) -> None:
     if not difference <= allowed:  # also where it is not a number
         raise CannotLoadModel(
             f"TransformerLens' bridge computes something else than {model.architecture} itself"
-            f" ({model.config.source!r}): {way}, its logits are off by {difference:.2%} of the largest, where rounding in"
-            f" {dtype} explains {allowed:.1%}; {_THOSE_THAT_WORK}"
+            f" ({model.config.source!r}): {way}, its logits are off by {difference:.2%} of the largest, where rounding"
+            f" in {dtype} explains {allowed:.1%}; {_THOSE_THAT_WORK}"
         )
 
 
