@@ -214,9 +214,9 @@ class Experiment(Section):
     Beside the sections below it has those that studies, behaviors and methods register (see `Options`).
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     behavior: str = Field("refusal", description="what is explained: the name of a registered behavior")
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()  # pyright: ignore[reportCallIssue]

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+INTERRUPTED = 130
+"""exit status of a command that Ctrl-C ended, as shells have it"""
+INTERRUPTED_LINE = "interrupted: what is finished is kept, and the same command goes on from there"
+
+
 class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong, and the user can put it right.
 

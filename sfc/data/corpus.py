@@ -9,7 +9,8 @@ import pandas as pd
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.data.read import read_table, read_text
+from sfc.core.reading import read_text
+from sfc.data.read import read_table
 from sfc.data.render import Role, TokenizedPrompt, plain_ids
 from sfc.data.schema import prompt_ids
 
