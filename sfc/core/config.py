@@ -86,9 +86,9 @@ class CorpusConfig(Section):
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
         "prompts",
         description="any of: prompts, the circuits' own; sampled, conversations that the model writes itself (section"
-        " sample); FILE (.txt, .csv or .jsonl with a column text) or hf:NAME[:SPLIT], texts; chat:FILE (a column"
-        " prompt, instruction or text, and perhaps reply) or chat:hf:NAME[:SPLIT]:COLUMN, instructions in the model's"
-        " template",
+        " sample); FILE (.txt, .csv or .jsonl with a column text) or hf:NAME@COMMIT[:SPLIT], texts; chat:FILE (a column"
+        " prompt, instruction or text, and perhaps reply) or chat:hf:NAME@COMMIT[:SPLIT]:COLUMN, instructions in the"
+        " model's template",
     )
     replies: bool = Field(False, description="prompts and instructions without a reply get the model's greedy one")
     reply_tokens: int = Field(32, ge=1, description="at most this many tokens of each reply, sampled ones apart")

@@ -16,6 +16,7 @@ from sfc.models.score import Score, auroc, score_prompts
 from sfc.session import Session
 from sfc.stats import judged_rates
 from sfc.studies.behaviour import Behaviour, asked
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.study import Made
 
 
@@ -49,9 +50,14 @@ def measure_behaviour(
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
-    A refusal shows in its first words: `reply_tokens` need not let the reply end.
+    A refusal shows in its first words: `reply_tokens` need not let the reply end. Prompts for which the model has no
+    positions are left out, which is said.
+
+    Raises:
+        UserError: that is all of them.
     """
-    tokenized = model.tokenize(list(prompts["prompt"]))
+    longest = None if model.n_positions is None else model.n_positions - reply_tokens
+    prompts, tokenized = short_enough(model.tokenize, prompts, longest)
     batches = make_batches(tokenized, TemplateLayout.of(tokenized), batch_tokens, model.device)
     scores = score_prompts(model, score, batches)
     with progress_bar("replies", len(tokenized), "prompts") as progress:

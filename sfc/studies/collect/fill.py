@@ -48,16 +48,19 @@ def circuit_prompts(run: Run, tokenize: Tokenize) -> Corpus:
     return short_enough(tokenize, frame[frame["split"] != "test"], run.experiment.prompts.max_tokens)
 
 
-def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Corpus:
-    """The prompts of at most `max_tokens` tokens; how many are left out is said.
+def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int | None) -> Corpus:
+    """The prompts of at most `max_tokens` tokens, or all; how many are left out is said.
 
     Raises:
         UserError: none is short enough.
     """
     tokenized = tokenize(frame["prompt"].tolist())
-    fits = np.array([len(prompt.ids) <= max_tokens for prompt in tokenized])
+    fits = np.array([max_tokens is None or len(prompt.ids) <= max_tokens for prompt in tokenized])
     if not fits.any():
-        raise UserError(f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…")
+        raise UserError(
+            f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…, or take a model with more"
+            " positions"
+        )
     if not fits.all():
         say(f"left out: {(~fits).sum():,} prompts of more than {max_tokens} tokens")
     return Corpus(frame[fits].reset_index(drop=True), [tokenized[i] for i in np.flatnonzero(fits)])
