@@ -37,6 +37,7 @@ from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.artifacts import replacing
+from sfc.core.contents import check
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, kind_of, layer_of, site_of
 from sfc.models.batches import Batch, TemplateLayout
@@ -114,6 +115,7 @@ def load_repair(path: Path) -> FeatureAblation:
     Raises:
         UserError: the file is missing or is not a repair.
     """
+    check(path)
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[_META])
