@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast pictures lint clean
+.PHONY: help setup demo test test-fast hostile pictures lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: setup ## all tests
 
 test-fast: setup ## the tests that need only the tiny model
 	$(PYTEST) -m "not slow"
+
+hostile: setup ## every attack of tests/hostile; `make test` tries a share that rotates
+	SFC_HOSTILE=all $(PYTEST) tests/hostile
 
 pictures: setup ## take the README's pictures again, of the demo's circuit in a real browser
 	$(BIN)/python -m pytest tests/test_screenshots.py --screenshots docs

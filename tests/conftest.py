@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -32,6 +33,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sfc")
     group.addoption("--screenshots", type=Path, help="write the README's pictures to this folder (test_screenshots.py)")
     group.addoption("--root", type=Path, default=REPOSITORY, help="where the circuit that they show lies")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which share of the hostile suite ran: it rotates by the week (`hostile/sampling.py`)."""
+    ran = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    if any("hostile/" in report.nodeid for report in ran):
+        from hostile.sampling import ALL, SEED
+
+        terminalreporter.write_line(
+            f"tests/hostile: {'every case' if ALL else f'a share; SFC_HOSTILE_SEED={SEED} repeats it'}"
+        )
 
 
 TEXTS = [
