@@ -1,9 +1,9 @@
 """Commands in forked processes, which start within milliseconds, with everything imported, and may be killed.
 
 A server (this module as a program) imports the package and runs nothing itself, so that its children are as good as
-fresh processes. A child that is to be killed counts what it does to the disk (writes in place, fsyncs, renames, deletions,
-new folders) and dies by SIGKILL in the middle of the N-th of these: a write is half done, and a line that was appended
-but not synced is torn.
+fresh processes. A child that is to be killed counts what it does to the disk (writes in place, fsyncs, renames,
+deletions, new folders) and dies by SIGKILL in the middle of the N-th of these: a write is half done, and a line that
+was appended but not synced is torn.
 """
 
 import functools
@@ -42,10 +42,10 @@ class Server:
     """The process whose children run commands, one after the other."""
 
     def __init__(self, **environment: str) -> None:
-        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hostile.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+            [sys.executable, "-m", "hostile.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
         )  # fmt: skip
 
     def sfc(self, *arguments: object, root: Path, kill_at: int = 0, seconds: float = 300) -> Ended:
