@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from sfc.core.errors import UserError
 from sfc.core.options import Options, Section, Share, option
 from sfc.core.sites import SiteKind, in_order, site_of
 
@@ -193,9 +194,15 @@ class SaeConfig(Section):
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:
-        """The k of top-k for a dictionary of `d_sae` features."""
-        k = round(float(self.k[:-1]) / 100 * d_sae) if isinstance(self.k, str) else self.k
-        return min(max(k, 1), d_sae)
+        """The k of top-k for a dictionary of `d_sae` features.
+
+        Raises:
+            UserError: it is larger than that.
+        """
+        k = max(round(float(self.k[:-1]) / 100 * d_sae), 1) if isinstance(self.k, str) else self.k
+        if k > d_sae:
+            raise UserError(f"saes.k={k} is more than the {d_sae} features that a dictionary has; lower saes.k")
+        return k
 
     @model_validator(mode="after")
     def _k_is_a_count_or_a_percentage(self) -> "SaeConfig":

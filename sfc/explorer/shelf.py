@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 from dash import Dash, Input, Output, State, dcc, html, no_update, set_props
 from jaxtyping import Float
 
 from sfc.circuits.files import load_circuit
-from sfc.core.artifacts import MANIFEST, read_json
+from sfc.core.artifacts import MANIFEST, read_csv, read_json
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
@@ -82,7 +81,7 @@ def ringed_page(folder: Path, marked: Collection[str]) -> str:
     """
     has_cards = (folder / CARDS_FILE).is_file()
     cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
-    curve = pd.read_csv(folder / "curve.csv")
+    curve = read_csv(folder / "curve.csv")
     return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE, Words
-from sfc.core.artifacts import hash_of_file
+from sfc.core.artifacts import hash_of_file, read_csv
 from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
@@ -163,7 +163,7 @@ def judged(session: Session, prompts: pd.DataFrame, label: str, category: str) -
     """
     options = {"prompts": None, "split": ALL, "category": category, "label": label, "limit": None}
     finished = ensure(BEHAVIOUR, session.run.having(BehaviourOptions, **options), session=session)
-    replies = pd.read_csv(finished.files["replies"], keep_default_na=False)
+    replies = read_csv(finished.files["replies"], keep_default_na=False)
     return prompts.assign(refused=looked_up(prompts["id"], replies, "refused").astype(bool))
 
 

@@ -17,7 +17,7 @@ from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
-from sfc.saes.store import stored_sites, write_prompts
+from sfc.saes.store import shard_digests, sites_before, write_prompts
 from sfc.session import Session
 
 
@@ -90,13 +90,8 @@ _TABLE_BYTES = 16
 """four 32-bit columns say what a row is"""
 
 
-def fill(
-    run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str], before: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Collect a corpus at these sites into a store's folder, and write its table.
-
-    Args:
-        before: the sites that the store holds already; they stay in it.
+def fill(run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str]) -> dict[str, Any]:
+    """Collect a corpus at these sites into a store's folder, and write its table; sites that it has stay in it.
 
     Returns:
         For the manifest: `n_prompts`, `n_tokens`, `n_rows` and all `sites`.
@@ -106,6 +101,7 @@ def fill(
     """
     config = run.experiment.activations
     say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {folder}")
+    before = sites_before(folder)
     new = [site for site in sites if site not in before]
     check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
     with progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
@@ -127,8 +123,8 @@ def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) ->
     """
     began, artifact = time.perf_counter(), run.corpus
     with artifact.being_made() as folder:
-        facts = fill(run, folder, model, corpus, sites, stored_sites(artifact))
-        artifact.finish(**facts, seconds={"total": round(time.perf_counter() - began, 2)})
+        facts = fill(run, folder, model, corpus, sites)
+        artifact.finish(shard_digests(folder), **facts, seconds={"total": round(time.perf_counter() - began, 2)})
 
 
 def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:

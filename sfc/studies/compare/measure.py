@@ -23,7 +23,7 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem
 from sfc.circuits.proof import judged_replies
 from sfc.circuits.stability import chance_overlap
-from sfc.core.artifacts import read_model, write_csv, write_json
+from sfc.core.artifacts import read_csv, read_model, write_csv, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar, say
 from sfc.data.schema import keyed_ranks
@@ -325,7 +325,7 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
         write_csv(folder / f"{name}.csv", table)
     # From the file, as the page reads it: a last digit may decide which of two pairs the tree joins first.
-    between = between_halves(pd.read_csv(folder / "overlap.csv"), categories)
+    between = between_halves(read_csv(folder / "overlap.csv"), categories)
     return Made(
         {
             "preset": experiment.name,

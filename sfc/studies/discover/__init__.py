@@ -9,7 +9,7 @@ from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
-from sfc.core.artifacts import Artifact, read_json, write_text
+from sfc.core.artifacts import Artifact, amended, read_json, write_text
 from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.blocks import Page
@@ -79,8 +79,9 @@ class Discover(Study[DiscoveryOptions]):
         if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
             from sfc.studies.discover.measure import explain_circuit
 
-            explain_circuit(session, artifact.folder)
-            write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
+            with amended(artifact.folder, CARDS_FILE, self.files["page"]):
+                explain_circuit(session, artifact.folder)
+                write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -126,7 +127,8 @@ def ensure_cards(run: Run, category: str | None) -> tuple[Path, nx.DiGraph, dict
         ensure(study, run, session=session)
     from sfc.studies.discover.measure import write_cards
 
-    return folder, graph, write_cards(session, graph, session.dictionaries, folder)
+    with amended(folder, CARDS_FILE):
+        return folder, graph, write_cards(session, graph, session.dictionaries, folder)
 
 
 def draw_circuit(run: Run, category: str | None) -> dict[str, str]:
@@ -139,6 +141,7 @@ def draw_circuit(run: Run, category: str | None) -> dict[str, str]:
         UserError: as discovery, or `labels.json` is not valid.
     """
     folder, *_ = ensure_cards(run, category)
-    page = folder / DISCOVER.files["page"]
-    write_text(page, page_html(DISCOVER.page(circuit_of(run, category))))
+    page, finished = folder / DISCOVER.files["page"], circuit_of(run, category)
+    with amended(folder, page.name):
+        write_text(page, page_html(DISCOVER.page(finished)))
     return {"page": str(page), "features": str(folder / CARDS_FILE)}

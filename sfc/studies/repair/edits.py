@@ -35,6 +35,7 @@ from sfc.circuits.baselines import BaselineTables, zero_baseline
 from sfc.circuits.faithfulness import Ablations
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import replacing
+from sfc.core.contents import check
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, kind_of, layer_of, site_of
 from sfc.models.batches import Batch, TemplateLayout
@@ -106,6 +107,7 @@ def load_repair(path: Path) -> FeatureAblation:
     Raises:
         UserError: the file is missing or is not a repair.
     """
+    check(path)
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[_META])

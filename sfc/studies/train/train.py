@@ -38,6 +38,8 @@ from sfc.session import Session
 from sfc.studies.discover.problem import against_counterfactuals
 from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
 
+CHECKPOINT = "checkpoint-"
+"""what the names of checkpoints begin with"""
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -72,17 +74,19 @@ def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Lo
     """Train and save the dictionaries of this process's share that the folder lacks, `layers_at_once` at a time."""
     config = run.experiment.saes
     share = own_share(run.experiment.activations.sites)
-    missing = [site for site in share if not (folder / site / CONFIG_FILE).is_file()]
-    groups = [missing[i : i + config.layers_at_once] for i in range(0, len(missing), config.layers_at_once)]
-    with progress_beside_table("training", len(missing) * config.steps, "SAE steps") as (advance, show):
-        for group in groups:
-            checkpoint = folder / f"checkpoint-{fingerprint({'sites': group})}.safetensors"
-            first = steps_done(checkpoint)
-            advance(first * len(group))
-            log_lines = json_lines(folder, group, first)
-            report = _reporting(advance, show, [log_lines, *logs], first)
-            for dictionary in _train_group(run, rows, group, checkpoint, report):
-                save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+    # Groups are those of all sites: their checkpoints keep their names when some of the sites are done.
+    groups = [share[i : i + config.layers_at_once] for i in range(0, len(share), config.layers_at_once)]
+    missing = [[site for site in group if not (folder / site / CONFIG_FILE).is_file()] for group in groups]
+    with progress_beside_table("training", sum(map(len, missing)) * config.steps, "SAE steps") as (advance, show):
+        for group, sites in zip(groups, missing, strict=True):
+            checkpoint = folder / f"{CHECKPOINT}{fingerprint({'sites': group})}.safetensors"
+            if sites:
+                first = steps_done(checkpoint)
+                advance(first * len(sites))
+                log_lines = json_lines(folder, sites, first)
+                report = _reporting(advance, show, [log_lines, *logs], first)
+                for dictionary in _train_group(run, rows, sites, checkpoint, report):
+                    save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
             checkpoint.unlink(missing_ok=True)
 
 
