@@ -85,30 +85,34 @@ def test_a_setting_that_nobody_means(home: Home, key: str, value: str) -> None:
 ABSURD = {
     "train": (
         "saes.expansion=100000000", "saes.expansion=1e8", "saes.expansion=1000000", "saes.k=1000000000",
-        "saes.k='0.0001%'",
-        "saes.batch_size=1e12", "saes.buffer_rows=1e13", "saes.layers_at_once=1e9", "saes.warmup_steps=1e9",
-        "saes.learning_rate=1e30", "saes.l1_weight=1e300", "saes.auxiliary_weight=1e300", "saes.dead_after=1e15",
+        "saes.k='0.0001%'", "saes.batch_size=1000000000000", "saes.buffer_rows=10000000000000",
+        "saes.layers_at_once=1000000000", "saes.warmup_steps=1000000000", "saes.learning_rate=9.0e+15",
+        "saes.l1_weight=9.0e+15", "saes.auxiliary_weight=9.0e+15", "saes.dead_after=1000000000000000",
         "saes.checkpoint_seconds=1e-300", "saes.held_out=1", "saes.held_out=0", "saes.decay_share=1",
     ),
     "collect": (
-        "activations.batch_tokens=1e15", "activations.shard_tokens=1e15", "activations.batch_tokens=1",
-        "activations.shard_tokens=1", "prompts.max_tokens=1e15", "prompts.max_tokens=8", "prompts.limit=1e15",
-        "activations.layers=[0,1,2]", "activations.layers=[99999999]", "activations.kind=[]", "model.dtype=float16",
-        "model.template=''", "model.template='{prompt}{prompt}'", "model.template='{{ prompt'",
-        "model.refusal_tokens=['']", "model.refusal_tokens=['no such token at all']", "model.source=/dev/null",
-        "model.source='../..'",
+        "activations.batch_tokens=1000000000000000", "activations.shard_tokens=1000000000000000",
+        "activations.batch_tokens=1", "activations.shard_tokens=1", "prompts.max_tokens=1000000000000000",
+        "prompts.max_tokens=8", "prompts.limit=1000000000000000", "activations.layers=[0,1,2]",
+        "activations.layers=[99999999]", "activations.kind=[]", "model.dtype=float16", "model.template=''",
+        "model.template='{prompt}{prompt}'", "model.template='{{ prompt'", "model.refusal_tokens=['']",
+        "model.refusal_tokens=['no such token at all']", "model.source=/dev/null", "model.source='../..'",
         "model.revision='../..'", "model.system_prompt='\u2042probe\u2042'", "prompts.discovery=0", "prompts.test=1",
     ),
     "discover": (
-        "evaluation.sizes=[1000000000]", "evaluation.sizes=[]", "evaluation.replies=1e9", "evaluation.reply_tokens=1e9",
-        "evaluation.random_draws=1e9", "evaluation.target=1e300", "evaluation.min_denominator=1e300",
-        "learned_mask.prompts=1e9", "learned_mask.price=1e300", "discovery.pairs_per_prompt=1e9",
-        "discovery.edge_nodes=1e9", "discovery.edge_tokens=1e9", "discovery.edges_per_node=1e9",
-        "discovery.checked_nodes=1e9", "discovery.nodes=nothing", "labels.explainer='http://127.0.0.1:9'",
+        "evaluation.sizes=[1000000000]", "evaluation.sizes=[]", "evaluation.replies=1000000000",
+        "evaluation.sizes=[0]", "evaluation.target=9.0e+15", "evaluation.min_denominator=9.0e+15",
+        "learned_mask.prompts=1000000000", "learned_mask.price=9.0e+15", "discovery.pairs_per_prompt=1000000000",
+        "discovery.edge_nodes=1000000000", "discovery.edge_tokens=1000000000", "discovery.edges_per_node=1000000000",
+        "discovery.checked_nodes=1000000000", "discovery.nodes=nothing", "labels.explainer='http://127.0.0.1:9'",
         "labels.explainer='file:///etc/passwd'", "labels.explainer='\x1b[2J'",
     ),
-    "behaviour": ("behaviour.reply_tokens=1e9", "behaviour.limit=1e15"),
-    "patch": ("patching.limit=1e15", "patching.position_sets=['last-999999999']"),
+    "behaviour": (
+        "behaviour.limit=1000000000000000", "behaviour.limit=0",
+    ),
+    "patch": (
+        "patching.limit=1000000000000000", "patching.position_sets=['last-999999999']",
+    ),
 }  # fmt: skip
 
 
