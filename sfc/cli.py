@@ -26,7 +26,7 @@ from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.faults import fault_message, user_message
 from sfc.core.progress import printable, say
 from sfc.pages.blocks import Table
-from sfc.pages.terminal import show
+from sfc.pages.plain import show
 from sfc.studies.study import STUDIES
 
 
@@ -84,8 +84,7 @@ def export(
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.exports import export_circuit
-    from sfc.circuits.files import load_circuit
+    from sfc.circuits.files import export_circuit, load_circuit
     from sfc.features.labels import labels_of
     from sfc.studies.discover import circuit_of
 

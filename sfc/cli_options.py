@@ -17,7 +17,7 @@ from sfc.core.options import Flag, Options, flags_of, overrides_of
 from sfc.core.progress import printable, say
 from sfc.core.ranks import is_leader
 from sfc.pages.blocks import Table
-from sfc.pages.terminal import show
+from sfc.pages.plain import show
 from sfc.run import Run
 from sfc.studies.batch import load_study
 from sfc.studies.study import Study, ensure

@@ -25,6 +25,12 @@ class CannotLoadModel(UserError):
     """A model's weights or tokenizer cannot be had, so that nothing can be done with it."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign error says, in one line without control characters."""
+    text = "".join(char if char.isprintable() else " " for char in str(error))
+    return " ".join(text.split())[:limit] or type(error).__name__
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` where a known name is close, else the list of known names."""
     known = list(known)
