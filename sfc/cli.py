@@ -79,12 +79,15 @@ def export(
         str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
     ] = "graphml,gexf,csv,circuit-tracer",
     output: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="the circuit's")] = None,
+    spreadsheets: Annotated[
+        bool, typer.Option("--spreadsheets", help="Also copy every table so that no cell is taken for a formula.")
+    ] = False,
 ) -> None:
     """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.files import export_circuit, load_circuit
+    from sfc.circuits.files import export_circuit, for_spreadsheets, load_circuit
     from sfc.features.labels import labels_of
     from sfc.studies.discover import circuit_of
 
@@ -93,6 +96,10 @@ def export(
     graph = load_circuit(circuit.files["circuit"])
     formats = [name.strip() for name in format.split(",")]
     files = export_circuit(graph, labels_of(circuit.folder), formats, output or circuit.folder)
+    if spreadsheets:
+        tables = {path.name: path for path in [*circuit.folder.glob("*.csv"), *files.values()] if path.suffix == ".csv"}
+        copies = for_spreadsheets(tables.values(), (output or circuit.folder) / "spreadsheets")
+        files |= {f"spreadsheet {name}": path for name, path in copies.items()}
     finish({"category": run.group(category), "files": {name: str(path) for name, path in files.items()}}, shared.json)
 
 
@@ -106,6 +113,7 @@ def explore(
     """
     try:
         from sfc.explorer.app import explorer
+        from sfc.models.loading import choose_device
     except ModuleNotFoundError as error:
         raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
     with socket.socket() as free:
@@ -114,6 +122,7 @@ def explore(
             free.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error.strerror}): choose another with --port") from None
+    choose_device(shared.device)
     app = explorer(shared.root, shared.device)
     say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
     app.run(host="127.0.0.1", port=port, debug=False)

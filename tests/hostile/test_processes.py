@@ -31,7 +31,10 @@ def started(arguments: list[str], root: Path, environment: dict[str, str | None]
 
 
 def ended(process: Any) -> Finished:
-    stdout, stderr = process.communicate(timeout=SLOWEST)
+    try:
+        stdout, stderr = process.communicate(timeout=3 * SLOWEST)
+    finally:
+        process.kill()
     return Finished(process.returncode, stdout or "", stderr or "")
 
 
