@@ -33,7 +33,7 @@ class Section(BaseModel):
     def _numbers_have_a_size(self) -> Self:
         for name, value in self:
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int) and abs(number) > _LARGEST:
+                if isinstance(number, int | float) and abs(number) > _LARGEST:
                     raise ValueError(f"{name} is larger than {_LARGEST:,}")
         return self
 

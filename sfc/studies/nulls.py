@@ -8,9 +8,9 @@ import pandas as pd
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.reading import hash_of_given
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
 from sfc.models.sources import model_identity
@@ -42,7 +42,7 @@ def circuit_inputs(run: Run) -> dict[str, Any]:
         if options.baseline_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
         if METHODS[options.method].reads_topics and topics.is_file():
-            inputs["topics"] = hash_of_file(topics)
+            inputs["topics"] = hash_of_given(topics)
     if options.contrast == "model-base":
         inputs["base"] = model_identity(base_model(run.experiment))
     return inputs

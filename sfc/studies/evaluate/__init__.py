@@ -10,9 +10,9 @@ from pydantic import Field
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
+from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.data.read import LABELS
 from sfc.pages.blocks import Figure, Page, Paragraph, Section, Table, cell, figure_cell
@@ -110,8 +110,8 @@ class Evaluate(Study[EvaluateOptions]):
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options, discovery = run.experiment, self.of(run), DiscoveryOptions.of(run.experiment)
         files = [Path(path) for path in options.circuits]
-        listed = [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in files]
-        asked = [[file.path.name, file.label, hash_of_file(file.path)] for file in self.prompt_files(run)]
+        listed = [[path.resolve().parent.name, path.name, hash_of_given(path)] for path in files]
+        asked = [[file.path.name, file.label, hash_of_given(file.path)] for file in self.prompt_files(run)]
         return {
             **circuit_inputs(run),
             "category": run.group(options.category),

@@ -11,10 +11,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, first_problem
 from sfc.core.options import Options, option
-from sfc.core.reading import read_yaml
+from sfc.core.reading import hash_of_given, read_yaml
 from sfc.core.registry import imported_when_called
 from sfc.pages.blocks import Figure, Formula, Page, Section, Tile, Tiles, cell, estimate_cell, records_table
 from sfc.pages.style import BLUE, INK, VERMILION, axis, styled_figure
@@ -122,7 +121,7 @@ class PromptFormats(Study[FormatsOptions]):
         return {
             **run.identity,
             "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
-            "file": hash_of_file(options.prompts) if options.prompts else None,
+            "file": hash_of_given(options.prompts) if options.prompts else None,
             "category": run.group(options.category),
             "limit": options.limit,
         }

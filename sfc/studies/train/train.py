@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
@@ -18,11 +19,12 @@ from sfc.circuits.problem import PromptRuns
 from sfc.circuits.proof import pair_figures, pair_scores
 from sfc.core.artifacts import fingerprint, json_records, write_csv
 from sfc.core.errors import UserError
+from sfc.core.machine import check_memory
 from sfc.core.progress import Show, progress_bar, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
-from sfc.models.loading import Model, choose_device
+from sfc.models.loading import Model, choose_device, load_outline
 from sfc.models.score import Score
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE
@@ -54,9 +56,11 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
             logger is not installed.
     """
     run, experiment = session.run, session.run.experiment
+    source = experiment.saes.source
+    if source is None:
+        _check_memory(run)
     with leader_first():
         rows = training_rows(session)
-    source = experiment.saes.source
     if source is None:
         say(
             f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
@@ -68,6 +72,24 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         adopt_dictionaries(run, source, folder, rows.held_out)
     wait_for_all()
     return rows
+
+
+def _check_memory(run: Run) -> None:
+    """Refuse SAEs whose training could not fit into memory, before anything is collected for them.
+
+    Counted are weights, gradients and Adam's two moments of the SAEs trained at once, and a batch's pre-activations.
+
+    Raises:
+        UserError: they would not fit.
+    """
+    config, sites, device = run.experiment.saes, run.experiment.activations.sites, choose_device(run.device)
+    outline = load_outline(run.experiment.model)
+    d_in = max(outline.width(site) for site in sites)
+    at_once = min(config.layers_at_once, len(sites))
+    wanted = 4 * config.expansion * d_in * (8 * d_in * at_once + config.batch_size)
+    what = f"training {at_once} SAEs of {config.expansion * d_in:,} features at once"
+    remedy = "lower saes.expansion, saes.layers_at_once or saes.batch_size"
+    check_memory(wanted, what, remedy, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
 
 
 def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Log]) -> None:
