@@ -77,25 +77,42 @@ def neuronpedia_page(config: Mapping[str, Any], feature: int) -> str | None:
 
 
 class TokenEffects(NamedTuple):
-    """The tokens whose logits a direction raises and lowers most, strongest first."""
+    """The tokens whose logits a direction raises and lowers most, strongest first; none where they do not stand out."""
 
     raises: list[str]
     lowers: list[str]
 
 
+_MIXTURES, _STANDING_OUT = 400, 0.99
+
+
 @torch.no_grad()
-def token_effects(model: Model, directions: Float[Tensor, "n d_model"], count: int = 6) -> list[TokenEffects]:
-    """The logit lens on directions of the residual stream, with the final norm's weights and without its scale."""
+def token_effects(
+    model: Model, decoder: Float[Tensor, "d_sae d_model"], features: Sequence[int], count: int = 6
+) -> list[TokenEffects]:
+    """The logit lens on directions of the residual stream, with the final norm's weights and without its scale.
+
+    Some tokens come first for any direction. So they are named only where the first of them stands out: it is further
+    from the mean of all logits, in standard deviations, than that of 99 % of random mixtures of the decoder's rows.
+    """
+    weights = torch.randn(_MIXTURES, len(decoder), generator=torch.Generator().manual_seed(0)).to(decoder)
+    logits = _logits(model, torch.cat([decoder[list(features)], weights @ decoder]))
+    named: list[list[list[str]]] = []
+    for sign in (1, -1):
+        values, tokens = (sign * logits).topk(count, dim=1)
+        first = values[:, 0] / logits.std(dim=1)
+        least = first[len(features) :].quantile(_STANDING_OUT)
+        named.append([_texts(model, ids) if z > least else [] for z, ids in zip(first, tokens, strict=True)])
+    return [TokenEffects(*pair) for pair in zip(*named, strict=True)][: len(features)]
+
+
+def _logits(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
+    """What directions add to each logit, less the mean over tokens: what raises every logit alike raises none."""
     norm_weight = getattr(model.bridge.ln_final, "weight", None)
     if norm_weight is not None:
         directions = directions * norm_weight.to(directions)
-    # The mean token is subtracted: what raises every logit alike raises none.
     unembedding = model.hf.get_output_embeddings().weight.float()
-    logits = directions.float() @ (unembedding - unembedding.mean(0)).T
-    top, bottom = logits.topk(count).indices, (-logits).topk(count).indices
-    return [
-        TokenEffects(_texts(model, raised), _texts(model, lowered)) for raised, lowered in zip(top, bottom, strict=True)
-    ]
+    return directions.float() @ (unembedding - unembedding.mean(0)).T
 
 
 def _texts(model: Model, ids: Tensor) -> list[str]:

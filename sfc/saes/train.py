@@ -34,7 +34,7 @@ class SiteStats(NamedTuple):
 
     site: str
     loss: float
-    """variance unexplained, plus the auxiliary loss and the L1 norm by their weights"""
+    """variance unexplained, plus the auxiliary loss, the L1 norm and the distance from the start by their weights"""
     fvu: float
     """share of the batch's variance that the reconstruction misses"""
     l0: float
@@ -126,6 +126,9 @@ def train_step(
     dead = (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
         loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
+    if training.anchors is not None:
+        turned = 1 - (training.parameters.W_dec * training.anchors).sum(dim=1).mean()
+        loss = loss._replace(total=loss.total + config.anchor_weight * turned)
     training.optimizer.zero_grad()
     loss.total.backward()
     _remove_parallel_gradient(training.parameters.W_dec)

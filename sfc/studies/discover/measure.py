@@ -198,14 +198,14 @@ def _with_stability(
 
 
 def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
-    """Give the strongest features of the graph the tokens they raise and lower."""
+    """Give the strongest features of the graph the tokens they raise and lower, where these stand out."""
     strongest = strongest_nodes(graph, SHOWN_NODES)
     for site, dictionary in problem.ablation.dictionaries.items():
         names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if names:
             features = [int(name.rpartition("/F")[2]) for name in names]
-            for name, tokens in zip(names, token_effects(problem.model, dictionary.W_dec[features]), strict=True):
-                graph.nodes[name].update(tokens._asdict())
+            for name, tokens in zip(names, token_effects(problem.model, dictionary.W_dec, features), strict=True):
+                graph.nodes[name].update({key: texts for key, texts in tokens._asdict().items() if texts})
 
 
 def _result(run: Run, graph: nx.DiGraph, curve: pd.DataFrame, effects: Effects, problem: Problem) -> dict[str, Any]:
