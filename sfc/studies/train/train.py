@@ -4,6 +4,7 @@ Started by `torchrun`, the sites are dealt out to the processes; the first one c
 are measured on rows that were kept from their training, and on what they are for: circuits.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.format import save_dictionary
+from sfc.saes.end_to_end import finetune
+from sfc.saes.format import load_dictionaries, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.quality import ALL, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality
@@ -38,6 +40,8 @@ from sfc.session import Session
 from sfc.studies.discover.problem import against_counterfactuals
 from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
 
+UNTUNED = "untuned"
+"""the folder of dictionaries that are to be fine-tuned"""
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -60,7 +64,12 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
             f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
             " commands use them with the same settings of saes and corpus"
         )
-        _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
+        untuned = folder / UNTUNED if experiment.saes.finetune_steps else folder
+        logs = loggers(logger_names, folder, experiment.model_dump(mode="json"))
+        _train_missing(run, rows, folder, untuned, logs)
+        wait_for_all()
+        if untuned != folder and is_leader():
+            _finetune(session, rows, untuned, folder)
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
         adopt_dictionaries(run, source, folder, rows.held_out)
@@ -68,11 +77,11 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
     return rows
 
 
-def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Log]) -> None:
-    """Train and save the dictionaries of this process's share that the folder lacks, `layers_at_once` at a time."""
+def _train_missing(run: Run, rows: TrainingRows, folder: Path, saved_in: Path, logs: Sequence[Log]) -> None:
+    """Train the dictionaries of this process's share that neither folder has, `layers_at_once` at a time."""
     config = run.experiment.saes
     share = own_share(run.experiment.activations.sites)
-    missing = [site for site in share if not (folder / site / CONFIG_FILE).is_file()]
+    missing = [site for site in share if not _has_all(folder, [site]) and not _has_all(saved_in, [site])]
     groups = [missing[i : i + config.layers_at_once] for i in range(0, len(missing), config.layers_at_once)]
     with progress_beside_table("training", len(missing) * config.steps, "SAE steps") as (advance, show):
         for group in groups:
@@ -82,8 +91,31 @@ def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Lo
             log_lines = json_lines(folder, group, first)
             report = _reporting(advance, show, [log_lines, *logs], first)
             for dictionary in _train_group(run, rows, group, checkpoint, report):
-                save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+                save_dictionary(dictionary, saved_in / dictionary.site, _metadata(run))
             checkpoint.unlink(missing_ok=True)
+
+
+def _has_all(folder: Path, sites: Sequence[str]) -> bool:
+    return all((folder / site / CONFIG_FILE).is_file() for site in sites)
+
+
+def _finetune(session: Session, rows: TrainingRows, untuned: Path, folder: Path) -> None:
+    """Fine-tune the dictionaries of `untuned`, which is gone afterwards, into `folder`, unless they are there."""
+    run, config, sites = session.run, session.run.experiment.saes, session.run.experiment.activations.sites
+    checkpoint = folder / "checkpoint-finetuning.safetensors"
+    if not _has_all(folder, sites):
+        loaded = load_dictionaries(untuned, sites, session.model.device)
+        trained = {site: each for site, each in loaded.items() if isinstance(each, TopKDictionary)}
+        chats = session.model.tokenize(rows.chats["prompt"].tolist())
+        with progress_bar("fine-tuning", config.finetune_steps, "steps") as progress:
+            tuned = finetune(
+                session.model, chats, trained, config,
+                seed=run.experiment.sae_seed, checkpoint=checkpoint, report=progress,
+            )  # fmt: skip
+        for dictionary in tuned:
+            save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(untuned, ignore_errors=True)
 
 
 def _train_group(
