@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sfc.core.errors import UserError, first_problem
+from sfc.core.reading import read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,10 +167,8 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
         raise UserError(f"{path} is not JSON ({error}); delete it, or run again with --rebuild") from None
 
 

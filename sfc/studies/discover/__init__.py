@@ -81,7 +81,7 @@ class Discover(Study[DiscoveryOptions]):
         if rebuild or not artifact.is_complete():
             super().build(session, artifact, rebuild)
         if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
-            from sfc.studies.discover.explanations import explain_circuit
+            from sfc.studies.discover.measure import explain_circuit
 
             explain_circuit(session, artifact.folder)
             write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
