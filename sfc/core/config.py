@@ -172,6 +172,18 @@ class SaeConfig(Section):
     start: Literal["kmeans", "random"] = Field(
         "kmeans", description="where the features' directions start: centroids of a buffer of the rows, or at random"
     )
+    start_rows: int = Field(
+        1 << 16,
+        ge=1,
+        description="rows per site that the start is made of, all in memory; of more rows more features come back",
+    )
+    decoder_rate: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="learning rate of the features' directions, as a share of learning_rate: near 0 they stay where"
+        " they start, and more of them come back from other seeds and other data, for more variance unexplained",
+    )
     l1_weight: float = Field(
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
     )

@@ -52,7 +52,9 @@ def start(
     parameters = Parameters(encoder=strength * rows, b_enc=torch.zeros(d_sae, device=device), W_dec=rows, b_dec=b_dec)
     for parameter in parameters:
         parameter.requires_grad_()
-    optimizer = torch.optim.Adam(list(parameters), lr=config.learning_rate, eps=ADAM_EPSILON, fused=True)
+    directions, others = [parameters.W_dec], [parameters.encoder, parameters.b_enc, parameters.b_dec]
+    groups = [{"params": others, "rate": 1.0}, {"params": directions, "rate": config.decoder_rate}]
+    optimizer = torch.optim.Adam(groups, lr=config.learning_rate, eps=ADAM_EPSILON, fused=True)
     return Training(site, scale, parameters, optimizer, torch.zeros(d_sae, dtype=torch.long, device=device))
 
 

@@ -134,7 +134,8 @@ def train_step(
         raise UserError(
             f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
         )
-    training.optimizer.param_groups[0]["lr"] = learning_rate
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
     training.optimizer.step()
     normalise_decoder(training.parameters.W_dec)
     _count_firings(training.tokens_since_fired, loss.active)

@@ -123,7 +123,7 @@ def _train_group(
 ) -> list[TopKDictionary]:
     config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
     source = rows.source(sites)
-    n_sample = min(config.buffer_rows, int(trained.sum()))
+    n_sample = min(config.start_rows, int(trained.sum()))
     sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))
     return train_saes(
         lambda first: shuffled_batches(source, trained, config.batch_size, seed, config.buffer_rows, first),
