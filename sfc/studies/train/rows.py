@@ -21,7 +21,6 @@ from sfc.core.artifacts import replacing
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.data.render import Role
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.loading import Model, choose_device
 from sfc.run import Run
@@ -56,13 +55,6 @@ class TrainingRows:
     def trained(self) -> Bool[np.ndarray, " rows"]:
         """Which rows are trained on."""
         return self.table["trained"].to_numpy()[self.tokens.prompt]
-
-    @property
-    def chats(self) -> pd.DataFrame:
-        """The rows of the table that are trained on and stand in the template: neither held-out prompts nor texts."""
-        in_template = np.zeros(len(self.table), dtype=bool)
-        in_template[self.tokens.prompt[self.tokens.role == Role.SUFFIX]] = True
-        return self.table[self.table["trained"] & in_template]
 
 
 class HeldOutBlock(NamedTuple):

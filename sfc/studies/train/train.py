@@ -21,6 +21,7 @@ from sfc.core.artifacts import fingerprint, json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import Show, progress_bar, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.data.render import Role, TokenizedPrompt, answered
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.loading import Model, choose_device
@@ -106,7 +107,7 @@ def _finetune(session: Session, rows: TrainingRows, untuned: Path, folder: Path)
     if not _has_all(folder, sites):
         loaded = load_dictionaries(untuned, sites, session.model.device)
         trained = {site: each for site, each in loaded.items() if isinstance(each, TopKDictionary)}
-        chats = session.model.tokenize(rows.chats["prompt"].tolist())
+        chats = _chats(session.model, rows)
         with progress_bar("fine-tuning", config.finetune_steps, "steps") as progress:
             tuned = finetune(
                 session.model, chats, trained, config,
@@ -116,6 +117,17 @@ def _finetune(session: Session, rows: TrainingRows, untuned: Path, folder: Path)
             save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
     checkpoint.unlink(missing_ok=True)
     shutil.rmtree(untuned, ignore_errors=True)
+
+
+def _chats(model: Model, rows: TrainingRows) -> list[TokenizedPrompt]:
+    """The chats that were trained on, with their replies: no held-out ones, and no texts without a template."""
+    table, tokens = rows.table, rows.tokens
+    in_template = np.isin(np.arange(len(table)), tokens.prompt[tokens.role == Role.SUFFIX])
+    chosen = np.flatnonzero(table["trained"].to_numpy() & in_template)
+    is_reply = tokens.role == Role.REPLY
+    replies = pd.Series(tokens.token[is_reply]).groupby(tokens.prompt[is_reply]).agg(list)
+    prompts = model.tokenize(table["prompt"].iloc[chosen].tolist())
+    return [answered(prompt, replies.get(number, [])) for number, prompt in zip(chosen, prompts, strict=True)]
 
 
 def _train_group(
