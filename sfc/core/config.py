@@ -177,12 +177,11 @@ class SaeConfig(Section):
         ge=1,
         description="rows per site that the start is made of, all in memory; of more rows more features come back",
     )
-    decoder_rate: float = Field(
-        1.0,
+    anchor_weight: float = Field(
+        0.0,
         ge=0,
-        le=1,
-        description="learning rate of the features' directions, as a share of learning_rate: near 0 they stay where"
-        " they start, and more of them come back from other seeds and other data, for more variance unexplained",
+        description="weight of the features' mean distance (1 - cosine) from the directions where they start: those"
+        " that stay near come back more often from other seeds and other data, for more variance unexplained",
     )
     l1_weight: float = Field(
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"

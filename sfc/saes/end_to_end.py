@@ -6,7 +6,8 @@ end of an ordinary training is enough. Here every chat keeps its own features, a
 errors of another chat whose prompt is as long, which is counterfactual ablation with all features kept
 (`sfc.circuits.counterfactuals`). What is lowered is the divergence of the next token from the model's own, where a
 reply begins and at a share of all other positions, and beside it the variance of the model's own activations that the
-features miss. Neither labels nor scores are used.
+features miss. Neither labels nor scores are used, and the features' directions stay: what a feature writes, and
+whether it comes back from another seed, is as it was.
 """
 
 import math
@@ -32,8 +33,8 @@ from sfc.models.running import CachedResidual, cached_residual_after, layer_befo
 from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.kernels import sparse_encode, weighted_row_sums
-from sfc.saes.start import adam
-from sfc.saes.train import CHECKPOINT_SHARE, MAX_GRADIENT_NORM, finish, normalise_decoder, remove_parallel_gradient
+from sfc.saes.start import ADAM_EPSILON
+from sfc.saes.train import CHECKPOINT_SHARE, MAX_GRADIENT_NORM, finish
 
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 10
@@ -73,7 +74,7 @@ def finetune(
     layer = min(map(layer_before, dictionaries))
     scales = _scales(model, batches[-1], list(dictionaries))
     pairs = zip(dictionaries.values(), scales, strict=True)
-    trainings = [_start(dictionary, scale, config) for dictionary, scale in pairs]
+    trainings = [_start(dictionary, scale) for dictionary, scale in pairs]
     k = next(iter(dictionaries.values())).k
     first = restore(checkpoint, trainings) if checkpoint.exists() else 0
     report(first)
@@ -172,25 +173,23 @@ def _descend(trainings: Sequence[Training], loss: Float[Tensor, ""], rate: float
     for training in trainings:
         training.optimizer.zero_grad()
     loss.backward()
-    for training in trainings:
-        remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_([p for t in trainings for p in t.parameters], MAX_GRADIENT_NORM)
     if not norm.isfinite():
         raise UserError(f"fine-tuning of the SAEs diverged (loss {loss.item():g}); lower saes.finetune_rate")
     for training in trainings:
-        for group in training.optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
+        training.optimizer.param_groups[0]["lr"] = rate
         training.optimizer.step()
-        normalise_decoder(training.parameters.W_dec)
 
 
-def _start(dictionary: TopKDictionary, scale: float, config: SaeConfig) -> Training:
+def _start(dictionary: TopKDictionary, scale: float) -> Training:
     """A dictionary in the units in which it is trained, with an optimiser that knows nothing yet."""
     weights = (dictionary.W_enc.t(), dictionary.b_enc * scale, dictionary.W_dec, dictionary.b_dec * scale)
     parameters = Parameters(*(weight.detach().float().clone().requires_grad_() for weight in weights))
-    optimizer = adam(parameters, config)
+    parameters.W_dec.requires_grad_(False)
+    learned = [weight for weight in parameters if weight.requires_grad]
+    optimizer = torch.optim.Adam(learned, eps=ADAM_EPSILON, fused=True)
     unused = torch.zeros(dictionary.d_sae, dtype=torch.long, device=dictionary.W_dec.device)
-    return Training(dictionary.site, scale, parameters, optimizer, unused)
+    return Training(dictionary.site, scale, parameters, optimizer, unused, anchors=None)
 
 
 @torch.no_grad()

@@ -52,16 +52,10 @@ def start(
     parameters = Parameters(encoder=strength * rows, b_enc=torch.zeros(d_sae, device=device), W_dec=rows, b_dec=b_dec)
     for parameter in parameters:
         parameter.requires_grad_()
-    return Training(
-        site, scale, parameters, adam(parameters, config), torch.zeros(d_sae, dtype=torch.long, device=device)
-    )
-
-
-def adam(parameters: Parameters, config: SaeConfig) -> torch.optim.Adam:
-    """An optimiser whose groups of parameters have a `rate`, by which each step's learning rate is to be multiplied."""
-    directions, others = [parameters.W_dec], [parameters.encoder, parameters.b_enc, parameters.b_dec]
-    groups = [{"params": others, "rate": 1.0}, {"params": directions, "rate": config.decoder_rate}]
-    return torch.optim.Adam(groups, lr=config.learning_rate, eps=ADAM_EPSILON, fused=True)
+    optimizer = torch.optim.Adam(list(parameters), lr=config.learning_rate, eps=ADAM_EPSILON, fused=True)
+    anchors = rows.clone() if config.anchor_weight > 0 else None
+    silent = torch.zeros(d_sae, dtype=torch.long, device=device)
+    return Training(site, scale, parameters, optimizer, silent, anchors)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class SiteStats(NamedTuple):
 
     site: str
     loss: float
-    """variance unexplained, plus the auxiliary loss and the L1 norm by their weights"""
+    """variance unexplained, plus the auxiliary loss, the L1 norm and the distance from the start by their weights"""
     fvu: float
     """share of the batch's variance that the reconstruction misses"""
     l0: float
@@ -126,18 +126,22 @@ def train_step(
     dead = (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
         loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
+    if training.anchors is not None:
+        turned = 1 - (training.parameters.W_dec * training.anchors).sum(dim=1).mean()
+        loss = loss._replace(total=loss.total + config.anchor_weight * turned)
     training.optimizer.zero_grad()
     loss.total.backward()
-    remove_parallel_gradient(training.parameters.W_dec)
+    _remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, MAX_GRADIENT_NORM)
     if not norm.isfinite():
         raise UserError(
             f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
         )
-    for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate * group["rate"]
+    training.optimizer.param_groups[0]["lr"] = learning_rate
     training.optimizer.step()
-    normalise_decoder(training.parameters.W_dec)
+    with torch.no_grad():
+        W_dec = training.parameters.W_dec
+        W_dec /= W_dec.norm(dim=-1, keepdim=True)
     _count_firings(training.tokens_since_fired, loss.active)
     return loss
 
@@ -191,17 +195,11 @@ def schedule(step: int, config: SaeConfig) -> float:
 
 
 @torch.no_grad()
-def remove_parallel_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+def _remove_parallel_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Keep only what turns the row of each row's gradient: its length is fixed, and Adam must not see the rest."""
     assert W_dec.grad is not None
     along = torch.bmm(W_dec.grad[:, None, :], W_dec[:, :, None])[:, 0]  # vecdot would store the product
     W_dec.grad.addcmul_(W_dec, along, value=-1)
-
-
-@torch.no_grad()
-def normalise_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Give every row length one again, after a step that may have changed it."""
-    W_dec /= W_dec.norm(dim=-1, keepdim=True)
 
 
 def _count_firings(tokens_since_fired: Int[Tensor, " d_sae"], active: Sparse) -> None:
