@@ -40,8 +40,9 @@ def trainings(dictionaries: dict[str, TopKDictionary], scale: float = 1.0) -> li
         Training(
             site, scale,
             Parameters(d.W_enc.t() + 0, d.b_enc * scale, d.W_dec + 0, d.b_dec * scale),
-            None,  # pyright: ignore
-            None,  # pyright: ignore
+            optimizer=None,  # pyright: ignore
+            tokens_since_fired=None,  # pyright: ignore
+            anchors=None,
         )
         for site, d in dictionaries.items()
     ]  # fmt: skip
@@ -119,7 +120,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_the_given_dictionaries_alone(mod
     for batch in equally_long(chats, 0, model.device):
         assert loss(model, after, batch) < 0.8 * loss(model, DICTIONARIES, batch)
     for site, dictionary in after.items():
-        torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(dictionary.d_sae))
+        assert torch.equal(dictionary.W_dec, DICTIONARIES[site].W_dec)
         assert torch.equal(DICTIONARIES[site].W_enc, before[site])
 
 
@@ -138,7 +139,7 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_weights(model: Model, tmp_path
         finetune(model, chats, DICTIONARIES, often, seed=0, checkpoint=path, report=killed)
     done.clear()
     resumed = finetune(model, chats, DICTIONARIES, often, seed=0, checkpoint=path, report=done.append)
-    assert done[0] == 3
+    assert 1 <= done[0] <= 3, "it goes on from the last checkpoint that was saved"
     for a, b in zip(whole, resumed, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -155,4 +156,5 @@ def test_train_fine_tunes_after_training_and_leaves_nothing_else(tmp_path: Path)
     [folder] = tmp_path.glob("tuned/saes/tiny-*")
     assert not (folder / "untuned").exists() and not list(folder.glob("checkpoint*"))
     plain, fine_tuned = weights(tmp_path / "plain"), weights(tmp_path / "tuned")
-    assert plain.keys() == fine_tuned.keys() and all(plain[name] != fine_tuned[name] for name in plain)
+    changed = {name for name in plain if plain[name] != fine_tuned[name]}
+    assert plain.keys() == fine_tuned.keys() and changed == {name for name in plain if not name.endswith("W_dec")}
