@@ -190,6 +190,10 @@ class SaeConfig(Section):
     decoder_bias: Literal["median", "mean"] = Field(
         "median", description="where b_dec starts: the geometric median or the mean of a sample"
     )
+    finetune_steps: int = Field(
+        0, ge=0, description="afterwards, train all sites together so many steps, by what the model says next"
+    )
+    finetune_rate: float = Field(3e-4, gt=0, description="learning rate of these steps")
     layers_at_once: int = Field(4, ge=1, description="SAEs trained in one pass over the activations: bounds memory")
     buffer_rows: int = Field(
         1 << 15, ge=1, description="rows per site that are shuffled at once; two such buffers are in memory"
@@ -200,8 +204,9 @@ class SaeConfig(Section):
     )
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on; no seed of their own is left out, so that older SAEs stay valid."""
+        """What the trained weights depend on; what is not used is left out, so that older SAEs stay valid."""
         without = {"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"}
+        without |= set() if self.finetune_steps else {"finetune_steps", "finetune_rate"}
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:
