@@ -6,8 +6,7 @@ end of an ordinary training is enough. Here every chat keeps its own features, a
 errors of another chat whose prompt is as long, which is counterfactual ablation with all features kept
 (`sfc.circuits.counterfactuals`). What is lowered is the divergence of the next token from the model's own, where a
 reply begins and at a share of all other positions, and beside it the variance of the model's own activations that the
-features miss. Neither labels nor scores are used, and the features' directions stay: what a feature writes, and
-whether it comes back from another seed, is as it was.
+features miss. Neither labels nor scores are used.
 """
 
 import math
@@ -34,7 +33,14 @@ from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.kernels import sparse_encode, weighted_row_sums
 from sfc.saes.start import ADAM_EPSILON
-from sfc.saes.train import CHECKPOINT_SHARE, MAX_GRADIENT_NORM, finish
+from sfc.saes.train import (
+    CHECKPOINT_SHARE,
+    MAX_GRADIENT_NORM,
+    finish,
+    normalise_decoder,
+    remove_parallel_gradient,
+    turned,
+)
 
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 10
@@ -74,7 +80,7 @@ def finetune(
     layer = min(map(layer_before, dictionaries))
     scales = _scales(model, batches[-1], list(dictionaries))
     pairs = zip(dictionaries.values(), scales, strict=True)
-    trainings = [_start(dictionary, scale) for dictionary, scale in pairs]
+    trainings = [_start(dictionary, scale, config) for dictionary, scale in pairs]
     k = next(iter(dictionaries.values())).k
     first = restore(checkpoint, trainings) if checkpoint.exists() else 0
     report(first)
@@ -89,6 +95,7 @@ def finetune(
         if comes_again:
             cached[number] = start
         loss = swapped_loss(model, batch, start, trainings, k, np.random.default_rng([seed, step]))
+        loss = loss + config.anchor_weight * sum(map(turned, trainings))
         _descend(trainings, loss, config.finetune_rate * _schedule(step, config.finetune_steps))
         report(1)
         if time.perf_counter() >= checkpoint_at:
@@ -173,23 +180,25 @@ def _descend(trainings: Sequence[Training], loss: Float[Tensor, ""], rate: float
     for training in trainings:
         training.optimizer.zero_grad()
     loss.backward()
+    for training in trainings:
+        remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_([p for t in trainings for p in t.parameters], MAX_GRADIENT_NORM)
     if not norm.isfinite():
         raise UserError(f"fine-tuning of the SAEs diverged (loss {loss.item():g}); lower saes.finetune_rate")
     for training in trainings:
         training.optimizer.param_groups[0]["lr"] = rate
         training.optimizer.step()
+        normalise_decoder(training.parameters.W_dec)
 
 
-def _start(dictionary: TopKDictionary, scale: float) -> Training:
+def _start(dictionary: TopKDictionary, scale: float, config: SaeConfig) -> Training:
     """A dictionary in the units in which it is trained, with an optimiser that knows nothing yet."""
     weights = (dictionary.W_enc.t(), dictionary.b_enc * scale, dictionary.W_dec, dictionary.b_dec * scale)
     parameters = Parameters(*(weight.detach().float().clone().requires_grad_() for weight in weights))
-    parameters.W_dec.requires_grad_(False)
-    learned = [weight for weight in parameters if weight.requires_grad]
-    optimizer = torch.optim.Adam(learned, eps=ADAM_EPSILON, fused=True)
+    optimizer = torch.optim.Adam(list(parameters), eps=ADAM_EPSILON, fused=True)
+    anchors = parameters.W_dec.detach().clone() if config.anchor_weight > 0 else None
     unused = torch.zeros(dictionary.d_sae, dtype=torch.long, device=dictionary.W_dec.device)
-    return Training(dictionary.site, scale, parameters, optimizer, unused, anchors=None)
+    return Training(dictionary.site, scale, parameters, optimizer, unused, anchors)
 
 
 @torch.no_grad()
