@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+from sfc.core.errors import is_count
+
 Item = TypeVar("Item")
 _PATIENCE = timedelta(days=7)
 """the leader may collect for days while the others wait"""
@@ -32,7 +34,7 @@ def local_rank() -> int:
 def _number(name: str, default: int) -> int:
     """What a variable of `torchrun` says; other programs set the same names to whatever they like."""
     value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else default
+    return int(value) if is_count(value) else default
 
 
 def is_leader() -> bool:

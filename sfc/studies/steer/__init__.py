@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from sfc.circuits.options import DiscoveryOptions
-from sfc.core.errors import UserError, suggestion
+from sfc.core.errors import UserError, is_count, suggestion
 from sfc.core.options import Options, Share, option
 from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
@@ -50,7 +50,7 @@ def named_feature(name: str, sites: Sequence[str]) -> tuple[str, int]:
         UserError: it is at none of them.
     """
     short, _, number = name.partition("/F")
-    if not number.isdecimal() or site_from_short(short) not in sites:
+    if not is_count(number) or site_from_short(short) not in sites:
         raise UserError(f"no dictionary at {short}: there are SAEs at {', '.join(sites)}")
     return site_from_short(short), int(number)
 
