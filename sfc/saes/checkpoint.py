@@ -1,5 +1,6 @@
 """SAEs in training: their state, saved and restored to the bit."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfc.core.artifacts import replacing
+from sfc.core.contents import check
 from sfc.core.errors import UserError, first_problem
+from sfc.core.files import replacing
 
 
 class Parameters(NamedTuple):
@@ -29,13 +31,15 @@ class Parameters(NamedTuple):
 
 @dataclass
 class Training:
-    """One SAE in training: everything that changes from step to step, and its scale."""
+    """One SAE in training: everything that changes from step to step, its scale, and perhaps where it started."""
 
     site: str
     scale: float
     parameters: Parameters
     optimizer: torch.optim.Adam
     tokens_since_fired: Int[Tensor, " d_sae"]
+    anchors: Float[Tensor, "d_sae d_in"] | None
+    """the directions that the features are held near, which `start` makes again whenever it is asked"""
 
 
 def save(path: Path, trainings: Sequence[Training], step: int) -> float:
@@ -54,7 +58,7 @@ def steps_done(path: Path) -> int:
     Raises:
         UserError: the file is damaged.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0
     with _opened(path) as (header, _):
         return header.step
@@ -95,6 +99,7 @@ class _Header(BaseModel):
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_Header, Any]]:
     """A checkpoint open for reading; whatever is wrong with it is explained."""
+    check(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield _Header.of(file.metadata() or {}), file
