@@ -1,6 +1,6 @@
 """The same as `sfc collect`."""
 
-from sfc.cli import run_script
+from sfc.__main__ import run_script
 
 if __name__ == "__main__":
     run_script("collect")

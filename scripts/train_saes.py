@@ -1,6 +1,6 @@
 """The same as `sfc train --set saes.source=null`: trains also where the preset has dictionaries that are there."""
 
-from sfc.cli import run_script
+from sfc.__main__ import run_script
 
 if __name__ == "__main__":
     run_script("train", "--set", "saes.source=null")

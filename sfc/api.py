@@ -15,8 +15,8 @@ from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.core.experiments import load_experiment
 from sfc.features.labels import with_own_labels
 from sfc.features.session import PromptSession
-from sfc.pages.curve import curve_figure
 from sfc.pages.graph import circuit_figure
+from sfc.pages.proof import curve_figure
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover import ensure_cards

@@ -7,27 +7,31 @@ goes to standard error.
 
 import errno
 import inspect
+import io
 import os
 import shlex
+import signal
+import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.markup import escape
 
 from sfc.cli_options import Shared, command_of, finish, further_settings, with_shared_options
 from sfc.core.artifacts import package_versions
 from sfc.core.config import ActivationsConfig
-from sfc.core.errors import UserError
+from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError, first_problem
 from sfc.core.experiments import load_experiment, preset_names
-from sfc.core.progress import say
-from sfc.models.sources import cache_folder
+from sfc.core.progress import printable, say
 from sfc.pages.blocks import Table
-from sfc.pages.terminal import show
+from sfc.pages.plain import show
 from sfc.studies.study import STUDIES
 
 
@@ -85,8 +89,7 @@ def export(
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.exports import export_circuit
-    from sfc.circuits.files import load_circuit
+    from sfc.circuits.files import export_circuit, load_circuit
     from sfc.features.labels import labels_of
     from sfc.studies.discover import circuit_of
 
@@ -110,6 +113,12 @@ def explore(
         from sfc.explorer.app import explorer
     except ModuleNotFoundError as error:
         raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"port {port} cannot be used ({error.strerror}): choose another with --port") from None
     app = explorer(shared.root, shared.device)
     say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
     app.run(host="127.0.0.1", port=port, debug=False)
@@ -171,14 +180,29 @@ def doctor(shared: Shared) -> None:
 
 _COMMANDS = (batch, draw, export, explore, data, download, presets, doctor)
 
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EDQUOT: "the disk quota is used up",
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space or choose another --root",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another --root",
+    errno.EFBIG: "a file would be larger than this process may write: raise the limit (ulimit -f)",
+    errno.EROFS: "the disk is read-only: choose another --root",
+    errno.EACCES: "no permission to read or write: change that, or choose another --root",
+    errno.EPERM: "no permission to read or write: change that, or choose another --root",
+    errno.ENAMETOOLONG: "a name is too long: give a shorter one",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENOMEM: "there is not enough memory: make it less, or use a larger machine",
 }
-_INTERRUPTED = 130
-"""exit status of a command that Ctrl-C ended, as shells have it"""
+"""what a user can do about an error of the operating system"""
+_KINDS = {
+    "MemoryError": "there is not enough memory",
+    "OutOfMemoryError": "the device has not enough memory (--device cpu is slower, and may have more)",
+    "SafetensorError": "a file of weights is damaged",
+    "UnicodeError": "a text is not valid UTF-8",
+    "TemplateError": "a chat template cannot be rendered (see --set model.template)",
+    "ImportError": "a package is missing or does not fit the others: pip install it",
+}
+"""what an error says to a user who can correct it, by the name of its class or of one that it is derived from"""
+_ALLOCATION = "allocate memory"
+"""what torch's error of no particular class says when main memory does not suffice"""
 
 
 def command_line() -> typer.Typer:
@@ -202,57 +226,77 @@ def command_line() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; `sfc.__main__` does so for a process of its own."""
     run(command_line, "sfc")
 
 
 def run(program: Callable[[], typer.Typer], name: str) -> NoReturn:
     """Run a program with the process's arguments; whatever goes wrong ends with one line and an exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be valid in any encoding
     try:
         status = program()(sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        _end_silently()
+    except SystemExit as end:
+        if end.code == 1:  # typer's answer to a broken pipe
+            _end_silently()
+        raise
     except UserError as error:
         _end(f"error: {error}", 2)
     except Exception as error:
         message = _user_message(error)
         _end(f"error: {message or _fault_message(error)}", 2 if message else 1)
-    if status == _INTERRUPTED:
-        _end("interrupted: what is finished is kept, and the same command goes on from there", status)
+    if status == INTERRUPTED:
+        _end(INTERRUPTED_LINE, INTERRUPTED)
     sys.exit(status or 0)
 
 
+def _end_silently() -> NoReturn:
+    """Whoever read the output has gone, as `head` does; what is left of it goes nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def _user_message(error: Exception) -> str | None:
-    """What to tell a user of an error that he can correct: of the command line, or of the disk; None for any other."""
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        place = error.filename or Path.cwd()
-        return f"{_DISK_ERRORS[error.errno]}: {place}; free some space or choose another --root"
-    of_usage = getattr(error, "format_message", None)  # typer brings its own copy of click, whose classes are private
-    return f"{of_usage()} (see --help)" if of_usage else None
+    """What to tell a user of an error that he can correct; None for a fault of the program."""
+    if of_usage := getattr(error, "format_message", None):  # typer's copy of click has private classes
+        return f"{of_usage()} (see --help)"
+    told = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, ValidationError):
+        return f"a file or a setting does not have the form that it should: {first_problem(error)}"
+    if isinstance(error, OSError):
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        places = ", ".join(map(os.fsdecode, names))
+        if remedy := _REMEDIES.get(error.errno or 0):
+            return f"{remedy} ({places or Path.cwd()})"
+        what = f"cannot read or write {places or 'a file'}: {error.strerror or told}; check what is there"
+        return what if error.errno else told  # libraries raise it with a sentence of their own
+    if isinstance(error, RuntimeError) and _ALLOCATION in told:
+        return f"there is not enough memory: {told}"
+    kinds = [_KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _KINDS]
+    return f"{kinds[0]}: {told}" if kinds else None
 
 
 def _fault_message(error: Exception) -> str:
     """What to tell a user of an error that is the program's; the traceback goes to a file."""
     what = f"unexpected {type(error).__name__}: {error}"[:300]
-    path = cache_folder() / "faults" / f"{datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}.txt"
     told = [shlex.join(["sfc", *sys.argv[1:]]), str(package_versions()), traceback.format_exc()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(told), encoding="utf-8")
+        descriptor, path = tempfile.mkstemp(prefix="sfc-fault-", suffix=".txt")
+        os.close(descriptor)
+        Path(path).write_text("\n".join(told), encoding="utf-8", errors="backslashreplace")
     except OSError:
-        print(*told, sep="\n", file=sys.stderr)
-        return f"{what}; its traceback stands above"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{what} (line {last.lineno} of {last.filename}; its traceback could not be written)"
     return f"{what}; its traceback is in {path}"
 
 
 def _end(message: str, status: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    with suppress(OSError):
+        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-def run_script(command: str, *options: str) -> None:
-    """What a script in `scripts/` does: `sfc COMMAND` with these options and then the script's arguments."""
-    sys.argv = [sys.argv[0], command, *options, *sys.argv[1:]]
-    main()
-
-
-if __name__ == "__main__":
-    main()

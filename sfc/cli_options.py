@@ -14,10 +14,10 @@ from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.core.options import Flag, Options, flags_of, overrides_of
-from sfc.core.progress import say
+from sfc.core.progress import printable, say
 from sfc.core.ranks import is_leader
 from sfc.pages.blocks import Table
-from sfc.pages.terminal import show
+from sfc.pages.plain import show
 from sfc.run import Run
 from sfc.studies.batch import load_study
 from sfc.studies.study import Study, ensure
@@ -172,6 +172,6 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
         if as_json:
             say(path)
         else:
-            print(path)
+            print(printable(path))
     if as_json:
         print(json.dumps(result, allow_nan=False))

@@ -48,7 +48,7 @@ def sfc(*arguments: object, root: Path) -> Finished:
 def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
     """Run a command in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, "-m", "sfc.cli", *map(str, arguments), "--root", str(root)],
+        [sys.executable, "-m", "sfc", *map(str, arguments), "--root", str(root)],
         capture_output=True, text=True, cwd=root, env={**os.environ, "COLUMNS": "200", **environment},
     )  # fmt: skip
     return Finished(ran.returncode, ran.stdout, ran.stderr)

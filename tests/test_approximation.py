@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sfc.circuits.approximation import agreement, approximation_check
 from sfc.circuits.methods import Effects
-from sfc.circuits.methods.exact import exact_effects
+from sfc.circuits.methods.exact import agreement, approximation_check, exact_effects
 from sfc.circuits.problem import Problem
 from sfc.models.score import score_batch
 

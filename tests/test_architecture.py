@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "sfc"
 ROOMS = (
     "core", "stats", "data", "models", "saes", "circuits", "behaviors", "run", "session", "features", "pages",
-    "studies", "api", "explorer", "cli_options", "cli",
+    "studies", "api", "explorer", "cli_options", "cli", "__main__",
 )  # fmt: skip
 MOST_LINES = 400
 PATHS = sorted(PACKAGE.rglob("*.py"))

@@ -16,9 +16,8 @@ from sfc.circuits.baselines import mean_baseline, paired_baseline, zero_baseline
 from sfc.circuits.circuit import effects_by_role, role_names
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import METHODS, NATS
-from sfc.circuits.methods.attribution import BatchEffects, attributed_effects
+from sfc.circuits.methods.attribution import BatchEffects, attributed_effects, integrated_effects
 from sfc.circuits.methods.exact import exact_effects
-from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig

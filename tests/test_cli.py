@@ -325,14 +325,15 @@ STUDIES.register(Ending())
 def _ending(ends: str, folder: Path) -> Finished:
     plugin = folder / "ending.py"
     plugin.write_text(PLUGIN.replace("ENDS", ends))
-    cache = {"SFC_CACHE": str(folder / "cache")}
-    return sfc_process("ending", "--preset", "tiny", root=folder, SFC_PLUGINS=str(plugin), **cache)
+    (folder / "faults").mkdir()
+    own = {"SFC_PLUGINS": str(plugin), "TMPDIR": str(folder / "faults")}
+    return sfc_process("ending", "--preset", "tiny", root=folder, **own)
 
 
 def test_an_unexpected_fault_is_one_line_that_says_where_its_traceback_lies(tmp_path: Path) -> None:
     finished = _ending("raise ValueError('one line\\nand another')", tmp_path)
     assert finished.status == 1 and "Traceback" not in finished.stderr
-    (told,) = (tmp_path / "cache" / "faults").iterdir()
+    (told,) = (tmp_path / "faults").iterdir()
     last = finished.stderr.splitlines()[-1]
     assert last == f"error: unexpected ValueError: one line and another; its traceback is in {told}"
     text = told.read_text(encoding="utf-8")

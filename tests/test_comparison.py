@@ -19,17 +19,20 @@ from sfc.models import loading
 from sfc.models.loading import load_weights
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.compare import transfer
 from sfc.studies.compare.measure import CORE, OWN, REST, problems
 from sfc.studies.compare.overlap import (
+    TRANSFER_MEASURES,
     Overlaps,
     Verdict,
     cluster,
-    in_words,
     jaccard,
+    measured_transfer,
+    overlap_in_words,
     shared_core,
+    transfer_in_words,
     verdict,
     weighted_overlap,
+    with_recovered,
 )
 
 weights = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 10))
@@ -120,24 +123,24 @@ def _transfer(own: float, other: float, figure: str) -> pd.DataFrame:
         for a in range(10)
         for b in range(10)
     ]
-    unmeasured = {name: np.nan for name in ("recovered_toxic", "recovered_safe", *transfer.MEASURES) if name != figure}
+    unmeasured = {name: np.nan for name in ("recovered_toxic", "recovered_safe", *TRANSFER_MEASURES) if name != figure}
     return pd.DataFrame(rows).assign(**unmeasured).drop(columns="recovered")
 
 
 def test_transfer_by_hand() -> None:
-    found = transfer.measured(_transfer(0.5, 0.3, "gap_kept"), seed=0)
+    found = measured_transfer(_transfer(0.5, 0.3, "gap_kept"), seed=0)
     assert set(found) == {"gap_kept"}, "what is not measured is left out"
     assert found["gap_kept"].own == pytest.approx(0.545) and found["gap_kept"].other == pytest.approx(0.345)
     assert found["gap_kept"].difference == pytest.approx(0.2)
     assert found["gap_kept"].difference_low == pytest.approx(0.2) == found["gap_kept"].difference_high
-    told = transfer.in_words(found)
+    told = transfer_in_words(found)
     assert "(difference 0.20, 95 % interval over categories 0.20 to 0.20)" in told
     assert "do not tell the two sides apart" not in told
 
 
 def test_the_lesser_direction_counts() -> None:
     rows = pd.DataFrame({"recovered_toxic": [1.0, 0.4, 0.9], "recovered_safe": [0.0, 0.6, np.nan]})
-    assert transfer.with_recovered(rows)["recovered"].tolist() == pytest.approx([0, 0.4, np.nan], nan_ok=True)
+    assert with_recovered(rows)["recovered"].tolist() == pytest.approx([0, 0.4, np.nan], nan_ok=True)
 
 
 def test_nothing_that_a_constant_refuser_has_makes_a_claim() -> None:
@@ -145,10 +148,10 @@ def test_nothing_that_a_constant_refuser_has_makes_a_claim() -> None:
     cheat = _transfer(0.0, 0.0, "gap_kept").assign(
         gap_kept=0.0, faithfulness=1.0, recovered_toxic=1.0, recovered_safe=0.0
     )
-    told = transfer.in_words(transfer.measured(cheat, seed=0))
+    told = transfer_in_words(measured_transfer(cheat, seed=0))
     assert told.startswith("The circuits do not tell the two sides apart") and "faithfulness" not in told
-    only_faithful = transfer.measured(_transfer(1.0, 1.0, "faithfulness"), seed=0)
-    assert transfer.in_words(only_faithful).startswith("Whether these circuits decide is not measurable")
+    only_faithful = measured_transfer(_transfer(1.0, 1.0, "faithfulness"), seed=0)
+    assert transfer_in_words(only_faithful).startswith("Whether these circuits decide is not measurable")
 
 
 FEW = (
@@ -169,10 +172,10 @@ def compared(root: Path) -> dict:
 
 def test_other_measures_are_told_beside_shared_nodes() -> None:
     alike = Verdict(0.6, 0.5, None, None, 0.1, -0.1, 0.3, "Alike.")
-    assert in_words({"jaccard": alike}) == "Alike."
+    assert overlap_in_words({"jaccard": alike}) == "Alike."
     apart = alike._replace(within=0.7, difference_low=0.15, difference_high=0.25)
     told = "Alike. The same by other measures: edges, Jaccard 0.70 and 0.50 (difference 0.15 to 0.25)."
-    assert in_words({"jaccard": alike, "edge_jaccard": apart}) == told
+    assert overlap_in_words({"jaccard": alike, "edge_jaccard": apart}) == told
 
 
 def test_the_command_compares_all_pairs(compared: dict, root: Path) -> None:

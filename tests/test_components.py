@@ -20,9 +20,8 @@ from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.methods import METHODS
-from sfc.circuits.methods.attribution import attributed_effects
+from sfc.circuits.methods.attribution import attributed_effects, integrated_effects
 from sfc.circuits.methods.exact import exact_effects
-from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Problem, PromptRuns

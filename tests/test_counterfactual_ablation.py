@@ -17,9 +17,8 @@ from sfc.circuits.edges import attribution_weights
 from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods import METHODS
-from sfc.circuits.methods.attribution import attributed_effects
+from sfc.circuits.methods.attribution import attributed_effects, integrated_effects
 from sfc.circuits.methods.exact import exact_effects
-from sfc.circuits.methods.integrated_gradients import integrated_effects
 from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps

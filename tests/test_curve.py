@@ -6,8 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from drawn_circuits import make_curve
 
-from sfc.pages.curve import curve_figure
 from sfc.pages.explorable import shown_sizes
+from sfc.pages.proof import curve_figure
 
 
 def traces_by_name(figure: go.Figure) -> dict[str, dict]:

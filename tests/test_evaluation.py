@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfc.circuits.controls import area, curve_areas, single_site_faithfulness
 from sfc.circuits.faithfulness import (
     Scores,
     ablated_scores,
+    area,
     choose_size,
     circuit_metrics,
+    curve_areas,
     curve_sizes,
     evaluation_curve,
     faithfulness_of_sizes,
@@ -21,6 +22,7 @@ from sfc.circuits.faithfulness import (
     matching_strata,
     metrics_with_intervals,
     random_circuits,
+    single_site_faithfulness,
     top_circuits,
 )
 from sfc.circuits.nodes import Nodes

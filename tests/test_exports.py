@@ -8,7 +8,7 @@ import networkx as nx
 import pandas as pd
 import pytest
 
-from sfc.circuits.exports import FORMATS, circuit_tracer_graph, export_circuit
+from sfc.circuits.files import FORMATS, circuit_tracer_graph, export_circuit
 from sfc.core.errors import UserError
 
 LABELS = {"resid_post.3/F7": "a <label> \x00\ud800 & “more”"}

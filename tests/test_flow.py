@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfc.circuits.flow import downstream
+from sfc.circuits.edges import downstream
 from sfc.core.sites import in_order, short_site, site_from_short
 
 

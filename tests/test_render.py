@@ -1,6 +1,7 @@
 """Roles and template_positions: which part of the template a token is."""
 
 import copy
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ def test_a_token_that_spans_a_border_is_content() -> None:
         """A tokenizer whose tokens are pairs of characters, whatever they belong to."""
 
         bos_token = None
+        added_tokens_decoder: ClassVar = {}
 
         def __call__(self, texts: list[str], **_: object) -> dict[str, list]:
             offsets = [[(i, min(i + 2, len(text))) for i in range(0, len(text), 2)] for text in texts]

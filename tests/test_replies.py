@@ -8,7 +8,7 @@ import pytest
 
 from sfc.circuits.faithfulness import Ablations, prepared
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import COLUMNS, counts_by_kind, replies_by_kind
+from sfc.circuits.proof import REPLY_COLUMNS, counts_by_kind, replies_by_kind
 from sfc.models import engine
 from sfc.models.engine import NO_EDIT
 from sfc.stats import wilson
@@ -25,7 +25,7 @@ def test_counts_are_those_of_a_loop_over_prompts_and_ablations(problem: Problem)
     prompts = pd.DataFrame({"id": range(n), "kind": np.where(np.arange(n) % 2, "safe", "toxic")})
     circuit = np.arange(n_nodes) % 3 == 0
     table = replies_by_kind(problem, problem.runs, prompts, circuit, n, 5, seed=0)
-    assert list(table.columns) == list(COLUMNS) and len(table) == 8
+    assert list(table.columns) == list(REPLY_COLUMNS) and len(table) == 8
     runs = prepared(problem.model, problem.runs)
     ablations = {
         "model": NO_EDIT,

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from test_formats import BYTES
 
 from sfc.pages.blocks import Commands, Formula, Paragraph, Section, Table, cell, grid_table
-from sfc.pages.markdown import markdown_report, markdown_text
+from sfc.pages.plain import markdown_report, markdown_text
 from sfc.pages.text import printable
 from sfc.studies.study import STUDIES, Finished
 

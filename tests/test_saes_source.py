@@ -34,7 +34,7 @@ D_IN = 32
 
 
 def sfc(*arguments: object, root: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sfc.cli", *map(str, arguments), "--preset", "tiny", "--root", str(root), "--json"]
+    command = [sys.executable, "-m", "sfc", *map(str, arguments), "--preset", "tiny", "--root", str(root), "--json"]
     environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
 

@@ -23,7 +23,7 @@ SMALL = ("--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40
 
 
 def start(root: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, *(launcher or ("-m", "sfc.cli", "train")), *SMALL, "--root", str(root), *options]
+    command = [sys.executable, *(launcher or ("-m", "sfc", "train")), *SMALL, "--root", str(root), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -121,7 +121,7 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
 
 
 def test_what_a_collection_will_take_is_said_without_the_weights(undisturbed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sfc.cli", "collect", *SMALL, "--root", str(tmp_path), "--dry-run", "--json"]
+    command = [sys.executable, "-m", "sfc", "collect", *SMALL, "--root", str(tmp_path), "--dry-run", "--json"]
     command += ["--site", "hook_z.1"]
     takes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     (manifest,) = (json.loads(path.read_text()) for path in undisturbed.glob("activations/tiny-*/manifest.json"))

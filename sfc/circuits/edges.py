@@ -1,6 +1,13 @@
-"""Edges: what passes from a node to one at a site that its own site writes directly into (see `sfc.circuits.flow`).
+"""Edges: what passes from a node to one at a site that its own site writes directly into.
 
-By attribution (Marks et al. 2024, without splicing anything in), the weight of an edge u -> d is, to first order,
+A block reads the residual stream (`resid_pre`) with its attention, heads (`hook_z`) first and their sum (`attn_out`)
+after; what the MLP reads (`resid_mid`) is the stream with that added, and its output (`mlp_out`) makes the next stream
+(`resid_post`), which the next block calls `resid_pre`. `resid_mid` is what the MLP reads and no more: an intervention
+there leaves the stream that goes around the MLP as it is. One site writes directly into another where something passes
+between them without passing a third site in use, so that edges form a directed acyclic graph. With `attn_out`,
+`mlp_out` and `resid_post` at every layer they are those of Marks et al. 2024.
+
+By attribution (without splicing anything in), the weight of an edge u -> d is, to first order,
 `sum_{s,t} (ds/df_d,t) (df_d,t/df_u,s) (f_u,s - f_ref_u,s)`, d a feature or the error of a site downstream. With x and
 x' the activations at the two sites and g' = ds/dx' in the plain model, it is `covector(d) . J displacement(u)`, summed
 over the tokens of a prompt, of three things:
@@ -21,8 +28,10 @@ A kind of edge is a function from a `Problem` and a circuit's nodes to edges, re
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
+import networkx as nx
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,16 +39,54 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.circuits.flow import Stops, downstream
 from sfc.circuits.gradients import SiteGradient, prompt_of_token, score_gradients
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
+from sfc.core.sites import layer_of, site_of
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
 from sfc.saes.kernels import row_dots
 from sfc.stats import pearson
+
+Stops = tuple[str, ...]
+"""sites in use between two others: what passes through them does not pass directly"""
+
+
+def downstream(site: str, sites: Sequence[str]) -> list[tuple[str, Stops]]:
+    """The sites that this one writes directly into, each with the sites at which other ways there are stopped.
+
+    Args:
+        sites: all that are in use, in the order in which the model passes them.
+    """
+    flow = _flow(max(map(layer_of, sites)))
+    others = [other for other in sites if other != site]
+    after = nx.descendants(flow, site)
+    reached = []
+    for other in others:
+        if other in after:
+            direct = flow.subgraph(set(flow) - set(others) | {other})
+            if nx.has_path(direct, site, other):
+                stops = after & nx.ancestors(flow, other)
+                reached.append((other, tuple(stop for stop in others if stop in stops)))
+    return reached
+
+
+@cache
+def _flow(last_layer: int) -> nx.DiGraph:
+    """What passes into what: all sites up to a layer, and the streams between attention and MLP, which are no sites."""
+    flow = nx.DiGraph()
+    for layer in range(last_layer + 1):
+        pre, z, attn, mid, mlp, post = (
+            site_of(kind, layer) for kind in ("resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        stream = f"stream after the attention of layer {layer}"
+        nx.add_path(flow, [pre, z, attn, stream, mid, mlp, post])
+        nx.add_path(flow, [pre, stream, post])
+        if layer > 0:
+            flow.add_edge(site_of("resid_post", layer - 1), pre)
+    return flow
 
 
 class Pair(NamedTuple):

@@ -17,6 +17,7 @@ model/source) may all be nodes; `…/error` is the error node.
 """
 
 import csv
+import io
 import math
 import re
 from collections import Counter
@@ -29,6 +30,7 @@ from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError
+from sfc.core.reading import read_text
 from sfc.core.sites import layer_of, short_site
 from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.source import for_layer
@@ -88,12 +90,9 @@ def _from_json(path: Path) -> ListedCircuit:
 
 def _csv_records(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not CSV in UTF-8 ({error})") from None
+        return list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error})") from None
 
 
 def _from_records(form: str, records: Sequence[Any], path: Path) -> ListedCircuit:

@@ -6,7 +6,7 @@ works as well.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from sfc.core.errors import UserError
 from sfc.core.options import Options, Section, Share, option
@@ -26,6 +26,9 @@ class ModelConfig(Section):
         "chat", description="chat: the tokenizer's own; plain: 'User: … Assistant:'; or a text with {prompt} in it"
     )
     system_prompt: str | None = Field(None, description="system message of the chat template; null: the template's own")
+    template_arguments: dict[str, JsonValue] = Field(
+        {}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
     refusal_tokens: list[str] = Field(
         min_length=1, description="tokens that open a refusal: the set R of the refusal score"
     )
@@ -218,9 +221,9 @@ class Experiment(Section):
     Beside the sections below it has those that studies, behaviors and methods register (see `Options`).
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     behavior: str = Field("refusal", description="what is explained: the name of a registered behavior")
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()  # pyright: ignore[reportCallIssue]

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+INTERRUPTED = 130
+"""exit status of a command that Ctrl-C ended, as shells have it"""
+INTERRUPTED_LINE = "interrupted: what is finished is kept, and the same command goes on from there"
+
+
 class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong, and the user can put it right.
 
@@ -18,6 +23,12 @@ class UserError(Exception):
 
 class CannotLoadModel(UserError):
     """A model's weights or tokenizer cannot be had, so that nothing can be done with it."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign error says, in one line without control characters."""
+    text = "".join(char if char.isprintable() else " " for char in str(error))
+    return " ".join(text.split())[:limit] or type(error).__name__
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError, suggestion
 from sfc.core.options import SECTIONS
+from sfc.core.reading import parse_yaml, read_yaml
 from sfc.core.registry import load_plugins
 
 PRESETS = Path(__file__).parent / "presets"
@@ -31,7 +31,7 @@ def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
         UserError: the preset does not exist, is not YAML, or a key or value is not valid.
     """
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no preset {preset!r}: {suggestion(preset, preset_names())} (or give a .yaml file)")
     values = read_yaml(path)
     if not isinstance(values, dict):
@@ -43,20 +43,6 @@ def load_experiment(preset: str, overrides: Iterable[str] = ()) -> Experiment:
         return experiment_of(values)
     except ValidationError as error:
         raise UserError(f"{path.name}: {_first_problem(error)}") from None
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        UserError: the file is missing, or is not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def experiment_of(values: Mapping[str, Any]) -> Experiment:
@@ -93,10 +79,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    values[last] = parse_yaml(text, f"--set {override[:100]!r}: {text[:100]!r}")
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -11,19 +11,31 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from sfc.core.errors import UserError
 from sfc.core.registry import KnownTo
 
+_LARGEST = 2**53
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of an experiment: immutable, and strict about names so that a misspelt key is an error."""
+    """A part of an experiment: immutable, and strict about names so that a misspelt key is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Numbers are finite and no larger than what a double holds exactly: they go into JSON and into arrays.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_have_a_size(self) -> Self:
+        for name, value in self:
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and abs(number) > _LARGEST:
+                    raise ValueError(f"{name} is larger than {_LARGEST:,}")
+        return self
 
 
 class Options(Section):

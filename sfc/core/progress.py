@@ -1,5 +1,6 @@
 """What long work says while it runs: lines and progress bars on standard error."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,9 +15,25 @@ from sfc.core.ranks import is_leader
 console = Console(stderr=True, highlight=False, quiet=not is_leader())
 
 
+_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+# Control, format (which turn the direction of the text), surrogate, private and unassigned characters; separators.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
 def say(line: str) -> None:
-    """One line to standard error; its brackets are text, not markup."""
-    console.print(line, markup=False, soft_wrap=True)
+    """One line to standard error; its brackets are text, not markup, and nothing in it moves the cursor."""
+    console.print(printable(line), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with line breaks, control and other invisible characters replaced by visible signs."""
+    return "".join(_SIGNS.get(character) or _shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) not in _INVISIBLE:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class _Rate(ProgressColumn):

@@ -9,8 +9,9 @@ import pandas as pd
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
-from sfc.data.read import read_table, read_text
-from sfc.data.render import Role, TokenizedPrompt
+from sfc.core.reading import read_text
+from sfc.data.read import read_table
+from sfc.data.render import Role, TokenizedPrompt, plain_ids
 from sfc.data.schema import prompt_ids
 
 PROMPTS, SAMPLED = "prompts", "sampled"
@@ -105,7 +106,7 @@ def pieces(tokenizer: Any, texts: Iterable[str], context: int, max_tokens: int |
     cut: list[TokenizedPrompt] = []
     total = 0
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = plain_ids(tokenizer, text)
         for start in range(0, len(ids), step):
             room = context if max_tokens is None else min(context, max_tokens - total)
             piece = np.array([*opening, *ids[start : start + step]][:room])

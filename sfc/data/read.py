@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from sfc.core.errors import UserError, suggestion
 from sfc.core.progress import say
+from sfc.core.reading import read_text
 from sfc.data.schema import with_ids
 
 LABELS = ("toxic", "hard", "safe")
@@ -79,27 +80,6 @@ def load_prompt_file(path: Path) -> pd.DataFrame:
         label=_canonical_labels(path, table["label"], _XSTEST_LABELS if is_xstest else {}),
     )
     return _without_copies(path, with_ids(prompts)).reset_index(drop=True)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark; line breaks are as they are in the file.
-
-    Raises:
-        UserError: the file is missing, cannot be read, or is not UTF-8.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path, or fetch the data with `sfc download`") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it must be a file that you may read") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} is not UTF-8 (line {line}: byte 0x{data[error.start]:02x}): save it again with the encoding UTF-8"
-        ) from None
 
 
 def _csv(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -3,20 +3,38 @@
 Roles are found by character offsets in the rendered text: `prefix` (template before the user's text), `content`,
 `suffix` (template after it, where the model decides). A token that spans a border is content. What the model itself
 wrote after the suffix, or is made to have written, is `reply`.
+
+A template is code that comes with a model. What it renders depends on nothing but itself and its arguments: a date that
+it prints is always the same one. And what a prompt says stays text: where it spells a token of the template, such as
+`<|im_end|>`, it is read as the characters that it is made of.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from enum import IntEnum
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, one_line
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant:"
 _SLOT = "{prompt}"
 _PROBE = "\u2042probe\u2042"
+_DAY = datetime(2024, 7, 26)
+"""the day on which every template is rendered"""
+_DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", *"aAbBdeFmyYjHIMSpfuwUWcxX", "%")
+# Jinja gives a template no other way to the date, and transformers no way to set it: a macro takes the function's place.
+_PINNED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{letter}', {_DAY.strftime('%' + letter)!r})" for letter in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Role(IntEnum):
@@ -35,21 +53,27 @@ class TokenizedPrompt(NamedTuple):
     roles: Int[np.ndarray, " pos"]
 
 
-def template_around(tokenizer: Any, template: str, system_prompt: str | None) -> tuple[str, str]:
+def template_around(
+    tokenizer: Any, template: str, system_prompt: str | None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+) -> tuple[str, str]:
     """The text before and after the user's prompt.
 
     Args:
         template: `chat` (the tokenizer's own), `plain`, or a text that holds `{prompt}` once.
+        arguments: variables of the chat template.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the template does not hold the prompt exactly once.
+        UserError: the tokenizer has no chat template, or it cannot be rendered, or not twice the same way, or the
+            template does not hold the prompt exactly once.
     """
     if template == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("this model has no chat template: use --set model.template=plain or a text with {prompt}")
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         messages = [*system, {"role": "user", "content": _PROBE}]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = _rendered(tokenizer, messages, arguments)
+        if _rendered(tokenizer, messages, arguments) != rendered:
+            raise UserError("this model's chat template renders otherwise each time: use a text with {prompt} instead")
         around = rendered.split(_PROBE)
     else:
         around = (PLAIN_TEMPLATE if template == "plain" else template).split(_SLOT)
@@ -58,34 +82,148 @@ def template_around(tokenizer: Any, template: str, system_prompt: str | None) ->
     return around[0], around[1]
 
 
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], arguments: Mapping[str, Any]) -> str:
+    try:
+        source = tokenizer.get_chat_template()
+        if "strftime_now" in source:
+            source = _PINNED_DATE + source
+        return tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True, **arguments
+        )
+    except Exception as error:  # a template can raise whatever it likes
+        raise UserError(
+            f"this model's chat template cannot be rendered ({one_line(error)}): change model.system_prompt or"
+            " model.template_arguments, or use model.template=plain or a text with {prompt}"
+        ) from None
+
+
 def tokenize_prompts(
-    tokenizer: Any, texts: list[str], template: str = "chat", system_prompt: str | None = None, reply: str = ""
+    tokenizer: Any,
+    texts: list[str],
+    template: str = "chat",
+    system_prompt: str | None = None,
+    reply: str = "",
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> list[TokenizedPrompt]:
     """Render each text in the template and tokenize it, with roles.
 
     A `reply` that is begun for the model comes after the template; a space sets it off where the template does not end
     in white space.
 
-    A tokenizer's own special tokens (such as a BOS) are added only where the template does not write them itself.
+    Special tokens that the tokenizer puts before every text by itself (such as a BOS) are added only where the template
+    does not write them; what it puts after a text never is, because the model decides at the template's last token.
 
     Raises:
-        UserError: as `template_around`.
+        UserError: as `template_around`, or a text spells a token of the template and cannot be read otherwise.
     """
-    before, after = template_around(tokenizer, template, system_prompt)
+    before, after = template_around(tokenizer, template, system_prompt, arguments)
     begun = f" {reply}" if reply and not after[-1:].isspace() else reply
-    rendered = [before + text + after + begun for text in texts]
+    after_all = after + begun
     writes_bos = template == "chat" or (tokenizer.bos_token is not None and before.startswith(tokenizer.bos_token))
-    encoded = tokenizer(rendered, add_special_tokens=not writes_bos, return_offsets_mapping=True)
+    opening = [] if writes_bos else opening_tokens(tokenizer)
+    encoded = _encoded(tokenizer, [before + text + after_all for text in texts])
+    control = control_tokens(tokenizer, before + after_all)
+    [own] = _encoded(tokenizer, [before + "x" + after_all])
     prompts = []
-    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        start, end = np.array(offsets).T
+    for text, tokens in zip(texts, encoded, strict=True):
+        if control and _of(control, tokens) != _of(control, own):
+            tokens = _with_plain_content(tokenizer, before, text, after_all, own, control)
+        start, end = np.array([(0, 0)] * len(opening) + [offsets for _, offsets in tokens]).reshape(-1, 2).T
         content_end = len(before) + len(text)
-        roles = np.full(len(ids), Role.CONTENT)
+        roles = np.full(len(start), Role.CONTENT)
         roles[end <= len(before)] = Role.PREFIX
         roles[(start >= content_end) & (end > content_end)] = Role.SUFFIX
         roles[start >= content_end + len(after)] = Role.REPLY
-        prompts.append(TokenizedPrompt(np.array(ids), roles))
+        prompts.append(TokenizedPrompt(np.array([*opening, *(token for token, _ in tokens)]), roles))
     return prompts
+
+
+_Tokens = list[tuple[int, tuple[int, int]]]
+"""ids, and from which character to which each goes"""
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[_Tokens]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [list(zip(ids, offsets, strict=True)) for ids, offsets in pairs]
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text by itself."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(bare)] == bare), 0)]
+
+
+def control_tokens(tokenizer: Any, template: str = "") -> frozenset[int]:
+    """Ids that no text of a user may become: special tokens, and whatever else a template writes as one token."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(
+        number
+        for number, token in added
+        if not token.content.isspace() and (token.special or token.content in template)
+    )
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without special ones; what spells such a token is read as its characters."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    control = control_tokens(tokenizer)
+    return ids if control.isdisjoint(ids) else _without_control(tokenizer, control).encode(text).ids
+
+
+def _of(control: frozenset[int], tokens: _Tokens) -> list[int]:
+    return [token for token, _ in tokens if token in control]
+
+
+def _with_plain_content(
+    tokenizer: Any, before: str, text: str, after: str, own: _Tokens, control: frozenset[int]
+) -> _Tokens:
+    """The tokens of a prompt that spells tokens of the template: the template's from elsewhere, its own as plain text.
+
+    Args:
+        own: tokens of the template around one character.
+
+    Raises:
+        UserError: the tokens do not fit together, or its own are still tokens of the template.
+    """
+    start, end, longer = len(before), len(before) + len(text), len(text) - 1
+    prefix = [(token, span) for token, span in own if span[1] <= start]
+    suffix = [(token, (a + longer, b + longer)) for token, (a, b) in own if a > start]
+    rendered = before + text + after
+    # Read from the template's last token before the text to its first after it, which nothing merges with.
+    read_from = max((b for token, (_, b) in prefix if token in control), default=0)
+    read_to = min((a for token, (a, _) in suffix if token in control), default=len(rendered))
+    read = _without_control(tokenizer, control).encode(rendered[read_from:read_to], add_special_tokens=False)
+    spans = [(a + read_from, b + read_from) for a, b in read.offsets]
+    first, last = (prefix[-1][1][1] if prefix else 0), (suffix[0][1][0] if suffix else len(rendered))
+    content = [
+        (token, span)
+        for token, span in zip(read.ids, spans, strict=True)
+        if first <= span[0] and span[1] <= last and span[0] < end and span[1] > start
+    ]
+    edges = (content[0][1][0] - first, last - content[-1][1][1]) if content else (1, 1)
+    if any(edges) or _of(control, content):
+        raise UserError(
+            f"the prompt {text[:60]!r} spells a token of the model's template, which this tokenizer cannot read as plain"
+            " text: leave it out"
+        )
+    return [*prefix, *content, *suffix]
+
+
+@lru_cache(maxsize=4)
+def _without_control(tokenizer: Any, control: frozenset[int]) -> Any:
+    """A tokenizer that reads what spells these tokens as plain text."""
+    from tokenizers import Tokenizer
+
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = token["id"] in control
+    plain = Tokenizer.from_str(json.dumps(described))
+    plain.encode_special_tokens = True
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
 
 
 def answered(prompt: TokenizedPrompt, reply: Sequence[int]) -> TokenizedPrompt:

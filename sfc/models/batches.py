@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sfc.data.render import Role, TokenizedPrompt
-from sfc.models.loading import Model
+from sfc.models.model import Model
 
 NO_POSITION = -1
 PAD_ROLE = -1

@@ -22,7 +22,7 @@ from sfc.core.sites import site_of
 from sfc.models.batches import Batch
 from sfc.models.engine import Alike, Edits
 from sfc.models.interventions import Intervention, Interventions
-from sfc.models.loading import Model
+from sfc.models.model import Model
 from sfc.models.positions import EditKind, steered_tokens
 from sfc.models.running import layer_before
 

@@ -21,7 +21,7 @@ from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, cache_suffixes, flush_right, similar_lengths
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention, Interventions
-from sfc.models.loading import Model
+from sfc.models.model import Model
 from sfc.models.running import CachedResidual, cached_residual_after, last_logits, layer_before, logits_at
 from sfc.models.score import Score, score_batch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfc.data.render import TokenizedPrompt, answered
 from sfc.models.batches import KVCachedSuffix, TemplateLayout, flush_right, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
-from sfc.models.loading import Model
+from sfc.models.model import Model
 
 Choose = Callable[[Float[Tensor, "rows vocab"], Int[Tensor, " rows"], int], Int[Tensor, " rows"]]
 """Chooses the next tokens from their logits, of which it is told the rows in the batch and the number of the step."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sfc.models.loading import Model
+from sfc.models.model import Model
 
 Intervention = Callable[[Tensor], Tensor | None]
 """Takes the activation [batch, pos, …] at a site; returns what replaces it, or None to leave it as it is."""

@@ -4,9 +4,6 @@ A LoRA adapter (Hu et al. 2021), in the format of the `peft` library, is merged 
 `(alpha / r) B A` to a weight matrix W [out, in], with A [r, in] and B [out, r].
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,15 +11,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sfc.core.artifacts import read_json
 from sfc.core.config import ModelConfig
-from sfc.core.errors import CannotLoadModel, UserError
+from sfc.core.errors import CannotLoadModel, UserError, one_line
 from sfc.core.ranks import local_rank
-from sfc.data.render import TokenizedPrompt, tokenize_prompts
-from sfc.models.linear import use_quick_products
+from sfc.models.bridging import bridged
+from sfc.models.model import Model, n_positions, not_finite
 from sfc.models.sources import ADAPTER_CONFIG, WEIGHTS, adapter_folder, embedded_model_folder, tiny_model_folder
 
 
@@ -54,59 +50,6 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Model:
-    """A language model ready to be run and looked into."""
-
-    bridge: TransformerBridge
-    tokenizer: Any
-    config: ModelConfig
-
-    @property
-    def hf(self) -> Any:
-        """The Hugging Face model; the bridge's hooks live inside it."""
-        return self.bridge.original_model
-
-    @cached_property
-    def hooks(self) -> Mapping[str, torch.nn.Module]:
-        """The hook points by name. The bridge lists them again each time it is asked: milliseconds that add up."""
-        return self.bridge.hook_dict
-
-    @property
-    def n_layers(self) -> int:
-        return self.bridge.cfg.n_layers
-
-    @property
-    def d_model(self) -> int:
-        return self.bridge.cfg.d_model
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.hf.parameters()).dtype
-
-    def tokenize(self, texts: Sequence[str], reply: str = "") -> list[TokenizedPrompt]:
-        """Render prompts in this model's template, each with the start of a reply, and tokenize them, with roles."""
-        return tokenize_prompts(self.tokenizer, list(texts), self.config.template, self.config.system_prompt, reply)
-
-    def width(self, site: str) -> int:
-        """Dimensions of the activation at a site; the heads' outputs (`hook_z`) count side by side."""
-        config = self.bridge.cfg
-        return config.n_heads * config.d_head if site.endswith("hook_z") else config.d_model
-
-    def check_sites(self, sites: Sequence[str]) -> None:
-        """Raise a `UserError` if the model has no such hook point."""
-        for site in sites:
-            if site not in self.hooks:
-                raise UserError(
-                    f"the model has no site {site!r}: it has layers 0 to {self.n_layers - 1}"
-                    " (--set activations.layers=[…], activations.kind=resid_post)"
-                )
-
-
 class Outline(NamedTuple):
     """What can be said of a model without its weights."""
 
@@ -115,10 +58,15 @@ class Outline(NamedTuple):
     d_model: int
     heads_width: int
     """of the heads' outputs side by side"""
+    n_positions: int | None
+    """as `Model.n_positions`"""
 
     def width(self, site: str) -> int:
         """Dimensions of the activation at a site, as `Model.width`."""
         return self.heads_width if site.endswith("hook_z") else self.d_model
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_device(name: str) -> torch.device:
@@ -139,20 +87,37 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     """Load the weights, merge the adapter if one is named, and wrap the model for hooks.
 
     Raises:
-        CannotLoadModel: the model cannot be found or read.
-        UserError: its adapter cannot.
+        CannotLoadModel: the model cannot be found, read, put on the device or wrapped.
+        UserError: its adapter cannot be merged, weights or logits are not finite, or the wrapped model computes
+            something else than the plain one.
     """
     hf, tokenizer = load_weights(config)
     if config.adapter:
         merge_adapter(hf, config.adapter)
-    hf.to(device)
-    use_quick_products(hf)
-    bridge = TransformerBridge.boot_transformers(
-        hf.config._name_or_path, hf_model=hf, tokenizer=tokenizer, device=device, dtype=hf.dtype
-    )
-    # Last, because the bridge adds a bias to an unembedding that has none.
-    bridge.original_model.requires_grad_(False).eval()
-    return Model(bridge, tokenizer, config)
+    _check_weights(hf, config)
+    try:
+        hf.to(device)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise CannotLoadModel(f"model {config.source!r} cannot be put on {device} ({one_line(error)})") from None
+    return bridged(hf.eval(), tokenizer, config)
+
+
+def _check_weights(hf: Any, config: ModelConfig) -> None:
+    """Raise a `UserError` if weights are quantised or not finite; all are asked about before one is waited for."""
+    extremes = {}
+    for name, weight in hf.named_parameters():
+        if weight.dtype not in _DTYPES:
+            raise CannotLoadModel(
+                f"model {config.source!r} has quantised weights ({name} is {str(weight.dtype).removeprefix('torch.')}):"
+                " use one with float32, bfloat16 or float16 weights"
+            )
+        if weight.numel():
+            extremes[name] = torch.stack(weight.detach().aminmax())
+    finite = torch.stack([each.float() for each in extremes.values()]).isfinite().all(1).tolist()
+    for name, is_finite in zip(extremes, finite, strict=True):
+        if not is_finite:
+            whose = f"{config.source!r} with adapter {config.adapter!r}" if config.adapter else repr(config.source)
+            raise not_finite(f"the weights {name} of model {whose}", weight.dtype)
 
 
 def load_outline(config: ModelConfig) -> Outline:
@@ -162,13 +127,15 @@ def load_outline(config: ModelConfig) -> Outline:
         CannotLoadModel: they cannot be found or read.
     """
     folder = _folder(config)
+    tokenizer = _load_tokenizer(config, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision)
-        sizes = AutoConfig.from_pretrained(folder, revision=config.revision)
-    except (OSError, ValueError) as error:
+        whole = AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+        sizes = whole.get_text_config()
+        head = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+        heads_width = head * sizes.num_attention_heads
+        return Outline(tokenizer, sizes.num_hidden_layers, sizes.hidden_size, heads_width, n_positions(whole))
+    except Exception as error:  # of whatever the file makes transformers run
         raise _cannot_load(config, error) from None
-    head = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    return Outline(tokenizer, sizes.num_hidden_layers, sizes.hidden_size, head * sizes.num_attention_heads)
 
 
 def _folder(config: ModelConfig) -> str | Path:
@@ -177,24 +144,45 @@ def _folder(config: ModelConfig) -> str | Path:
 
 
 def _cannot_load(config: ModelConfig, error: Exception) -> CannotLoadModel:
-    reason = str(error).strip().splitlines()[0]
     where = "the folder" if Path(config.source).exists() else "no such folder, nor a model the hub gives"
-    return CannotLoadModel(f"cannot load model {config.source!r} ({where}): {reason}")
+    return CannotLoadModel(f"cannot load model {config.source!r} ({where}): {one_line(error)}")
 
 
 def load_weights(config: ModelConfig) -> tuple[Any, Any]:
+    """The plain model on the CPU, as transformers has it, and its tokenizer.
+
+    Raises:
+        CannotLoadModel: they cannot be found or read.
+    """
     dtype = cast(torch.dtype, getattr(torch, config.dtype))
     folder = _folder(config)
+    tokenizer = _load_tokenizer(config, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision)
         model, report = cast(
             tuple[Any, dict[str, set[str]]],
             AutoModelForCausalLM.from_pretrained(
-                folder, revision=config.revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+                folder,
+                revision=config.revision,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
             ),
         )
         if report["missing_keys"]:  # they would be random
             raise ValueError(f"its files lack weights, among them {min(report['missing_keys'])}")
-        return model, tokenizer
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of whatever the files make transformers and its quantisers import and run
         raise _cannot_load(config, error) from None
+    return model, tokenizer
+
+
+def _load_tokenizer(config: ModelConfig, folder: str | Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=config.revision, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise _cannot_load(config, error) from None
+    if not tokenizer.is_fast:  # slow ones cannot say which characters a token is of
+        raise CannotLoadModel(
+            f"the tokenizer of model {config.source!r} is written in Python: give one with a tokenizer.json"
+        )
+    return tokenizer

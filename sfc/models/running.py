@@ -18,7 +18,7 @@ from torch import Tensor
 from sfc.core.sites import layer_of
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, intervening
-from sfc.models.loading import Model
+from sfc.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sfc.core.errors import UserError
 from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.interventions import Intervention
-from sfc.models.loading import Model
+from sfc.models.model import Model
 from sfc.models.running import CachedResidual, last_logits
 
 

@@ -164,7 +164,13 @@ def _tiny_model() -> Any:
 ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""what tokens, template and end of a reply depend on"""
+_WITHOUT_ARGUMENTS = {"refusal_tokens", "against_tokens", "template_arguments"}
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
@@ -172,7 +178,8 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
 
     Of a model in a folder, the small files count by content and the weights by name, size and time.
     """
-    identity: dict[str, Any] = {"config": config.model_dump(exclude={"refusal_tokens", "against_tokens"})}
+    left_out = {"refusal_tokens", "against_tokens"} if config.template_arguments else _WITHOUT_ARGUMENTS
+    identity: dict[str, Any] = {"config": config.model_dump(exclude=left_out)}
     if config.source == "embedded":
         identity["source"] = embedded_identity()
     elif config.source == "tiny":

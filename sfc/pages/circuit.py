@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import networkx as nx
 import pandas as pd
 
 from sfc.behaviors.behavior import Words
+from sfc.features.claims import CLEAR
 from sfc.features.labels import said
 from sfc.pages.blocks import (
     Block,
     Figure,
+    Formula,
     Page,
     Pair,
     Section,
@@ -25,14 +26,12 @@ from sfc.pages.blocks import (
     interval_cell,
     records_table,
 )
-from sfc.pages.both_sides import both_sides, proof_by_size, verdict
-from sfc.pages.circuit_guide import guide, methods
-from sfc.pages.curve import curve_figure
-from sfc.pages.explorable import explorable_html
+from sfc.pages.explorable import explorable_html, nodes_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
 from sfc.pages.html import figure_html
-from sfc.pages.style import words_of
-from sfc.pages.text import count_text, number_text, printable, tokens_text
+from sfc.pages.proof import both_sides, curve_figure, proof_by_size, verdict
+from sfc.pages.style import signs, words_of
+from sfc.pages.text import count_text, number_text, tokens_text
 
 NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
 _LISTED_NODES, _DRAWN_NODES, _TOKENS = 30, 300, 5
@@ -58,7 +57,7 @@ def circuit_page(
         cards: what its features mean, as `sfc.features.cards` describes it.
         marked: nodes that are ringed: those that another circuit has as well.
         scores: of test prompts of both sides, in the `model` and with the `circuit` alone, and their `kind`.
-        replies: see `sfc.circuits.replies.COLUMNS`.
+        replies: see `sfc.circuits.proof.REPLY_COLUMNS`.
     """
     words, features = words_of(graph), cards["features"]
     listed = min(_LISTED_NODES, len(graph))
@@ -83,7 +82,7 @@ def circuit_page(
             ]),
             Section(
                 f"The {count_text(listed, 'node')} with the largest |effect|",
-                [Widget(lambda: _nodes_html(nodes), (), nodes)],
+                [Widget(lambda: nodes_html(nodes), (), nodes)],
             ),
         ],
         guide=guide(graph, bool(features), words),
@@ -298,20 +297,6 @@ def _nodes_table(graph: nx.DiGraph, cards: Mapping[str, Any]) -> Table:
     return Table("", ["node", *columns], rows, ("label", "explanation", "raises the tokens", "lowers the tokens"))
 
 
-def _nodes_html(table: Table) -> str:
-    """The table of nodes whose names can be clicked (see `circuit.js`)."""
-    styles = ["tokens" if title in table.texts else "number" for title in table.columns[1:]]
-    head = "".join(
-        f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True)
-    )
-    rows = ""
-    for name, *cells in table.rows:
-        shown = escape(printable(name))
-        of_row = "".join(f'<td class="{s}">{escape(printable(c))}</td>' for s, c in zip(styles, cells, strict=True))
-        rows += f'<tr><td><code data-node="{shown}">{shown}</code></td>{of_row}</tr>'
-    return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-
-
 def _limits(result: Mapping[str, Any]) -> Sequence[str]:
     where, limits = f"The circuit of {result.get('category')} ({result.get('method')})", []
     if result.get("faithfulness") is None:
@@ -331,3 +316,71 @@ def _foot(graph: nx.DiGraph, result: Mapping[str, Any]) -> Sequence[str]:
     if facts.get("versions"):
         lines.append("made with " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
     return lines
+
+
+def guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
+    """A paragraph for each thing on the page of a circuit, in the page's own Markdown."""
+    positive, negative, _ = signs(graph)
+    unit = graph.graph.get("effect_unit") or "no unit given"
+    weight = f" ({graph.graph['edge_weight']})" if graph.graph.get("edge_weight") else ""
+    colours = (
+        f"Colours say what a feature fires on: orange, peaks on average twice as high on the {words.group}'s"
+        f" {words.positive} prompts as on its {words.negative} ones; blue, the reverse; grey, neither."
+        if has_cards
+        else f"Orange: {positive.words}. Blue: {negative.words}."
+    )
+    return (
+        f"**Nodes.** A column is a layer. Circles are features of its sparse autoencoder (SAE), diamonds stand for "
+        f"what the SAE misses. The area is the size of the effect ({unit}). Above the line: "
+        f"{positive.words}. Below it: {negative.words}. The strongest stand next to the line. {colours}",
+        f"**Edges.** A line joins two nodes, drawn thicker and darker with its weight{weight}, green where it is "
+        "positive and purple where it is negative. Point half-way along a line to see what it joins.",
+        "**Exploring.** The slider shows the circuit's best n nodes, and moves the marker on the curve. Click on a "
+        "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
+        "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "
+        "on the legend to hide a group; drag to zoom, double-click to return; Escape closes the card.",
+        "**Labels** claim on what a feature fires: at one token of the template after the prompt, or at tokens of the "
+        "text, the stronger, the more of what + joins holds. They are made on half of the prompts. The number behind a "
+        "label is from the other half: how often the claim ranks a context in which the feature is strong above one in "
+        f"which it is quiet (AUROC; 0.5 is chance). Below {CLEAR} a label is unclear. A reader's own have no number.",
+        "**Does it decide?** A dot is a test prompt, at its score in the model and with the circuit alone: a circuit "
+        "that decides as the model does lies on the diagonal, one that answers every prompt alike on a level line. An "
+        "ablated node has the value that it has in the run of an equally long prompt of the other side, its "
+        "*counterfactual*. **Recovered** is the share of the difference of scores that the circuit restores, 0 for any "
+        "circuit that cannot hear the prompt; **agreement**, 1 − Σ(s_C − s_M)² / Σ(s_0 − s_M)², counts every pair. "
+        "**Null dictionaries** are random or turned about: the same method finds a circuit in them that is worth as "
+        "much as the method makes of nothing.",
+        "**Faithfulness** = (F(C) − F(0)) / (F(M) − F(0)), as published, by mean ablation. F is the mean score: of the "
+        "full model M, of the circuit C alone, of the model without it (M\\C), and with everything ablated (0). 1 "
+        f"means that the mean score of {words.positive} prompts comes back in full. A circuit that gives every prompt "
+        "that score has 1 as well, whatever the prompt says: **gap kept** and **separation** compare the sides, and "
+        "**prompt-free** is the faithfulness that is left where nothing of the prompt can enter.",
+        "**Completeness**, normalised = (F(M\\C) − F(0)) / (F(M) − F(0)). 0 means that without the circuit nothing "
+        "is left of the behaviour. As published it is F(M\\C) / F(M), which depends on where the score's zero lies. "
+        "Where a denominator is too small to divide by, a figure is not measurable.",
+    )
+
+
+def methods(words: Words) -> Sequence[Formula]:
+    """The formulas."""
+    return (
+        Formula(words.score[:1].upper() + words.score[1:] + " s", words.score_formula),
+        Formula(
+            "Ablation",
+            "x <- sum over kept features f_i d_i + sum over the others f_i(c) d_i + b + e(c), c the counterfactual"
+            " (by means: f_ref and e_ref, averaged over reference prompts at the same place of the template)",
+        ),
+        Formula("Agreement", "1 - sum (s_C - s_M)^2 / sum (s_0 - s_M)^2 over test pairs, both directions"),
+        Formula("Effect of a feature by attribution", "sum over positions (ds/dx . d_i)(f_i - f_ref_i)"),
+        Formula(
+            "F(M), F(C), F(M\\C), F(0)",
+            "mean s of the full model; with all but the circuit ablated; with the circuit ablated; with everything"
+            " ablated",
+        ),
+        Formula("Faithfulness (Marks et al. 2024)", "(F(C) - F(0)) / (F(M) - F(0))"),
+        Formula(
+            "CPR, CMD (Mueller et al. 2025)",
+            "area under the curve of faithfulness by size, nodes ranked by effect; area between it and 1, by |effect|",
+        ),
+        Formula("Completeness, normalised", "(F(M\\C) - F(0)) / (F(M) - F(0)); as published, F(M\\C) / F(M)"),
+    )

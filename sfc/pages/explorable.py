@@ -9,6 +9,7 @@ import networkx as nx
 import pandas as pd
 
 from sfc.features.labels import ADDRESS, caption, explained
+from sfc.pages.blocks import Table
 from sfc.pages.graph import columns_of, groups_of
 from sfc.pages.html import data_html
 from sfc.pages.style import sign_of, signs
@@ -34,6 +35,20 @@ def explorable_html(
     return f"""{_controls(graph, drawn, sizes, cards["features"])}
 <div class="graph">{figure}</div>
 {_CARD}{data_html("circuit-cards", _data(graph, drawn, sizes, cards))}"""
+
+
+def nodes_html(table: Table) -> str:
+    """The table of nodes whose names can be clicked (see `circuit.js`)."""
+    styles = ["tokens" if title in table.texts else "number" for title in table.columns[1:]]
+    head = "".join(
+        f'<th scope="col" class="{s}">{escape(t)}</th>' for s, t in zip(styles, table.columns[1:], strict=True)
+    )
+    rows = ""
+    for name, *cells in table.rows:
+        shown = escape(printable(name))
+        of_row = "".join(f'<td class="{s}">{escape(printable(c))}</td>' for s, c in zip(styles, cells, strict=True))
+        rows += f'<tr><td><code data-node="{shown}">{shown}</code></td>{of_row}</tr>'
+    return f'<table><thead><tr><th scope="col">node</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def shown_sizes(curve: pd.DataFrame, n_nodes: int) -> list[dict[str, Any]]:

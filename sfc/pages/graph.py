@@ -15,8 +15,7 @@ import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.features.labels import caption, explained
-from sfc.pages.edges import edge_hovers, edge_legend, edge_signs_of, edge_traces
-from sfc.pages.placement import Placement, place
+from sfc.pages.placement import Placement, edge_hovers, edge_legend, edge_signs_of, edge_traces, place
 from sfc.pages.style import (
     BAND,
     BLUE,

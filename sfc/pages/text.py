@@ -6,19 +6,12 @@ move the text around them; each place that shows them escapes them for its own m
 
 import html
 import math
-import unicodedata
 from collections.abc import Sequence
+
+from sfc.core.progress import printable
 
 NOT_MEASURABLE = "not measurable"
 _LONGEST_TOKEN = 24
-_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-# Control, format (which turn the direction of the text), surrogate, private and unassigned characters; separators.
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-
-
-def printable(text: str) -> str:
-    """The text with line breaks, control and other invisible characters replaced by visible signs."""
-    return "".join(_SIGNS.get(character) or _shown(character) for character in text)
 
 
 def token_text(token: str) -> str:
@@ -52,9 +45,3 @@ def number_text(value: float | None, signed: bool = False) -> str:
 def count_text(count: int, noun: str) -> str:
     """`1 node`, `4,000 nodes`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _shown(character: str) -> str:
-    if unicodedata.category(character) not in _INVISIBLE:
-        return character
-    return character.encode("unicode_escape").decode("ascii")

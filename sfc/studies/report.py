@@ -14,7 +14,7 @@ from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.models.sources import model_identity
 from sfc.pages.blocks import Block, Commands, Figure, Page, Pair, Paragraph, Section, Table, Widget, cell, records_table
-from sfc.pages.markdown import markdown_report
+from sfc.pages.plain import markdown_report
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.study import RESULT, STUDIES, Finished, Made, Study, complete

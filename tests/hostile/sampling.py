@@ -17,6 +17,7 @@ from typing import TypeVar
 from commands import Finished
 
 Case = TypeVar("Case")
+Row = TypeVar("Row")
 
 ALL = os.environ.get("SFC_HOSTILE") == "all"
 _YEAR, _WEEK, _ = datetime.now(UTC).isocalendar()
@@ -35,6 +36,12 @@ def sample(cases: Iterable[Case], keep: int) -> list[Case]:
     first = SEED * keep % max(len(every), 1)
     chosen = set((shuffled + shuffled)[first : first + min(keep, len(every))])
     return [case for place, case in enumerate(every) if ALL or place in chosen]
+
+
+def spread(rows: Iterable[Row], values: Sequence[Case], each: int) -> list[tuple[Row, Case]]:
+    """Every row with `each` of the values, and every value with some row: a stretch of them that goes on round."""
+    each = min(each, len(values))
+    return [(row, values[(each * place + n) % len(values)]) for place, row in enumerate(rows) for n in range(each)]
 
 
 class Hung(BaseException):

@@ -108,15 +108,14 @@ class CorrelationOptions(Options):
     min_firing: int = Field(5, ge=1, description="features that fire on fewer prompts are not tested")
 
 
-def _rank(module: str) -> "Callable[[Problem], Effects]":
-    return imported_when_called(f"{__name__}.{module}:rank")
+def _rank(module: str, function: str = "rank") -> "Callable[[Problem], Effects]":
+    return imported_when_called(f"{__name__}.{module}:{function}")
 
 
 METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOptions))
 METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True))
-METHODS.register(
-    Method("integrated-gradients", _rank("integrated_gradients"), IntegratedGradientsOptions, ranked_by_effect=True)
-)
+_INTEGRATED = _rank("attribution", "rank_integrated")
+METHODS.register(Method("integrated-gradients", _INTEGRATED, IntegratedGradientsOptions, ranked_by_effect=True))
 METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True))
 METHODS.register(
     Method(
@@ -126,6 +125,7 @@ METHODS.register(
 )  # fmt: skip
 METHODS.register(
     Method(
-        "magnitude", _rank("magnitude"), causal=False, per_prompt=False, signs=("fires", "negative", "silent"),
+        "magnitude", _rank("correlation", "rank_by_magnitude"), causal=False, per_prompt=False,
+        signs=("fires", "negative", "silent"),
     )
 )  # fmt: skip

@@ -2,7 +2,11 @@
 
 With g = ds/dx at a site of the plain model, in which nothing is spliced, the effect of feature i is
 `sum_t (g_t . d_i)(f_ti - f_ref_ti)` and that of the error `sum_t g_t . (e_t - e_ref_t)`. Over a site they sum to
-`sum_t g_t . (x_t - x_ref_t)`, whatever g is: integrated gradients are the same sums with another g.
+`sum_t g_t . (x_t - x_ref_t)`, whatever g is.
+
+Integrated gradients (Sundararajan et al. 2017), one site at a time, are the same sums with the mean gradient along the
+straight path `x(a) = x_ref + a (x - x_ref)`, everything after the site plain. Over a site they sum to
+F(M) - F(that site ablated).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import reduce
+from einops import einsum, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.gradients import prompt_of_token, score_gradients
-from sfc.circuits.methods import Effects
+from sfc.circuits.gradients import SiteRun, prompt_of_token, score_gradients, site_runs
+from sfc.circuits.methods import Effects, IntegratedGradientsOptions
 from sfc.circuits.problem import Problem
-from sfc.models.batches import Batch
+from sfc.core.progress import progress_bar
+from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.running import CachedResidual
 from sfc.saes.kernels import row_dots
 
@@ -98,3 +103,43 @@ def ranked(importance: Float[np.ndarray, " nodes"], ablation: Ablation) -> Int[n
     """The nodes that a circuit can choose to keep, best first: not the errors where the error mode decides on them."""
     ranking = np.argsort(-importance, kind="stable")
     return ranking if ablation.error_mode == "node" else ranking[~ablation.nodes.is_error[ranking]]
+
+
+def rank_integrated(problem: Problem) -> Effects:
+    """Gradients averaged along each site's path from its baseline, ranked by |mean effect|."""
+    steps = IntegratedGradientsOptions.of(problem.experiment).steps
+    with progress_bar("integrated gradients", len(problem.runs.batches), "batches") as progress:
+
+        def of_batch(problem: Problem, batch: Batch, cached: CachedResidual) -> BatchEffects:
+            effects = integrated_effects(problem, batch, cached, steps)
+            progress(1)
+            return effects
+
+        return mean_effects(problem, of_batch)
+
+
+def integrated_effects(problem: Problem, batch: Batch, cached: CachedResidual, steps: int) -> BatchEffects:
+    """The integrated gradients of every node on every prompt of one batch, in nats.
+
+    Args:
+        steps: gradients per path, at the midpoints of as many equal parts: the error falls with their square.
+    """
+    ablation = problem.ablation
+    runs = site_runs(problem, ablation.nodes.sites, batch, cached)
+    return join_sites([effects_at_site(ablation, r.site, r.x, _mean_gradient(r, steps), batch) for r in runs])
+
+
+def _mean_gradient(run: SiteRun, steps: int) -> Float[Tensor, "batch pos d_in"]:
+    """The mean gradient of the score along the path; several points of it go through in one batch."""
+    x, batch = run.x.float(), run.batch
+    away = torch.zeros_like(x)
+    away[batch.touchable] = x[batch.touchable] - run.problem.ablation.ablated_activation(run.site, batch)
+    left = 1 - (torch.arange(steps, device=x.device) + 0.5) / steps
+    total = torch.zeros_like(x)
+    for part in left.split(batch.copies_in(PACKED_TOKENS)):
+        points = (x - einsum(part, away, "points, batch pos d_in -> points batch pos d_in")).requires_grad_()
+        with torch.enable_grad():
+            run.scores(points).sum().backward()
+        assert points.grad is not None
+        total += points.grad.sum(0)
+    return total / steps

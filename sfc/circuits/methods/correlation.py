@@ -1,8 +1,8 @@
-"""Pearson's correlation of each feature with the label of the prompts, and whether it is more than chance.
+"""Methods that look at stored feature values: correlation with the label of the prompts, and magnitude.
 
-Chance is what correlations there are with labels permuted within pairs of one topic. In every draw the labels of each
-pair (a toxic and a safe prompt on the same topic) are swapped or left, by a coin. So neither the distribution of
-feature values nor what pairs have in common is assumed away, as it is by Student's t: a feature that fires on three
+Pearson's correlation is compared with chance: with labels permuted within pairs of one topic. In every draw the labels
+of each pair (a toxic and a safe prompt on the same topic) are swapped or left, by a coin. So neither the distribution
+of feature values nor what pairs have in common is assumed away, as it is by Student's t: a feature that fires on three
 prompts reaches a large r by chance much more often.
 
 Features that fire about equally often have about the same null, so that it is pooled over them: p-values are then fine
@@ -127,3 +127,15 @@ def strata(firing: Int[np.ndarray, " features"], tested: Bool[np.ndarray, " feat
     by_rate = numbers[np.argsort(firing[numbers], kind="stable")]
     count = min(STRATA, len(numbers) // _SMALLEST_STRATUM)
     return [group for group in np.array_split(by_rate, max(count, 1)) if len(group)]
+
+
+def rank_by_magnitude(problem: Problem) -> Effects:
+    """The features that fire at all on the prompts explained, by `0.7 mean |f| + 0.3 variance`, as published.
+
+    For prompts that all have the same label, where nothing can be correlated.
+    """
+    wanted = problem.labels == problem.config.explains_positives
+    per_site = [0.7 * np.abs(f[wanted]).mean(0) + 0.3 * f[wanted].var(0) for f in problem.features.values()]
+    effect = problem.ablation.nodes.of_features(per_site, elsewhere=0.0)
+    ranking = np.argsort(-effect, kind="stable")
+    return Effects(effect, effect, ranking[effect[ranking] > 0], {}, unit="magnitude")

@@ -24,9 +24,10 @@ from sfc.behaviors.behavior import BEHAVIORS
 from sfc.core.artifacts import MANIFEST, Artifact, write_csv, write_json, write_text
 from sfc.core.config import Experiment
 from sfc.core.errors import CannotLoadModel, UserError, first_problem
-from sfc.core.experiments import load_experiment, read_yaml
+from sfc.core.experiments import load_experiment
 from sfc.core.files import below
 from sfc.core.progress import say
+from sfc.core.reading import read_yaml
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
 from sfc.run import Run

@@ -63,7 +63,9 @@ def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Co
 
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
     """How prompts are rendered and tokenized for a model of which only the tokenizer is loaded."""
-    return lambda texts: tokenize_prompts(tokenizer, texts, config.template, config.system_prompt)
+    return lambda texts: tokenize_prompts(
+        tokenizer, texts, config.template, config.system_prompt, arguments=config.template_arguments
+    )
 
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -25,9 +25,14 @@ from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, c
 from sfc.pages.style import INK, QUIET, axis, styled_figure
 from sfc.pages.text import hover_text
 from sfc.run import Run
-from sfc.studies.compare.overlap import MEASURES, between_halves, cluster
-from sfc.studies.compare.transfer import MEASURES as MEASURES_OF_TRANSFER
-from sfc.studies.compare.transfer import by_category, with_recovered
+from sfc.studies.compare.overlap import (
+    OVERLAP_MEASURES,
+    TRANSFER_MEASURES,
+    between_halves,
+    by_category,
+    cluster,
+    with_recovered,
+)
 from sfc.studies.discover import DISCOVER
 from sfc.studies.nulls import needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Need, Study
@@ -132,7 +137,7 @@ class Compare(Study[ComparisonOptions]):
                             Figure(
                                 "transfer",
                                 partial(transfer_figure, table, name),
-                                _matrix(f"{_TRANSFER}: {MEASURES_OF_TRANSFER[name]}", "circuit", table),
+                                _matrix(f"{_TRANSFER}: {TRANSFER_MEASURES[name]}", "circuit", table),
                             )
                         ],
                     )
@@ -148,7 +153,7 @@ class Compare(Study[ComparisonOptions]):
                 ("overlap of nodes (Jaccard), halves of two categories", cell(nodes["between"])),
                 ("their difference", figure_cell(nodes, "difference")),
                 *(
-                    (f"{MEASURES_OF_TRANSFER[name]}, {whose} prompts", cell(found[key]))
+                    (f"{TRANSFER_MEASURES[name]}, {whose} prompts", cell(found[key]))
                     for name, found in result["transfer"].items()
                     for key, whose in (("own", "its own category's"), ("other", "other categories'"))
                 ),
@@ -214,7 +219,7 @@ def transfer_tables(transfer: pd.DataFrame, categories: list[str], figures: list
 def transfer_figure(table: pd.DataFrame, name: str) -> go.Figure:
     """The heat map of one of the `transfer_tables`."""
     names = [hover_text(category) for category in table.index]
-    measure = MEASURES_OF_TRANSFER[name]
+    measure = TRANSFER_MEASURES[name]
     figure = styled_figure(f"{_TRANSFER}: {measure}", _CELL * len(names) + _FRAME)
     low = 0.5 if name == "separation" else 0
     figure.add_trace(_heat_map(names, names, table.to_numpy(), name.replace("_", " "), low, 1 if low else 1.2))
@@ -252,7 +257,7 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
     )  # fmt: skip
     rows = [
         (
-            MEASURES[name],
+            OVERLAP_MEASURES[name],
             cell(found["within"]),
             cell(found["between"]),
             "" if found["shuffled"] is None else cell(found["shuffled"]),
@@ -266,7 +271,7 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
 
 def _transfer_table(result: Mapping[str, Any]) -> Table:
     rows = [
-        (MEASURES_OF_TRANSFER[name], cell(found["own"]), cell(found["other"]), figure_cell(found, "difference"))
+        (TRANSFER_MEASURES[name], cell(found["own"]), cell(found["other"]), figure_cell(found, "difference"))
         for name, found in result["transfer"].items()
     ]
     return Table(_TRANSFER, ("figure", "its own category's", "another's", "difference"), rows)

@@ -21,7 +21,7 @@ from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem
-from sfc.circuits.replies import judged_replies
+from sfc.circuits.proof import judged_replies
 from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import read_csv, read_model, write_csv, write_json
 from sfc.core.config import Experiment
@@ -32,15 +32,16 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import judged_rate
 from sfc.studies.compare import Compare, ComparisonOptions
-from sfc.studies.compare import transfer as transfers
 from sfc.studies.compare.overlap import (
     Overlaps,
     Weights,
     between_halves,
     cluster,
-    in_words,
     jaccard,
+    measured_transfer,
+    overlap_in_words,
     shared_core,
+    transfer_in_words,
     verdict,
     weighted_overlap,
 )
@@ -321,7 +322,7 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     tables = {name: _overlaps(found[part], categories, overlap) for name, (part, overlap) in measures.items()}
     tables["jaccard"] = tables["jaccard"]._replace(chance=_chance(found["nodes"], judged.nodes))
     verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
-    transfer = transfers.measured(judged.transfer, experiment.seed)
+    transfer = measured_transfer(judged.transfer, experiment.seed)
     overlap = _long_table(tables, found, measures, categories)
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
         write_csv(folder / f"{name}.csv", table)
@@ -336,7 +337,7 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
             "order": [int(leaf) for leaf in leaves_list(cluster(between))],
             "overlap": {name: measured._asdict() for name, measured in verdicts.items()},
             "transfer": {name: measured._asdict() for name, measured in transfer.items()},
-            "verdict": f"{in_words(verdicts)} {transfers.in_words(transfer)}",
+            "verdict": f"{overlap_in_words(verdicts)} {transfer_in_words(transfer)}",
             "core_nodes": shared_core(list(circuits.values())),
         }
     )

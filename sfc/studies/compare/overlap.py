@@ -1,8 +1,12 @@
-"""How far do the circuits of categories overlap, and how much overlap could be expected?
+"""How far do the circuits of categories overlap, how much overlap could be expected, and what is it worth?
 
 Two circuits of *one* category, each found on half of its prompts, do not overlap fully either; and two circuits found
 on halves of a shuffled pool of two categories overlap as if categories did not matter. So the overlap between
 categories is read between halves as well, and all three kinds of pairs are found on equally many prompts.
+
+Circuits that score high whatever they are asked overlap, and are faithful on each other's prompts. So what circuits
+transfer is compared by what those lack: the share of the score that comes back in the worse direction, and what is left
+of the gap, on their own category's test prompts and on those of the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +18,12 @@ from jaxtyping import Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
+from sfc.stats import bootstrap_means
+
 Weights = Mapping[str, float]
 """a circuit: its nodes, or edges, with the size of their effects"""
 
-MEASURES = {
+OVERLAP_MEASURES = {
     "jaccard": "nodes, Jaccard",
     "weighted": "nodes, weighted by their effects",
     "edge_jaccard": "edges, Jaccard",
@@ -86,15 +92,15 @@ def verdict(overlaps: Overlaps, seed: int) -> Verdict:
     return Verdict(*figures, _words(*figures))
 
 
-def in_words(verdicts: Mapping[str, Verdict]) -> str:
+def overlap_in_words(verdicts: Mapping[str, Verdict]) -> str:
     """The answer by shared nodes, and beside it what the other measures say.
 
     Args:
-        verdicts: by the measure's name in `MEASURES`, the first that of shared nodes.
+        verdicts: by the measure's name in `OVERLAP_MEASURES`, the first that of shared nodes.
     """
     (_, first), *others = verdicts.items()
     beside = [
-        f"{MEASURES[name]} {other.within:.2f} and {other.between:.2f} (difference {other.difference_low:.2f} to"
+        f"{OVERLAP_MEASURES[name]} {other.within:.2f} and {other.between:.2f} (difference {other.difference_low:.2f} to"
         f" {other.difference_high:.2f})"
         for name, other in others
     ]
@@ -157,3 +163,75 @@ def shared_core(circuits: Sequence[Weights]) -> list[str]:
             counts[name] = counts.get(name, 0) + 1
     core = [name for name, count in counts.items() if 2 * count > len(circuits)]
     return sorted(core, key=lambda name: (-counts[name], name))
+
+
+TRANSFER_MEASURES = {
+    "recovered": "recovered, in the direction in which less is",
+    "agreement": "agreement",
+    "gap_kept": "gap kept",
+    "separation": "separation",
+    "faithfulness": "faithfulness",
+}
+"""figures of `transfer.csv`; of these, a circuit that refuses whatever it is asked has the last alone"""
+_DECIDING = ("recovered", "gap_kept")
+
+
+class Transfer(NamedTuple):
+    """A figure of circuits on test prompts, with the 95 % interval of its difference over categories of prompts."""
+
+    own: float
+    """mean over categories of the category's own circuit"""
+    other: float
+    """mean over categories of all others' circuits"""
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+def with_recovered(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `recovered`, the lesser of the two directions; missing where one of them is."""
+    directions = rows[["recovered_toxic", "recovered_safe"]].astype(float)
+    return rows.assign(recovered=directions.min(axis=1, skipna=False))
+
+
+def by_category(transfer: pd.DataFrame, figure: str) -> pd.DataFrame:
+    """A figure of each category's circuit (rows) on the test prompts of each category (columns)."""
+    return with_recovered(transfer).pivot(index="circuit", columns="prompts", values=figure).astype(float)
+
+
+def measured_transfer(transfer: pd.DataFrame, seed: int) -> dict[str, Transfer]:
+    """Those of `TRANSFER_MEASURES` that are known of every circuit on every category's prompts."""
+    tables = {name: by_category(transfer, name) for name in TRANSFER_MEASURES}
+    return {name: _transfer(table.to_numpy(), seed) for name, table in tables.items() if table.notna().all(axis=None)}
+
+
+def _transfer(table: Float[np.ndarray, "circuits prompts"], seed: int) -> Transfer:
+    own = np.diag(table)
+    other = (table.sum(0) - own) / (len(table) - 1)
+    mean, low, high = (float(ends[0]) for ends in bootstrap_means((own - other)[:, None], seed))
+    return Transfer(float(own.mean()), float(other.mean()), mean, low, high)
+
+
+def transfer_in_words(found: Mapping[str, Transfer]) -> str:
+    """What the figures allow to say."""
+    from sfc.circuits.proof import SMALL  # where torch is imported; the tables above are read without it
+
+    deciding = [name for name in _DECIDING if name in found]
+    if not deciding:
+        return (
+            "Whether these circuits decide is not measurable here: prompts of the two sides score too much alike, so"
+            " that nothing is said of what the overlap means."
+        )
+    told = "; ".join(
+        f"{TRANSFER_MEASURES[name]} {of.own:.2f} on their own category's test prompts and {of.other:.2f} on the others'"
+        f" (difference {of.difference:.2f}, 95 % interval over categories {of.difference_low:.2f} to"
+        f" {of.difference_high:.2f})"
+        for name, of in found.items()
+        if name in (*_DECIDING, "agreement")
+    )
+    if all(found[name].own < SMALL for name in deciding):
+        return (
+            "The circuits do not tell the two sides apart, so that their overlap says nothing of how the model does:"
+            f" {told}."
+        )
+    return f"What the circuits restore, on both sides: {told}."

@@ -81,7 +81,7 @@ class Discover(Study[DiscoveryOptions]):
         if rebuild or not artifact.is_complete():
             super().build(session, artifact, rebuild)
         if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
-            from sfc.studies.discover.explanations import explain_circuit
+            from sfc.studies.discover.measure import explain_circuit
 
             with amended(artifact.folder, CARDS_FILE, self.files["page"]):
                 explain_circuit(session, artifact.folder)

@@ -4,7 +4,7 @@ Three splits, three jobs: nodes are scored and the size is chosen on discovery p
 reference prompts or counterfactuals, and every reported figure from test prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,30 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from sfc.circuits.approximation import approximation_check
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
-from sfc.circuits.controls import curve_areas, single_site_faithfulness
 from sfc.circuits.edge_ablation import edge_faithfulness
 from sfc.circuits.edges import EDGES, Edge, without_dead_ends
-from sfc.circuits.faithfulness import curve_sizes, top_circuits
-from sfc.circuits.files import save_circuit
+from sfc.circuits.faithfulness import curve_areas, curve_sizes, single_site_faithfulness, top_circuits
+from sfc.circuits.files import load_circuit, save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
+from sfc.circuits.methods.exact import approximation_check
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.replies import counts_by_kind, replies_by_kind
+from sfc.circuits.proof import counts_by_kind, replies_by_kind
 from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
-from sfc.core.artifacts import package_versions, write_csv, write_json
+from sfc.core.artifacts import package_versions, read_json, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.features.activity import AFTER, BEFORE
 from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
+from sfc.features.explainer import Endpoint, LabelOptions, explain, unexplained
 from sfc.features.labels import CARDS_FILE
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
 from sfc.saes.architectures import read_config
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.store import read_prompts
+from sfc.saes.store import Store, read_prompts
 from sfc.session import Session
 from sfc.stats import reported
 from sfc.studies.discover.base import BASE_FILE, base_changes
@@ -270,3 +271,53 @@ def _faithfulness_of_edges(
             problem, test_runs, members, ends, config.min_denominator, run.experiment.seed, progress
         )
     return {name: reported(value) for name, value in figures.items()}
+
+
+_LONGEST_TEXT = 600
+
+
+def explain_circuit(session: Session, folder: Path) -> None:
+    """Ask for the explanations that the features of a circuit lack, and write them into its `features.json`.
+
+    What was explained before an error is kept.
+
+    Raises:
+        UserError: the endpoint cannot be asked.
+    """
+    run, tokenizer = session.run, session.model.tokenizer
+    options = LabelOptions.of(run.experiment)
+    endpoint, names = Endpoint(options), unexplained(folder, options)
+    prompts, cards = read_prompts(run.store.folder), read_json(folder / CARDS_FILE)
+    say(f"asking {endpoint.address} about {len(names)} features: contexts of their prompts are sent to it")
+
+    def token_text(token: int) -> str:
+        return tokenizer.decode([token])
+
+    graph = load_circuit(folder / "circuit.json")
+    _, evidence = feature_cards(
+        session.store, session.dictionaries, graph, names, prompts, token_text, run.behavior.words
+    )
+    text_of = _texts(session.store, prompts, token_text)
+    try:
+        with progress_bar("explaining", len(names), "features") as progress:
+            for name in names:
+                cards["features"][name]["explanation"] = explain(endpoint, evidence[name], text_of)
+                progress(1)
+    finally:
+        write_json(folder / CARDS_FILE, cards)
+
+
+def _texts(store: Store, prompts: pd.DataFrame, token_text: Callable[[int], str]) -> Callable[[int, bool], str]:
+    """What is shown of a context: the prompt, or the tokens around the one in question, which is marked."""
+
+    def text_of(row: int, whole: bool) -> str:
+        prompt = store.tokens.prompt[row]
+        if whole:
+            return " ".join(str(prompts["prompt"].iloc[prompt]).split())[:_LONGEST_TEXT]
+        rows = np.arange(max(0, row - BEFORE), min(store.n_tokens, row + AFTER + 1))
+        rows = rows[store.tokens.prompt[rows] == prompt]
+        texts = [token_text(int(store.tokens.token[other])) for other in rows]
+        marked = [f"«{text}»" if other == row else text for text, other in zip(texts, rows, strict=True)]
+        return " ".join("".join(marked).split())[:_LONGEST_TEXT]
+
+    return text_of

@@ -17,7 +17,7 @@ from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
 from sfc.data.read import LABELS
 from sfc.pages.blocks import Figure, Page, Paragraph, Section, Table, cell, figure_cell
-from sfc.pages.both_sides import both_sides, proof_by_size, verdict
+from sfc.pages.proof import both_sides, proof_by_size, verdict
 from sfc.pages.style import AMBER, BLUE, INK, LINE, QUIET, VERMILION, axis, styled_figure
 from sfc.pages.text import count_text, hover_text
 from sfc.run import Run

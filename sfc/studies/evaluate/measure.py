@@ -13,7 +13,7 @@ from sfc.circuits.edge_ablation import edge_faithfulness, random_edges, why_not_
 from sfc.circuits.faithfulness import curve_sizes, top_circuits
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.options import EvaluationOptions
-from sfc.circuits.replies import counts_by_kind, replies_by_kind
+from sfc.circuits.proof import counts_by_kind, replies_by_kind
 from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say

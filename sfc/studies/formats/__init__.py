@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 
 from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, first_problem
-from sfc.core.experiments import read_yaml
 from sfc.core.options import Options, option
+from sfc.core.reading import read_yaml
 from sfc.core.registry import imported_when_called
 from sfc.pages.blocks import Figure, Formula, Page, Section, Tile, Tiles, cell, estimate_cell, records_table
 from sfc.pages.style import BLUE, INK, VERMILION, axis, styled_figure

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.circuits.approximation import agreement
 from sfc.circuits.files import load_circuit
+from sfc.circuits.methods.exact import agreement
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar

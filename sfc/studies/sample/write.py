@@ -20,7 +20,7 @@ from sfc.core.config import SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.files import open_journal, writing
 from sfc.core.progress import progress_bar
-from sfc.data.read import read_text
+from sfc.core.reading import read_text
 from sfc.run import EVERYDAY_STARTS, Run
 from sfc.session import Session
 from sfc.studies.sample.conversations import FATES, Start, Writer, first_words

@@ -9,7 +9,7 @@ from sfc.core.config import SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.corpus import PROMPTS, SAMPLED, holds_prompt, is_chat, pieces, read_chats, read_texts
-from sfc.data.render import answered
+from sfc.data.render import answered, plain_ids
 from sfc.data.schema import with_ids
 from sfc.models.generation import with_replies
 from sfc.session import Session
@@ -62,7 +62,12 @@ def _chats(session: Session, source: str, before: Sequence[Corpus]) -> Corpus:
     else:
         table, sequences = short_enough(model.tokenize, _new_rows(session, source, before), longest)
         replies = table.pop("reply").tolist()
-    known = model.tokenizer(replies, add_special_tokens=False)["input_ids"]
+    # What the model wrote itself ends with its end of turn; what a file says is text.
+    known = (
+        model.tokenizer(replies, add_special_tokens=False)["input_ids"]
+        if source == SAMPLED
+        else [plain_ids(model.tokenizer, reply) for reply in replies]
+    )
     most = None if source == SAMPLED else config.reply_tokens
     sequences = [answered(sequence, ids[:most]) for sequence, ids in zip(sequences, known, strict=True)]
     wanted = np.array([config.replies and not reply for reply in replies])

@@ -1,0 +1,123 @@
+"""Every option of every command with values that nobody means, and every setting of every section."""
+
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from hostile.home import DATA, PRESET, Home, attack
+from hostile.sampling import sample, spread
+from sfc.cli import command_line
+from sfc.core.experiments import load_experiment
+
+NUMBERS = ("-1", "-5", "0.5", "1e8", "1e400", "nan", "-inf", "9" * 40, "0x10", "1_0")
+TEXTS = (
+    "", " ", "-1", "\x1b[2J\x1b]0;t\x07", "\u202etxt", "\x9b31m", "a" * 5000, "/dev/zero", "/", "../../../etc/passwd",
+    "null", "[", "{a: &a [*a]}", "nan", "\udcff", "[red]x[/red]", "%s{0}", ",,", "=", "a,b", "1e8", "9" * 40, "\n",
+    "é" * 300,
+)  # fmt: skip
+QUICK = ("--stages", "probe", "--limit", "2")
+SLOW = ("sample", "download", "explore")
+"""commands that write for minutes, need a network, or serve until they are ended"""
+SHARED = ("--preset", "--data", "--device", "--behavior", "--set", "--seed")
+
+
+def _is_number(parameter: Any) -> bool:
+    return any(name in str(parameter.type_descriptor).upper() for name in ("INT", "FLOAT"))
+
+
+def _options() -> list[tuple[str, str, str]]:
+    """Commands, options and values: three for each of a command's own, one for those that all commands have."""
+    commands: Any = get_command(command_line())
+    found = [
+        (name, parameter.opts[0] if parameter.param_type_name == "option" else "", _is_number(parameter))
+        for name, command in commands.commands.items()
+        for parameter in command.params
+        if not getattr(parameter, "is_flag", False) and parameter.opts[0] not in ("--root", "--help")
+    ]
+    own = [option for option in found if option[1] not in SHARED and option[0] not in SLOW]
+    cases = [
+        *spread([option for option in own if option[2]], NUMBERS, 3),
+        *spread([option for option in own if not option[2]], TEXTS, 3),
+        *spread([option for option in found if option[1] in SHARED and option[2]], NUMBERS, 1),
+        *spread([option for option in found if option[1] in SHARED and not option[2]], TEXTS, 1),
+    ]
+    return [(command, option, value) for (command, option, _), value in cases]
+
+
+def _id(value: str) -> str:
+    return ascii(value)[1:-1][:30]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), sample(_options(), keep=24), ids=_id)
+def test_an_option_that_nobody_means(home: Home, command: str, option: str, value: str) -> None:
+    home.empty()
+    given = [f"{option}={value}"] if option else ["--", value]
+    quick = QUICK if command == "batch" else ()
+    sound = (
+        [*PRESET, *DATA, "--category", "violence"] if command in ("discover", "draw", "export") else [*PRESET, *DATA]
+    )
+    if command in SLOW and option in ("--seed", "--device"):
+        given.append("--behavior=none")  # what is left to refuse where the value itself is sound
+    attack(home, command, *sound, *quick, *given)
+
+
+SETTINGS = (
+    "-1", "0", "1e8", "1.5", "9" * 40, ".nan", ".inf", "null", "[]", "{}", "''", "[[1]]", "[null]", "true", "\x1b[2J",
+    '"\\ud800"', "2020-13-45", "!!int x", "*a", "../..", "a" * 3000,
+)  # fmt: skip
+
+
+def _settings() -> list[tuple[str, str]]:
+    experiment = type(load_experiment("tiny"))
+    keys = []
+    for name, field in experiment.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        keys += [f"{name}.{key}" for key in inner] if inner else [name]
+    return spread((*keys, "", ".", "model.", "saes.k.x", "a.b.c.d"), SETTINGS, 2)
+
+
+@pytest.mark.parametrize(("key", "value"), sample(_settings(), keep=40), ids=_id)
+def test_a_setting_that_nobody_means(home: Home, key: str, value: str) -> None:
+    attack(home, "data", *PRESET, *DATA, "--set", f"{key}={value}")
+
+
+ABSURD = {
+    "train": (
+        "saes.expansion=100000000", "saes.expansion=1e8", "saes.expansion=1000000", "saes.k=1000000000",
+        "saes.k='0.0001%'",
+        "saes.batch_size=1e12", "saes.buffer_rows=1e13", "saes.layers_at_once=1e9", "saes.warmup_steps=1e9",
+        "saes.learning_rate=1e30", "saes.l1_weight=1e300", "saes.auxiliary_weight=1e300", "saes.dead_after=1e15",
+        "saes.checkpoint_seconds=1e-300", "saes.held_out=1", "saes.held_out=0", "saes.decay_share=1",
+    ),
+    "collect": (
+        "activations.batch_tokens=1e15", "activations.shard_tokens=1e15", "activations.batch_tokens=1",
+        "activations.shard_tokens=1", "prompts.max_tokens=1e15", "prompts.max_tokens=8", "prompts.limit=1e15",
+        "activations.layers=[0,1,2]", "activations.layers=[99999999]", "activations.kind=[]", "model.dtype=float16",
+        "model.template=''", "model.template='{prompt}{prompt}'", "model.template='{{ prompt'",
+        "model.refusal_tokens=['']", "model.refusal_tokens=['no such token at all']", "model.source=/dev/null",
+        "model.source='../..'",
+        "model.revision='../..'", "model.system_prompt='\u2042probe\u2042'", "prompts.discovery=0", "prompts.test=1",
+    ),
+    "discover": (
+        "evaluation.sizes=[1000000000]", "evaluation.sizes=[]", "evaluation.replies=1e9", "evaluation.reply_tokens=1e9",
+        "evaluation.random_draws=1e9", "evaluation.target=1e300", "evaluation.min_denominator=1e300",
+        "learned_mask.prompts=1e9", "learned_mask.price=1e300", "discovery.pairs_per_prompt=1e9",
+        "discovery.edge_nodes=1e9", "discovery.edge_tokens=1e9", "discovery.edges_per_node=1e9",
+        "discovery.checked_nodes=1e9", "discovery.nodes=nothing", "labels.explainer='http://127.0.0.1:9'",
+        "labels.explainer='file:///etc/passwd'", "labels.explainer='\x1b[2J'",
+    ),
+    "behaviour": ("behaviour.reply_tokens=1e9", "behaviour.limit=1e15"),
+    "patch": ("patching.limit=1e15", "patching.position_sets=['last-999999999']"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    sample([(command, setting) for command, settings in ABSURD.items() for setting in settings], keep=4),
+    ids=_id,
+)
+def test_a_size_that_no_machine_has(home: Home, command: str, setting: str) -> None:
+    home.empty()
+    category = ("--category", "violence") if command == "discover" else ()
+    attack(home, command, *PRESET, *DATA, *category, "--set", setting)
