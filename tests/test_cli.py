@@ -346,11 +346,6 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
     assert finished.stderr.splitlines()[-1].startswith("interrupted: ")
 
 
-def test_a_plugin_that_cannot_be_loaded_is_one_line_and_status_2(tmp_path: Path) -> None:
-    finished = _ending("}", tmp_path)
-    assert_one_line(finished, "ending.py", "SyntaxError")
-
-
 def test_help_groups_options_and_shows_their_defaults_and_further_settings(tmp_path: Path) -> None:
     page = sfc_process("discover", "--help", root=tmp_path).stdout
     own, of_pairs, of_all = (page.index(title) for title in ("─ Options ─", "Settings of pairs", "every command"))

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from sfc.behaviors.behavior import Words
 from sfc.data.render import Role
-from sfc.features.claims import Predicates, levels, make_claims, weighted_auroc
+from sfc.features.claims import Claim, Predicates, Term, levels, make_claims, weighted_auroc
 from sfc.features.contexts import Evidence, evidence_of, halves, rows_for_labels
 from sfc.saes.plan import TokenTable
 
@@ -59,7 +59,7 @@ RULES = {
     "at the last token “↵”: with “ladder”": _at_last(_LADDER),
     "at the last token “↵”: with “ladder” “moon”": _at_last(_LADDER | PROMPTS["prompt"].str.contains("moon")),
     "always on at the last token “↵”, most: violence": _at_last(_ALL) + _at_last(_VIOLENCE),
-    "at template token 1 of 2 “<end>”: prompts that are not toxic": 3.0
+    "at template token 1 of 2 “<end>”: not: toxic prompts": 3.0
     * ((TOKENS.token == TEMPLATE[0]) & ~_TOXIC.to_numpy()[TOKENS.prompt]),
     "on “kill”": 1.0 * (_TOKEN == "kill"),
     "on the last token": 1.0 * np.append(np.diff(TOKENS.role) == Role.SUFFIX - Role.CONTENT, False),
@@ -72,7 +72,7 @@ def test_a_feature_whose_rule_is_known_gets_it_as_its_label(label: str) -> None:
     assert (evidence.label, evidence.score) == (label, 1.0)
 
 
-def test_clauses_add_up_and_graded_features_are_told_apart_by_them() -> None:
+def test_terms_add_up_and_graded_features_are_told_apart_by_them() -> None:
     both = _at_last(_TOXIC) + _at_last(_VIOLENCE)
     [evidence] = _evidence(both[:, None])
     assert evidence.label.startswith("at the last token “↵”: ") and evidence.score == 1.0
@@ -134,14 +134,20 @@ def test_the_weighted_auroc_is_what_all_pairs_say(pairs: list[tuple[int, float]]
         assert found == pytest.approx(won / weight, rel=1e-6, abs=1e-9)
 
 
-def test_the_first_clause_is_the_predicate_of_largest_auroc() -> None:
+def test_every_term_is_the_one_of_largest_auroc() -> None:
     generator = np.random.default_rng(1)
     holds = generator.random((30, 200)) < 0.3
-    values = generator.exponential(size=(200, 5)) + 2 * holds[:5].T
-    predicates = Predicates(["word"] * 30, list(map(str, range(30))), sparse.csr_array(holds * 1.0), frozenset())
+    values = generator.exponential(size=(200, 5)) + 2 * holds[:5].T + 2 * ~holds[5:10].T
+    predicates = Predicates(["word"] * 30, list(map(str, range(30))), sparse.csr_array(holds * 1.0))
     for feature, claim in enumerate(make_claims(values, predicates)):
         column = values[:, feature]
-        slow = [weighted_auroc(row.astype(int), column, float(column.mean())) or 0 for row in holds]
-        assert claim[0] == (int(np.argmax(slow)),)
-        told = weighted_auroc(levels(claim[:1], predicates), column, float(column.mean()))
-        assert told == pytest.approx(max(slow))
+
+        def score(claim: Claim, column: np.ndarray = column) -> float:
+            return weighted_auroc(levels(claim, predicates), column, float(column.mean())) or 0
+
+        assert {term.sign for term in claim} == {1, -1}
+        for length in range(len(claim)):
+            said = {term.predicate for term in claim[:length]}
+            further = [Term(number, sign) for sign in (1, -1) for number in range(30) if number not in said]
+            best = max(score((*claim[:length], term)) for term in further)
+            assert score(claim[: length + 1]) > best - 0.0021

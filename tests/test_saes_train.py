@@ -126,6 +126,15 @@ def test_the_auxiliary_loss_revives_dead_features(auxiliary_weight: float, reviv
     assert bool(fired[D_IN:].float().mean() > 0.5) is revived
 
 
+def test_anchored_directions_stay_near_their_start() -> None:
+    parameters = start("blocks.0.hook_resid_post", rows(1000, 10**6), short(), 0, "cpu").parameters
+    encoder, directions = parameters.encoder.detach(), parameters.W_dec.detach()
+    free, held, fixed = (train(short(anchor_weight=weight)) for weight in (0.0, 30.0, 1000.0))
+    turned = [float((1 - (directions * dictionary.W_dec).sum(1)).mean()) for dictionary in (free, held, fixed)]
+    assert turned[0] > 10 * turned[1] > 100 * turned[2]
+    assert not torch.allclose(held.W_enc.T, encoder, atol=1e-2)
+
+
 def test_k_as_a_percentage() -> None:
     assert train(short(k="5%")).k == 3  # of 64 features
 

@@ -34,7 +34,7 @@ OWN_FILES = ("labels.json",)
 _CHECKSUM = "checksum"
 _NOT_CONTENTS = {MANIFEST, BEFORE, *OWN_FILES, "tensorboard", "wandb"}
 _FINGERPRINTED = re.compile(r".+-[0-9a-f]{8}")
-_BYTES_PER_BYTE = 8
+BYTES_PER_BYTE = 8
 """what a table takes in memory for each byte of its file, roughly"""
 _DEEPEST = 2
 """folders between a file and the manifest that lists it, at most: `saes/NAME/SITE/cfg.json`"""
@@ -99,7 +99,7 @@ def read_bytes(path: Path) -> bytes:
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        check_memory(_BYTES_PER_BYTE * size, f"reading {path}", "give a smaller file")
+        check_memory(BYTES_PER_BYTE * size, f"reading {path}", "give a smaller file")
         data = file.read()
     expected = _listed(path)
     if expected is not None and (len(data) != expected.bytes or hashlib.sha256(data).hexdigest() != expected.sha256):

@@ -4,14 +4,15 @@ A named pipe would wait for ever, a device would never end, and a YAML file of t
 aliases of aliases, than any machine holds. No torch here.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sfc.core.contents import read_bytes
+from sfc.core.contents import BYTES_PER_BYTE, hash_of, opened, read_bytes
 from sfc.core.errors import UserError
-
+from sfc.core.machine import check_memory
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark; line breaks are as they are in the file.
@@ -27,6 +28,20 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path} is not UTF-8 (line {line}: byte 0x{data[error.start]:02x}): save it again with the encoding UTF-8"
         ) from None
+
+
+def hash_of_given(path: Path, bytes_per_byte: int = BYTES_PER_BYTE) -> str:
+    """SHA-256 of the bytes of a file that a user gives, in hexadecimal.
+
+    Args:
+        bytes_per_byte: what will be taken in memory for each byte of the file.
+
+    Raises:
+        UserError: the file is missing, is not an ordinary one, cannot be read, or is too large.
+    """
+    with opened(path) as file:
+        check_memory(bytes_per_byte * os.fstat(file.fileno()).st_size, f"reading {path}", "give a smaller file")
+        return hash_of(file)
 
 
 def read_yaml(path: Path) -> Any:

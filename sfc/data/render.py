@@ -28,7 +28,7 @@ _PROBE = "\u2042probe\u2042"
 _DAY = datetime(2024, 7, 26)
 """the day on which every template is rendered"""
 _DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", *"aAbBdeFmyYjHIMSpfuwUWcxX", "%")
-# Jinja gives a template no other way to the date, and transformers no way to set it: a macro takes the function's place.
+# Transformers gives no way to set the date that its function tells a template: a macro takes the function's place.
 _PINNED_DATE = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('%{letter}', {_DAY.strftime('%' + letter)!r})" for letter in _DIRECTIVES)
@@ -205,8 +205,8 @@ def _with_plain_content(
     edges = (content[0][1][0] - first, last - content[-1][1][1]) if content else (1, 1)
     if any(edges) or _of(control, content):
         raise UserError(
-            f"the prompt {text[:60]!r} spells a token of the model's template, which this tokenizer cannot read as plain"
-            " text: leave it out"
+            f"the prompt {text[:60]!r} spells a token of the model's template, which this tokenizer cannot read as"
+            " plain text: leave it out"
         )
     return [*prefix, *content, *suffix]
 

@@ -1,10 +1,4 @@
-"""Features whose decoder directions are alike.
-
-Where Neuronpedia shows a feature, for the dictionaries that they host.
-
-Which tokens a feature raises and lowers, read off its decoder direction through the unembedding.
-
-What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
+"""What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
 
 {"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
  "features": {"resid_post.21/F463": {
@@ -83,25 +77,42 @@ def neuronpedia_page(config: Mapping[str, Any], feature: int) -> str | None:
 
 
 class TokenEffects(NamedTuple):
-    """The tokens whose logits a direction raises and lowers most, strongest first."""
+    """The tokens whose logits a direction raises and lowers most, strongest first; none where they do not stand out."""
 
     raises: list[str]
     lowers: list[str]
 
 
+_MIXTURES, _STANDING_OUT = 400, 0.99
+
+
 @torch.no_grad()
-def token_effects(model: Model, directions: Float[Tensor, "n d_model"], count: int = 6) -> list[TokenEffects]:
-    """The logit lens on directions of the residual stream, with the final norm's weights and without its scale."""
+def token_effects(
+    model: Model, decoder: Float[Tensor, "d_sae d_model"], features: Sequence[int], count: int = 6
+) -> list[TokenEffects]:
+    """The logit lens on directions of the residual stream, with the final norm's weights and without its scale.
+
+    Some tokens come first for any direction. So they are named only where the first of them stands out: it is further
+    from the mean of all logits, in standard deviations, than that of 99 % of random mixtures of the decoder's rows.
+    """
+    weights = torch.randn(_MIXTURES, len(decoder), generator=torch.Generator().manual_seed(0)).to(decoder)
+    logits = _logits(model, torch.cat([decoder[list(features)], weights @ decoder]))
+    named: list[list[list[str]]] = []
+    for sign in (1, -1):
+        values, tokens = (sign * logits).topk(count, dim=1)
+        first = values[:, 0] / logits.std(dim=1)
+        least = first[len(features) :].quantile(_STANDING_OUT)
+        named.append([_texts(model, ids) if z > least else [] for z, ids in zip(first, tokens, strict=True)])
+    return [TokenEffects(*pair) for pair in zip(*named, strict=True)][: len(features)]
+
+
+def _logits(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
+    """What directions add to each logit, less the mean over tokens: what raises every logit alike raises none."""
     norm_weight = getattr(model.bridge.ln_final, "weight", None)
     if norm_weight is not None:
         directions = directions * norm_weight.to(directions)
-    # The mean token is subtracted: what raises every logit alike raises none.
     unembedding = model.hf.get_output_embeddings().weight.float()
-    logits = directions.float() @ (unembedding - unembedding.mean(0)).T
-    top, bottom = logits.topk(count).indices, (-logits).topk(count).indices
-    return [
-        TokenEffects(_texts(model, raised), _texts(model, lowered)) for raised, lowered in zip(top, bottom, strict=True)
-    ]
+    return directions.float() @ (unembedding - unembedding.mean(0)).T
 
 
 def _texts(model: Model, ids: Tensor) -> list[str]:
@@ -143,10 +154,14 @@ def feature_cards(
         for number, name in enumerate(of_site):
             card = _card(measured, number, store, token_text)
             for context in card["contexts"]:
-                context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
+                group = groups[int(group_of_prompt[context.pop("prompt")])]
+                context |= {key: group[key] for key in ("population", "category")}
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
             card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
-            card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
+            card["neighbours"] = [
+                {"node": f"{short_site(site)}/F{feature}", "cosine": _rounded(cosine)}
+                for feature, cosine in neighbours[number]
+            ]
             cards[name] = card
     rows = np.flatnonzero(is_kept)
     tokens = TokenTable(*(column[rows] for column in store.tokens))
@@ -230,14 +245,6 @@ def _context(store: Store, peak: int, window: np.ndarray, token_text: Callable[[
         "peak": int(np.flatnonzero(kept == peak)[0]),
         "in_template": bool(store.tokens.role[peak] == Role.SUFFIX),
     }
-
-
-def _population(groups: Sequence[Mapping[str, Any]], group: int) -> dict[str, str]:
-    return {key: groups[group][key] for key in ("population", "category")}
-
-
-def _neighbour(site: str, neighbour: Neighbour) -> dict[str, Any]:
-    return {"node": f"{short_site(site)}/F{neighbour.feature}", "cosine": _rounded(neighbour.cosine)}
 
 
 def _rounded(value: float) -> float:

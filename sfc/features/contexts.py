@@ -19,7 +19,7 @@ from scipy import sparse
 from sfc.behaviors.behavior import Words
 from sfc.data.render import Role
 from sfc.data.schema import keyed_ranks
-from sfc.features.claims import CLEAR, Claim, Predicates, levels, make_claims, weighted_auroc
+from sfc.features.claims import CLEAR, Claim, Predicates, Term, levels, make_claims, weighted_auroc
 
 if TYPE_CHECKING:
     from sfc.saes.plan import TokenTable
@@ -29,11 +29,14 @@ _MOST_ROWS = 60_000
 """of the store that labels are made and scored on"""
 _FEWEST_PROMPTS = 4
 """prompts of the first half that a word must be in to be named"""
-_COMMON = 0.25
+_COMMON = 0.7
 """a word in a larger share of the prompts says nothing"""
 _ALWAYS = 0.95
 _MOST_PREDICATES = 3000
-_MANY_WORDS = 12
+_LENGTHS = (0.2, 0.4, 0.6, 0.8)
+"""shares of the prompts of the first half that are at most as long as the lengths that claims may name"""
+_LETTERS = 4
+"""a word of more is long"""
 _SIGNS = {"\n": "↵", "\t": "⇥"}
 
 
@@ -129,43 +132,51 @@ def _label(claim: Claim, predicates: Predicates, place: str, active: float, scor
     if not active:
         return "never fires here"
     always = "always on" if active >= _ALWAYS else ""
-    clauses = [_clause(clause, predicates) for clause in claim]
-    told = " + ".join(clauses) or "no rule found"
+    speaking = [[term for term in claim if term.sign == sign] for sign in (1, -1)]
+    told = ", not: ".join(filter(None, (_said(terms, predicates) for terms in speaking))) or "no rule found"
+    told = told if speaking[0] or not claim else f"not: {told}"
     where = " ".join(filter(None, (always, place)))
     label = f"{where}{', most: ' if always else ': ' if where else ''}{told}"
     return label if score is not None and score >= CLEAR else f"unclear: {label}"
 
 
-def _clause(clause: Sequence[int], predicates: Predicates) -> str:
-    kind = predicates.kinds[clause[0]]
-    texts = [predicates.texts[number] for number in clause]
-    return _FORMS.get(kind, "{}").format((" or " if kind == "group" else " ").join(texts))
+def _said(terms: Sequence[Term], predicates: Predicates) -> str:
+    """Predicates in words, those of a kind together."""
+    texts: dict[str, list[str]] = {}
+    for number, _ in terms:
+        texts.setdefault(predicates.kinds[number], []).append(predicates.texts[number])
+    return " + ".join(
+        _FORMS.get(kind, "{}").format(_BETWEEN.get(kind, " " if kind in _FORMS else " + ").join(of_kind))
+        for kind, of_kind in texts.items()
+    )
 
 
 _FORMS = {
     "opening": "opening {}", "word": "with {}", "token": "on {}", "before": "right after {}",
-    "earlier": "somewhere after {}",
+    "earlier": "somewhere after {}", "ending": "on a word in {}",
 }  # fmt: skip
-_ORDER = ("side", "group", "form", "length", "token", "place", "before", "opening", "word", "earlier")
+_BETWEEN = {"group": " or "}
+_ORDER = (
+    "side", "group", "form", "length", "token", "place", "before", "opening", "word", "shape", "ending", "earlier",
+)  # fmt: skip
 """kinds of predicates; what tells as much is said by the first"""
-_JOINED = frozenset(("group", "opening", "word", "token", "before", "earlier"))
 
 
 def prompt_predicates(prompts: pd.DataFrame, made_on: Bool[np.ndarray, " prompts"], words: Words) -> Predicates:
-    """What can be said of prompts: side, category, question or not, length, first word, other words.
+    """What can be said of prompts: side, category, question or not, lengths, first word, words.
 
     Only words are named that enough prompts of the first half have.
     """
     kinds = prompts["dataset_type"].astype(str)
     sides = kinds.map(words.kinds).fillna(kinds)
     by_word = [[word.lower() for word in _WORD.findall(text)] for text in prompts["prompt"]]
+    counts = np.array([len(of_prompt) for of_prompt in by_word])[made_on]
+    lengths = np.unique(np.quantile(counts, _LENGTHS).astype(int)).tolist() if len(counts) else []
     facts: list[list[tuple[str, str]]] = []
     for text, side, group, of_prompt in zip(prompts["prompt"], sides, prompts["category"], by_word, strict=True):
-        others = [("side", f"prompts that are not {other}") for other in sides.unique() if other != side]
         facts.append([
-            ("side", f"{side} prompts"), *(others if sides.nunique() > 2 else ()), ("group", str(group)),
-            ("form", "questions" if text.endswith("?") else "prompts that are not questions"),
-            ("length", f"{'over' if len(of_prompt) > _MANY_WORDS else 'at most'} {_MANY_WORDS} words"),
+            ("side", f"{side} prompts"), ("group", str(group)), *[("form", "questions")] * text.endswith("?"),
+            *(("length", f"at most {most} words") for most in lengths if len(of_prompt) <= most),
             *(("opening", _quoted(word)) for word in of_prompt[:1]),
             *(("word", _quoted(word)) for word in dict.fromkeys(of_prompt)),
         ])  # fmt: skip
@@ -178,8 +189,8 @@ def token_predicates(
     made_on: Bool[np.ndarray, " prompts"],
     of_prompts: Predicates,
 ) -> Predicates:
-    """What can be said of the tokens of texts: the token, the word before it, earlier words, where it stands; and what
-    can be said of its prompt, apart from the words that it has.
+    """What can be said of the tokens of texts: the token, its letters, the word before it, earlier words, where it
+    stands; and what can be said of its prompt, apart from its length and the words that it has.
 
     Tokens are told apart without regard to case and spaces.
     """
@@ -189,8 +200,11 @@ def token_predicates(
         earlier: dict[str, None] = {}
         for number in range(start, stop):
             told = [("token", _quoted(texts[number].strip().lower() or texts[number]))]
+            told += _shape(texts[number], inside=number > start)
             told += [("place", "on the first token")] * (number == start)
             told += [("place", "in the first three tokens")] * (number - start < 3)
+            told += [("place", f"after {more} tokens") for more in (5, 10) if number - start >= more]
+            told += [("place", "in the last three tokens")] * (stop - number <= 3)
             told += [("place", "on the last token")] * (number == stop - 1)
             told += [("before", word) for word in list(earlier)[-1:]]
             told += [("earlier", word) for word in earlier]
@@ -205,8 +219,18 @@ def token_predicates(
         [*(of_prompts.kinds[number] for number in kept), *own.kinds],
         [*(of_prompts.texts[number] for number in kept), *own.texts],
         sparse.csr_array(sparse.vstack([shared, own.holds])),
-        _JOINED,
     )
+
+
+def _shape(token: str, inside: bool) -> list[tuple[str, str]]:
+    """What can be said of a token's letters; `inside` is whether others stand before it."""
+    word = token.strip()
+    if not word.isalpha():
+        return [("shape", "on no word")]
+    told = [("shape", f"on a word of {'over' if len(word) > _LETTERS else 'at most'} {_LETTERS} letters")]
+    told += [("shape", "inside a word")] * (inside and not token.startswith(" "))
+    told += [("shape", "on a capital")] * word[0].isupper()
+    return told + [("ending", f"-{word[-count:].lower()}") for count in (1, 2, 3) if len(word) > count]
 
 
 def _predicates(
@@ -232,7 +256,7 @@ def _predicates(
     rows, columns = np.array(entries, dtype=np.int64).reshape(-1, 2).T
     ones = np.ones(len(rows), dtype=np.float32)
     holds = sparse.csr_array((ones, (rows, columns)), shape=(len(named), len(facts)))
-    return Predicates([kind for kind, _ in named], [text for _, text in named], holds, _JOINED)
+    return Predicates([kind for kind, _ in named], [text for _, text in named], holds)
 
 
 def _template_rows(tokens: "TokenTable", prompt_of_row: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "prompts places"]:

@@ -31,13 +31,15 @@ class Parameters(NamedTuple):
 
 @dataclass
 class Training:
-    """One SAE in training: everything that changes from step to step, and its scale."""
+    """One SAE in training: everything that changes from step to step, its scale, and perhaps where it started."""
 
     site: str
     scale: float
     parameters: Parameters
     optimizer: torch.optim.Adam
     tokens_since_fired: Int[Tensor, " d_sae"]
+    anchors: Float[Tensor, "d_sae d_in"] | None
+    """the directions that the features are held near, which `start` makes again whenever it is asked"""
 
 
 def save(path: Path, trainings: Sequence[Training], step: int) -> float:

@@ -53,7 +53,9 @@ def start(
     for parameter in parameters:
         parameter.requires_grad_()
     optimizer = torch.optim.Adam(list(parameters), lr=config.learning_rate, eps=ADAM_EPSILON, fused=True)
-    return Training(site, scale, parameters, optimizer, torch.zeros(d_sae, dtype=torch.long, device=device))
+    anchors = rows.clone() if config.anchor_weight > 0 else None
+    silent = torch.zeros(d_sae, dtype=torch.long, device=device)
+    return Training(site, scale, parameters, optimizer, silent, anchors)
 
 
 @torch.no_grad()

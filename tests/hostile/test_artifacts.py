@@ -1,7 +1,8 @@
 """Every file of every artifact, damaged in every way, is told in one line, or makes no difference.
 
 Roots are filled by the commands of the studies. Then one file at a time is damaged in a copy, and a command reads it,
-which ends with the very result that it has on the undamaged root, or with status 2 and one line. `sfc doctor` finds it.
+which ends with the very result that it has on the undamaged root, or with status 2 and one line. `sfc doctor` finds
+all of it.
 """
 
 import json

@@ -13,10 +13,12 @@ from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
 from sfc.saes.store import shard_digests, sites_before, write_prompts
+from sfc.session import Session
 
 
 class Corpus(NamedTuple):
@@ -46,19 +48,34 @@ def circuit_prompts(run: Run, tokenize: Tokenize) -> Corpus:
     return short_enough(tokenize, frame[frame["split"] != "test"], run.experiment.prompts.max_tokens)
 
 
-def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Corpus:
-    """The prompts of at most `max_tokens` tokens; how many are left out is said.
+def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int | None) -> Corpus:
+    """The prompts of at most `max_tokens` tokens, or all; how many are left out is said.
 
     Raises:
         UserError: none is short enough.
     """
     tokenized = tokenize(frame["prompt"].tolist())
-    fits = np.array([len(prompt.ids) <= max_tokens for prompt in tokenized])
+    fits = np.array([max_tokens is None or len(prompt.ids) <= max_tokens for prompt in tokenized])
     if not fits.any():
-        raise UserError(f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…")
+        raise UserError(
+            f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…, or take a model with more"
+            " positions"
+        )
     if not fits.all():
         say(f"left out: {(~fits).sum():,} prompts of more than {max_tokens} tokens")
     return Corpus(frame[fits].reset_index(drop=True), [tokenized[i] for i in np.flatnonzero(fits)])
+
+
+def batched(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
+    """The prompts that are short enough, and batches of them for runs of the session's model.
+
+    Raises:
+        UserError: none is short enough.
+    """
+    experiment, model = session.run.experiment, session.model
+    table, sequences = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
+    layout, batch_tokens = TemplateLayout.of(sequences), experiment.activations.batch_tokens
+    return table, make_batches(sequences, layout, batch_tokens, model.device)
 
 
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:

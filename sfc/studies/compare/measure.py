@@ -163,7 +163,9 @@ def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
     circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})
     if options.edges and NODES[problem.config.nodes].has_edges:
         strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
-        circuit.edges = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
+        circuit.edges = {
+            f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}": abs(edge.weight) for edge in strongest
+        }
     return circuit
 
 
@@ -173,10 +175,6 @@ def _edges(problem: Problem, members: Sequence[int]) -> Iterator[Edge]:
         for row, column in zip(*np.nonzero(weight), strict=True):
             ends = int(sources[row]), int(targets[column])
             yield Edge(*ends, float(weight[row, column]), float(absolute[row, column]))
-
-
-def _edge_name(nodes: Nodes, edge: Edge) -> str:
-    return f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}"
 
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"

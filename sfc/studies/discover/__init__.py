@@ -19,7 +19,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.collect import COLLECT
 from sfc.studies.nulls import STUDY as NULLS
-from sfc.studies.nulls import baseline_inputs, has_nulls, needs_of_circuits
+from sfc.studies.nulls import circuit_inputs, has_nulls, needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
 from sfc.studies.train import TRAIN
 
@@ -57,17 +57,13 @@ class Discover(Study[DiscoveryOptions]):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
-        needs_saes = NODES[options.nodes].needs_saes
-        inputs = {
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs if needs_saes else None,
-            "sites": None if needs_saes else experiment.activations.sites,
+        return {
+            **circuit_inputs(run),
+            "sites": None if NODES[options.nodes].needs_saes else experiment.activations.sites,
             "category": run.group(options.category),
-            "hard_share": experiment.prompts.hard_share,
             "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
-        return inputs | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
         return [*needs_of_circuits(run), *([Need(NULLS, run)] if has_nulls(run) else [])]
