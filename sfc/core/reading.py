@@ -14,6 +14,7 @@ from sfc.core.contents import BYTES_PER_BYTE, hash_of, opened, read_bytes
 from sfc.core.errors import UserError
 from sfc.core.machine import check_memory
 
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark; line breaks are as they are in the file.
 
