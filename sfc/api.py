@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import ValidationError
 
-from sfc.core.artifacts import read_json
+from sfc.core.artifacts import read_csv, read_json
 from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.core.experiments import load_experiment
 from sfc.features.labels import with_own_labels
@@ -77,7 +77,7 @@ def discover(run: Run, category: str = "violence") -> Discovered:
         UserError: as `sfc discover`.
     """
     folder, graph, cards = ensure_cards(run, category)
-    curve, result = pd.read_csv(folder / "curve.csv"), read_json(folder / RESULT)
+    curve, result = read_csv(folder / "curve.csv"), read_json(folder / RESULT)
     return Discovered(run, folder, graph, curve, result, with_own_labels(cards, folder))
 
 

@@ -5,30 +5,25 @@ of what was made are printed last; with `--json` the last line on standard outpu
 goes to standard error.
 """
 
-import errno
 import inspect
 import io
 import os
-import shlex
 import signal
 import socket
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.markup import escape
 
 from sfc.cli_options import Shared, command_of, finish, further_settings, with_shared_options
-from sfc.core.artifacts import package_versions
 from sfc.core.config import ActivationsConfig
-from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError, first_problem
+from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError
 from sfc.core.experiments import load_experiment, preset_names
+from sfc.core.faults import fault_message, user_message
 from sfc.core.progress import printable, say
 from sfc.pages.blocks import Table
 from sfc.pages.plain import show
@@ -84,12 +79,15 @@ def export(
         str, typer.Option(help="Among graphml,gexf,csv,circuit-tracer.")
     ] = "graphml,gexf,csv,circuit-tracer",
     output: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="the circuit's")] = None,
+    spreadsheets: Annotated[
+        bool, typer.Option("--spreadsheets", help="Also copy every table so that no cell is taken for a formula.")
+    ] = False,
 ) -> None:
     """Write a circuit for other programs: Gephi and Cytoscape, tables, circuit-tracer and Neuronpedia.
 
     Example: sfc export --category violence --format graphml,circuit-tracer --output violence
     """
-    from sfc.circuits.files import export_circuit, load_circuit
+    from sfc.circuits.files import export_circuit, for_spreadsheets, load_circuit
     from sfc.features.labels import labels_of
     from sfc.studies.discover import circuit_of
 
@@ -98,6 +96,10 @@ def export(
     graph = load_circuit(circuit.files["circuit"])
     formats = [name.strip() for name in format.split(",")]
     files = export_circuit(graph, labels_of(circuit.folder), formats, output or circuit.folder)
+    if spreadsheets:
+        tables = {path.name: path for path in [*circuit.folder.glob("*.csv"), *files.values()] if path.suffix == ".csv"}
+        copies = for_spreadsheets(tables.values(), (output or circuit.folder) / "spreadsheets")
+        files |= {f"spreadsheet {name}": path for name, path in copies.items()}
     finish({"category": run.group(category), "files": {name: str(path) for name, path in files.items()}}, shared.json)
 
 
@@ -111,6 +113,7 @@ def explore(
     """
     try:
         from sfc.explorer.app import explorer
+        from sfc.models.loading import choose_device
     except ModuleNotFoundError as error:
         raise UserError(f"the explorer needs the package {error.name}: pip install 'sfc[explorer]'") from None
     with socket.socket() as free:
@@ -119,6 +122,7 @@ def explore(
             free.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error.strerror}): choose another with --port") from None
+    choose_device(shared.device)
     app = explorer(shared.root, shared.device)
     say(f"http://127.0.0.1:{port} (ends with Ctrl+C)")
     app.run(host="127.0.0.1", port=port, debug=False)
@@ -178,31 +182,9 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
+_LONGEST_LINE = 1000
+"""characters of a message"""
 _COMMANDS = (batch, draw, export, explore, data, download, presets, doctor)
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space or choose another --root",
-    errno.EDQUOT: "the disk quota is used up: free some space or choose another --root",
-    errno.EFBIG: "a file would be larger than this process may write: raise the limit (ulimit -f)",
-    errno.EROFS: "the disk is read-only: choose another --root",
-    errno.EACCES: "no permission to read or write: change that, or choose another --root",
-    errno.EPERM: "no permission to read or write: change that, or choose another --root",
-    errno.ENAMETOOLONG: "a name is too long: give a shorter one",
-    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
-    errno.ENOMEM: "there is not enough memory: make it less, or use a larger machine",
-}
-"""what a user can do about an error of the operating system"""
-_KINDS = {
-    "MemoryError": "there is not enough memory",
-    "OutOfMemoryError": "the device has not enough memory (--device cpu is slower, and may have more)",
-    "SafetensorError": "a file of weights is damaged",
-    "UnicodeError": "a text is not valid UTF-8",
-    "TemplateError": "a chat template cannot be rendered (see --set model.template)",
-    "ImportError": "a package is missing or does not fit the others: pip install it",
-}
-"""what an error says to a user who can correct it, by the name of its class or of one that it is derived from"""
-_ALLOCATION = "allocate memory"
-"""what torch's error of no particular class says when main memory does not suffice"""
 
 
 def command_line() -> typer.Typer:
@@ -245,11 +227,9 @@ def run(program: Callable[[], typer.Typer], name: str) -> NoReturn:
         if end.code == 1:  # typer's answer to a broken pipe
             _end_silently()
         raise
-    except UserError as error:
-        _end(f"error: {error}", 2)
     except Exception as error:
-        message = _user_message(error)
-        _end(f"error: {message or _fault_message(error)}", 2 if message else 1)
+        message = user_message(error)
+        _end(f"error: {message or fault_message(error)}", 2 if message else 1)
     if status == INTERRUPTED:
         _end(INTERRUPTED_LINE, INTERRUPTED)
     sys.exit(status or 0)
@@ -262,41 +242,10 @@ def _end_silently() -> NoReturn:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _user_message(error: Exception) -> str | None:
-    """What to tell a user of an error that he can correct; None for a fault of the program."""
-    if of_usage := getattr(error, "format_message", None):  # typer's copy of click has private classes
-        return f"{of_usage()} (see --help)"
-    told = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, ValidationError):
-        return f"a file or a setting does not have the form that it should: {first_problem(error)}"
-    if isinstance(error, OSError):
-        names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        places = ", ".join(map(os.fsdecode, names))
-        if remedy := _REMEDIES.get(error.errno or 0):
-            return f"{remedy} ({places or Path.cwd()})"
-        what = f"cannot read or write {places or 'a file'}: {error.strerror or told}; check what is there"
-        return what if error.errno else told  # libraries raise it with a sentence of their own
-    if isinstance(error, RuntimeError) and _ALLOCATION in told:
-        return f"there is not enough memory: {told}"
-    kinds = [_KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _KINDS]
-    return f"{kinds[0]}: {told}" if kinds else None
-
-
-def _fault_message(error: Exception) -> str:
-    """What to tell a user of an error that is the program's; the traceback goes to a file."""
-    what = f"unexpected {type(error).__name__}: {error}"[:300]
-    told = [shlex.join(["sfc", *sys.argv[1:]]), str(package_versions()), traceback.format_exc()]
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="sfc-fault-", suffix=".txt")
-        os.close(descriptor)
-        Path(path).write_text("\n".join(told), encoding="utf-8", errors="backslashreplace")
-    except OSError:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{what} (line {last.lineno} of {last.filename}; its traceback could not be written)"
-    return f"{what}; its traceback is in {path}"
-
-
 def _end(message: str, status: int) -> NoReturn:
+    line = printable(" ".join(message.split()))
+    if len(line) > _LONGEST_LINE:  # what was given is part of it
+        line = f"{line[: _LONGEST_LINE * 3 // 4]} … {line[-_LONGEST_LINE // 4 :]}"
     with suppress(OSError):
-        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -15,6 +15,7 @@ from sfc.behaviors.behavior import BEHAVIORS, Behavior
 from sfc.core.artifacts import Artifact, hash_of_file
 from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
+from sfc.core.files import below
 from sfc.core.options import Options
 from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
 from sfc.data.prepare import Prepared, balance, prompts_fingerprint
@@ -57,11 +58,13 @@ class Run:
         """`ROOT/data/NAME`, any folder by path, or for `mini` the set that comes with the repository.
 
         Raises:
-            UserError: there is no such folder.
+            UserError: there is no such folder, or a link there leads out of the root.
         """
         candidates = [self.root / "data" / self.data, Path(self.data)]
         if self.data == "mini":
             candidates.append(_EMBEDDED_DATA / "mini")
+        if len(Path(self.data).parts) == 1 and candidates[0].is_dir():
+            return below(self.root, "data", self.data)
         for folder in candidates:
             if folder.is_dir():
                 return folder
@@ -150,7 +153,7 @@ class Run:
             },
             "activations": experiment.activations.identity(),
         }
-        return Artifact.of(self.root / "activations", experiment.name, inputs)
+        return Artifact.of(below(self.root, "activations"), experiment.name, inputs)
 
     @cached_property
     def sampled(self) -> Artifact:
@@ -162,7 +165,7 @@ class Run:
             "starts": hash_of_file(EVERYDAY_STARTS),
             "sample": SampleOptions.of(experiment).identity(),
         }
-        return Artifact.of(self.root / "corpora", experiment.name, inputs)
+        return Artifact.of(below(self.root, "corpora"), experiment.name, inputs)
 
     @cached_property
     def corpus(self) -> Artifact:
@@ -179,7 +182,7 @@ class Run:
             "sources": [self._source_identity(source) for source in corpus.sources],
             "corpus": corpus.identity(),
         }
-        return Artifact.of(self.root / "activations", f"{self.experiment.name}-corpus", inputs)
+        return Artifact.of(below(self.root, "activations"), f"{self.experiment.name}-corpus", inputs)
 
     def _source_identity(self, source: str) -> Any:
         if source == PROMPTS:
@@ -200,4 +203,4 @@ class Run:
             "sites": self.experiment.activations.sites,
             "saes": saes_identity(self.experiment.saes, self.experiment.activations.sites),
         }
-        return Artifact.of(self.root / "saes", self.experiment.name, inputs)
+        return Artifact.of(below(self.root, "saes"), self.experiment.name, inputs)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sfc.core.config import ModelConfig
+from sfc.core.config import Experiment, ModelConfig
 from sfc.run import Run
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ class Session:
         """Any model, on the run's device, loaded once.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded, or has no room for the longest prompt and the longest reply.
         """
         from sfc.models.loading import choose_device, load_model
 
         key = config.model_dump_json()
         if key not in self._models:
             self._models[key] = load_model(config, choose_device(self.run.device))
+        self._models[key].check_room(_longest(self.run.experiment))
         return self._models[key]
 
     @cached_property
@@ -106,6 +107,12 @@ class Session:
         from sfc.saes.store import Store
 
         return Store(self.run.store.folder)
+
+
+def _longest(experiment: Experiment) -> int:
+    """Tokens of the longest prompt with the longest reply that any section asks for."""
+    sections = [section for section in experiment.model_dump().values() if isinstance(section, dict)]
+    return experiment.prompts.max_tokens + max(section.get("reply_tokens", 0) for section in sections)
 
 
 class Clock:

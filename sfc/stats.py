@@ -44,6 +44,14 @@ def judged_rate(refused: Iterable[bool]) -> dict[str, float]:
     return {"n": n, "refusals": refusals, "rate": refusals / n, **wilson(refusals, n)._asdict()}
 
 
+def judged_rates(replies: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """As `judged_rate`, a row per group of judged replies: the columns of `by`, and those figures of `refused`."""
+    groups = replies.groupby(by, sort=False)["refused"]
+    return pd.DataFrame(
+        [dict(zip(by, key, strict=True)) | judged_rate(group) for key, group in groups]  # pyright: ignore
+    )
+
+
 class MeanIntervals(NamedTuple):
     """Means of several quantities with the ends of their intervals."""
 

@@ -1,6 +1,7 @@
 """Commands as a user types them: in this process, where torch is loaded already, or in one of their own."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,8 @@ class Finished(NamedTuple):
     stderr: str
     imported_torch: bool = True
     """whether its process had imported torch when it ended"""
+    loads: int = 0
+    """how often it loaded a model's weights; counted where torch was imported before"""
 
     @property
     def result(self) -> dict:
@@ -34,15 +37,20 @@ class Finished(NamedTuple):
 def sfc(*arguments: object, root: Path) -> Finished:
     """Run a command in this process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
+    loaded: list[object] = []
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["sfc", *map(str, arguments), "--root", str(root)])
         patch.setenv("COLUMNS", "200")
         patch.chdir(root)
+        if "torch" in sys.modules:
+            loading = importlib.import_module("sfc.models.loading")
+            load = loading.load_weights
+            patch.setattr(loading, "load_weights", lambda config: loaded.append(config) or load(config))
         try:
             main()
         except SystemExit as end:
             status = int(end.code or 0)
-    return Finished(status, out.getvalue(), err.getvalue(), "torch" in sys.modules)
+    return Finished(status, out.getvalue(), err.getvalue(), "torch" in sys.modules, len(loaded))
 
 
 def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
@@ -54,9 +62,14 @@ def sfc_process(*arguments: object, root: Path, **environment: str) -> Finished:
     return Finished(ran.returncode, ran.stdout, ran.stderr)
 
 
-def sfc_commands(commands: Sequence[Sequence[object]], root: Path, **environment: str) -> list[Finished]:
-    """Run several commands, one after the other, in one process of their own."""
-    program = "import sys, json, pathlib, commands; root = pathlib.Path(sys.argv[1]); print(json.dumps(["
+def sfc_commands(
+    commands: Sequence[Sequence[object]], root: Path, first: str = "pass", **environment: str
+) -> list[Finished]:
+    """Run several commands, one after the other, in one process of their own, after a statement.
+
+    Torch has to be imported for loads to be counted.
+    """
+    program = f"{first}\nimport sys, json, pathlib, commands; root = pathlib.Path(sys.argv[1]); print(json.dumps(["
     program += "commands.sfc(*arguments, root=root) for arguments in json.load(sys.stdin)]))"
     ran = subprocess.run(
         [sys.executable, "-c", program, root],

@@ -126,7 +126,7 @@ def test_ablating_nothing_changes_nothing(
     np.testing.assert_allclose(kept, full_scores(model, score, runs), atol=1e-4)
 
 
-def test_with_everything_ablated_the_score_is_that_of_the_last_slots_reference(
+def test_with_everything_ablated_the_score_is_that_of_the_last_sites_baseline(
     model: Model, score: RefusalScore, ablation: Ablation, batches: list[Batch]
 ) -> None:
     """F(0) by hand: nothing but the baseline of the last site's last place reaches the final norm."""

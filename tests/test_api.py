@@ -40,7 +40,7 @@ def command(circuit: Discovered, *arguments: str) -> dict:
     return json.loads(finished.stdout)
 
 
-def test_importing_the_package_imports_no_torch() -> None:
+def test_importing_the_package_imports_neither_torch_nor_pandas() -> None:
     program = "import sys, sfc; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 

@@ -205,7 +205,7 @@ def test_rates_of_steering_stand_in_the_table_of_models(tmp_path: Path) -> None:
         (("--models", "tiny,tiny"), "two models are named 'tiny'"),
         (("--models", "tiny", "--stages", "probe,proof"), "did you mean 'probe'"),
         (("--models", "tiny", "--file", "study.yaml"), "not with both"),
-        (("--file", "nowhere.yaml"), "no file nowhere.yaml"),
+        (("--file", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("--models", "tiny", "--stages", "probe", "--set", "model.source=/none"), "cannot load model '/none'"),
     ],
 )

@@ -111,7 +111,7 @@ def test_exact_effects_do_not_depend_on_how_many_nodes_go_through_at_once(proble
 
 @pytest.fixture(scope="module")
 def paired(problem: Problem, prompts: list[TokenizedPrompt], layout: TemplateLayout, batches: list[Batch]) -> Problem:
-    """The problem with each prompt held against the next one in the list."""
+    """The problem with each prompt compared with the next one in the list."""
     partners = [*prompts[1:], prompts[0]]
     of_partners = make_batches(partners, layout, 60, problem.model.device)
     baseline = paired_baseline(problem.model, problem.ablation.dictionaries, of_partners, layout)

@@ -15,8 +15,6 @@ from sfc.circuits.problem import Problem
 from sfc.circuits.proof import pair_numbers
 from sfc.circuits.stability import chance_overlap
 from sfc.core.experiments import load_experiment
-from sfc.models import loading
-from sfc.models.loading import load_weights
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.compare.measure import CORE, OWN, REST, problems
@@ -286,21 +284,3 @@ def test_a_damaged_part_is_one_clear_line(compared: dict, root: Path) -> None:
     assert_one_line(sfc(*COMPARE, root=root), "hate.json", "nodes")
     for path, text in texts.items():
         path.write_text(text)
-
-
-def test_the_model_is_loaded_once(compared: dict, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many categories and pools of them there are."""
-    assert compared["categories"] == ["hate", "privacy", "violence"]
-    loaded = []
-    monkeypatch.setattr(loading, "load_weights", lambda config: loaded.append(config) or load_weights(config))
-    assert sfc(*COMPARE, "--rebuild", root=root).result["overlap"] == compared["overlap"]
-    assert len(loaded) == 1
-
-
-def test_what_cannot_be_compared_is_one_line(root: Path) -> None:
-    for arguments, message in (
-        (["--categories", "violence"], "at least two categories"),
-        (["--categories", "violence,privacy", "--method", "correlation"], "compare needs a method"),
-    ):
-        failed = sfc("compare", "--preset", "tiny", *arguments, root=root)
-        assert failed.status == 2 and message in failed.stderr.splitlines()[-1]

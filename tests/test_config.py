@@ -28,10 +28,15 @@ def test_the_presets_that_are_promised() -> None:
 
 @given(st.integers(1, 10**6), st.one_of(st.integers(1, 10**7), st.floats(0.001, 100).map(lambda share: f"{share}%")))
 def test_the_active_features_are_a_possible_count(d_sae: int, k: int | str) -> None:
-    active = SaeConfig(k=k).active_features(d_sae)  # pyright: ignore[reportCallIssue]
+    config = SaeConfig(k=k)  # pyright: ignore[reportCallIssue]
+    if isinstance(k, int) and k > d_sae:
+        with pytest.raises(UserError, match=f"saes.k={k} is more than the {d_sae} features"):
+            config.active_features(d_sae)
+        return
+    active = config.active_features(d_sae)
     assert 1 <= active <= d_sae
     wanted = k if isinstance(k, int) else float(k[:-1]) / 100 * d_sae
-    assert abs(active - min(max(wanted, 1), d_sae)) <= 0.5
+    assert abs(active - max(wanted, 1)) <= 0.5
 
 
 def test_sites_are_hook_points_in_the_order_of_the_layers() -> None:
@@ -79,7 +84,7 @@ def test_a_yaml_file_is_a_preset(tmp_path: Path) -> None:
         ("evaluation.sizes=[0]", "evaluation.sizes"),
         ("seed", "section.key=value"),
         ("description.x=3", "not a section"),
-        ("saes.k=[1", "not a YAML value"),
+        ("saes.k=[1", "not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what(override: str, message: str) -> None:
@@ -95,8 +100,14 @@ def test_missing_and_malformed_presets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid YAML"):
         load_experiment(str(tmp_path / "bad.yaml"))
     (tmp_path / "latin.yaml").write_bytes("description: é".encode("latin-1"))
-    with pytest.raises(UserError, match="not valid YAML"):
+    with pytest.raises(UserError, match="not UTF-8"):
         load_experiment(str(tmp_path / "latin.yaml"))
+    (tmp_path / "alias.yaml").write_text("a: &a [x]\nb: *a\n")
+    with pytest.raises(UserError, match="line 2 has an alias"):
+        load_experiment(str(tmp_path / "alias.yaml"))
+    (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
+    with pytest.raises(UserError, match="the key 'name' stands there twice"):
+        load_experiment(str(tmp_path / "twice.yaml"))
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="sections of an experiment"):
         load_experiment(str(tmp_path / "list.yaml"))

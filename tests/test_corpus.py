@@ -217,7 +217,9 @@ def test_instructions_of_a_data_set_are_in_the_column_that_is_named(tmp_path: Pa
     [
         ("chat:none.jsonl", "does not exist"),
         ("chat:a.txt", r"give a \.csv or \.jsonl"),
-        ("chat:hf:name", "write chat:hf:NAME:COLUMN"),
+        ("chat:hf:name", "write chat:hf:NAME@COMMIT:COLUMN"),
+        ("chat:hf:name:question", r"can change: write hf:name@COMMIT"),
+        ("chat:hf:name@main:question", r"can change: write hf:name@COMMIT"),
         ("chat:a.jsonl", "no instructions: give it a column prompt, instruction, text"),
     ],
 )

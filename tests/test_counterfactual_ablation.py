@@ -351,8 +351,8 @@ def test_other_dictionaries_need_no_other_runs(paired: tuple[Problem, list[Token
     """Those of a null, say."""
     problem, _ = paired
     others = {site: random_dictionary(site, d_sae=40, k=5, seed=7 + number) for number, site in enumerate(SITES)}
-    anew, _ = paired_problem(problem.model, others, "ablate")
+    again, _ = paired_problem(problem.model, others, "ablate")
     baseline = problem.ablation.baseline.with_spaces(others)
     ablation = Ablation(Nodes.of_spaces(others), others, baseline, "ablate")
     keep = np.random.default_rng(5).random((2, ablation.nodes.n_nodes)) < 0.5
-    np.testing.assert_allclose(scores_of(replace(problem, ablation=ablation), keep), scores_of(anew, keep), atol=1e-5)
+    np.testing.assert_allclose(scores_of(replace(problem, ablation=ablation), keep), scores_of(again, keep), atol=1e-5)

@@ -8,7 +8,8 @@ import networkx as nx
 import pandas as pd
 import pytest
 
-from sfc.circuits.files import FORMATS, circuit_tracer_graph, export_circuit
+from sfc.circuits.files import FORMATS, circuit_tracer_graph, export_circuit, for_spreadsheets
+from sfc.core.artifacts import write_csv
 from sfc.core.errors import UserError
 
 LABELS = {"resid_post.3/F7": "a <label> \x00\ud800 & “more”"}
@@ -49,6 +50,32 @@ def test_xml_is_read_back_as_the_same_graph(graph: nx.DiGraph, tmp_path: Path, f
         assert back.nodes[name]["kind"] == graph.nodes[name]["kind"]
     assert back.edges["resid_post.3/F7", "resid_post.4/F0"]["weight"] == -1.5
     assert back.nodes["resid_post.3/F7"]["label"].startswith("a <label> ")
+
+
+def test_copies_for_spreadsheets_hold_no_formula_and_all_else_as_it_is(tmp_path: Path) -> None:
+    cells = [
+        "=1+1",
+        "+1+1",
+        "-1-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\n=1",
+        " =1",
+        "-1.5",
+        "+3",
+        "1e-3",
+        "plain",
+        "a=b",
+        "",
+        "'=1",
+        '"x"',
+    ]
+    path = tmp_path / "replies.csv"
+    write_csv(path, pd.DataFrame({"=cell": cells, "number": range(len(cells))}))
+    copy = for_spreadsheets([path], tmp_path / "spreadsheets")["replies"]
+    table = pd.read_csv(copy, keep_default_na=False, dtype=str)
+    assert list(table) == ["'=cell", "number"] and list(table["number"]) == [str(n) for n in range(len(cells))]
+    assert list(table["'=cell"]) == [f"'{cell}" for cell in cells[:7]] + cells[7:]
 
 
 def test_tables_hold_every_node_and_edge(graph: nx.DiGraph, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_broken_file_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_formats(tmp_path / "broken.yaml")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_formats(tmp_path / "none.yaml")
 
 

@@ -49,7 +49,7 @@ def test_whole_prompts_flush_right_run_like_those_flush_left(model: Model, promp
     torch.testing.assert_close(last_logits(model, suffixes.repeat(2)), last_logits(model, whole).repeat(2, 1))
 
 
-def test_slots_and_touchable_tokens_of_tails(model: Model, prompts: list[TokenizedPrompt]) -> None:
+def test_template_positions_and_touchable_tokens_of_suffixes(model: Model, prompts: list[TokenizedPrompt]) -> None:
     layout = TemplateLayout.of(prompts)
     suffixes = cache_suffixes(model, prompts, 9)
     for row, prompt in enumerate(prompts):

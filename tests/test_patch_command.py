@@ -121,27 +121,6 @@ def test_where_the_model_never_refuses_no_pair_is_used_and_the_way_out_is_named(
     assert not pairs["used"].any() and pairs["clean_reply"].notna().all()
 
 
-BAD_OPTIONS = {
-    "no such positions": (("--positions", "lst"), "unknown positions 'lst'"),
-    "no such component": (("--component", "heads"), "patching.components"),
-    "no such direction": (("--direction", "up"), "patching.directions"),
-    "no such requirement": (("--require", "hope"), "patching.require"),
-    "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
-    "no such layers": (("--layers", "x"), "not a list of numbers"),
-    "layers backwards": (("--layers", "5-3"), "not a list of numbers"),
-    "no such pairs": (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
-    "no such wrappers": (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),
-    "wrappers without wrapped pairs": (("--wrappers", "none.csv"), "goes with --pairs wrapped"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_bad_options_end_with_one_line_and_status_2(case: str, tmp_path: Path) -> None:
-    options, expected = BAD_OPTIONS[case]
-    assert_one_line(sfc(*TINY, *options, root=tmp_path), expected)
-    assert not list(tmp_path.rglob("manifest.json"))
-
-
 def _page(tmp_path: Path, gaps: np.ndarray, positions: str) -> str:
     random = np.random.default_rng(0)
     patches = [Patch("mlp", 0, 0), Patch("head", 0, 0, 0), Patch("mlp", 0, 1)]

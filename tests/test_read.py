@@ -144,7 +144,7 @@ def test_what_is_not_there_or_no_file_is_an_error(read: Callable[[Path], Any], t
     for name in ("none.csv", "none.jsonl"):
         with pytest.raises(UserError, match="does not exist"):
             read(tmp_path / name)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         read(tmp_path)
 
 

@@ -94,7 +94,7 @@ def test_the_embedded_models_template_is_found_by_offsets(text: str) -> None:
 
 
 @given(st.lists(PRINTABLE, min_size=1, max_size=5))
-def test_slots_align_the_template_from_both_ends_and_pool_the_content(model: Model, texts: list[str]) -> None:
+def test_positions_align_the_template_from_both_ends_and_pool_the_content(model: Model, texts: list[str]) -> None:
     prompts = tokenize_prompts(model.tokenizer, texts)
     layout = TemplateLayout.of(prompts)
     assert layout.n_template_positions == layout.n_prefix + 1 + layout.n_suffix

@@ -11,8 +11,7 @@ from conftest import SITES, TEXTS
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.faithfulness import Ablations, prepared
-from sfc.circuits.methods.attribution import attributed_effects
-from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.problem import PromptRuns
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role, TokenizedPrompt
@@ -29,7 +28,6 @@ from sfc.studies.repair.edits import (
     Projections,
     best_size,
     load_repair,
-    mean_effects,
     projected_weights,
     qualified,
     save_repair,
@@ -37,7 +35,7 @@ from sfc.studies.repair.edits import (
     written_subspaces,
 )
 
-CHOSEN = torch.tensor([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error at each of two sites
+CHOSEN = np.array([3, 10, 49 + 5, 49 + 20])  # of 48 features and an error at each of two sites
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +186,6 @@ def test_the_subspaces_are_spanned_by_the_features_that_come_later(ablation: Abl
         "blocks.0.hook_attn_out", "blocks.1.hook_attn_out", "blocks.0.hook_mlp_out",
     ]  # fmt: skip
     assert writers_before("blocks.1.hook_mlp_out") == ["blocks.1.hook_mlp_out"]
-
-
-def test_mean_effects_are_means_of_effects_per_prompt(problem: Problem) -> None:
-    by_prompt = [attributed_effects(problem, batch, prefix).by_prompt for batch, prefix in problem.runs]
-    np.testing.assert_allclose(mean_effects(problem, problem.runs), torch.cat(by_prompt).mean(0), atol=1e-5)
 
 
 def test_features_qualify_that_matter_for_hard_prompts_and_not_for_toxic_ones() -> None:

@@ -97,19 +97,3 @@ def test_what_is_exported_does_to_a_fresh_model_what_was_measured(repaired: dict
     project_weights(model, load_file(root / repaired["files"]["weights"]))
     np.testing.assert_allclose(scores("weights", hooked=False), measured("weights")["score"], atol=1e-4)
     assert repaired["weights_difference"] < 1e-3
-
-
-BAD = {
-    "no over-refusal": (("--set", "repair.refused_above=99"), "too few to repair"),
-    "no such category": (("--category", "violense"), "did you mean 'violence'"),
-    "no number": (("--sizes", "five"), "is not a list of numbers"),
-    "no feature": (("--set", "repair.toxic_share=-1e9"), "no feature qualifies"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_options_end_with_one_line_and_status_2(case: str, repaired: dict, root: Path) -> None:
-    options, expected = BAD[case]
-    finished = sfc(*TINY, *options, root=root)
-    last = finished.stderr.strip().splitlines()[-1]
-    assert finished.status == 2 and last.startswith("error: ") and expected in last, finished.stderr

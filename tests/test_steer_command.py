@@ -140,41 +140,6 @@ def test_other_directions_and_edits(case: str, root: Path) -> None:
     assert writers["share"].sum() == pytest.approx(1, abs=1e-3)
 
 
-BAD_OPTIONS = {
-    "no such positions": (("--positions", "lst"), "unknown positions 'lst'"),
-    "no such direction": (("--direction", "toxic"), "did you mean 'toxic-safe'"),
-    "no such feature": (("--direction", "resid_post.0/F9999"), "no feature F9999"),
-    "no dictionary there": (("--direction", "resid_mid.1/F1"), "no dictionary at resid_mid.1"),
-    "no such edit": (("--edit", "subtract"), "steering.edit"),
-    "no such units": (("--units", "nats"), "steering.units"),
-    "no numbers": (("--alphas=1,x",), "'x' is not a number"),
-    "no such layer": (("--layers", "0-2"), "it has 0 to 1"),
-    "nothing to turn": (("--alphas=0",), "0 leaves all as it is"),
-    "a negative share": (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
-    "everywhere with add": (("--everywhere",), "--edit project-out only"),
-    "a circuit of all categories": (("--direction", "circuit"), "needs the --category"),
-    "no such condition": (("--when", "F3"), "no condition 'F3'"),
-    "a condition without a dictionary": (("--when", "resid_mid.0/F3"), "no dictionary at resid_mid.0"),
-    "a condition without a feature": (("--when", "resid_post.0/F9999"), "no feature F9999"),
-    "a condition that comes too late": (("--when", "resid_post.1/F3", "--layers", "0-0"), "known at resid_post.1 only"),
-    "a condition with two thresholds": (("--when", "best", "--set", "steering.when_above=1"), "its own threshold"),
-    "everywhere with a condition": (
-        ("--when", "best", "--edit", "project-out", "--everywhere"),
-        "leaves nothing before it",
-    ),
-    "no such file": (("--xstest", "none.csv"), "no file none.csv"),
-    "no such category": (("--category", "violense"), "did you mean 'violence'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_bad_options_end_with_one_line_and_status_2(case: str, root: Path) -> None:
-    options, expected = BAD_OPTIONS[case]
-    before = set(root.rglob("steering*/manifest.json"))
-    assert_one_line(sfc(*TINY, *options, root=root), expected)
-    assert set(root.rglob("steering*/manifest.json")) == before
-
-
 def test_where_no_direction_passes_all_are_listed_with_the_reason(tmp_path: Path) -> None:
     few = ("--set", "steering.contrasts=[]", "--set", "steering.tried_prompts=2", "--set", "steering.min_induced=50")
     assert_one_line(sfc(*TINY, *few, root=tmp_path), "no direction passes, of 4: 4 induces too little")

@@ -35,8 +35,8 @@ from sfc.studies.steer.directions import (
     random_directions,
     span_share,
 )
-from sfc.studies.steer.learning import make_contrast, record
-from sfc.studies.steer.sweep import RANDOM, SHUFFLED, band, best_alphas, best_per_layer, ranked, rates, sweep
+from sfc.studies.steer.learning import Recording, last_tokens, make_contrast
+from sfc.studies.steer.sweep import RANDOM, SHUFFLED, best_alphas, best_per_layer, by_chance, ranked, rates, sweep
 
 REPLY = 5
 POSITIONS = ("last", "last-2", "last-100", "suffix", "prompt")
@@ -285,7 +285,7 @@ def test_a_recording_is_what_single_runs_show(
     model: Model, score: RefusalScore, prompts: list[TokenizedPrompt]
 ) -> None:
     sites = ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_post"]
-    found = record(model, score, pd.DataFrame({"prompt": TEXTS}), prompts, sites, 2)
+    found = Recording(pd.DataFrame({"prompt": TEXTS}), prompts, *last_tokens(model, score, prompts, sites, 2))
     assert found.n_tokens == 2
     for i, prompt in enumerate(prompts):
         (batch,) = make_batches([prompt], TemplateLayout.of([prompt]), 1, model.device)
@@ -383,12 +383,12 @@ def test_intents_of_edits() -> None:
     assert [intent("project-out", alpha) for alpha in (0, 1)] == ["", SUPPRESS]
 
 
-def test_the_band_of_a_control_is_of_its_directions_alone() -> None:
+def test_what_chance_does_is_of_the_control_s_directions_alone() -> None:
     names = ["random 0", "random 1", "shuffled labels 0", "shuffled labels 1"]
     table = pd.DataFrame({"direction": names, "changed_rate": [0.0, 0.5, 1.0, 0.2]})
-    assert band(table, RANDOM, "changed_rate") == (0.25, 0.0, 0.5)
-    assert band(table, SHUFFLED, "changed_rate") == (0.6, 0.2, 1.0)
-    assert np.isnan(band(table[:2], SHUFFLED, "changed_rate")).all()
+    assert by_chance(table, RANDOM, "changed_rate") == (0.25, 0.5)
+    assert by_chance(table, SHUFFLED, "changed_rate") == (0.6, 1.0)
+    assert np.isnan(by_chance(table[:2], SHUFFLED, "changed_rate")).all()
 
 
 def test_the_dial_that_an_edit_suggests() -> None:

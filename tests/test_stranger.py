@@ -176,7 +176,12 @@ def test_an_installed_package_registers_by_its_entry_points(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(None, "is not a Python file"), ("1 / 0", "ZeroDivisionError"), ("import nowhere", "nowhere")],
+    [
+        (None, "is not a Python file"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import nowhere", "nowhere"),
+        ("}", "SyntaxError"),
+    ],
 )
 def test_a_plugin_that_cannot_be_loaded_is_named(text: str | None, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"

@@ -111,7 +111,8 @@ class Ran(NamedTuple):
 
 def run_all(root: Path) -> Ran:
     make_data(root)
-    return Ran(root, dict(zip(NAMES, sfc_commands([command(name, "--json") for name in NAMES], root), strict=True)))
+    ended = sfc_commands([command(name, "--json") for name in NAMES], root, first="import torch")
+    return Ran(root, dict(zip(NAMES, ended, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +275,78 @@ def test_a_mistake_ends_with_one_line_and_leaves_nothing(
     preset = () if "--preset" in options else ("--preset", "tiny")
     assert_one_line(sfc(name, *preset, *options, root=tmp_path), expected)
     assert not list(tmp_path.rglob(MANIFEST))
+
+
+OWN_MISTAKES: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    "patch": (
+        (("--positions", "lst"), "unknown positions 'lst'"),
+        (("--component", "heads"), "patching.components"),
+        (("--direction", "up"), "patching.directions"),
+        (("--require", "hope"), "patching.require"),
+        (("--layers", "0-2"), "it has 0 to 1"),
+        (("--layers", "x"), "not a list of numbers"),
+        (("--layers", "5-3"), "not a list of numbers"),
+        (("--pairs", "none.csv"), "--pairs takes toxic-safe"),
+        (("--pairs", "wrapped", "--wrappers", "none.csv"), "none.csv"),
+        (("--wrappers", "none.csv"), "goes with --pairs wrapped"),
+    ),
+    "steer": (
+        (("--positions", "lst"), "unknown positions 'lst'"),
+        (("--direction", "toxic"), "did you mean 'toxic-safe'"),
+        (("--direction", "resid_post.0/F9999"), "no feature F9999"),
+        (("--direction", "resid_mid.1/F1"), "no dictionary at resid_mid.1"),
+        (("--edit", "subtract"), "steering.edit"),
+        (("--units", "nats"), "steering.units"),
+        (("--alphas=1,x",), "'x' is not a number"),
+        (("--layers", "0-2"), "it has 0 to 1"),
+        (("--alphas=0",), "0 leaves all as it is"),
+        (("--alphas=-1", "--edit", "project-out"), "0 leaves all as it is"),
+        (("--everywhere",), "--edit project-out only"),
+        (("--direction", "circuit"), "needs the --category"),
+        (("--when", "F3"), "no condition 'F3'"),
+        (("--when", "resid_mid.0/F3"), "no dictionary at resid_mid.0"),
+        (("--when", "resid_post.0/F9999"), "no feature F9999"),
+        (("--when", "resid_post.1/F3", "--layers", "0-0"), "known at resid_post.1 only"),
+        (("--when", "best", "--set", "steering.when_above=1"), "its own threshold"),
+        (("--when", "best", "--edit", "project-out", "--everywhere"), "leaves nothing before it"),
+        (("--xstest", "none.csv"), "no file none.csv"),
+    ),
+    "repair": (
+        (("--set", "repair.refused_above=99"), "too few to repair"),
+        (("--sizes", "five"), "is not a list of numbers"),
+        (("--set", "repair.toxic_share=-1e9"), "no feature qualifies"),
+    ),
+    "compare": (
+        (("--categories", "violence"), "at least two categories"),
+        (("--method", "correlation"), "compare needs a method"),
+    ),
+    "replicate": (
+        (("--sae-seed", "0"), "experiment's own SAEs"),
+        (("--set", "saes.seed=1"), "experiment's own SAEs"),
+        (("--set", "saes.source=somewhere"), "saes.source"),
+        (("--set", "discovery.nodes=heads"), "'heads'"),
+        (("--halves", "--set", "saes.half=first"), "saes.half=first"),
+    ),
+}
+"""what can be done wrong with one study alone, and what the error says"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        pytest.param(name, *mistake, id=f"{name} {' '.join(mistake[0])}")
+        for name, mistakes in OWN_MISTAKES.items()
+        for mistake in mistakes
+    ],
+)
+def test_a_mistake_of_its_own_ends_with_one_line_too(
+    ran: Ran, name: str, options: tuple[str, ...], expected: str
+) -> None:
+    before = set(ran.root.rglob(MANIFEST))
+    assert_one_line(sfc(*command(name, *options), root=ran.root), expected)
+    assert set(ran.root.rglob(MANIFEST)) == before
+
+
+@studies
+def test_the_model_is_loaded_once_for_all_that_a_command_does(ran: Ran, name: str) -> None:
+    assert ran.ended[name].loads <= 1

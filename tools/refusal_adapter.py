@@ -203,7 +203,9 @@ def _with_lora(settings: TrainingSettings) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("training the adapter needs the package peft: pip install 'sfc[adapter]'") from None
-    network = AutoModelForCausalLM.from_pretrained(embedded_model_folder(), dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(
+        embedded_model_folder(), dtype=torch.float32, trust_remote_code=False
+    )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

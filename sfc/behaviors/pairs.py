@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sfc.behaviors.behavior import BEHAVIORS, Behavior, Words
 from sfc.circuits.options import DiscoveryOptions
-from sfc.core.artifacts import hash_of_file
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
+from sfc.core.reading import hash_of_given
 from sfc.data.or_bench import CleaningReport
 from sfc.data.pairs import load_counterfactuals, prompts_of
 from sfc.data.prepare import Prepared
@@ -60,7 +60,7 @@ class Pairs(Behavior):
         raise UserError("behavior 'pairs' scores each pair by its own two answers: use it with `sfc discover --pairs`")
 
     def inputs(self, experiment: Experiment) -> dict[str, Any]:
-        return {"pairs": hash_of_file(_file(experiment))}
+        return {"pairs": hash_of_given(_file(experiment))}
 
     def adapted(self, experiment: Experiment) -> Experiment:
         """No template, and each prompt against its partner."""

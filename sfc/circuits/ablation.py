@@ -75,7 +75,8 @@ class Ablation:
 
     def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
         dictionary, rows = self.dictionaries[site], rearrange(x, "batch pos d_in -> (batch pos) d_in")
-        return (rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))).view_as(x)
+        error = rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))
+        return rearrange(error, "(batch pos) d_in -> batch pos d_in", batch=len(x))
 
     def _with_error_mode(self, keep: Tensor) -> Tensor:
         if self.error_mode == "node":

@@ -77,14 +77,3 @@ def build_circuit(
     for source, target, weight, absolute in edges:
         graph.add_edge(nodes.name(source), nodes.name(target), weight=weight, absolute_weight=absolute)
     return graph
-
-
-def node_mask(graph: nx.DiGraph, nodes: Nodes) -> np.ndarray:
-    """The circuit's nodes as booleans over all nodes.
-
-    Raises:
-        UserError: the circuit names a node that these dictionaries do not have.
-    """
-    mask = np.zeros(nodes.n_nodes, dtype=bool)
-    mask[[nodes.number(name) for name in graph]] = True
-    return mask

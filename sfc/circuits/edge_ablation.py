@@ -74,9 +74,9 @@ def edge_ablated_scores(
         raise UserError(reason)
     plan = _plan(problem.ablation, members, edges)
     scores = np.full(runs.n_prompts, np.nan)
-    for batch, prefix in runs:
-        ablation = problem.ablation.for_batch(problem.model, batch, prefix)
-        at_sites = zip(site_runs(problem, problem.ablation.nodes.sites, batch, prefix), plan, strict=True)
+    for batch, cached in runs:
+        ablation = problem.ablation.for_batch(problem.model, batch, cached)
+        at_sites = zip(site_runs(problem, problem.ablation.nodes.sites, batch, cached), plan, strict=True)
         run, groups = next(at_sites)
         values = _values(ablation, run, run.x[None], groups)
         for next_run, groups in at_sites:

@@ -4,8 +4,10 @@
 graph JSON of circuit-tracer and Neuronpedia, with metadata, qParams, nodes and links as their schema has them.
 """
 
+import csv
+import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pandas as pd
 
 from sfc.core.artifacts import read_json, replacing, write_csv, write_json
 from sfc.core.errors import UserError, suggestion
+from sfc.core.reading import read_text
 from sfc.core.sites import kind_of
 
 
@@ -81,6 +84,34 @@ def _csv(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:
     for name, frame in (("nodes", nodes), ("edges", edges)):
         write_csv(paths[name], frame)
     return paths
+
+
+def for_spreadsheets(tables: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """Copies of CSV files in which no cell is a formula; by the tables' names.
+
+    A cell that begins as a formula does, and is no number, gets an apostrophe before it, as OWASP advises: prompts,
+    replies and labels are written by others, and a spreadsheet would run what they begin with `=`, `+`, `-` or `@`.
+
+    Raises:
+        UserError: a table cannot be read.
+    """
+    copies = {path.stem: folder / path.name for path in tables}
+    for path in tables:
+        try:
+            rows = [[_no_formula(cell) for cell in row] for row in csv.reader(io.StringIO(read_text(path), newline=""))]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a table ({error}); make it again with --rebuild") from None
+        with replacing(folder / path.name) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
+    return copies
+
+
+def _no_formula(cell: str) -> str:
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}" if cell.lstrip()[:1] in tuple("=+-@") or cell[:1] in ("\t", "\r", "\n") else cell
+    return cell
 
 
 def _circuit_tracer(graph: nx.DiGraph, folder: Path) -> dict[str, Path]:

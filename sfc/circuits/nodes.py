@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, is_count
 from sfc.core.registry import Registry, imported_when_called
 from sfc.core.sites import short_site
 
@@ -116,7 +116,7 @@ class Nodes:
         """
         site_name, _, feature = name.partition("/F")
         site = self._site_of_name.get(site_name)
-        if site is not None and feature.isdecimal() and int(feature) < self.widths[site]:
+        if site is not None and is_count(feature) and int(feature) < self.widths[site]:
             return int(self.first_numbers[site]) + int(feature)
         if name not in self._number_of_part:
             raise UserError(f"no node {name!r}: nodes are {self._all_names()}")
@@ -125,6 +125,11 @@ class Nodes:
     def split(self, values: "Tensor") -> "dict[str, Tensor]":
         """Values over all nodes [..., nodes] as one tensor [..., size] per site."""
         return dict(zip(self.sites, values.split(self.sizes, dim=-1), strict=True))
+
+    def by_site(self, nodes: Int[np.ndarray, " chosen"]) -> dict[str, Int[np.ndarray, " of_site"]]:
+        """Nodes by their site, numbered within it, in the order given; sites that have none of them are left out."""
+        site_of = self.site_numbers[nodes]
+        return {self.sites[site]: nodes[site_of == site] - self.first_numbers[site] for site in np.unique(site_of)}
 
     def _place(self, node: int) -> tuple[int, int]:
         """The node's site, and its number within it."""

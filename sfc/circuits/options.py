@@ -74,47 +74,25 @@ class DiscoveryOptions(Options):
     checked_prompts: int = Field(50, ge=1, description="approximation check: at most this many discovery prompts")
 
     @model_validator(mode="after")
-    def _components_have_neither_feature_values_nor_edges(self) -> "DiscoveryOptions":
-        kind = NODES[self.nodes]
-        if not kind.has_features and not METHODS[self.method].causal:
+    def _choices_go_together(self) -> "DiscoveryOptions":
+        kind, method, own = NODES[self.nodes], METHODS[self.method], _OWN_BASELINES.get(self.contrast)
+        if not kind.has_features and not method.causal:
             raise ValueError(f"method {self.method!r} needs features, which nodes {self.nodes!r} do not have")
         if not kind.has_edges and self.drop_dead_ends:
             raise ValueError(f"nodes {self.nodes!r} have no edges, so that all would be dead ends")
-        return self
-
-    @model_validator(mode="after")
-    def _halves_are_of_runs(self) -> "DiscoveryOptions":
-        if self.halves and not METHODS[self.method].per_prompt:
+        if self.halves and not method.per_prompt:
             raise ValueError(f"method {self.method!r} runs no prompts that could be halved: leave discovery.halves out")
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_are_toxic_and_safe(self) -> "DiscoveryOptions":
         if self.contrast != "toxic-safe" and self.baseline == "paired":
             raise ValueError(f"contrast {self.contrast!r} has no pairs: baseline 'paired' goes with toxic-safe")
-        return self
-
-    @model_validator(mode="after")
-    def _some_contrasts_have_baselines_of_their_own(self) -> "DiscoveryOptions":
-        own = _OWN_BASELINES.get(self.contrast)
-        paired = self.baseline == "counterfactual" and self.contrast != "model-base"
-        known = self.baseline in (None, own) or paired
-        if not known and (own or self.baseline in _OWN_BASELINES.values()):
+        against_base, by_counterfactuals = self.contrast == "model-base", self.baseline == "counterfactual"
+        fits = self.baseline in (None, own) or (by_counterfactuals and not against_base)
+        if not fits and (own or self.baseline in _OWN_BASELINES.values()):
             raise ValueError(f"contrast {self.contrast!r} does not go with baseline {self.baseline!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _counterfactuals_are_of_both_sides(self) -> "DiscoveryOptions":
-        of_one_kind = self.contrast == "refused-complied"
-        if self.baseline == "counterfactual" and self.population == "safe" and not of_one_kind:
+        if by_counterfactuals and self.population == "safe" and self.contrast != "refused-complied":
             raise ValueError("baseline 'counterfactual' explains prompts of both sides: leave population out")
-        return self
-
-    @model_validator(mode="after")
-    def _a_base_is_run(self) -> "DiscoveryOptions":
-        if self.contrast == "model-base" and not METHODS[self.method].causal:
+        if against_base and not method.causal:
             raise ValueError(f"method {self.method!r} looks at one model alone: contrast 'model-base' needs another")
-        if self.contrast != "model-base" and self.base is not None:
+        if not against_base and self.base is not None:
             raise ValueError(f"contrast {self.contrast!r} has no base model: leave discovery.base out")
         return self
 

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.counterfactuals import Counterfactuals
@@ -300,7 +299,8 @@ def replies_by_kind(
     rows = np.sort(drawn.index.to_numpy())
     some = runs.subset(rows)
     # A subset is numbered in the order of its batches.
-    kinds = prompts["kind"].to_numpy()[np.concatenate([_chosen(batch.prompts, rows) for batch in runs.batches])]
+    order = np.concatenate([batch.prompts.cpu().numpy() for batch in runs.batches])
+    kinds = prompts["kind"].to_numpy()[order[np.isin(order, rows)]]
     keep = np.stack([np.zeros_like(circuit), circuit, ~circuit])
     by_edit = np.concatenate(
         [
@@ -314,11 +314,6 @@ def replies_by_kind(
             count, n = int(refused.sum()), len(refused)
             table.append((kind, under, n, count, count / n, *wilson(count, n)))
     return pd.DataFrame(table, columns=list(REPLY_COLUMNS))
-
-
-def _chosen(numbers: Tensor, rows: np.ndarray) -> np.ndarray:
-    of_batch = numbers.cpu().numpy()
-    return of_batch[np.isin(of_batch, rows)]
 
 
 def counts_by_kind(replies: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -6,15 +6,14 @@ Nothing here imports torch, so that asking whether an artifact is up to date tak
 """
 
 import csv
-import fcntl
 import hashlib
+import io
 import json
 import os
 import shlex
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,15 +23,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from sfc.core.contents import (
+    BEFORE,
+    MANIFEST,
+    check_contents,
+    check_sizes,
+    contents_of,
+    hash_of,
+    opened,
+    own_files,
+    parsed_json,
+    parsed_manifest,
+    read_bytes,
+    remedy,
+    sealed,
+)
 from sfc.core.errors import UserError, first_problem
-from sfc.core.reading import read_text
+from sfc.core.files import locked, replacing, writing
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
-MANIFEST = "manifest.json"
 Json = Mapping[str, Any]
 
 
@@ -59,15 +72,23 @@ class Artifact:
         return fingerprint(self.inputs)
 
     def is_complete(self) -> bool:
-        """Whether the folder's manifest is there and speaks of the same inputs."""
-        path = self.folder / MANIFEST
-        return path.is_file() and self.manifest().get("inputs") == json.loads(json.dumps(self.inputs))
+        """Whether the folder's manifest is there and speaks of the same inputs.
+
+        Raises:
+            UserError: the manifest is damaged, or a file that it lists is gone or has another size.
+        """
+        if not os.path.lexists(self.folder / MANIFEST):
+            return False
+        if self.manifest().get("inputs") != json.loads(json.dumps(self.inputs)):
+            return False
+        check_sizes(self.folder)
+        return True
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as it was written.
 
         Raises:
-            UserError: it is missing or is not JSON.
+            UserError: it is missing or damaged.
         """
         return read_json(self.folder / MANIFEST)
 
@@ -82,71 +103,180 @@ class Artifact:
             "inputs": self.inputs,
         }
 
-    def finish(self, **facts: Any) -> None:
-        """Write the manifest (see `described`), which declares the folder complete."""
-        write_json(self.folder / MANIFEST, self.described(**facts))
+    def finish(self, digests: Mapping[str, str] | None = None, **facts: Any) -> None:
+        """Write the manifest (see `described`), which declares the folder complete.
+
+        Args:
+            digests: of files that have checksums of their own (see `sfc.core.contents`).
+        """
+        contents = contents_of(self.folder, digests or {})
+        write_json(self.folder / MANIFEST, sealed(self.described(**facts, contents=contents)))
 
     @contextmanager
     def being_made(self, rebuild: bool = False) -> Iterator[Path]:
-        """Hold the folder's lock while it is made; with `rebuild` what it held before is removed first.
+        """Hold the folder's lock while it is made, or while more is added to what is finished.
 
-        Where the block fails before anything is in the folder, the folder is removed again.
+        With `rebuild` the folder that is there is set aside, and deleted when the new one is finished; what a person
+        wrote into it is kept. Leftovers of processes that were killed are deleted. Where the block fails before
+        anything is made, all is as it was before.
 
         Raises:
-            UserError: another process is making the same artifact.
+            UserError: another process is making the same artifact, its folder is a link or has one to a folder in it,
+                or what more is to be added to is damaged.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder.with_name(f".{self.folder.name}.lock")):
-            if rebuild and self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(exist_ok=True)
+        aside = self.folder.parent / _ASIDE / self.folder.name
+        with writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock):
+            with writing(self.folder):
+                if rebuild and self.folder.is_dir() and not self.folder.is_symlink():
+                    _set_aside(self.folder, aside)
+                self.folder.mkdir(exist_ok=True)
+                _check_links(self.folder)
+                _sweep(self.folder)
+                own, before = _keep_own_files(aside, self.folder), _reopen(self.folder)
             try:
                 yield self.folder
             except BaseException:
-                with suppress(OSError):  # a folder with finished parts in it stays, for the next run to go on with
-                    self.folder.rmdir()
+                _undo(self.folder, aside, own, before)
                 raise
+            if (self.folder / MANIFEST).is_file():
+                self._discard_what_was_before()
+
+    def tidy(self) -> None:
+        """Delete what a process left that was killed after it had finished the artifact."""
+        aside = self.folder.parent / _ASIDE
+        if (self.folder / BEFORE).exists() or any((aside / f"{dot}{self.folder.name}").exists() for dot in ("", ".")):
+            with suppress(UserError), locked(self._lock):
+                self._discard_what_was_before()
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+    def _discard_what_was_before(self) -> None:
+        with writing(self.folder):
+            (self.folder / BEFORE).unlink(missing_ok=True)
+            _discard(self.folder.parent / _ASIDE / self.folder.name)
+
+
+_ASIDE = ".replaced"
+"""where the folders lie that are being made again, out of sight of whoever looks for finished ones"""
+_Stamps = dict[str, tuple[int, int, int]]
+
+
+@contextmanager
+def amended(folder: Path, *names: str) -> Iterator[None]:
+    """Hold the lock of a finished artifact while some of its files are written again.
+
+    Until the block ends its manifest does not speak of these files, so that a kill leaves nothing that looks damaged.
+
+    Raises:
+        UserError: another process is working on it, or its manifest is damaged.
+    """
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        _sweep(folder)
+        manifest = read_json(folder / MANIFEST)
+        contents = manifest.get("contents")
+        if contents is None:
+            yield
+            return
+        changing = sorted({*names, *manifest.pop("amended", [])})
+        others = {name: content for name, content in contents.items() if name not in changing}
+        write_json(folder / MANIFEST, sealed({**manifest, "amended": changing, "contents": others}))
+        try:
+            yield
+        finally:
+            contents = {**others, **contents_of(folder, {}, only=changing)}
+            write_json(folder / MANIFEST, sealed({**manifest, "contents": contents}))
+
+
+def _set_aside(folder: Path, aside: Path) -> None:
+    """Move a folder out of the way, unless a rebuild that was killed has done so and is to be gone on with."""
+    if not aside.exists():
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+    elif (folder / MANIFEST).exists():  # killed after it was finished
+        _discard(aside)
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+
+
+def _discard(aside: Path) -> None:
+    if aside.exists():
+        # Under another name first: half a folder must never be taken for one that was set aside.
+        gone = aside.with_name(f".{aside.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        aside.rename(gone)
+    shutil.rmtree(aside.with_name(f".{aside.name}"), ignore_errors=True)
+    with suppress(OSError):  # others may have something in it
+        aside.parent.rmdir()
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links by which something outside the folder would be written."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink() and (path == folder or path.is_dir()):
+            raise UserError(f"{path} is a link to a folder: nothing is written through links; remove it")
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left; whoever holds the lock is the only one who writes here."""
+    for path in [path for path in folder.rglob(".*") if path.name.startswith(".")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _keep_own_files(aside: Path, folder: Path) -> set[Path]:
+    """Copy what a person wrote from the folder that was set aside; the files of theirs that are there now."""
+    if not aside.is_dir() or (folder / MANIFEST).exists():
+        return set()
+    kept = {path: folder / path.relative_to(aside) for path in own_files(aside)}
+    for path, target in kept.items():
+        if not target.exists():
+            with replacing(target) as temporary:
+                shutil.copyfile(path, temporary)
+    return set(kept.values())
+
+
+def _reopen(folder: Path) -> _Stamps:
+    """Take the manifest off a finished artifact to which more is added; when its files were changed last.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return {}
+    stamps = _stamps(folder)
+    check_contents(folder)
+    (folder / MANIFEST).replace(folder / BEFORE)
+    return stamps
+
+
+def _stamps(folder: Path) -> _Stamps:
+    """Size and times of every file of an artifact."""
+    names = (MANIFEST, BEFORE)
+    found = {str(path): path.lstat() for path in folder.rglob("*") if path.name not in names and not path.is_dir()}
+    return {name: (of.st_size, of.st_mtime_ns, of.st_ino) for name, of in found.items()}
+
+
+def _undo(folder: Path, aside: Path, own: set[Path], before: _Stamps) -> None:
+    """After a failure: keep what is made, for the next run to go on with; where nothing is, all is as it was."""
+    with suppress(OSError):
+        if (folder / BEFORE).exists() and not (folder / MANIFEST).exists() and _stamps(folder) == before:
+            (folder / BEFORE).replace(folder / MANIFEST)
+        elif {path for path in folder.rglob("*") if not path.is_dir()} <= own:
+            shutil.rmtree(folder)
+            if aside.exists():
+                aside.rename(folder)
+                aside.parent.rmdir()
 
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
     return {name: version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens", "sfc")}
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which stays behind empty; a killed process holds nothing.
-
-    Args:
-        wait: wait for another process to let go, instead of failing.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            name = path.parent / path.stem.removeprefix(".")
-            raise UserError(f"another process is working on {name}; wait for it to end") from None
-        yield
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write to; when the block ends well it is fsynced and becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,12 +294,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, cannot be read, is damaged, or is not JSON.
     """
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
-        raise UserError(f"{path} is not JSON ({error}); delete it, or run again with --rebuild") from None
+    data = read_bytes(path)
+    return parsed_manifest(data, path) if path.name in (MANIFEST, BEFORE) else parsed_json(data, path)
 
 
 def read_model(path: Path, kind: type[Kind]) -> Kind:
@@ -182,6 +310,43 @@ def read_model(path: Path, kind: type[Kind]) -> Kind:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def read_lines(path: Path, kind: type[Kind]) -> list[Kind]:
+    """Read a file with a JSON object on every line; a last line that a kill cut short does not count.
+
+    Raises:
+        UserError: the file is missing or damaged, or a line describes something else than a `kind`.
+    """
+    lines = []
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
+        try:
+            lines.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{path}, line {number}, is damaged ({first_problem(error)}); {remedy(path)}") from None
+    return lines
+
+
+def read_csv(path: Path, columns: Collection[str] = (), **options: Any) -> "pd.DataFrame":
+    """Read a table.
+
+    Args:
+        columns: those that it must have.
+        options: of `pandas.read_csv`.
+
+    Raises:
+        UserError: the file is missing, cannot be read, is damaged, or is no such table.
+    """
+    import pandas as pd
+
+    data = read_bytes(path)
+    try:
+        table = pd.read_csv(io.BytesIO(data), **options)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a table ({' '.join(str(error).split())}); {remedy(path)}") from None
+    if missing := [name for name in columns if name not in table.columns]:
+        raise UserError(f"{path} lacks the column {missing[0]!r}; {remedy(path)}")
+    return table
 
 
 def write_csv(path: Path, table: "pd.DataFrame", digits: int | None = None) -> None:
@@ -214,6 +379,10 @@ def json_records(table: "pd.DataFrame", digits: int | None = 4) -> list[dict[str
 
 
 def hash_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        UserError: it is missing, is no file, or cannot be read.
+    """
+    with opened(path) as file:
+        return hash_of(file)

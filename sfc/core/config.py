@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from sfc.core.errors import UserError
 from sfc.core.options import Options, Section, Share, option
 from sfc.core.sites import SiteKind, in_order, site_of
 
@@ -86,9 +87,9 @@ class CorpusConfig(Section):
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
         "prompts",
         description="any of: prompts, the circuits' own; sampled, conversations that the model writes itself (section"
-        " sample); FILE (.txt, .csv or .jsonl with a column text) or hf:NAME[:SPLIT], texts; chat:FILE (a column"
-        " prompt, instruction or text, and perhaps reply) or chat:hf:NAME[:SPLIT]:COLUMN, instructions in the model's"
-        " template",
+        " sample); FILE (.txt, .csv or .jsonl with a column text) or hf:NAME@COMMIT[:SPLIT], texts; chat:FILE (a column"
+        " prompt, instruction or text, and perhaps reply) or chat:hf:NAME@COMMIT[:SPLIT]:COLUMN, instructions in the"
+        " model's template",
     )
     replies: bool = Field(False, description="prompts and instructions without a reply get the model's greedy one")
     reply_tokens: int = Field(32, ge=1, description="at most this many tokens of each reply, sampled ones apart")
@@ -189,6 +190,10 @@ class SaeConfig(Section):
     decoder_bias: Literal["median", "mean"] = Field(
         "median", description="where b_dec starts: the geometric median or the mean of a sample"
     )
+    finetune_steps: int = Field(
+        0, ge=0, description="afterwards, train all sites together so many steps, by what the model says next"
+    )
+    finetune_rate: float = Field(3e-4, gt=0, description="learning rate of these steps")
     layers_at_once: int = Field(4, ge=1, description="SAEs trained in one pass over the activations: bounds memory")
     buffer_rows: int = Field(
         1 << 15, ge=1, description="rows per site that are shuffled at once; two such buffers are in memory"
@@ -199,14 +204,21 @@ class SaeConfig(Section):
     )
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on; no seed of their own is left out, so that older SAEs stay valid."""
+        """What the trained weights depend on; what is not used is left out, so that older SAEs stay valid."""
         without = {"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"}
+        without |= set() if self.finetune_steps else {"finetune_steps", "finetune_rate"}
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:
-        """The k of top-k for a dictionary of `d_sae` features."""
-        k = round(float(self.k[:-1]) / 100 * d_sae) if isinstance(self.k, str) else self.k
-        return min(max(k, 1), d_sae)
+        """The k of top-k for a dictionary of `d_sae` features.
+
+        Raises:
+            UserError: it is larger than that.
+        """
+        k = max(round(float(self.k[:-1]) / 100 * d_sae), 1) if isinstance(self.k, str) else self.k
+        if k > d_sae:
+            raise UserError(f"saes.k={k} is more than the {d_sae} features that a dictionary has; lower saes.k")
+        return k
 
     @model_validator(mode="after")
     def _k_is_a_count_or_a_percentage(self) -> "SaeConfig":

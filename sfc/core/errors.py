@@ -38,6 +38,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number of no more digits than anything has that can be counted."""
+    return text.isdecimal() and len(text) <= 15
+
+
 def first_problem(error: "ValidationError") -> str:
     """What pydantic objects to first, in one line: `key: what is wrong (got the value)`."""
     problem = error.errors()[0]

@@ -14,10 +14,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, g
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, is_count
 from sfc.core.registry import KnownTo
 
-_LARGEST = 2**53
+_LARGEST, _MOST_NUMBERS = 2**53, 100_000
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -33,7 +33,7 @@ class Section(BaseModel):
     def _numbers_have_a_size(self) -> Self:
         for name, value in self:
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int) and abs(number) > _LARGEST:
+                if isinstance(number, int | float) and abs(number) > _LARGEST:
                     raise ValueError(f"{name} is larger than {_LARGEST:,}")
         return self
 
@@ -139,8 +139,10 @@ def numbers_of(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        if not is_count(first) or (dash and not is_count(last)) or int(last or first) < int(first):
             raise UserError(f"{text!r} is not a list of numbers: write for example 10-12,25")
+        if int(last or first) - int(first) > _MOST_NUMBERS:
+            raise UserError(f"{part!r} are more numbers than anything here has")
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+from sfc.core.errors import is_count
+
 Item = TypeVar("Item")
 _PATIENCE = timedelta(days=7)
 """the leader may collect for days while the others wait"""
@@ -16,17 +18,23 @@ _PATIENCE = timedelta(days=7)
 
 def rank() -> int:
     """The number of this process among those that were started together."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """The number of this process among those on its machine: which GPU is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """What a variable of `torchrun` says; other programs set the same names to whatever they like."""
+    value = os.environ.get(name, "")
+    return int(value) if is_count(value) else default
 
 
 def is_leader() -> bool:

@@ -4,17 +4,15 @@ A named pipe would wait for ever, a device would never end, and a YAML file of t
 aliases of aliases, than any machine holds. No torch here.
 """
 
-import stat
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sfc.core.contents import BYTES_PER_BYTE, hash_of, opened, read_bytes
 from sfc.core.errors import UserError
 from sfc.core.machine import check_memory
-
-_BYTES_PER_BYTE = 8
-"""what a table takes in memory for each byte of its file, roughly"""
 
 
 def read_text(path: Path) -> str:
@@ -23,18 +21,7 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: the file is missing, is not an ordinary one, cannot be read, is too large, or is not UTF-8.
     """
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-            raise UserError(f"{path} is {kind}: give an ordinary file")
-        check_memory(_BYTES_PER_BYTE * found.st_size, f"reading {path}", "give a smaller file")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError) as error:  # a path with a zero byte in it is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): it must be a file that you may read") from None
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,6 +29,20 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path} is not UTF-8 (line {line}: byte 0x{data[error.start]:02x}): save it again with the encoding UTF-8"
         ) from None
+
+
+def hash_of_given(path: Path, bytes_per_byte: int = BYTES_PER_BYTE) -> str:
+    """SHA-256 of the bytes of a file that a user gives, in hexadecimal.
+
+    Args:
+        bytes_per_byte: what will be taken in memory for each byte of the file.
+
+    Raises:
+        UserError: the file is missing, is not an ordinary one, cannot be read, or is too large.
+    """
+    with opened(path) as file:
+        check_memory(bytes_per_byte * os.fstat(file.fileno()).st_size, f"reading {path}", "give a smaller file")
+        return hash_of(file)
 
 
 def read_yaml(path: Path) -> Any:

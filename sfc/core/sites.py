@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterable
 from typing import Literal, cast, get_args
 
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, is_count
 
 SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
 """Where a dictionary can read and write: activations of d_model dimensions."""
 StoredKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """What a store can hold, in the order in which a block passes them; `hook_z` is the heads' outputs side by side."""
 
-_SITE = re.compile(r"blocks\.(\d+)\.(?:hook_(\w+)|attn\.(hook_z))")
+_SITE = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(\w+)|attn\.(hook_z))")
 _ORDER = get_args(StoredKind)
 
 
@@ -43,7 +43,7 @@ def site_from_short(name: str) -> str:
         UserError: there is no such site.
     """
     kind, _, layer = name.rpartition(".")
-    if kind not in _ORDER or not layer.isdecimal():
+    if kind not in _ORDER or not is_count(layer):
         raise UserError(f"{name!r} is not a site: write for example 'resid_post.21' ({', '.join(_ORDER)})")
     return site_of(cast(StoredKind, kind), int(layer))
 

@@ -1,23 +1,25 @@
 """What SAEs can learn from beside the circuits' prompts: ordinary texts, and files of instructions."""
 
+import re
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from sfc.core.artifacts import hash_of_file
-from sfc.core.errors import UserError
-from sfc.core.reading import read_text
+from sfc.core.errors import UserError, one_line
+from sfc.core.reading import hash_of_given, read_text
 from sfc.data.read import read_table
 from sfc.data.render import Role, TokenizedPrompt, plain_ids
 from sfc.data.schema import prompt_ids
 
 PROMPTS, SAMPLED = "prompts", "sampled"
 """sources that are no files: the circuits' prompts, and conversations that the model wrote"""
-SOURCES = "prompts, sampled, FILE, hf:NAME[:SPLIT], chat:FILE or chat:hf:NAME[:SPLIT]:COLUMN"
+SOURCES = "prompts, sampled, FILE, hf:NAME@COMMIT[:SPLIT], chat:FILE or chat:hf:NAME@COMMIT[:SPLIT]:COLUMN"
 _HUB, _CHAT = "hf:", "chat:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _INSTRUCTION_COLUMNS = ("prompt", "instruction", "text")
 _SHORTEST_PIECE = 8
 
@@ -28,31 +30,32 @@ def is_chat(source: str) -> bool:
 
 
 def corpus_identity(source: str) -> Any:
-    """What fingerprints say of texts or instructions: a file's hash, or a data set's name.
+    """What fingerprints say of texts or instructions: a file's hash, or a data set's name and commit.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or the data set names no commit.
     """
     name = source.removeprefix(_CHAT)
     if name.startswith(_HUB):
-        return source
+        folder = _DataSet.of(source).name
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if Path(folder).is_dir() else []
+        return [source, *([str(path.relative_to(folder)), hash_of_file(path)] for path in files)] if files else source
     if not Path(name).is_file():
         raise UserError(f"no corpus {source!r}: corpus.source is a list of {SOURCES}")
-    return {"chat" if is_chat(source) else "text": hash_of_file(Path(name))}
+    return {"chat" if is_chat(source) else "text": hash_of_given(Path(name))}
 
 
 def read_texts(source: str) -> Iterator[str]:
     """The texts of a corpus, one by one, blank ones left out.
 
-    `.txt`: texts are separated by blank lines; `.csv` and `.jsonl`: a column `text`; `hf:NAME[:SPLIT]`: the column
-    `text` of a data set (a local folder works too), streamed, of the split `train` unless another is named.
+    `.txt`: texts are separated by blank lines; `.csv` and `.jsonl`: a column `text`; `hf:NAME@COMMIT[:SPLIT]`: the
+    column `text` of a data set, streamed, of the split `train` unless another is named; a local folder has no commit.
 
     Raises:
         UserError: the file is malformed or of another kind, the data set cannot be read, or a row's text is missing.
     """
     if source.startswith(_HUB):
-        name, _, split = source.removeprefix(_HUB).partition(":")
-        texts = _from_hub(name, split, "text")
+        texts = _from_hub(_DataSet.of(source))
     elif source.endswith(".txt"):
         texts = read_text(Path(source)).replace("\r\n", "\n").split("\n\n")
     elif source.endswith((".csv", ".jsonl")):
@@ -66,18 +69,16 @@ def read_chats(source: str) -> Iterator[tuple[str, str]]:
     """Instructions with the replies to them, one by one; a reply that is not known is empty.
 
     `chat:FILE`, CSV or JSON lines: the instruction is in a column `prompt`, `instruction` or `text` (the first of them
-    that is not blank), the reply in a column `reply`. `chat:hf:NAME[:SPLIT]:COLUMN`: a column of a data set.
+    that is not blank), the reply in a column `reply`. `chat:hf:NAME@COMMIT[:SPLIT]:COLUMN`: a column of a data
+    set.
 
     Raises:
         UserError: the file is malformed or has no such column, or the data set cannot be read.
     """
-    source = source.removeprefix(_CHAT)
-    if source.startswith(_HUB):
-        parts = source.removeprefix(_HUB).split(":")
-        if len(parts) not in (2, 3):
-            raise UserError(f"corpus {_CHAT + source!r}: write chat:hf:NAME:COLUMN or chat:hf:NAME:SPLIT:COLUMN")
-        texts = _from_hub(parts[0], parts[1] if len(parts) == 3 else "", parts[-1])
+    if source.startswith(_CHAT + _HUB):
+        texts = _from_hub(_DataSet.of(source))
         return ((text.strip(), "") for text in texts if text.strip())
+    source = source.removeprefix(_CHAT)
     if not source.endswith((".csv", ".jsonl")):
         raise UserError(f"corpus {_CHAT + source}: give a .csv or .jsonl file")
     table = read_table(Path(source), (), (*_INSTRUCTION_COLUMNS, "reply"))
@@ -120,11 +121,48 @@ def pieces(tokenizer: Any, texts: Iterable[str], context: int, max_tokens: int |
     return cut
 
 
-def _from_hub(name: str, split: str, column: str) -> Iterator[str]:
+class _DataSet(NamedTuple):
+    """A column of a Hugging Face data set: of the hub, at a commit, or of a local folder."""
+
+    name: str
+    commit: str | None
+    split: str
+    column: str
+
+    @classmethod
+    def of(cls, source: str) -> "_DataSet":
+        """What `[chat:]hf:NAME@COMMIT[:SPLIT][:COLUMN]` names; the column is that of instructions, texts are in `text`.
+
+        Raises:
+            UserError: it is written otherwise, or names no commit of a data set on the hub, which may change there.
+        """
+        name, *parts = source.removeprefix(_CHAT).removeprefix(_HUB).split(":")
+        column = "text"
+        if is_chat(source):
+            if len(parts) not in (1, 2):
+                raise UserError(
+                    f"corpus {source!r}: write chat:hf:NAME@COMMIT:COLUMN or chat:hf:NAME@COMMIT:SPLIT:COLUMN"
+                )
+            column = parts.pop()
+        split = ":".join(parts) or "train"
+        if Path(name).is_dir():
+            return cls(name, None, split, column)
+        name, _, commit = name.partition("@")
+        if not _COMMIT.fullmatch(commit):
+            raise UserError(
+                f"corpus {source!r} can change: write hf:{name}@COMMIT, with the 40 hexadecimal digits of a commit that"
+                " the hub lists for it, or give a local folder"
+            )
+        return cls(name, commit, split, column)
+
+
+def _from_hub(data: _DataSet) -> Iterator[str]:
     from datasets import load_dataset
 
+    name, commit, split, column = data
     try:
-        for number, row in enumerate(load_dataset(name, split=split or "train", streaming=True), start=1):
+        rows = load_dataset(name, split=split, revision=commit, streaming=True, trust_remote_code=False)
+        for number, row in enumerate(rows, start=1):
             if not isinstance(row[column], str):
                 raise UserError(f"row {number} of data set {name!r} has no text in its column {column!r}")
             yield row[column]
@@ -133,4 +171,4 @@ def _from_hub(name: str, split: str, column: str) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # the library raises a dozen kinds for what is not there
-        raise UserError(f"cannot read data set {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read data set {name!r}: {one_line(error)}") from None

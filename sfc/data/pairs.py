@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from sfc.core.artifacts import hash_of_file
 from sfc.core.config import PromptsConfig
 from sfc.core.errors import UserError
+from sfc.core.reading import hash_of_given
 from sfc.data.prepare import add_two_splits
 from sfc.data.read import read_records
 from sfc.data.render import Role, TokenizedPrompt
@@ -45,7 +45,7 @@ def pairs_fingerprint(folder: Path) -> str:
         UserError: it is missing or malformed.
     """
     _read(folder / PAIRS_FILE)
-    return hash_of_file(folder / PAIRS_FILE)
+    return hash_of_given(folder / PAIRS_FILE)
 
 
 def _read(path: Path) -> pd.DataFrame:

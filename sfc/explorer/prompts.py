@@ -1,6 +1,7 @@
 """Prompts put to the first circuit's model: which of its features fire where, and what scaling and steering do."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
-from dash import Dash, Input, Output, State, ctx, dcc, html, no_update
+import torch
+from dash import Dash, Input, Output, State, ctx, dcc, html, no_update, set_props
 
 from sfc.api import open_model, steer
 from sfc.behaviors.behavior import Words
+from sfc.core.errors import UserError
 from sfc.core.experiments import experiment_of
-from sfc.explorer.shelf import CHOICE, chosen_circuit, graph_of
+from sfc.core.machine import check_memory
+from sfc.explorer.shelf import CHOICE, chosen_circuit, graph_of, undamaged
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, PromptSession
 from sfc.models.edits import Steering
+from sfc.models.loading import Model
 from sfc.pages.style import axis, styled_figure, words_of
 from sfc.pages.text import hover_text, printable
 from sfc.run import Run
@@ -25,6 +30,11 @@ from sfc.studies.steer.directions import finished_directions
 
 _SHOWN_FEATURES = 30
 _LONGEST_LABEL = 44
+REPLY_TOKENS = 40
+_LONGEST_PROMPT = 1 << 17
+"""tokens, where the architecture sets no limit"""
+_LONGEST_TOKEN = 128
+"""characters: tokens of runs of blanks, or of one letter, are that long in some vocabularies"""
 
 
 class Changes(NamedTuple):
@@ -50,14 +60,28 @@ class CircuitModel:
 
     def features(self, folder: Path) -> dict[str, str]:
         """The features of a circuit, the largest |effect| first, with what they are called."""
-        graph, labels = graph_of(folder), labels_of(folder)
-        names = [name for name, data in graph.nodes(data=True) if data["kind"] == "feature"]
-        names.sort(key=lambda name: -abs(graph.nodes[name]["effect"]))
+        with undamaged(folder):
+            graph, labels = graph_of(folder), labels_of(folder)
+            names = [name for name, data in graph.nodes(data=True) if data["kind"] == "feature"]
+            names.sort(key=lambda name: -abs(graph.nodes[name]["effect"]))
         return {name: printable(f"{name} {labels.get(name, '')}".strip()) for name in names}
 
     def words(self, folder: Path) -> Words:
         """How what the circuit explains is spoken of."""
         return words_of(graph_of(folder))
+
+    def check(self, folder: Path, prompt: str, changes: Changes) -> None:
+        """Check a prompt and what is to be changed, before anything runs.
+
+        Raises:
+            UserError: the prompt does not fit the model or the memory, or a change is none that is offered.
+        """
+        with self._lock:
+            _check_length(self._session(folder).model, prompt)
+        if changes.direction is not None and changes.direction not in self.directions(folder):
+            raise UserError(f"there is nothing named {changes.direction!r} to steer along: choose one of the list")
+        if not all(map(math.isfinite, [*changes.factors.values(), changes.alpha])):
+            raise UserError("times and alpha must be finite numbers")
 
     def fires(self, folder: Path, prompt: str) -> Firing:
         """As `PromptSession.fires`, for all features of the circuit."""
@@ -77,7 +101,7 @@ class CircuitModel:
         """As `PromptSession.reply`."""
         with self._lock:
             steering = self._steering(folder, changes)
-            return self._session(folder).reply(prompt, changes.factors, steering=steering)
+            return self._session(folder).reply(prompt, changes.factors, REPLY_TOKENS, steering)
 
     def _session(self, folder: Path) -> PromptSession:
         return _opened(*self._source(folder))
@@ -105,6 +129,23 @@ def _opened(*source: Any) -> PromptSession:
 @lru_cache(maxsize=8)
 def _steered(experiment: str, root: Path, data: str, device: str, direction: str, alpha: float) -> Steering:
     return steer(_run(experiment, root, data, device), direction, alpha)
+
+
+def _check_length(model: Model, prompt: str) -> None:
+    """Raise a `UserError` where a prompt with its reply has more tokens than the model has positions for, or memory."""
+    most = (model.n_positions or _LONGEST_PROMPT) - REPLY_TOKENS
+    # The text's length comes first: to tokenize megabytes takes minutes.
+    n_tokens = len(model.tokenize([prompt])[0].ids) if len(prompt) <= most * _LONGEST_TOKEN else len(prompt)
+    if n_tokens > most:
+        raise UserError(f"the prompt is too long: this model takes {most:,} tokens beside the reply's {REPLY_TOKENS}")
+    attention = 2 * 4 * model.bridge.cfg.n_heads * n_tokens**2  # scores and pattern of one layer, in float32
+    device = model.device
+    check_memory(
+        attention,
+        f"a prompt of {n_tokens:,} tokens",
+        "give a shorter one",
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+    )
 
 
 def firing_figure(firing: Firing, titles: Sequence[str]) -> go.Figure:
@@ -201,6 +242,8 @@ def answer_prompts(app: Dash, root: Path, model: CircuitModel) -> None:
         circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return "type a prompt, and run", no_update
+        set_props("problem", {"children": ""})
+        model.check(circuit.folder, prompt, changes)
         plain = model.score(circuit.folder, prompt)
         words = f"{model.words(circuit.folder).score} {plain:+.2f} nats"
         if changed_by := _words(changes):
@@ -223,7 +266,9 @@ def answer_prompts(app: Dash, root: Path, model: CircuitModel) -> None:
         circuit = chosen_circuit(root, tuple(choice))
         if circuit is None or not prompt:
             return no_update
-        return model.reply(circuit.folder, prompt, _changes(*values[:4]))
+        changes = _changes(*values[:4])
+        model.check(circuit.folder, prompt, changes)
+        return model.reply(circuit.folder, prompt, changes)
 
 
 def _changes(scaled: list[str] | None, factor: float | None, direction: str | None, alpha: float | None) -> Changes:

@@ -5,19 +5,22 @@ Circuits are chosen by preset, category and method, the first one and the second
 """
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 from dash import Dash, Input, Output, State, dcc, html, no_update, set_props
 from jaxtyping import Float
+from pydantic import BaseModel, ValidationError
 
 from sfc.circuits.files import load_circuit
-from sfc.core.artifacts import MANIFEST, read_json
+from sfc.core.artifacts import MANIFEST, read_csv, read_json, read_model
+from sfc.core.errors import UserError
+from sfc.core.faults import user_message
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.circuit import NO_CARDS, circuit_page
 from sfc.pages.html import page_html
@@ -38,26 +41,86 @@ class Shelved(NamedTuple):
     folder: Path
 
 
+class Below(NamedTuple):
+    """What was found below a root; artifacts that cannot be read are left out, with a note."""
+
+    found: dict[str, Any]
+    notes: list[str]
+
+
+def _read(paths: Iterable[Path], read: Callable[[Path], tuple[str, Any] | None]) -> Below:
+    """What each manifest's artifact is read as: a key and a value, or None where there is nothing to show."""
+    below = Below({}, [])
+    for path in sorted(paths):
+        try:
+            if item := read(path.parent):
+                below.found[item[0]] = item[1]
+        except (UserError, ValidationError, KeyError, TypeError, OSError) as error:
+            why = user_message(error) or f"its files lack {error}"
+            below.notes.append(f"left out: {path.parent}: {why}")
+    return below
+
+
+class CircuitResult(BaseModel):
+    """What is read of a circuit's `result.json`."""
+
+    preset: str
+    category: str
+    method: str
+
+
 def shelf(root: Path) -> dict[str, Shelved]:
     """The finished circuits below `root/circuits`, by key, in the order of their names."""
-    found = {}
-    for manifest in sorted((root / "circuits").glob(f"*/circuit-*/{MANIFEST}")):
-        folder = manifest.parent
-        if (folder / "circuit.json").is_file() and (folder / RESULT).is_file():
-            key, result = folder.relative_to(root / "circuits").as_posix(), read_json(folder / RESULT)
-            method = f"{result['method']} · {folder.name.rpartition('-')[2]}"
-            found[key] = Shelved(key, str(result["preset"]), str(result["category"]), method, folder)
-    return found
+    return _circuits(root).found
+
+
+def _circuits(root: Path) -> Below:
+    def read(folder: Path) -> tuple[str, Shelved] | None:
+        if not (folder / "circuit.json").exists() or not (folder / RESULT).exists():
+            return None
+        if damage := _damage(folder / "circuit.json", (folder / "circuit.json").stat().st_mtime_ns):
+            raise UserError(damage)
+        key, result = folder.relative_to(root / "circuits").as_posix(), read_model(folder / RESULT, CircuitResult)
+        method = f"{result.method} · {folder.name.rpartition('-')[2]}"
+        return key, Shelved(key, result.preset, result.category, method, folder)
+
+    return _read((root / "circuits").glob(f"*/circuit-*/{MANIFEST}"), read)
+
+
+@lru_cache(maxsize=1024)
+def _damage(path: Path, changed: int) -> str | None:
+    """Why a file that was changed then is no circuit; None where it is one."""
+    try:
+        _ = [(data["kind"], data["effect"]) for _, data in load_circuit(path).nodes(data=True)]
+    except UserError as error:
+        return str(error)
+    except KeyError as error:
+        return f"its nodes lack {error}"
+    return None
+
+
+class PageManifest(BaseModel):
+    """What is read of an artifact's `manifest.json`."""
+
+    files: dict[str, str] = {}
 
 
 def finished_pages(root: Path) -> dict[str, Path]:
     """The pages of all finished artifacts below the root, of whatever study, by the folders that they lie in."""
-    found = {}
-    for manifest in sorted([*(root / "circuits").glob(f"*/*/{MANIFEST}"), *(root / "saes").glob(f"*/{MANIFEST}")]):
-        page = manifest.parent / Path(str(read_json(manifest).get("files", {}).get("page", ""))).name
-        if page.is_file():
-            found[manifest.parent.relative_to(root).as_posix()] = page
-    return found
+    return _pages(root).found
+
+
+def _pages(root: Path) -> Below:
+    def read(folder: Path) -> tuple[str, Path] | None:
+        page = folder / Path(read_model(folder / MANIFEST, PageManifest).files.get("page", "")).name
+        return (folder.relative_to(root).as_posix(), page) if page.is_file() else None
+
+    return _read([*(root / "circuits").glob(f"*/*/{MANIFEST}"), *(root / "saes").glob(f"*/{MANIFEST}")], read)
+
+
+def notes(root: Path) -> list[str]:
+    """What is left out because it is damaged, each with the reason."""
+    return list(dict.fromkeys(note for of in (_circuits, _pages, _comparisons) for note in of(root).notes))
 
 
 def shared_core(first: Path, second: Path) -> set[str] | None:
@@ -80,10 +143,25 @@ def ringed_page(folder: Path, marked: Collection[str]) -> str:
     Raises:
         UserError: its files are damaged.
     """
-    has_cards = (folder / CARDS_FILE).is_file()
-    cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
-    curve = pd.read_csv(folder / "curve.csv")
-    return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
+    with undamaged(folder):
+        has_cards = (folder / CARDS_FILE).is_file()
+        cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
+        curve = read_csv(folder / "curve.csv")
+        return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
+
+
+@contextmanager
+def undamaged(folder: Path) -> Iterator[None]:
+    """Where the files of an artifact are read that may hold anything.
+
+    Raises:
+        UserError: the block fails because of what they hold.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"{folder} is damaged ({what}); make it again with --rebuild") from error
 
 
 SIDES, CHOICE = ("first", "second"), ("preset", "category", "method")
@@ -158,12 +236,18 @@ class Compared(NamedTuple):
 
 def comparisons(root: Path) -> dict[str, Compared]:
     """The finished comparisons below `root/circuits`, by the names of their folders."""
-    found = {}
-    for path in sorted((root / "circuits").glob(f"*/comparison-*/{MANIFEST}")):
-        finished = Finished(path.parent)
-        name, result, command = path.parent.name, finished.result, finished.manifest["command"]
-        found[name] = Compared(name, result["preset"], result, command, path.parent)
-    return found
+    return _comparisons(root).found
+
+
+def _comparisons(root: Path) -> Below:
+    def read(folder: Path) -> tuple[str, Compared]:
+        finished = Finished(folder)
+        result, command = finished.result, str(finished.manifest["command"])
+        compared = Compared(folder.name, str(result["preset"]), result, command, folder)
+        _ = compared.categories, result["verdict"], result["size"]
+        return folder.name, compared
+
+    return _read((root / "circuits").glob(f"*/comparison-*/{MANIFEST}"), read)
 
 
 def overlaps_of(compared: Compared) -> Float[np.ndarray, "categories categories"]:

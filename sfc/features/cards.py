@@ -1,10 +1,4 @@
-"""Features whose decoder directions are alike.
-
-Where Neuronpedia shows a feature, for the dictionaries that they host.
-
-Which tokens a feature raises and lowers, read off its decoder direction through the unembedding.
-
-What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
+"""What is known of each feature of a circuit, as plain JSON: `features.json` in the circuit's folder.
 
 {"groups": [{"population": "toxic", "category": "violence", "n_prompts": 65}, …],
  "features": {"resid_post.21/F463": {
@@ -160,10 +154,14 @@ def feature_cards(
         for number, name in enumerate(of_site):
             card = _card(measured, number, store, token_text)
             for context in card["contexts"]:
-                context |= _population(groups, int(group_of_prompt[context.pop("prompt")]))
+                group = groups[int(group_of_prompt[context.pop("prompt")])]
+                context |= {key: group[key] for key in ("population", "category")}
             card |= {key: list(graph.nodes[name].get(key, [])) for key in ("raises", "lowers")}
             card["fires_on"] = fires_on(measured.mean_peak[number], groups, str(graph.graph.get("category")), words)
-            card["neighbours"] = [_neighbour(site, neighbour) for neighbour in neighbours[number]]
+            card["neighbours"] = [
+                {"node": f"{short_site(site)}/F{feature}", "cosine": _rounded(cosine)}
+                for feature, cosine in neighbours[number]
+            ]
             cards[name] = card
     rows = np.flatnonzero(is_kept)
     tokens = TokenTable(*(column[rows] for column in store.tokens))
@@ -247,14 +245,6 @@ def _context(store: Store, peak: int, window: np.ndarray, token_text: Callable[[
         "peak": int(np.flatnonzero(kept == peak)[0]),
         "in_template": bool(store.tokens.role[peak] == Role.SUFFIX),
     }
-
-
-def _population(groups: Sequence[Mapping[str, Any]], group: int) -> dict[str, str]:
-    return {key: groups[group][key] for key in ("population", "category")}
-
-
-def _neighbour(site: str, neighbour: Neighbour) -> dict[str, Any]:
-    return {"node": f"{short_site(site)}/F{neighbour.feature}", "cosine": _rounded(neighbour.cosine)}
 
 
 def _rounded(value: float) -> float:

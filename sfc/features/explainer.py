@@ -133,7 +133,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _EXPLAIN = (
     "You explain what a feature inside a language model responds to. You get texts with the feature's strength in each,"
     " from 0 to 9; where a token stands between « and », the strength is that at this token. Answer with one phrase of"
-    " at most 20 words that says what the strong ones have in common and the others have not, and nothing else."
+    " at most 20 words that says what the strong ones have in common and the others do not, and nothing else."
 )
 _JUDGE = (
     "A feature inside a language model is said to respond to: {explanation}\nYou get {count} numbered texts; where a"

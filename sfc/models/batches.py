@@ -74,6 +74,11 @@ class Batch:
     """number of each row's pair, where every row is a prompt with a counterfactual (`sfc.circuits.counterfactuals`)"""
 
     @property
+    def width(self) -> int:
+        """Tokens of the longest prompt, what was run of it before included."""
+        return self.ids.shape[1]
+
+    @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
         """Tokens that may be ablated or learned from: neither padding nor the attention sink (the first token)."""
         real = self.template_positions != NO_POSITION
@@ -191,6 +196,11 @@ class KVCachedSuffix(Batch):
     """keys and values of every layer before the suffix (a `transformers` cache)"""
 
     @property
+    def width(self) -> int:
+        """As `Batch.width`."""
+        return self.mask.shape[1]
+
+    @property
     def touchable(self) -> Bool[Tensor, "batch pos"]:
         """Tokens of the suffix that are neither padding nor a prompt's first token (which has position 0)."""
         return (self.positions > 0) & (self.template_positions != NO_POSITION)
@@ -217,8 +227,12 @@ def cache_suffixes(model: Model, prompts: Sequence[TokenizedPrompt], n_suffix: i
     """Run all but the last `n_suffix` tokens of the prompts, as one batch, and keep the keys and values.
 
     A prompt of at most `n_suffix` tokens is all suffix.
+
+    Raises:
+        UserError: the model has no positions for so many tokens.
     """
     whole = flush_right(pad(prompts, TemplateLayout.of(prompts), model.device, n_suffix))
+    model.check_room(whole.width)
     if whole.ids.shape[1] == n_suffix:
         return whole
     before = model.hf.base_model(

@@ -25,7 +25,7 @@ from sfc.models.batches import NO_POSITION, Batch, TemplateLayout, cache_suffixe
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import recorder
 from sfc.models.linear import use_quick_products
-from sfc.models.model import Model, not_finite
+from sfc.models.model import Model, is_finite, not_finite
 from sfc.models.running import cached_residual_after, last_logits, logits_at
 
 _TEXTS = {
@@ -82,9 +82,9 @@ def _check_difference(model: Model, way: str, difference: float) -> None:
     allowed, dtype = _TOLERANCE[model.dtype], model.config.dtype
     if not difference <= allowed:  # also where it is not a number
         raise CannotLoadModel(
-            f"TransformerLens' bridge computes something else than {model.architecture} itself ({model.config.source!r}):"
-            f" {way}, its logits are off by {difference:.2%} of the largest, where rounding in {dtype} explains {allowed:.1%};"
-            f" {_THOSE_THAT_WORK}"
+            f"TransformerLens' bridge computes something else than {model.architecture} itself"
+            f" ({model.config.source!r}): {way}, its logits are off by {difference:.2%} of the largest, where rounding"
+            f" in {dtype} explains {allowed:.1%}; {_THOSE_THAT_WORK}"
         )
 
 
@@ -107,7 +107,7 @@ def _plain_logits(hf: Any, prompts: Sequence[TokenizedPrompt], source: str) -> l
     ids = [torch.tensor(prompt.ids, device=hf.device)[None] for prompt in prompts]
     with _refusing(f"{type(hf).__name__}, the model of {source!r}, cannot be run"):
         plain = [hf(input_ids=row, use_cache=False).logits[0].float() for row in ids]
-    if not all(bool(logits.isfinite().all()) for logits in plain):
+    if not all(bool(is_finite(logits)) for logits in plain):
         raise not_finite(f"the logits of {source!r}", hf.dtype)
     return plain
 
@@ -175,9 +175,10 @@ def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
         found = tuple(seen[site].shape)
         if found[:2] != batch.ids.shape or math.prod(found[2:]) != model.width(site):
             unusable[site] = f"its activations are {list(found)}, not [batch, pos, {model.width(site)}]"
-        elif layer_of(site) == model.n_layers - 1:
-            if torch.equal(last_logits(model, batch, {site: lambda x: x.roll(1, -1)}, start), plain):
-                without_effect.add(kind)
+        elif layer_of(site) == model.n_layers - 1 and torch.equal(
+            last_logits(model, batch, {site: lambda x: x.roll(1, -1)}, start), plain
+        ):
+            without_effect.add(kind)
         if kind in without_effect:
             unusable.setdefault(site, "a change of its activations changes nothing")
     return unusable

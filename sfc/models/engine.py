@@ -21,7 +21,7 @@ from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import NO_POSITION, PACKED_TOKENS, Batch, cache_suffixes, flush_right, similar_lengths
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import Intervention, Interventions
-from sfc.models.model import Model
+from sfc.models.model import Model, not_finite
 from sfc.models.running import CachedResidual, cached_residual_after, last_logits, layer_before, logits_at
 from sfc.models.score import Score, score_batch
 
@@ -162,11 +162,19 @@ class PackedRun(NamedTuple):
     acting: Interventions
     start: CachedResidual | None
     """where a run that generates nothing may start"""
+    dtype: torch.dtype
+    """of the model"""
 
     def fill(self, table: Float[np.ndarray, "edits prompts"], values: Float[Tensor, " rows"]) -> None:
-        """Write a value per row of the batch where it belongs."""
-        by_edit = rearrange(values, "(edits prompts) -> edits prompts", edits=len(self.members))
-        table[np.ix_(self.members, self.prompts)] = by_edit.cpu().numpy()
+        """Write a value per row of the batch where it belongs.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        by_edit = rearrange(values, "(edits prompts) -> edits prompts", edits=len(self.members)).cpu()
+        if not by_edit.isfinite().all():
+            raise not_finite("the scores of some prompts", self.dtype)
+        table[np.ix_(self.members, self.prompts)] = by_edit.numpy()
 
 
 @torch.no_grad()
@@ -189,7 +197,7 @@ def packed_runs(
                 packed = batch.repeat(len(members))
                 acting = of_batch.interventions(packed, members.tolist())
                 copies = start.repeat(len(members)) if start else None
-                yield PackedRun(members, batch.prompts.cpu().numpy(), packed, acting, copies)
+                yield PackedRun(members, batch.prompts.cpu().numpy(), packed, acting, copies, prompts.model.dtype)
 
 
 @torch.no_grad()
@@ -275,6 +283,7 @@ def replies(
         reply_tokens: at most this many tokens per reply.
         batch_tokens: tokens per packed run, those of the replies included.
     """
+    prompts.model.check_room(max(batch.width for batch in prompts.batches) + reply_tokens - 1)
     # Keys and values of every block are needed, so that no block can be skipped.
     whole = replace(prompts, batches=[flush_right(batch) for batch in prompts.batches], cached=None)
     table = np.full((len(edits), prompts.n_prompts), np.nan)

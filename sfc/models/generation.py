@@ -14,7 +14,7 @@ from torch import Tensor
 from sfc.data.render import TokenizedPrompt, answered
 from sfc.models.batches import KVCachedSuffix, TemplateLayout, flush_right, pad, similar_lengths
 from sfc.models.interventions import Intervention, intervening
-from sfc.models.model import Model
+from sfc.models.model import Model, is_finite, not_finite
 
 Choose = Callable[[Float[Tensor, "rows vocab"], Int[Tensor, " rows"], int], Int[Tensor, " rows"]]
 """Chooses the next tokens from their logits, of which it is told the rows in the batch and the number of the step."""
@@ -78,7 +78,11 @@ def generate_ids(
         max_new_tokens: at most this many tokens per reply.
         batch_tokens: tokens per batch, padding and the longest reply included.
         progress: called with the number of prompts done since the last call.
+
+    Raises:
+        UserError: the model has no positions for the longest prompt and its reply, or logits are not finite.
     """
+    model.check_room(max((len(prompt.ids) for prompt in prompts), default=0) + max_new_tokens - 1)
     replies: list[list[int]] = [[] for _ in prompts]
     for group in similar_lengths(prompts, batch_tokens, max_new_tokens):
         some = [prompts[i] for i in group]
@@ -121,7 +125,11 @@ def continue_tails(
         in_reply: act in every step after it, on the token just added: activations are [batch, 1, …].
         choose: chooses each token; greedy unless told otherwise.
         also_end: ids of tokens that end a reply beside the model's own.
+
+    Raises:
+        UserError: the model has no positions for the longest reply, or logits are not finite.
     """
+    model.check_room(suffixes.width + max_new_tokens - 1)
     device, n_rows = suffixes.ids.device, len(suffixes.ids)
     ends = torch.tensor(sorted(end_tokens(model) | set(also_end)), device=device)
     first, cache = _step(model, {"input_ids": suffixes.ids, **suffixes.run_arguments}, in_prompt or {})
@@ -133,6 +141,7 @@ def continue_tails(
     )
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     said = torch.full((n_rows, max_new_tokens), -1, device=device)
+    finite = is_finite(first)
     for step in range(max_new_tokens):
         newest = choose(logits, rows, step)
         said[rows, step] = newest
@@ -149,6 +158,9 @@ def continue_tails(
         positions = positions + 1
         inputs = {"input_ids": newest[:, None], "attention_mask": mask, "position_ids": positions, "use_cache": True}
         logits, cache = _step(model, {**inputs, "past_key_values": cache}, in_reply or {})
+        finite &= is_finite(logits)
+    if not finite:  # asked once, because to ask is to wait for the device
+        raise not_finite("the logits of some replies", model.dtype)
     return Continuations(*_up_to_end(said, ends), first)
 
 

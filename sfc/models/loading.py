@@ -1,50 +1,19 @@
-"""Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template.
-
-A LoRA adapter (Hu et al. 2021), in the format of the `peft` library, is merged into the weights: it adds
-`(alpha / r) B A` to a weight matrix W [out, in], with A [r, in] and B [out, r].
-"""
+"""Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sfc.core.artifacts import read_json
 from sfc.core.config import ModelConfig
 from sfc.core.errors import CannotLoadModel, UserError, one_line
 from sfc.core.ranks import local_rank
 from sfc.models.bridging import bridged
+from sfc.models.lora import merge_adapter
 from sfc.models.model import Model, n_positions, not_finite
-from sfc.models.sources import ADAPTER_CONFIG, WEIGHTS, adapter_folder, embedded_model_folder, tiny_model_folder
-
-
-def merge_adapter(model: Any, name: str) -> None:
-    """Add the adapter to the weights of a Hugging Face model, in place.
-
-    Raises:
-        UserError: the adapter is missing, corrupt, or made for another model.
-    """
-    folder = adapter_folder(name)
-    config = read_json(folder / ADAPTER_CONFIG)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is corrupt ({error})") from None
-    scale = config["lora_alpha"] / config["r"]
-    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        try:
-            weight = model.get_submodule(module).weight
-            delta = tensors[key.replace("lora_A", "lora_B")].float() @ tensors[key].float()
-            with torch.no_grad():
-                weight.add_((scale * delta).to(weight))
-        except (AttributeError, KeyError, RuntimeError) as error:
-            raise UserError(f"adapter {name!r} does not fit this model at {module!r}: {error}") from None
-
+from sfc.models.sources import embedded_model_folder, tiny_model_folder
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -93,7 +62,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model
     """
     hf, tokenizer = load_weights(config)
     if config.adapter:
-        merge_adapter(hf, config.adapter)
+        hf = merge_adapter(hf, config.adapter)
     _check_weights(hf, config)
     try:
         hf.to(device)
@@ -117,7 +86,7 @@ def _check_weights(hf: Any, config: ModelConfig) -> None:
     for name, is_finite in zip(extremes, finite, strict=True):
         if not is_finite:
             whose = f"{config.source!r} with adapter {config.adapter!r}" if config.adapter else repr(config.source)
-            raise not_finite(f"the weights {name} of model {whose}", weight.dtype)
+            raise not_finite(f"the weights {name} of model {whose}", hf.dtype)
 
 
 def load_outline(config: ModelConfig) -> Outline:

@@ -6,6 +6,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from sfc.core.config import ModelConfig
@@ -17,6 +19,11 @@ def n_positions(config: Any) -> int | None:
     """The positions that a Hugging Face configuration speaks of; None where the architecture sets no limit."""
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+
+
+def is_finite(logits: Float[Tensor, "*rows vocab"]) -> Bool[Tensor, ""]:
+    """Whether every row can be scored, on the device of the logits: some tokens may be ruled out by -inf, not all."""
+    return logits.amax(-1).isfinite().all()
 
 
 def not_finite(what: str, dtype: torch.dtype) -> UserError:
@@ -78,6 +85,14 @@ class Model:
         return tokenize_prompts(
             self.tokenizer, list(texts), config.template, config.system_prompt, reply, config.template_arguments
         )
+
+    def check_room(self, tokens: int) -> None:
+        """Raise a `UserError` if a prompt and its reply of so many tokens have no room in the model's positions."""
+        if self.n_positions is not None and tokens > self.n_positions:
+            raise UserError(
+                f"{self.config.source!r} has {self.n_positions:,} positions, a prompt with its reply needs {tokens:,}:"
+                " lower prompts.max_tokens or the section's reply_tokens, or leave the prompt out"
+            )
 
     def width(self, site: str) -> int:
         """Dimensions of the activation at a site; the heads' outputs (`hook_z`) count side by side."""

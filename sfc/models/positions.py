@@ -20,7 +20,7 @@ from sfc.data.render import Role
 EditKind = Literal["add", "project-out", "clamp"]
 """how an activation is edited along a direction"""
 
-_LAST = re.compile(r"last(?:-([1-9]\d*))?")
+_LAST = re.compile(r"last(?:-([1-9]\d{0,8}))?")
 
 
 def check_positions(name: str) -> str:

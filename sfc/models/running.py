@@ -185,7 +185,11 @@ def _starting_from(model: Model, batch: Batch, cached: CachedResidual | None) ->
     """Let blocks before the cached one pass their input on, and its own return the cached residual stream.
 
     Gives the inputs to call the model with.
+
+    Raises:
+        UserError: the model has no positions for so many tokens.
     """
+    model.check_room(batch.width)
     if cached is None or cached.layer < 0:
         yield {"input_ids": batch.ids, **batch.run_arguments}
         return

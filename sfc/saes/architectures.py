@@ -5,7 +5,7 @@ a `Dictionary`. Whoever registers another one in `ARCHITECTURES` can use its dic
 imports torch before weights are read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,14 +77,18 @@ class DictionaryConfig(BaseModel):
             **values,
             "metadata": {} if site is None else {"hook_name": site},
         }
-        activation = values.get("activation_fn", values.get("activation_fn_str"))
-        arguments = values.get("activation_fn_kwargs")
+        activation, arguments = _activation(values), values.get("activation_fn_kwargs")
         if activation == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
             upgraded |= {"architecture": "topk", "k": arguments["k"]}
         normalisation = values.get("normalize_activations")
         if normalisation is None or isinstance(normalisation, bool):
             upgraded["normalize_activations"] = "expected_average_only_in" if normalisation else "none"
         return upgraded
+
+
+def _activation(values: Mapping[str, Any]) -> Any:
+    """The activation function that a configuration names, as versions of SAELens before 6 do."""
+    return values.get("activation_fn", values.get("activation_fn_str"))
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class Architecture:
     build: Callable[[Any, Weights], "Dictionary"]
     """from the configuration and the weights, in float32, the dictionary of unnormalised activations"""
     config: type[DictionaryConfig] = DictionaryConfig
+    activations: Collection[str] = ("relu",)
+    """the activation functions that its configuration may name, if it names one"""
 
 
 ARCHITECTURES = Registry[Architecture]("SAE architecture")
@@ -110,11 +116,17 @@ def read_config(folder: Path) -> DictionaryConfig:
         UserError: the file is missing or damaged, or describes what cannot be used here.
     """
     path = folder / CONFIG_FILE
-    name = read_model(path, DictionaryConfig).architecture
+    general = read_model(path, DictionaryConfig)
     try:
-        architecture = ARCHITECTURES[name]
+        architecture = ARCHITECTURES[general.architecture]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    activation = _activation(general.model_extra or {})
+    if activation is not None and activation not in architecture.activations:
+        raise UserError(
+            f"{path}: a {architecture.name} dictionary with the activation function {activation!r} is not understood;"
+            f" known: {', '.join(architecture.activations)}"
+        )
     return read_model(path, architecture.config)
 
 
@@ -174,8 +186,8 @@ def _gated(config: DictionaryConfig, weights: Weights) -> "Dictionary":
 
 
 for architecture in (
-    Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig),
-    Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu),
+    Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig, ("topk", "relu")),
+    Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu, activations=("jumprelu", "relu")),
     Architecture("standard", _shapes("b_enc"), _standard),
     Architecture("gated", _shapes("b_gate", "b_mag", "r_mag"), _gated),
 ):

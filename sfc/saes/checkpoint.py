@@ -1,5 +1,6 @@
 """SAEs in training: their state, saved and restored to the bit."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfc.core.artifacts import replacing
+from sfc.core.contents import check
 from sfc.core.errors import UserError, first_problem
+from sfc.core.files import replacing
 
 
 class Parameters(NamedTuple):
@@ -56,7 +58,7 @@ def steps_done(path: Path) -> int:
     Raises:
         UserError: the file is damaged.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0
     with _opened(path) as (header, _):
         return header.step
@@ -97,6 +99,7 @@ class _Header(BaseModel):
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_Header, Any]]:
     """A checkpoint open for reading; whatever is wrong with it is explained."""
+    check(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield _Header.of(file.metadata() or {}), file

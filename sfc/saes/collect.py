@@ -21,7 +21,7 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.plan import PlannedBatch, plan_batches, plan_shards
-from sfc.saes.shard import open_shard, unfinished_shard
+from sfc.saes.shard import discard_unfinished, open_shard, unfinished_shard
 
 _BATCHES_IN_FLIGHT = 2
 
@@ -78,6 +78,7 @@ def _collect_shard(
     finished = _finished_sites(path)
     missing = [site for site in sites if site not in finished]
     if not missing:
+        discard_unfinished(path)
         progress(sum(batch.n_tokens for batch in batches))
         return
     widths = {site: model.width(site) for site in in_order([*finished, *missing])}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sfc.core.artifacts import Json, replacing, write_json
+from sfc.core.contents import check, remedy
 from sfc.core.errors import UserError
 from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, read_config
 from sfc.saes.dictionary import WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
@@ -67,19 +68,16 @@ def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Diction
     architecture = ARCHITECTURES[config.architecture]
     weights = _read_weights(folder / WEIGHTS_FILE, config.architecture, architecture.shapes(config), device)
     dictionary = architecture.build(config, weights)
+    made = dictionary.parameters() if isinstance(dictionary, torch.nn.Module) else weights.values()
+    if not all(bool(weight.isfinite().all()) for weight in made):
+        raise UserError(f"{folder / WEIGHTS_FILE} has values too large for float32: the dictionary cannot be used")
     if config.normalize_activations in ("constant_norm_rescale", "layer_norm"):
         return NormalisedDictionary(dictionary, config.normalize_activations)
     return dictionary
 
 
 def _read_weights(path: Path, architecture: str, shapes: Shapes, device: torch.device | str) -> Weights:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again") from None
+    weights = read_tensors(path, device)
     for name, shape in shapes.items():
         if name not in weights:
             raise UserError(f"{path} has no tensor {name}: it is not a {architecture} dictionary")
@@ -93,6 +91,20 @@ def _read_weights(path: Path, architecture: str, shapes: Shapes, device: torch.d
         if name != "scaling_factor" or not bool((weights[name] == 1).all()):
             raise UserError(f"{path} has a tensor {name} that is not part of a {architecture} dictionary")
     return {name: weights[name].float() for name in shapes}
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> Weights:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        UserError: it is missing, damaged, or of another kind.
+    """
+    check(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # the last two: of a type PyTorch does not have
+        raise UserError(f"{path} cannot be read ({error}); {remedy(path)}") from None
 
 
 def fetch_pretrained(name: str, folder: Path) -> None:

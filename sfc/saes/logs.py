@@ -1,6 +1,7 @@
 """Where the figures of a training go: a JSON-lines file per SAE always, wandb and TensorBoard only if asked for."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from sfc.core.artifacts import write_text
+from sfc.core.contents import read_bytes
 from sfc.core.errors import UserError, first_problem, suggestion
+from sfc.core.files import open_journal
 from sfc.saes.train import Progress
 
 LOG_FILE = "training.jsonl"
@@ -23,15 +26,15 @@ def json_lines(folder: Path, sites: Sequence[str], first_step: int) -> Log:
     """
     for site in sites:
         path = folder / site / LOG_FILE
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        text = read_bytes(path).decode(errors="replace") if os.path.lexists(path) else ""
         whole = text.split("\n")[:-1]  # a kill may have cut short what follows the last of them
         write_text(path, "".join(f"{line}\n" for line in whole if _step(line, path) <= first_step))
 
     def log(progress: Progress) -> None:
         for stats in progress.sites:
             line = {"step": progress.step, "tokens_per_second": round(progress.tokens_per_second, 1)}
-            with (folder / stats.site / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | stats._asdict()) + "\n")
+            with open_journal(folder / stats.site / LOG_FILE) as file:
+                file.write(f"{json.dumps(line | stats._asdict())}\n".encode())
 
     return log
 

@@ -2,7 +2,8 @@
 
 `shard-00000.h5` holds `activations/SITE` [rows, d] in chunks of about 1 MiB, the CRC-32 of every chunk in
 `checksums/SITE`, row by row `tokens/prompt`, `tokens/position`, `tokens/token` and `tokens/role`, and in `batches` the
-first row of each batch. bfloat16, which HDF5 does not have, is kept as uint16 with the attribute `dtype`.
+first row of each batch. bfloat16, which HDF5 does not have, is kept as uint16 with the attribute `dtype`. Rows are
+compared with their checksums when they are read, and everything else with the digest in the store's manifest.
 
 An unfinished shard is `shard-00000.partial`. Everything but the activations and their checksums is in it from the
 start, with a place in the file for every chunk. Batches are written to those places without HDF5, whose own tables,
@@ -10,6 +11,7 @@ which a kill would tear, never change again. `shard-00000.journal` lists the bat
 the checksums are filled in and the file gets its name.
 """
 
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +27,9 @@ from jaxtyping import Float
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from sfc.core.artifacts import replacing
+from sfc.core.contents import check, read_bytes
 from sfc.core.errors import UserError, first_problem
+from sfc.core.files import open_in_place, open_journal, replacing, writing
 from sfc.saes.plan import PlannedBatch, TokenTable, joined
 
 CHUNK_BYTES = 1 << 20
@@ -44,10 +47,11 @@ class UnfinishedShard:
         with _opened(_partial(path), _DELETE) as file:
             self._starts = np.asarray(file["batches"])
             self._places = {site: _Place.of(file, site) for site in _sites(file)}
+        self._journal = open_journal(_journal(path))
         self.done = _journalled(path, len(self._starts))
         """numbers, within the shard, of the batches that are on the disk"""
-        self._file = os.open(_partial(path), os.O_RDWR)
-        self._journal = _journal(path).open("ab", buffering=0)
+        self._rows = open_in_place(_partial(path))
+        self._file = self._rows.fileno()
 
     def write(self, number: int, activations: Mapping[str, Tensor]) -> None:
         """Put one batch, [rows, d] per site in the dtype of the store, on the disk."""
@@ -55,6 +59,7 @@ class UnfinishedShard:
             self._places[site].write(self._file, int(self._starts[number]), _bytes(values))
         os.fsync(self._file)
         self._journal.write(f"{number}\n".encode())
+        self._journal.flush()
         os.fsync(self._journal.fileno())
 
     def finish(self, gzip: bool) -> None:
@@ -65,15 +70,20 @@ class UnfinishedShard:
         self.close()
         if gzip:
             _compress(_partial(self.path), self.path)
-            _partial(self.path).unlink()
         else:
             _partial(self.path).replace(self.path)
-        _journal(self.path).unlink()
+        discard_unfinished(self.path)
 
     def close(self) -> None:
         """Close the files; what was written stays."""
-        os.close(self._file)
+        self._rows.close()
         self._journal.close()
+
+
+def discard_unfinished(path: Path) -> None:
+    """Delete what is left of the unfinished shard of a finished one, the journal last: alone it means nothing."""
+    _partial(path).unlink(missing_ok=True)
+    _journal(path).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -88,7 +98,7 @@ def unfinished_shard(
     Raises:
         UserError: the disk is full, or the partial shard or its journal is damaged.
     """
-    with _explained_disk_errors(path):
+    with writing(path):
         if not _has_partial(path, widths):
             _start(path, batches, widths, dtype)
         shard = UnfinishedShard(path)
@@ -97,19 +107,6 @@ def unfinished_shard(
         except BaseException:
             shard.close()
             raise
-
-
-@contextmanager
-def _explained_disk_errors(path: Path) -> Iterator[None]:
-    """Say what an error of the file system means for the store."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(
-            f"cannot write {path} ({reason}); what is finished stays valid: solve that and run the same command,"
-            " which goes on where it was"
-        ) from None
 
 
 def open_shard(path: Path) -> h5py.File:
@@ -122,26 +119,89 @@ def open_shard(path: Path) -> h5py.File:
 
 
 def _opened(path: Path, remedy: str) -> h5py.File:
+    check(path)
     try:
         file = h5py.File(path, "r")
-        if {"activations", "checksums", "batches", *(f"tokens/{name}" for name in TokenTable._fields)} <= _names(file):
-            return file
-        raise OSError("parts of it are missing")
-    except OSError as error:
-        raise UserError(f"{path} is corrupt or not a shard ({error}); {remedy}") from None
+        wanted = {"activations", "checksums", "batches", *(f"tokens/{name}" for name in TokenTable._fields)}
+        if not wanted <= _names(file):
+            raise OSError("parts of it are missing")
+        for name in wanted - {"activations", "checksums"}:
+            if np.asarray(file[name]).ndim != 1:
+                raise OSError(f"{name} is no table")
+        for site in _sites(file):
+            _check_shapes(file, site)
+        return file
+    except _HDF5_ERRORS as error:
+        raise UserError(f"{path} is corrupt or not a shard ({_in_one_line(error)}); {remedy}") from None
 
 
-def read_rows(file: h5py.File, site: str, start: int, stop: int) -> Float[Tensor, "rows d"]:
+_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeDecodeError)
+"""what h5py raises where a file is not as HDF5 has it"""
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _check_shapes(file: h5py.File, site: str) -> None:
+    data: Any = file[f"activations/{site}"]
+    checksums: Any = file[f"checksums/{site}"]
+    n_rows = len(file["tokens/prompt"])  # pyright: ignore[reportArgumentType]
+    if data.ndim != 2 or len(data) != n_rows or data.chunks is None or data.chunks[1] != data.shape[1]:
+        raise OSError(f"{site} has not a row for each token")
+    if checksums.shape != (-(-n_rows // data.chunks[0]),):
+        raise OSError(f"{site} has not a checksum for each chunk")
+    if data.attrs["dtype"] not in ("float16", "float32", "bfloat16"):
+        raise OSError(f"{site} has values of no known type")
+
+
+def shard_digest(file: h5py.File) -> str:
+    """SHA-256 of all that a shard says, in hexadecimal; of the activations by their checksums."""
+    digest = hashlib.sha256()
+    for name in sorted(_names(file)):
+        data: Any = file[name]
+        if not isinstance(data, h5py.Dataset):
+            continue
+        is_rows = name.startswith("activations/")
+        told = (name, data.shape, data.dtype.str, *((data.chunks, str(data.attrs["dtype"])) if is_rows else ()))
+        digest.update(repr(told).encode())
+        if not is_rows:
+            digest.update(np.ascontiguousarray(data[()]).data)
+    return digest.hexdigest()
+
+
+def read_rows(file: h5py.File, site: str, start: int, stop: int, verified: set[int]) -> Float[Tensor, "rows d"]:
     """Rows of a site, in the dtype they are stored in.
+
+    Args:
+        verified: numbers of the chunks that were compared with their checksums already; those that are now are added.
 
     Raises:
         UserError: the shard is corrupt.
     """
     data: Any = file[f"activations/{site}"]
+    size = data.chunks[0]
+    chunks = range(start // size, -(-stop // size))
+    if verified.issuperset(chunks):
+        return _as_stored(file, site, start, stop)
+    first = chunks.start * size
+    values = _as_stored(file, site, first, min(chunks.stop * size, len(data)))
+    checksums = np.asarray(file[f"checksums/{site}"])
+    for chunk in chunks:
+        rows = values[chunk * size - first : (chunk + 1) * size - first]
+        if zlib.crc32(_bytes(rows)) != checksums[chunk]:
+            where = f"{file.filename}: {site}, rows {chunk * size} to {chunk * size + len(rows) - 1}"
+            raise UserError(f"{where}: the checksum is wrong; {_REBUILD}")
+        verified.add(chunk)
+    return values[start - first : stop - first]
+
+
+def _as_stored(file: h5py.File, site: str, start: int, stop: int) -> Float[Tensor, "rows d"]:
+    data: Any = file[f"activations/{site}"]
     try:
         values = torch.from_numpy(data[start:stop])
-    except OSError as error:
-        raise UserError(f"{file.filename} is corrupt ({error}); {_REBUILD}") from None
+    except _HDF5_ERRORS as error:
+        raise UserError(f"{file.filename} is corrupt ({_in_one_line(error)}); {_REBUILD}") from None
     return values.view(torch.bfloat16) if data.attrs["dtype"] == "bfloat16" else values
 
 
@@ -152,13 +212,10 @@ def verify_shard(file: h5py.File, site: str) -> None:
         UserError: a chunk is damaged, or holds values that are not finite.
     """
     data: Any = file[f"activations/{site}"]
-    checksums = np.asarray(file[f"checksums/{site}"])
-    for chunk, start in enumerate(range(0, len(data), data.chunks[0])):
-        values = read_rows(file, site, start, min(start + data.chunks[0], len(data)))
-        where = f"{file.filename}: {site}, rows {start} to {start + len(values) - 1}"
-        if zlib.crc32(_bytes(values)) != checksums[chunk]:
-            raise UserError(f"{where}: the checksum is wrong; {_REBUILD}")
+    for start in range(0, len(data), data.chunks[0]):
+        values = read_rows(file, site, start, min(start + data.chunks[0], len(data)), set())
         if not values.isfinite().all():
+            where = f"{file.filename}: {site}, rows {start} to {start + len(values) - 1}"
             raise UserError(f"{where}: values that are not finite; {_REBUILD}")
 
 
@@ -242,6 +299,7 @@ def _allocated_at_once() -> Any:
 def _copy_sites(finished: Path, into: h5py.File) -> None:
     with open_shard(finished) as file:
         for site in _sites(file):
+            verify_shard(file, site)
             _copy_chunks(file[f"activations/{site}"], into[f"activations/{site}"])
 
 
@@ -273,9 +331,9 @@ def _has_partial(path: Path, widths: Mapping[str, int]) -> bool:
 
 
 def _journalled(path: Path, n_batches: int) -> set[int]:
-    """The batches that the journal lists; a line that a kill cut short does not count."""
+    """The batches that the journal lists."""
     journal = _journal(path)
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    lines = read_bytes(journal).split(b"\n")[:-1]
     try:
         done = _NUMBERS.validate_python([line.decode(errors="replace") for line in lines])
     except ValidationError as error:

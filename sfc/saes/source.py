@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sfc.core.artifacts import hash_of_file
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
+from sfc.core.reading import hash_of_given
 from sfc.core.sites import in_order, layer_of
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE, read_config
 
@@ -23,7 +23,7 @@ def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
     if config.source is None:
         return config.identity()
     folders = local_dictionaries(config.source, sites)
-    files = {site: [hash_of_file(folders[site] / name) for name in (CONFIG_FILE, WEIGHTS_FILE)] for site in folders}
+    files = {site: [hash_of_given(folders[site] / name, 1) for name in (CONFIG_FILE, WEIGHTS_FILE)] for site in folders}
     return {"content": files or config.source, **config.model_dump(include={"min_variance_explained", "held_out"})}
 
 

@@ -1,5 +1,7 @@
 """A finished store of activations, open for reading, and the table of its prompts."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel
 from torch import Tensor
 
-from sfc.core.artifacts import MANIFEST, Artifact, read_model, write_csv
+from sfc.core.artifacts import BEFORE, MANIFEST, Artifact, read_csv, read_model, write_csv
+from sfc.core.contents import check_sizes, digests_of, remedy
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order
 from sfc.saes.plan import TokenTable, joined
-from sfc.saes.shard import open_shard, read_rows, verify_shard
+from sfc.saes.shard import open_shard, read_rows, shard_digest, verify_shard
 
-_PROMPTS_FILE = "prompts.csv"
+_PROMPTS_FILE, _SHARDS = "prompts.csv", "shard-*.h5"
 
 
 def write_prompts(folder: Path, prompts: pd.DataFrame) -> None:
@@ -26,9 +29,14 @@ def write_prompts(folder: Path, prompts: pd.DataFrame) -> None:
 
 
 def read_prompts(folder: Path) -> pd.DataFrame:
-    """The table of a store's prompts; `store_index` is its index."""
-    texts = {"id": str, "prompt": str}
-    return pd.read_csv(folder / _PROMPTS_FILE, index_col="store_index", keep_default_na=False, dtype=texts)
+    """The table of a store's prompts; `store_index` is its index.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    texts, wanted = {"id": str, "prompt": str}, ["store_index", "id", "prompt", "split"]
+    table = read_csv(folder / _PROMPTS_FILE, wanted, keep_default_na=False, dtype=texts)
+    return table.set_index("store_index")
 
 
 def stored_sites(artifact: Artifact) -> list[str]:
@@ -38,6 +46,28 @@ def stored_sites(artifact: Artifact) -> list[str]:
         UserError: its manifest is damaged.
     """
     return read_model(artifact.folder / MANIFEST, _Manifest).sites if artifact.is_complete() else []
+
+
+def sites_before(folder: Path) -> list[str]:
+    """The sites that a store had when more were begun to be added to it; none where it is a new one.
+
+    Raises:
+        UserError: what says so is damaged.
+    """
+    return read_model(folder / BEFORE, _Manifest).sites if (folder / BEFORE).is_file() else []
+
+
+def shard_digests(folder: Path) -> dict[str, str]:
+    """The digest of every shard of a folder, for the manifest (see `sfc.core.contents`).
+
+    Raises:
+        UserError: one is corrupt.
+    """
+    digests = {}
+    for path in sorted(folder.glob(_SHARDS)):
+        with open_shard(path) as file:
+            digests[path.name] = shard_digest(file)
+    return digests
 
 
 class _Manifest(BaseModel):
@@ -51,18 +81,22 @@ class Store:
         """Open every shard.
 
         Raises:
-            UserError: there are no shards, or one is corrupt.
+            UserError: there are no shards, or one is missing or corrupt.
         """
         self.folder = folder
-        paths = sorted(folder.glob("shard-*.h5"))
+        check_sizes(folder)
+        paths = sorted(folder.glob(_SHARDS))
         if not paths:
             raise UserError(f"{folder} holds no activations: run `sfc collect`")
         self._files = [open_shard(path) for path in paths]
+        _check_digests(folder, self._files)
         self.tokens = joined([_tokens(file) for file in self._files])
         self._starts = np.cumsum([0, *(_n_rows(file) for file in self._files)])
         in_all = set.intersection(*(set(file["activations"]) for file in self._files))  # pyright: ignore
         self.sites = in_order(list(in_all))
         """sites that every shard has"""
+        self._verified: dict[tuple[int, str], set[int]] = defaultdict(set)
+        """of each shard and site, the chunks that were compared with their checksums"""
 
     @property
     def n_tokens(self) -> int:
@@ -94,7 +128,8 @@ class Store:
         """
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         offset = int(self._starts[shard])
-        return read_rows(self._checked(site, shard), site, start - offset, stop - offset).float()
+        file, verified = self._checked(site, shard), self._verified[shard, site]
+        return read_rows(file, site, start - offset, stop - offset, verified).float()
 
     def verify(self, site: str) -> None:
         """Compare every chunk of a site with its checksum.
@@ -109,6 +144,17 @@ class Store:
         if site not in self.sites:
             raise UserError(f"{self.folder} has no site {site!r}: it has {', '.join(self.sites)}")
         return self._files[shard]
+
+
+def _check_digests(folder: Path, files: Sequence[Any]) -> None:
+    """Compare all but the rows, which are compared when they are read, with what the manifest says of the shards."""
+    expected = digests_of(folder) if (folder / MANIFEST).is_file() else None
+    if expected is None:
+        return
+    for file in files:
+        path = Path(file.filename)
+        if expected.get(path.name) != shard_digest(file):
+            raise UserError(f"{path} is damaged (it is not what was written); {remedy(path)}")
 
 
 def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -126,12 +126,10 @@ def train_step(
     dead = (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
         loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
-    if training.anchors is not None:
-        turned = 1 - (training.parameters.W_dec * training.anchors).sum(dim=1).mean()
-        loss = loss._replace(total=loss.total + config.anchor_weight * turned)
+    loss = loss._replace(total=loss.total + config.anchor_weight * turned(training))
     training.optimizer.zero_grad()
     loss.total.backward()
-    _remove_parallel_gradient(training.parameters.W_dec)
+    remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, MAX_GRADIENT_NORM)
     if not norm.isfinite():
         raise UserError(
@@ -139,9 +137,7 @@ def train_step(
         )
     training.optimizer.param_groups[0]["lr"] = learning_rate
     training.optimizer.step()
-    with torch.no_grad():
-        W_dec = training.parameters.W_dec
-        W_dec /= W_dec.norm(dim=-1, keepdim=True)
+    normalise_decoder(training.parameters.W_dec)
     _count_firings(training.tokens_since_fired, loss.active)
     return loss
 
@@ -195,11 +191,23 @@ def schedule(step: int, config: SaeConfig) -> float:
 
 
 @torch.no_grad()
-def _remove_parallel_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+def remove_parallel_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Keep only what turns the row of each row's gradient: its length is fixed, and Adam must not see the rest."""
     assert W_dec.grad is not None
     along = torch.bmm(W_dec.grad[:, None, :], W_dec[:, :, None])[:, 0]  # vecdot would store the product
     W_dec.grad.addcmul_(W_dec, along, value=-1)
+
+
+@torch.no_grad()
+def normalise_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Give every row length one again, after a step that may have changed it."""
+    W_dec /= W_dec.norm(dim=-1, keepdim=True)
+
+
+def turned(training: Training) -> Float[Tensor, ""]:
+    """How far the features' directions are from their anchors: mean of 1 - cosine; 0 where there are none."""
+    W_dec = training.parameters.W_dec
+    return 1 - (W_dec * training.anchors).sum(dim=1).mean() if training.anchors is not None else W_dec.new_zeros(())
 
 
 def _count_firings(tokens_since_fired: Int[Tensor, " d_sae"], active: Sparse) -> None:

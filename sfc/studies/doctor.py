@@ -4,11 +4,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from sfc.core.artifacts import MANIFEST, Artifact
+from sfc.circuits.files import load_circuit
+from sfc.core.contents import MANIFEST, check_contents, check_kept, check_sizes
 from sfc.core.errors import UserError
+from sfc.models.sources import embedded_model_folder, tiny_model_folder
 from sfc.run import Run
 from sfc.studies.study import Finished
 
@@ -33,11 +36,12 @@ def examine(run: Run) -> list[Check]:
         "memory": _memory,
         "disk": lambda: _disk(run),
         "model": lambda: _model(run),
+        "model cache": lambda: _model_cache(run),
         "prompts": lambda: _prompts(run),
         "store": lambda: _store(run),
         "SAEs": lambda: _saes(run),
     }
-    return [_checked(what, check) for what, check in checks.items()] + list(_circuits(run))
+    return [_checked(what, check) for what, check in checks.items()] + list(_artifacts(run))
 
 
 def _checked(what: str, check: Callable[[], str]) -> Check:
@@ -92,6 +96,14 @@ def _model(run: Run) -> str:
     return f"{run.experiment.model.source}: {model.n_layers} layers of {model.d_model} dimensions; all sites are there"
 
 
+def _model_cache(run: Run) -> str:
+    made = {"embedded": embedded_model_folder, "tiny": tiny_model_folder}
+    if run.experiment.model.source not in made:
+        return "not used by this model"
+    folder = made[run.experiment.model.source]()
+    return f"{folder}: {check_kept(folder, fully=True)} files, all as they were written"
+
+
 def _prompts(run: Run) -> str:
     counts = run.prompts.frame["dataset_type"].value_counts()
     return f"{run.data_folder}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
@@ -100,14 +112,7 @@ def _prompts(run: Run) -> str:
 def _store(run: Run) -> str:
     if not run.store.is_complete():
         return f"not collected yet ({run.store.folder})"
-    from sfc.saes.store import Store
-
-    store, expected = Store(run.store.folder), run.store.manifest()["n_rows"]
-    if store.n_tokens != expected:
-        raise UserError(f"{store.folder} has {store.n_tokens} rows, not {expected}; run `sfc collect --rebuild`")
-    for site in store.sites:
-        store.verify(site)
-    return f"{store.folder}: {expected:,} rows of {len(store.sites)} sites; every checksum is right, all is finite"
+    return f"{run.store.folder}: {run.store.manifest()['n_rows']:,} rows, {_sound(run.store.folder)}"
 
 
 def _saes(run: Run) -> str:
@@ -118,15 +123,38 @@ def _saes(run: Run) -> str:
     dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
     quality = Finished(run.saes.folder).result["quality"]
     unexplained = fmean(row["fvu"] for row in quality if row["role"] == "all")
-    return f"{run.saes.folder}: {len(dictionaries)} dictionaries, variance unexplained {unexplained:.3f} on average"
+    sound = _sound(run.saes.folder)
+    return f"{run.saes.folder}: {len(dictionaries)} dictionaries, variance unexplained {unexplained:.3f}; {sound}"
 
 
-def _circuits(run: Run) -> Iterator[Check]:
-    from sfc.circuits.files import load_circuit
+def _artifacts(run: Run) -> Iterator[Check]:
+    """Every finished artifact below the root, whatever it is of, but for the store and the SAEs of the run."""
+    places = ("activations/*", "corpora/*", "saes/*", "circuits/*/*")
+    manifests = (path for place in places for path in sorted(run.root.glob(f"{place}/{MANIFEST}")))
+    for folder in (path.parent for path in manifests):
+        if folder not in (run.store.folder, run.saes.folder):
+            yield _checked(folder.name.rpartition("-")[0], lambda folder=folder: f"{folder}: {_sound(folder)}")
 
-    def sound(artifact: Artifact) -> str:
-        graph = load_circuit(artifact.folder / "circuit.json")
-        return f"{artifact.folder}: {graph.number_of_nodes()} nodes, {graph.number_of_edges()} edges"
 
-    for manifest in sorted((run.root / "circuits" / run.experiment.name).glob(f"circuit-*/{MANIFEST}")):
-        yield _checked("circuit", lambda folder=manifest.parent: sound(Artifact(folder, {})))
+def _sound(folder: Path) -> str:
+    """How many files of an artifact are as they were written: all.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    check_sizes(folder)
+    n_files, n_rows = check_contents(folder), 0
+    if any(folder.glob("shard-*.h5")):
+        from sfc.saes.store import Store, read_prompts
+
+        store = Store(folder)
+        n_rows = store.n_tokens
+        for site in store.sites:
+            store.verify(site)
+        if len(read_prompts(folder)) <= store.tokens.prompt.max():
+            raise UserError(f"{folder} has rows of prompts that its table lacks; make it again with --rebuild")
+    if (circuit := folder / "circuit.json").is_file():
+        load_circuit(circuit)
+    if n_files is None:
+        return "of an earlier version, whose files have no hashes; make it again with --rebuild to have them checked"
+    return f"{n_files} files as they were written" + (f", {n_rows:,} rows with right checksums" if n_rows else "")

@@ -8,9 +8,9 @@ import pandas as pd
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.reading import hash_of_given
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
 from sfc.models.sources import model_identity
@@ -29,15 +29,20 @@ def needs_of_circuits(run: Run) -> list[Need]:
     return [*trained, Need(COLLECT, run)]
 
 
-def baseline_inputs(run: Run) -> dict[str, Any]:
-    """What fingerprints say of the reference: files of pairs and topics, and the base model, where they are used."""
-    options, inputs = DiscoveryOptions.of(run.experiment), {}
+def circuit_inputs(run: Run) -> dict[str, Any]:
+    """What fingerprints say of prompts, SAEs and baseline: files of pairs and topics, the base model, where used."""
+    options = DiscoveryOptions.of(run.experiment)
+    inputs: dict[str, Any] = {
+        "prompts": run.store.inputs,
+        "saes": run.saes.inputs if NODES[options.nodes].needs_saes else None,
+        "hard_share": run.experiment.prompts.hard_share,
+    }
     if run.behavior.reads_data_set:
         topics = run.data_folder / TOPICS_FILE
         if options.baseline_choice == "paired":
             inputs["pairs"] = pairs_fingerprint(run.data_folder)
         if METHODS[options.method].reads_topics and topics.is_file():
-            inputs["topics"] = hash_of_file(topics)
+            inputs["topics"] = hash_of_given(topics)
     if options.contrast == "model-base":
         inputs["base"] = model_identity(base_model(run.experiment))
     return inputs
@@ -72,13 +77,11 @@ class Nulls(Study[DiscoveryOptions]):
         experiment, options = run.experiment, self.of(run)
         fields = {"error_mode", "sizes", "min_denominator", "null_draws"}
         return {
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs,
+            **circuit_inputs(run),
             "category": run.group(options.category),
-            "hard_share": experiment.prompts.hard_share,
             "discovery": {name: v for name, v in discovery_identity(experiment).items() if name not in _OF_GRAPHS},
             "evaluation": EvaluationOptions.of(experiment).model_dump(include=fields),
-        } | baseline_inputs(run)
+        }
 
     def needs(self, run: Run) -> list[Need]:
         return needs_of_circuits(run)

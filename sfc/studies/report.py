@@ -83,7 +83,7 @@ def report_page(root: Path, preset: str, inputs: Mapping[str, Any], words: Words
         UserError: a file is missing, or lacks a figure.
     """
     found = sorted((Finished(root / place) for place in inputs["artifacts"]), key=_order)
-    pages = [_page(each) for each in found]
+    pages = [each.page if each.manifest.get("study") in STUDIES else figures_page(each) for each in found]
     told, findings = [], []
     for each, page in zip(found, pages, strict=True):
         title = f"{page.title.removesuffix(f' · {preset}')} ({each.folder.name.rpartition('-')[2]})"
@@ -149,10 +149,6 @@ def _order(finished: Finished) -> int:
     names = STUDIES.names()
     study = finished.manifest.get("study")
     return names.index(study) if study in names else len(names)
-
-
-def _page(finished: Finished) -> Page:
-    return finished.page if finished.manifest.get("study") in STUDIES else figures_page(finished)
 
 
 def _blocks(finished: Finished, page: Page) -> Iterator[Block]:

@@ -15,10 +15,22 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import pandas as pd
+from pydantic import RootModel
 
 from sfc.behaviors.behavior import Words
-from sfc.core.artifacts import MANIFEST, Artifact, Json, read_json, write_csv, write_json, write_text
+from sfc.core.artifacts import (
+    MANIFEST,
+    Artifact,
+    Json,
+    read_csv,
+    read_json,
+    read_model,
+    write_csv,
+    write_json,
+    write_text,
+)
 from sfc.core.errors import UserError
+from sfc.core.files import below
 from sfc.core.options import Options
 from sfc.core.progress import say
 from sfc.core.registry import Registry
@@ -29,6 +41,10 @@ from sfc.session import Session
 
 RESULT = "result.json"
 OwnOptions = TypeVar("OwnOptions", bound=Options)
+
+
+class _Figures(RootModel[dict[str, Any]]):
+    """What every `result.json` is."""
 
 
 class Finished:
@@ -43,14 +59,19 @@ class Finished:
         """Its figures.
 
         Raises:
-            UserError: the file is missing or is not JSON.
+            UserError: the file is missing or damaged.
         """
-        return read_json(self.folder / RESULT)
+        return read_model(self.folder / RESULT, _Figures).root
 
     @property
     def words(self) -> Words:
-        """How its behavior is spoken of."""
-        return Words(**self.manifest["words"])
+        """How its behavior is spoken of.
+
+        Raises:
+            UserError: the manifest does not say so.
+        """
+        with complete(self.folder):
+            return Words(**self.manifest["words"])
 
     @property
     def page(self) -> Page:
@@ -83,10 +104,7 @@ class Finished:
         Raises:
             UserError: it is missing or not a table.
         """
-        try:
-            return pd.read_csv(self.folder / name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.folder / name} ({error}); make it again with --rebuild") from None
+        return read_csv(self.folder / name)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The rows of one of its CSV files."""
@@ -122,6 +140,8 @@ class Made(NamedTuple):
     """the files it wrote into the folder, by name, beside those that it always writes"""
     facts: Json = MappingProxyType({})
     """what the manifest tells beside"""
+    digests: Mapping[str, str] = MappingProxyType({})
+    """of files that have checksums of their own (see `sfc.core.contents`)"""
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], digits: int | None = None) -> dict[str, str]:
@@ -213,7 +233,7 @@ class Study(ABC, Generic[OwnOptions]):
         """Where the study's result lies, and what it depends on."""
         behavior = {"name": run.behavior.name, **run.behavior.inputs(run.experiment)}
         inputs = {"schema": self.schema, "seed": run.experiment.seed, "behavior": behavior, **self.inputs(run)}
-        return Artifact.of(run.root / "circuits" / run.experiment.name, self.label(run), inputs)
+        return Artifact.of(below(run.root, "circuits", run.experiment.name), self.label(run), inputs)
 
     def is_current(self, run: Run, artifact: Artifact) -> bool:
         """Whether the artifact is there and needs nothing more."""
@@ -237,7 +257,7 @@ class Study(ABC, Generic[OwnOptions]):
         if "page" in self.files:
             page = self.page(Finished(artifact.folder, artifact.described(**facts)))
             write_text(artifact.folder / self.files["page"], page_html(page))
-        artifact.finish(**facts)
+        artifact.finish(made.digests, **facts)
 
 
 STUDIES: Registry[Study[Any]] = Registry("study")
@@ -252,6 +272,7 @@ def ensure(study: Study[Any], run: Run, rebuild: bool = False, session: Session 
     study.check(run)
     artifact = study.artifact(run)
     if not rebuild and study.is_current(run, artifact):
+        artifact.tidy()
         say(f"up to date: {artifact.folder}")
     else:
         session = Session(run) if session is None else session.for_run(run)

@@ -26,7 +26,8 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 260, "hidden_size": WIDTH, "d_model": WIDTH, "n_embd": WIDTH, "num_hidden_layers": N_LAYERS,
     "n_layer": N_LAYERS, "n_layers": N_LAYERS, "num_layers": N_LAYERS, "num_attention_heads": HEADS, "n_head": HEADS,
     "n_heads": HEADS, "num_heads": HEADS, "attention_heads": HEADS, "num_key_value_heads": 2, "head_dim": HEAD,
-    "intermediate_size": 64, "ffn_dim": 64, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "intermediate_size": 64, "ffn_dim": 64, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "word_embed_proj_dim": WIDTH,
     "image_size": 32, "patch_size": 8, "depth": 1,
@@ -48,13 +49,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
     "qwen3_5_moe_text": {**_DELTA, **_HYBRID}, "qwen3_5_text": {**_DELTA, **_HYBRID},
     "qwen3_next": {**_DELTA, **_HYBRID},
     "xglm": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "mamba_headdim": 8, "mamba_d_state": 8, "n_mamba_heads": 8},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "mamba_headdim": 8,
+               "mamba_d_state": 8, "n_mamba_heads": 8},
     **{
         name: {**_HEADS_OF_ROPE, "n_group": 2, "topk_group": 1}
         for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "youtu")

@@ -132,7 +132,7 @@ READERS = (
 
 @pytest.mark.parametrize(
     ("command", "damage"),
-    sample(spread(READERS, REFUSED, 6), keep=12),
+    sample(spread(READERS, REFUSED, 4), keep=12),
 )
 def test_a_data_set_that_is_refused(home: Home, command: str, damage: str) -> None:
     home.empty()

@@ -60,9 +60,9 @@ def exact_effects(
     site_of_node = all_nodes.site_numbers[numbers]
     within_sites = numbers - all_nodes.first_numbers[site_of_node]
     wanted = {all_nodes.sites[site]: np.flatnonzero(site_of_node == site) for site in np.unique(site_of_node)}
-    for batch, prefix in problem.runs:
+    for batch, cached in problem.runs:
         columns = batch.prompts.cpu().numpy()
-        for run in site_runs(problem, list(wanted), batch, prefix):
+        for run in site_runs(problem, list(wanted), batch, cached):
             plain = run.scores(run.x[None])
             rows, at_once = wanted[run.site], batch.copies_in(packed_tokens)
             for first in range(0, len(rows), at_once):

@@ -25,6 +25,7 @@ from sfc.core.artifacts import MANIFEST, Artifact, write_csv, write_json, write_
 from sfc.core.config import Experiment
 from sfc.core.errors import CannotLoadModel, UserError, first_problem
 from sfc.core.experiments import load_experiment
+from sfc.core.files import below
 from sfc.core.progress import say
 from sfc.core.reading import read_yaml
 from sfc.pages.blocks import Page
@@ -163,13 +164,12 @@ def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: 
     }
     words = BEHAVIORS[runs[0].experiment.behavior].words
     page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
-    with artifact.being_made() as folder:
+    with artifact.being_made(rebuild=True) as folder:
         tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
         for name, table in tables.items():
             write_csv(folder / _FILES[name], table, digits=6)
         write_json(folder / RESULT, result)
         write_text(folder / _FILES["page"], page_html(page))
-        (folder / _TRACEBACKS).unlink(missing_ok=True)
         if tracebacks := "\n".join(f"{f.model}, {f.stage}\n{f.traceback}" for f in failures if f.traceback):
             write_text(folder / _TRACEBACKS, tracebacks)
             say(f"unexpected errors: see {folder / _TRACEBACKS}")
@@ -186,7 +186,7 @@ def _artifact(runs: Sequence[Run], stages: Sequence[str], category: str | None, 
         "category": category,
         "limit": limit,
     }
-    return Artifact.of(runs[0].root / "circuits" / "batch", category or "models", inputs)
+    return Artifact.of(below(runs[0].root, "circuits", "batch"), category or "models", inputs)
 
 
 def _study(run: Run, stages: Mapping[str, Study[Any]], category: str | None, limit: int | None) -> Studied:

@@ -7,9 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import HARD, NEGATIVE, POSITIVE, Words
-from sfc.core.artifacts import hash_of_file
+from sfc.core.artifacts import read_csv
 from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, option
+from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import UNLABELLED, load_prompt_file
@@ -76,7 +77,7 @@ class Behaviour(Study[BehaviourOptions]):
         chosen = [prompts_fingerprint(run.prompts.frame), options.split, options.label, _category(run)]
         return {
             "model": model_identity(experiment.model),
-            "prompts": hash_of_file(options.prompts) if options.prompts else chosen,
+            "prompts": hash_of_given(options.prompts) if options.prompts else chosen,
             "config": experiment.prompts.model_dump(exclude={"hard_share"}),
             "limit": options.limit,
         }
@@ -163,7 +164,7 @@ def judged(session: Session, prompts: pd.DataFrame, label: str, category: str) -
     """
     options = {"prompts": None, "split": ALL, "category": category, "label": label, "limit": None}
     finished = ensure(BEHAVIOUR, session.run.having(BehaviourOptions, **options), session=session)
-    replies = pd.read_csv(finished.files["replies"], keep_default_na=False)
+    replies = read_csv(finished.files["replies"], keep_default_na=False)
     return prompts.assign(refused=looked_up(prompts["id"], replies, "refused").astype(bool))
 
 

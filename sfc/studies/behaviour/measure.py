@@ -14,8 +14,9 @@ from sfc.models.generation import generate_replies
 from sfc.models.loading import Model
 from sfc.models.score import Score, auroc, score_prompts
 from sfc.session import Session
-from sfc.stats import wilson
+from sfc.stats import judged_rates
 from sfc.studies.behaviour import Behaviour, asked
+from sfc.studies.collect.fill import short_enough
 from sfc.studies.study import Made
 
 
@@ -49,9 +50,14 @@ def measure_behaviour(
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
-    A refusal shows in its first words: `reply_tokens` need not let the reply end.
+    A refusal shows in its first words: `reply_tokens` need not let the reply end. Prompts for which the model has no
+    positions are left out, which is said.
+
+    Raises:
+        UserError: that is all of them.
     """
-    tokenized = model.tokenize(list(prompts["prompt"]))
+    longest = None if model.n_positions is None else model.n_positions - reply_tokens
+    prompts, tokenized = short_enough(model.tokenize, prompts, longest)
     batches = make_batches(tokenized, TemplateLayout.of(tokenized), batch_tokens, model.device)
     scores = score_prompts(model, score, batches)
     with progress_bar("replies", len(tokenized), "prompts") as progress:
@@ -63,12 +69,11 @@ def measure_behaviour(
 
 def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:
     """Judged replies per category and label, sorted by category and then from toxic to safe, with Wilson intervals."""
-    rows = []
-    for (category, label), group in replies.groupby(["category", "label"]):
-        n, refusals = len(group), int(group["refused"].sum())
-        rows.append((category, label, n, refusals, refusals / n, *wilson(refusals, n)))
-    groups = pd.DataFrame(rows, columns=["category", "label", "n", "refusals", "rate", "low", "high"])
     order = [*LABELS, UNLABELLED]
-    return groups.sort_values(
-        ["category", "label"], key=lambda column: column.map(order.index) if column.name == "label" else column
-    ).reset_index(drop=True)
+    return (
+        judged_rates(replies, ["category", "label"])
+        .sort_values(
+            ["category", "label"], key=lambda column: column.map(order.index) if column.name == "label" else column
+        )
+        .reset_index(drop=True)
+    )

@@ -57,14 +57,14 @@ class Collect(Study[CollectOptions]):
         return what_it_takes(run, self.sites(run))
 
     def make(self, session: Session, folder: Path) -> Made:
-        from sfc.saes.store import stored_sites
+        from sfc.saes.store import shard_digests
         from sfc.studies.collect.fill import circuit_prompts, fill
 
         model, run = session.model, session.run
         sites = self.sites(run)
         model.check_sites(sites)
-        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites, stored_sites(run.store))
-        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts)
+        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
+        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts, shard_digests(folder))
 
     def page(self, finished: Finished) -> Page:
         result = finished.result

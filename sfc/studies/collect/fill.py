@@ -13,10 +13,12 @@ from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
+from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model, load_outline
 from sfc.run import Run
 from sfc.saes.collect import collect
-from sfc.saes.store import stored_sites, write_prompts
+from sfc.saes.store import shard_digests, sites_before, write_prompts
+from sfc.session import Session
 
 
 class Corpus(NamedTuple):
@@ -46,19 +48,34 @@ def circuit_prompts(run: Run, tokenize: Tokenize) -> Corpus:
     return short_enough(tokenize, frame[frame["split"] != "test"], run.experiment.prompts.max_tokens)
 
 
-def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int) -> Corpus:
-    """The prompts of at most `max_tokens` tokens; how many are left out is said.
+def short_enough(tokenize: Tokenize, frame: pd.DataFrame, max_tokens: int | None) -> Corpus:
+    """The prompts of at most `max_tokens` tokens, or all; how many are left out is said.
 
     Raises:
         UserError: none is short enough.
     """
     tokenized = tokenize(frame["prompt"].tolist())
-    fits = np.array([len(prompt.ids) <= max_tokens for prompt in tokenized])
+    fits = np.array([max_tokens is None or len(prompt.ids) <= max_tokens for prompt in tokenized])
     if not fits.any():
-        raise UserError(f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…")
+        raise UserError(
+            f"no prompt has at most {max_tokens} tokens: raise --set prompts.max_tokens=…, or take a model with more"
+            " positions"
+        )
     if not fits.all():
         say(f"left out: {(~fits).sum():,} prompts of more than {max_tokens} tokens")
     return Corpus(frame[fits].reset_index(drop=True), [tokenized[i] for i in np.flatnonzero(fits)])
+
+
+def batched(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
+    """The prompts that are short enough, and batches of them for runs of the session's model.
+
+    Raises:
+        UserError: none is short enough.
+    """
+    experiment, model = session.run.experiment, session.model
+    table, sequences = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
+    layout, batch_tokens = TemplateLayout.of(sequences), experiment.activations.batch_tokens
+    return table, make_batches(sequences, layout, batch_tokens, model.device)
 
 
 def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
@@ -73,13 +90,8 @@ _TABLE_BYTES = 16
 """four 32-bit columns say what a row is"""
 
 
-def fill(
-    run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str], before: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Collect a corpus at these sites into a store's folder, and write its table.
-
-    Args:
-        before: the sites that the store holds already; they stay in it.
+def fill(run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str]) -> dict[str, Any]:
+    """Collect a corpus at these sites into a store's folder, and write its table; sites that it has stay in it.
 
     Returns:
         For the manifest: `n_prompts`, `n_tokens`, `n_rows` and all `sites`.
@@ -89,6 +101,7 @@ def fill(
     """
     config = run.experiment.activations
     say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {folder}")
+    before = sites_before(folder)
     new = [site for site in sites if site not in before]
     check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
     with progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
@@ -110,8 +123,8 @@ def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) ->
     """
     began, artifact = time.perf_counter(), run.corpus
     with artifact.being_made() as folder:
-        facts = fill(run, folder, model, corpus, sites, stored_sites(artifact))
-        artifact.finish(**facts, seconds={"total": round(time.perf_counter() - began, 2)})
+        facts = fill(run, folder, model, corpus, sites)
+        artifact.finish(shard_digests(folder), **facts, seconds={"total": round(time.perf_counter() - began, 2)})
 
 
 def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:

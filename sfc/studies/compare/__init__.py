@@ -14,7 +14,6 @@ from scipy.cluster.hierarchy import dendrogram
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.methods import METHODS
-from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.artifacts import json_records
 from sfc.core.errors import UserError
@@ -34,7 +33,7 @@ from sfc.studies.compare.overlap import (
     with_recovered,
 )
 from sfc.studies.discover import DISCOVER
-from sfc.studies.nulls import needs_of_circuits
+from sfc.studies.nulls import circuit_inputs, needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Need, Study
 
 
@@ -97,11 +96,9 @@ class Compare(Study[ComparisonOptions]):
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
         return {
+            **circuit_inputs(run),
             "circuit": DISCOVER.schema,
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs if NODES[DiscoveryOptions.of(experiment).nodes].needs_saes else None,
             "categories": self.categories(run),
-            "hard_share": experiment.prompts.hard_share,
             "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(include={"error_mode", "min_denominator"}),
             "comparison": options.model_dump(exclude={"categories"}),
@@ -119,6 +116,17 @@ class Compare(Study[ComparisonOptions]):
         tables = transfer_tables(finished.table("transfer.csv"), in_order, list(result["transfer"]))
         overlaps = pd.DataFrame(between, result["categories"], result["categories"]).loc[in_order, in_order]
         nodes = result["overlap"]["jaccard"]
+        pictures = [
+            Figure("overlap", lambda: overlap_figure(result, between), _matrix(_OVERLAP, "", overlaps)),
+            *(
+                Figure(
+                    "transfer",
+                    partial(transfer_figure, table, name),
+                    _matrix(f"{_TRANSFER}: {TRANSFER_MEASURES[name]}", "circuit", table),
+                )
+                for name, table in tables.items()
+            ),
+        ]
         return Page(
             title=f"Circuits of {len(in_order)} categories · {result['preset']}",
             sentence=(
@@ -127,22 +135,7 @@ class Compare(Study[ComparisonOptions]):
             ),
             summary=[_overlap_table(result), _transfer_table(result), Paragraph(result["verdict"])],
             sections=[
-                Section(
-                    "", [Figure("overlap", lambda: overlap_figure(result, between), _matrix(_OVERLAP, "", overlaps))]
-                ),
-                *(
-                    Section(
-                        "",
-                        [
-                            Figure(
-                                "transfer",
-                                partial(transfer_figure, table, name),
-                                _matrix(f"{_TRANSFER}: {TRANSFER_MEASURES[name]}", "circuit", table),
-                            )
-                        ],
-                    )
-                    for name, table in tables.items()
-                ),
+                *(Section("", [picture]) for picture in pictures),
                 Section(
                     "The shared core and the rest, on test prompts", [_core_table(finished.table("core.csv"), words)]
                 ),

@@ -23,7 +23,7 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem
 from sfc.circuits.proof import judged_replies
 from sfc.circuits.stability import chance_overlap
-from sfc.core.artifacts import read_model, write_csv, write_json
+from sfc.core.artifacts import read_csv, read_model, write_csv, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar, say
 from sfc.data.schema import keyed_ranks
@@ -163,7 +163,9 @@ def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
     circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})
     if options.edges and NODES[problem.config.nodes].has_edges:
         strongest = sorted(_edges(problem, members), key=lambda edge: -abs(edge.weight))[: options.edges]
-        circuit.edges = {_edge_name(nodes, edge): abs(edge.weight) for edge in strongest}
+        circuit.edges = {
+            f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}": abs(edge.weight) for edge in strongest
+        }
     return circuit
 
 
@@ -173,10 +175,6 @@ def _edges(problem: Problem, members: Sequence[int]) -> Iterator[Edge]:
         for row, column in zip(*np.nonzero(weight), strict=True):
             ends = int(sources[row]), int(targets[column])
             yield Edge(*ends, float(weight[row, column]), float(absolute[row, column]))
-
-
-def _edge_name(nodes: Nodes, edge: Edge) -> str:
-    return f"{nodes.name(edge.source)} -> {nodes.name(edge.target)}"
 
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"
@@ -327,7 +325,7 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
         write_csv(folder / f"{name}.csv", table)
     # From the file, as the page reads it: a last digit may decide which of two pairs the tree joins first.
-    between = between_halves(pd.read_csv(folder / "overlap.csv"), categories)
+    between = between_halves(read_csv(folder / "overlap.csv"), categories)
     return Made(
         {
             "preset": experiment.name,

@@ -9,7 +9,7 @@ from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
-from sfc.core.artifacts import Artifact, read_json, write_text
+from sfc.core.artifacts import Artifact, amended, read_json, write_text
 from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, with_own_labels
 from sfc.pages.blocks import Page
@@ -19,7 +19,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.collect import COLLECT
 from sfc.studies.nulls import STUDY as NULLS
-from sfc.studies.nulls import baseline_inputs, has_nulls, needs_of_circuits
+from sfc.studies.nulls import circuit_inputs, has_nulls, needs_of_circuits
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study, ensure
 from sfc.studies.train import TRAIN
 
@@ -57,17 +57,13 @@ class Discover(Study[DiscoveryOptions]):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options = run.experiment, self.of(run)
-        needs_saes = NODES[options.nodes].needs_saes
-        inputs = {
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs if needs_saes else None,
-            "sites": None if needs_saes else experiment.activations.sites,
+        return {
+            **circuit_inputs(run),
+            "sites": None if NODES[options.nodes].needs_saes else experiment.activations.sites,
             "category": run.group(options.category),
-            "hard_share": experiment.prompts.hard_share,
             "discovery": discovery_identity(experiment),
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
         }
-        return inputs | baseline_inputs(run)
 
     def needs(self, run: Run) -> list[Need]:
         return [*needs_of_circuits(run), *([Need(NULLS, run)] if has_nulls(run) else [])]
@@ -83,8 +79,9 @@ class Discover(Study[DiscoveryOptions]):
         if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
             from sfc.studies.discover.measure import explain_circuit
 
-            explain_circuit(session, artifact.folder)
-            write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
+            with amended(artifact.folder, CARDS_FILE, self.files["page"]):
+                explain_circuit(session, artifact.folder)
+                write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
@@ -130,7 +127,8 @@ def ensure_cards(run: Run, category: str | None) -> tuple[Path, nx.DiGraph, dict
         ensure(study, run, session=session)
     from sfc.studies.discover.measure import write_cards
 
-    return folder, graph, write_cards(session, graph, session.dictionaries, folder)
+    with amended(folder, CARDS_FILE):
+        return folder, graph, write_cards(session, graph, session.dictionaries, folder)
 
 
 def draw_circuit(run: Run, category: str | None) -> dict[str, str]:
@@ -143,6 +141,7 @@ def draw_circuit(run: Run, category: str | None) -> dict[str, str]:
         UserError: as discovery, or `labels.json` is not valid.
     """
     folder, *_ = ensure_cards(run, category)
-    page = folder / DISCOVER.files["page"]
-    write_text(page, page_html(DISCOVER.page(circuit_of(run, category))))
+    page, finished = folder / DISCOVER.files["page"], circuit_of(run, category)
+    with amended(folder, page.name):
+        write_text(page, page_html(DISCOVER.page(finished)))
     return {"page": str(page), "features": str(folder / CARDS_FILE)}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 
 from sfc.circuits.baselines import BaselineTables, baseline_in_tables, tables_of
@@ -126,8 +127,10 @@ def _shares(problem: Problem, baseline: BaselineTables, tables: torch.Tensor) ->
     # The attention sink, which is never ablated: the first token, where the template has a prefix.
     first = 1 if layout.n_prefix else 0
     for values, of_site in zip(baseline.features.values(), parts, strict=True):
-        template_positions = values.view(-1, layout.n_template_positions, values.shape[1])[tables, first:]
-        shares += [(template_positions > 0).any(1).double().mean(0).cpu().numpy(), np.full(len(of_site), np.nan)]
+        pattern = "(table position) d_sae -> table position d_sae"
+        by_table = rearrange(values, pattern, position=layout.n_template_positions)
+        fires = by_table[tables, first:] > 0
+        shares += [fires.any(1).double().mean(0).cpu().numpy(), np.full(len(of_site), np.nan)]
     return np.concatenate(shares)
 
 

@@ -120,7 +120,9 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     effects, stability = _with_stability(run, problem, effects, members)
     clock.lap("stability")
     effects, roles = _with_roles(problem, effects)
-    check = _checked(problem, effects, seed)
+    check = approximation_check(problem, effects, seed)
+    top, others = (check[group]["rank_correlation"] for group in ("top", "random"))
+    say(f"check against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
     clock.lap("approximation check")
     about = _about(run, problem, effects) | {
         "population": facts["population"],
@@ -195,17 +197,9 @@ def _with_stability(
     return effects, {name: reported(value) for name, value in figures.items()}
 
 
-def _checked(problem: Problem, effects: Effects, seed: int) -> dict[str, Any]:
-    """The approximation check, and a line about it."""
-    report = approximation_check(problem, effects, seed)
-    top, others = (report[group]["rank_correlation"] for group in ("top", "random"))
-    say(f"check against exact effects: rank correlation {top} on the strongest nodes, {others} on random ones")
-    return report
-
-
 def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
     """Give the strongest features of the graph the tokens they raise and lower, where these stand out."""
-    strongest = sorted(graph.nodes, key=lambda name: -abs(graph.nodes[name]["effect"]))[:SHOWN_NODES]
+    strongest = strongest_nodes(graph, SHOWN_NODES)
     for site, dictionary in problem.ablation.dictionaries.items():
         names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if names:

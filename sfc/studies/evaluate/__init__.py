@@ -9,11 +9,10 @@ import plotly.graph_objects as go
 from pydantic import Field
 
 from sfc.behaviors.behavior import Words
-from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
+from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.data.read import LABELS
 from sfc.pages.blocks import Figure, Page, Paragraph, Section, Table, cell, figure_cell
@@ -23,7 +22,7 @@ from sfc.pages.text import count_text, hover_text
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover import DISCOVER, circuit_of
-from sfc.studies.nulls import baseline_inputs, needs_of_circuits, nulls_of
+from sfc.studies.nulls import circuit_inputs, needs_of_circuits, nulls_of
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
@@ -111,13 +110,11 @@ class Evaluate(Study[EvaluateOptions]):
     def inputs(self, run: Run) -> dict[str, Any]:
         experiment, options, discovery = run.experiment, self.of(run), DiscoveryOptions.of(run.experiment)
         files = [Path(path) for path in options.circuits]
-        listed = [[path.resolve().parent.name, path.name, hash_of_file(path)] for path in files]
-        asked = [[file.path.name, file.label, hash_of_file(file.path)] for file in self.prompt_files(run)]
+        listed = [[path.resolve().parent.name, path.name, hash_of_given(path)] for path in files]
+        asked = [[file.path.name, file.label, hash_of_given(file.path)] for file in self.prompt_files(run)]
         return {
-            "prompts": run.store.inputs,
-            "saes": run.saes.inputs if NODES[discovery.nodes].needs_saes else None,
+            **circuit_inputs(run),
             "category": run.group(options.category),
-            "hard_share": experiment.prompts.hard_share,
             "nodes": discovery.nodes,
             "population": discovery.population,
             "contrast": discovery.contrast,
@@ -126,7 +123,7 @@ class Evaluate(Study[EvaluateOptions]):
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
             "circuits": listed or DISCOVER.artifact(self._own(run)).inputs,
             "asked": [*asked, options.limit] if asked else None,
-        } | baseline_inputs(run)
+        }
 
     def needs(self, run: Run) -> list[Need]:
         own = [] if self.of(run).circuits else [Need(DISCOVER, self._own(run))]

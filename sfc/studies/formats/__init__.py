@@ -4,7 +4,6 @@ The same instruction is asked as a question, as a blank to fill and as a choice.
 `formats.yaml`; any file with the same keys can take its place.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +11,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, first_problem
 from sfc.core.options import Options, option
-from sfc.core.reading import read_yaml
+from sfc.core.reading import hash_of_given, read_yaml
 from sfc.core.registry import imported_when_called
 from sfc.pages.blocks import Figure, Formula, Page, Section, Tile, Tiles, cell, estimate_cell, records_table
 from sfc.pages.style import BLUE, INK, VERMILION, axis, styled_figure
@@ -123,7 +121,7 @@ class PromptFormats(Study[FormatsOptions]):
         return {
             **run.identity,
             "formats": {name: [version.model_dump() for version in versions] for name, versions in formats.items()},
-            "file": hash_of_file(options.prompts) if options.prompts else None,
+            "file": hash_of_given(options.prompts) if options.prompts else None,
             "category": run.group(options.category),
             "limit": options.limit,
         }
@@ -143,7 +141,10 @@ class PromptFormats(Study[FormatsOptions]):
         ]
         return Page(
             title=f"Prompt formats · {result['prompts']} · {result['preset']}",
-            sentence=_sentence(result),
+            sentence=(
+                f"{result['n_harmful']} harmful and {result['n_harmless']} harmless instructions, each in"
+                f" {len(result['formats'])} formats: does the format change how strongly the model refuses?"
+            ),
             summary=[
                 Tiles(
                     [
@@ -191,13 +192,6 @@ def violins(scores: pd.DataFrame, column: str, title: str, unit: str) -> go.Figu
         xaxis=axis("", showgrid=False),
         yaxis=axis(unit, zeroline=True, zerolinecolor=INK),
         showlegend=True,
-    )
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['n_harmful']} harmful and {result['n_harmless']} harmless instructions, each in"
-        f" {len(result['formats'])} formats: does the format change how strongly the model refuses?"
     )
 
 

@@ -162,7 +162,11 @@ class LogitAttributions(Study[LogitsOptions]):
         of_others = _contributions(json_records(others, digits=None))
         return Page(
             title=f"Direct logit attribution · {result['category']} · {result['preset']}",
-            sentence=_sentence(result, words),
+            sentence=(
+                f"What every part of the model writes into the logit difference of {result['n_toxic']} {words.positive}"
+                f" and {result['n_safe']} {words.negative} test prompts: the mean logit of"
+                f" {_tokens(result, 'refusal')} minus the mean logit of {_tokens(result, 'against')}."
+            ),
             summary=[
                 _tiles(result, words),
                 records_table(title, of_heads, _contributions(result["heads"]), texts=("role",)),
@@ -249,14 +253,6 @@ def layers_figure(layers: pd.DataFrame, words: Words) -> go.Figure:
         xaxis=axis("layer", showgrid=False),
         yaxis=axis("contribution (nats)", zeroline=True, zerolinecolor=INK),
         showlegend=True,
-    )
-
-
-def _sentence(result: Mapping[str, Any], words: Words) -> str:
-    return (
-        f"What every part of the model writes into the logit difference of {result['n_toxic']} {words.positive} and "
-        f"{result['n_safe']} {words.negative} test prompts: the mean logit of {_tokens(result, 'refusal')} minus the "
-        f"mean logit of {_tokens(result, 'against')}."
     )
 
 

@@ -29,14 +29,14 @@ from torch import Tensor
 
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
-from sfc.models.batches import Batch, TemplateLayout, make_batches
+from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import LogOdds, auroc
 from sfc.session import Session
 from sfc.stats import bootstrap_means
-from sfc.studies.collect.fill import short_enough
+from sfc.studies.collect.fill import batched
 from sfc.studies.logits import COMPLIANCE, GUARDRAIL, LogitAttributions, component_table, group_table, strongest
 from sfc.studies.study import Made, write_tables
 
@@ -254,7 +254,7 @@ def measure(study: LogitAttributions, session: Session, folder: Path) -> Made:
         )
     difference = logit_difference_of(model, score, [] if len(score.against) else _harmless(session))
     balanced = session.run.balanced(category)
-    prompts, batches = _batches(session, balanced[balanced["split"] == "test"])
+    prompts, batches = batched(session, balanced[balanced["split"] == "test"])
     toxic = prompts["refusal_label"].to_numpy(dtype=bool)
     if toxic.all() or not toxic.any():
         side = words.negative if toxic.all() else words.positive
@@ -292,14 +292,7 @@ def _harmless(session: Session) -> list[Batch]:
     frame = everyone[(everyone["split"] == "reference") & ~everyone["refusal_label"]]
     if frame.empty:
         raise UserError("the reference split is empty: raise prompts.reference, or name model.against_tokens")
-    return _batches(session, frame)[1]
-
-
-def _batches(session: Session, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Batch]]:
-    experiment, model = session.run.experiment, session.model
-    corpus = short_enough(model.tokenize, frame, experiment.prompts.max_tokens)
-    layout, budget = TemplateLayout.of(corpus.sequences), experiment.activations.batch_tokens
-    return corpus.table, make_batches(corpus.sequences, layout, budget, model.device)
+    return batched(session, frame)[1]
 
 
 def _figures(attribution: LogitAttribution, toxic: Bool[np.ndarray, " prompts"], seed: int) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pandas as pd
 from pydantic import Field
 
 from sfc.circuits.options import EvaluationOptions
-from sfc.core.artifacts import hash_of_file
 from sfc.core.errors import UserError, suggestion
 from sfc.core.options import Options, option
+from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.data.prepare import prompts_fingerprint
 from sfc.data.read import UNCATEGORISED, read_records
@@ -29,6 +29,8 @@ from sfc.studies.study import STUDIES, Finished, Study
 
 CRITICAL_Q = 0.05
 """components with a q-value of at most this are critical"""
+FEW_PAIRS = 10
+"""with fewer, no p-value can be small"""
 ComponentKind = Literal["resid", "attn", "mlp", "head"]
 
 
@@ -242,7 +244,7 @@ class Patching(Study[PatchingOptions]):
         experiment, path = run.experiment, pairs_file(run)
         return {
             "model": model_identity(experiment.model),
-            "pairs": hash_of_file(path) if path else self._wrapped(run),
+            "pairs": hash_of_given(path) if path else self._wrapped(run),
             "patching": self.of(run).model_dump(exclude={"pairs", "wrappers"}),
             "max_tokens": experiment.prompts.max_tokens,
             "min_denominator": EvaluationOptions.of(experiment).min_denominator,
@@ -254,7 +256,7 @@ class Patching(Study[PatchingOptions]):
         return {
             "data": prompts_fingerprint(run.prompts.frame),
             **run.experiment.prompts.model_dump(exclude={"hard_share"}),
-            "wrappers": hash_of_file(Path(wrappers)) if wrappers else WRAPPERS,
+            "wrappers": hash_of_given(Path(wrappers)) if wrappers else WRAPPERS,
         }
 
     make = imported_when_called(f"{__name__}.measure:measure")

@@ -28,7 +28,7 @@ from sfc.core.errors import UserError
 from sfc.data.render import Role, TokenizedPrompt
 
 EACH = "each"
-_ONE = re.compile(r"(prefix|content|suffix)\[(-?\d+)\]")
+_ONE = re.compile(r"(prefix|content|suffix)\[(-?\d{1,9})\]")
 _LAST = re.compile(r"last-([1-9]\d*)")
 _ROLES = {"prefix": (Role.PREFIX,), "content": (Role.CONTENT,), "suffix": (Role.SUFFIX, Role.REPLY)}
 

@@ -15,6 +15,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.patch import (
     CRITICAL_Q,
+    FEW_PAIRS,
     WRAPPERS,
     Candidates,
     Patching,
@@ -37,7 +38,6 @@ from sfc.studies.patch.ranking import (
 )
 from sfc.studies.study import Made
 
-_FEW_PAIRS = 10
 _CRITICAL_LISTED = 10
 
 
@@ -123,7 +123,7 @@ def _check_some_left(selection: Selection, options: PatchingOptions, path: Path)
         hint = "; where replies hardly ever differ, --require score asks for a difference of the score alone"
         raise UserError(f"no pair can be used: {tried}; see {path}{hint if options.require == 'behaviour' else ''}")
     say(f"{len(selection.pairs)} pairs ({tried})")
-    if len(selection.pairs) < _FEW_PAIRS:
+    if len(selection.pairs) < FEW_PAIRS:
         smallest = min(2 / 2 ** len(selection.pairs), 1)
         say(f"warning: with so few pairs no p-value can be below {smallest:.2g}; raise --limit")
 

@@ -38,14 +38,13 @@ from sfc.pages.style import (
     styled_figure,
 )
 from sfc.pages.text import hover_text, number_text
-from sfc.studies.patch import CRITICAL_Q, Patching
+from sfc.studies.patch import CRITICAL_Q, FEW_PAIRS, Patching
 from sfc.studies.study import Finished
 
 _KINDS = {"resid": "residual stream", "attn": "attention output", "mlp": "MLP output", "head": "heads"}
 _DIRECTIONS = {"denoise": "Denoising: clean into corrupted", "noise": "Noising: corrupted into clean"}
 _COLOURS = dict(zip(_KINDS, (INK, GREEN, PINK, BLUE), strict=True))
 _HEADS_A_ROW = 4
-_FEW_PAIRS = 10
 _LISTED = 5
 
 
@@ -277,7 +276,7 @@ def _findings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _limits(result: Mapping[str, Any], words: Words) -> list[str]:
     limits = []
-    if result["n_pairs"] < _FEW_PAIRS:
+    if result["n_pairs"] < FEW_PAIRS:
         limits.append(f"Patching rests on {cell(result['n_pairs'])} pairs: with so few no p-value can be small.")
     if result["require"] == "score":
         limits.append(

@@ -58,7 +58,12 @@ class Probe(Study[ProbeOptions]):
         table = records_table("Every layer", _COLUMNS, finished.records("layers.csv"))
         return Page(
             title=f"{words.direction.capitalize()} and probe · {result['category']} · {result['preset']}",
-            sentence=_sentence(result, words),
+            sentence=(
+                f"At which layers can {result['n_prompts']} {words.positive} and {words.negative} prompts be told apart"
+                " from the residual stream at the last position? The direction comes from"
+                f" {result['n_discovery']} discovery prompts and is judged on {result['n_test']} test prompts; the"
+                f" probe is judged by {result['n_folds']}-fold cross-validation over all."
+            ),
             summary=[records_table(title, _SUMMARY, result["layers"])],
             sections=[
                 Section("", [Figure("separation", lambda: separation_figure(layers, words), table)]),
@@ -147,15 +152,6 @@ def accuracy_figure(layers: pd.DataFrame) -> go.Figure:
         showlegend=True,
         xaxis=axis("layer", tickformat="d", showgrid=False),
         yaxis=axis("accuracy", tickformat=".0%", range=[min(0.4, float(layers["accuracy_low"].min())), 1.02]),
-    )
-
-
-def _sentence(result: Mapping[str, Any], words: Words) -> str:
-    return (
-        f"At which layers can {result['n_prompts']} {words.positive} and {words.negative} prompts be told apart from"
-        f" the residual stream at the last position? The direction comes from {result['n_discovery']} discovery prompts"
-        f" and is judged on {result['n_test']} test prompts; the probe is judged by {result['n_folds']}-fold"
-        " cross-validation over all."
     )
 
 

@@ -21,14 +21,14 @@ from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
 from sfc.core.sites import site_of
-from sfc.models.batches import Batch, TemplateLayout, make_batches
+from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import auroc
 from sfc.session import Session
 from sfc.stats import Interval, resampled_counts, wilson
-from sfc.studies.collect.fill import short_enough
+from sfc.studies.collect.fill import batched
 from sfc.studies.probe import Probe
 from sfc.studies.study import Made
 
@@ -47,9 +47,8 @@ def measure(study: Probe, session: Session, folder: Path) -> Made:
     """
     experiment, model = session.run.experiment, session.model
     category = session.run.group(study.of(session.run).category)
-    prompts, tokenized = short_enough(model.tokenize, session.run.balanced(category), experiment.prompts.max_tokens)
+    prompts, batches = batched(session, session.run.balanced(category))
     _check_sides(prompts, session.run.behavior.words)
-    batches = make_batches(tokenized, TemplateLayout.of(tokenized), experiment.activations.batch_tokens, model.device)
     with progress_bar("running", len(prompts), "prompts") as progress:
         residuals = last_residuals(model, batches, progress)
     positive = prompts["refusal_label"].to_numpy(dtype=bool)

@@ -33,10 +33,9 @@ from transformers.pytorch_utils import Conv1D
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import BaselineTables, zero_baseline
 from sfc.circuits.faithfulness import Ablations
-from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
-from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.artifacts import replacing
+from sfc.core.contents import check
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, kind_of, layer_of, site_of
 from sfc.models.batches import Batch, TemplateLayout
@@ -61,16 +60,10 @@ class FeatureAblation:
 
     @classmethod
     def of(
-        cls, chosen: Int[Tensor, " chosen"], nodes: Nodes, reference: BaselineTables, dictionaries: str
+        cls, chosen: Int[np.ndarray, " chosen"], nodes: Nodes, reference: BaselineTables, dictionaries: str
     ) -> "FeatureAblation":
         """The repair that ablates these nodes, all of them features."""
-        site_of = torch.from_numpy(nodes.site_numbers)[chosen]
-        starts = torch.tensor([0, *nodes.sizes[:-1]]).cumsum(0)
-        features = {
-            site: chosen[site_of == number] - starts[number]
-            for number, site in enumerate(nodes.sites)
-            if (site_of == number).any()
-        }
+        features = {site: torch.from_numpy(of_site) for site, of_site in nodes.by_site(chosen).items()}
         values = {site: reference.features[site][:, of_site].cpu() for site, of_site in features.items()}
         return cls(reference.layout, features, values, dictionaries)
 
@@ -114,6 +107,7 @@ def load_repair(path: Path) -> FeatureAblation:
     Raises:
         UserError: the file is missing or is not a repair.
     """
+    check(path)
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[_META])
@@ -143,7 +137,7 @@ def writers_before(site: str) -> list[str]:
 
 
 def written_subspaces(
-    features: Mapping[str, Sequence[int]], dictionaries: Mapping[str, Dictionary]
+    features: Mapping[str, Int[np.ndarray, " features"]], dictionaries: Mapping[str, Dictionary]
 ) -> dict[str, Float[Tensor, "directions d_model"]]:
     """What is projected out of each output before the sites of some features: the span of their decoder rows."""
     rows: dict[str, list[Tensor]] = {}
@@ -236,14 +230,6 @@ def save_subspaces(subspaces: Subspaces, path: Path) -> None:
 def _basis(rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "directions d_model"]:
     _, singular, directions = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
     return directions[singular > 1e-6 * singular[0]]
-
-
-def mean_effects(problem: Problem, runs: PromptRuns) -> Float[np.ndarray, " nodes"]:
-    """The attribution effect of every node, mean over the prompts of the runs, in nats."""
-    total = torch.zeros(problem.ablation.nodes.n_nodes, dtype=torch.float64)
-    for batch, prefix in runs:
-        total += attributed_effects(problem, batch, prefix).by_prompt.double().sum(0).cpu()
-    return (total / runs.n_prompts).numpy()
 
 
 def qualified(

@@ -1,18 +1,19 @@
 """An edit that lowers over-refusal: chosen on discovery prompts, and measured on test prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline, tables_of
 from sfc.circuits.faithfulness import Ablations, matching_strata, prepared, random_circuits, top_circuits
+from sfc.circuits.methods import attribution
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.errors import UserError
@@ -25,7 +26,7 @@ from sfc.models.engine import NO_EDIT, Edits, PreparedPrompts
 from sfc.models.generation import with_replies
 from sfc.models.score import score_prompts
 from sfc.session import Session
-from sfc.stats import judged_rate
+from sfc.stats import judged_rates
 from sfc.studies.collect.fill import Corpus, short_enough
 from sfc.studies.discover.problem import with_store_index
 from sfc.studies.repair import HOOK, KINDS, WEIGHTS, Repair, RepairOptions
@@ -34,7 +35,6 @@ from sfc.studies.repair.edits import (
     Projections,
     Subspaces,
     best_size,
-    mean_effects,
     projected_weights,
     qualified,
     save_repair,
@@ -163,7 +163,9 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     inputs = repair_inputs(session)
     clock.lap("prepare")
     problem, nodes = inputs.problem, inputs.problem.ablation.nodes
-    on_hard, on_toxic = (mean_effects(problem, inputs.scored[kind]) for kind in ("hard", "toxic"))
+    on_hard, on_toxic = (
+        attribution.rank(replace(problem, runs=inputs.scored[kind])).effect for kind in ("hard", "toxic")
+    )
     ranking = qualified(on_hard, on_toxic, nodes.is_error, options.toxic_share)
     if not len(ranking):
         raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
@@ -180,7 +182,8 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     clock.lap("test prompts")
     features = _features(inputs, on_hard, on_toxic, ranking)
     if chosen[HOOK]:
-        hook = _hook(inputs, ranking[: chosen[HOOK]], session.run.saes.folder.name)
+        means, dictionaries = tables_of(problem.ablation.baseline), session.run.saes.folder.name
+        hook = FeatureAblation.of(ranking[: chosen[HOOK]], nodes, means, dictionaries)
         save_repair(hook, folder / _EXPORTS[HOOK])
     difference = None
     if chosen[WEIGHTS]:
@@ -203,20 +206,9 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     return Made(result, files | {kind: file for kind, file in _EXPORTS.items() if (folder / file).exists()})
 
 
-def _hook(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"], dictionaries: str) -> FeatureAblation:
-    ablation = inputs.problem.ablation
-    return FeatureAblation.of(
-        torch.from_numpy(chosen.copy()), ablation.nodes, tables_of(ablation.baseline), dictionaries
-    )
-
-
 def _subspaces(inputs: RepairInputs, chosen: Int[np.ndarray, " chosen"]) -> Subspaces:
-    ablation, by_site = inputs.problem.ablation, {}
-    starts = np.cumsum([0, *ablation.nodes.sizes[:-1]])
-    for node in chosen:
-        number = ablation.nodes.site_numbers[node]
-        by_site.setdefault(ablation.nodes.sites[number], []).append(int(node - starts[number]))
-    return written_subspaces(by_site, ablation.dictionaries)
+    ablation = inputs.problem.ablation
+    return written_subspaces(ablation.nodes.by_site(chosen), ablation.dictionaries)
 
 
 Masks = Bool[np.ndarray, "edits nodes"]
@@ -299,11 +291,8 @@ def _measured(
 
 def _rates(replies: pd.DataFrame) -> pd.DataFrame:
     """Judged replies per edit and group, with Wilson intervals of 95 %; `draw` is -1 for the chosen features."""
-    by, rows = ["kind", "size", "draw", "group"], []
-    for key, part in replies.groupby(by, sort=False):
-        about = dict(zip(by, key, strict=True))  # pyright: ignore[reportArgumentType]
-        rows.append({**about, **judged_rate(part["refused"]), "score": part["score"].mean()})
-    return pd.DataFrame(rows)
+    by = ["kind", "size", "draw", "group"]
+    return judged_rates(replies, by).assign(score=replies.groupby(by, sort=False)["score"].mean().to_numpy())
 
 
 def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, ranking: np.ndarray) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from sfc.core.errors import UserError
 from sfc.core.options import Options, option
 from sfc.core.registry import imported_when_called
 from sfc.core.sites import short_site
-from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, cell, figure_cell
+from sfc.pages.blocks import Figure, Formula, Page, Paragraph, Section, Table, cell, figure_cell, records_table
 from sfc.pages.style import BLUE, LINE, QUIET, VERMILION, axis, remark, styled_figure
 from sfc.pages.text import hover_text
 from sfc.run import Run
@@ -256,30 +256,16 @@ def _cosines_table(counts: pd.DataFrame) -> Table:
 
 
 def _sites_table(result: Mapping[str, Any]) -> Table:
-    titles = [
-        "site",
-        "features",
-        "with a partner",
-        "share",
-        "median cosine",
-        "by chance",
-        *_names(result),
-        "shared nodes",
-    ]
-    counted = (ORIGINAL, REPLICATION, "shared")
+    first, second = _names(result)
+    columns = {
+        "site": "site", "features": "features", "with a partner": "matched", "share": "share",
+        "median cosine": "median_cosine", "by chance": "median_cosine_chance", first: ORIGINAL, second: REPLICATION,
+        "shared nodes": "shared",
+    }  # fmt: skip
     rows = [
-        [
-            short_site(row["site"]),
-            cell(row["features"]),
-            cell(row["matched"]),
-            cell(row["matched"] / row["features"]),
-            cell(row["median_cosine"]),
-            cell(row["median_cosine_chance"]),
-            *(cell(row[name]) for name in counted),
-        ]
-        for row in result["sites"]
+        {**row, "site": short_site(row["site"]), "share": row["matched"] / row["features"]} for row in result["sites"]
     ]
-    return Table("", titles, rows)
+    return records_table("", columns, rows)
 
 
 def _guide(result: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,14 +9,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from sfc.behaviors.behavior import POSITIVE
-from sfc.core.artifacts import write_text
+from sfc.core.artifacts import read_lines, write_text
 from sfc.core.config import SampleOptions
 from sfc.core.errors import UserError
+from sfc.core.files import open_journal, writing
 from sfc.core.progress import progress_bar
 from sfc.core.reading import read_text
 from sfc.run import EVERYDAY_STARTS, Run
@@ -27,6 +29,31 @@ CONVERSATIONS, BATCHES = "sampled.jsonl", "batches.jsonl"
 EVERYDAY = "everyday"
 _FRUITLESS = 10
 """batches in a row without a conversation, after which it is given up"""
+
+
+class Written(BaseModel):
+    """A line of `sampled.jsonl` (see `Conversation`), and the number of its batch."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt: str
+    reply: str
+    start: str
+    kind: str
+    n_tokens: NonNegativeInt
+    batch: NonNegativeInt
+
+
+class Fates(BaseModel):
+    """A line of `batches.jsonl`: how many of a batch's instructions met which of the `FATES`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    unfinished: NonNegativeInt
+    malformed: NonNegativeInt
+    copies: NonNegativeInt
+    test: NonNegativeInt
+    kept: NonNegativeInt
 
 
 class Starts:
@@ -59,26 +86,27 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
         UserError: what was written before is damaged, or the model writes nothing that can be kept.
     """
     run, options, prompts = session.run, SampleOptions.of(session.run.experiment), session.run.prompts.frame
-    batches = _whole_lines(folder / BATCHES)
-    conversations = [line for line in _whole_lines(folder / CONVERSATIONS) if line["batch"] < len(batches)]
-    for name, lines in ((BATCHES, batches), (CONVERSATIONS, conversations)):
-        write_text(folder / name, "".join(map(_line, lines)))
+    batches = _written(folder / BATCHES, Fates)
+    all_written = _written(folder / CONVERSATIONS, Written)
+    conversations = [line for line in all_written if line.batch < len(batches)]
+    if len(conversations) < len(all_written):  # of a batch that a kill left without its own line
+        write_text(folder / CONVERSATIONS, "".join(map(_line, conversations)))
     writer = Writer(session.model, options, set(prompts.loc[prompts["split"] == "test", "id"]))
     for line in conversations:
-        writer.remember(line["prompt"])
-    starts, n_tokens = Starts(run), sum(line["n_tokens"] for line in conversations)
+        writer.remember(line.prompt)
+    starts, n_tokens = Starts(run), sum(line.n_tokens for line in conversations)
     with progress_bar("writing conversations", options.tokens, "tokens") as progress:
         progress(n_tokens)
         while n_tokens < options.tokens:
             # What was drawn for one batch says nothing of the next: a batch can be made again by itself.
             random = np.random.default_rng([int(run.sampled.fingerprint, 16), len(batches)])
             made, fates = writer.write([starts.draw(random) for _ in range(options.batch)], random)
-            lines = [{**conversation._asdict(), "batch": len(batches)} for conversation in made]
+            lines = [Written(**conversation._asdict(), batch=len(batches)) for conversation in made]
             _append(folder / CONVERSATIONS, lines)
-            _append(folder / BATCHES, [fates])
+            _append(folder / BATCHES, [Fates(**fates)])
             conversations += lines
-            batches.append(fates)
-            if not any(line["kept"] for line in batches[-_FRUITLESS:]) and len(batches) >= _FRUITLESS:
+            batches.append(Fates(**fates))
+            if not any(line.kept for line in batches[-_FRUITLESS:]) and len(batches) >= _FRUITLESS:
                 raise UserError(
                     f"{_FRUITLESS} batches of instructions and none to keep ({fates}): is it a chat model, and this its"
                     " template (model.template)? Where it does not write like English, --unfiltered keeps all that end"
@@ -89,39 +117,39 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
     return {
         "n_conversations": len(conversations),
         "n_tokens": n_tokens,
-        "kinds": dict(sorted(Counter(line["kind"] for line in conversations).items())),
-        "fates": {name: sum(line[name] for line in batches) for name in FATES},
+        "kinds": dict(sorted(Counter(line.kind for line in conversations).items())),
+        "fates": {name: sum(getattr(line, name) for line in batches) for name in FATES},
     }
 
 
 def read_sample(folder: Path, tokens: int) -> Iterator[tuple[str, str]]:
     """The first conversations that were written, instructions with replies, until they have so many tokens."""
-    for line in _whole_lines(folder / CONVERSATIONS):
-        yield line["prompt"], line["reply"]
-        tokens -= line["n_tokens"]
+    for line in read_lines(folder / CONVERSATIONS, Written):
+        yield line.prompt, line.reply
+        tokens -= line.n_tokens
         if tokens <= 0:
             return
 
 
-def _append(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(map(_line, lines))
+Line = TypeVar("Line", bound=BaseModel)
+
+
+def _append(path: Path, lines: Iterable[BaseModel]) -> None:
+    with writing(path), open_journal(path) as file:
+        file.write("".join(map(_line, lines)).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _line(value: BaseModel) -> str:
+    return json.dumps(value.model_dump(), ensure_ascii=False) + "\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a kill may have cut short what follows the last of them.
+def _written(path: Path, kind: type[Line]) -> list[Line]:
+    """What an earlier process wrote, without a last line that a kill cut short, which is removed from the file.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: a line is damaged.
     """
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); make it again with --rebuild") from None
+    open_journal(path).close()
+    return read_lines(path, kind)

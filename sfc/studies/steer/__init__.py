@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from sfc.circuits.options import DiscoveryOptions
-from sfc.core.artifacts import hash_of_file
-from sfc.core.errors import UserError, suggestion
+from sfc.core.errors import UserError, is_count, suggestion
 from sfc.core.options import Options, Share, option
+from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.core.sites import site_from_short
 from sfc.data.schema import ALL
@@ -50,7 +50,7 @@ def named_feature(name: str, sites: Sequence[str]) -> tuple[str, int]:
         UserError: it is at none of them.
     """
     short, _, number = name.partition("/F")
-    if not number.isdecimal() or site_from_short(short) not in sites:
+    if not is_count(number) or site_from_short(short) not in sites:
         raise UserError(f"no dictionary at {short}: there are SAEs at {', '.join(sites)}")
     return site_from_short(short), int(number)
 
@@ -201,7 +201,7 @@ class Steer(Study[SteeringOptions]):
         chosen = {**options.model_dump(exclude={"xstest"}), "category": run.group(options.category)}
         inputs: dict[str, Any] = {**run.identity, "steering": chosen}
         if options.xstest is not None:
-            inputs["xstest"] = hash_of_file(Path(options.xstest))
+            inputs["xstest"] = hash_of_given(Path(options.xstest))
         if options.needs_saes:
             inputs["saes"] = run.saes.inputs
         if options.direction == "circuit":

@@ -12,7 +12,6 @@ import networkx as nx
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file
 from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
@@ -28,7 +27,7 @@ from sfc.models.score import Score
 from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.format import load_dictionaries
+from sfc.saes.format import load_dictionaries, read_tensors
 from sfc.saes.store import Store
 from sfc.session import Session
 from sfc.studies.steer import SteeringOptions, intent_of, named_feature
@@ -159,7 +158,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
     """
     if direction in finished_directions(run):
         folder = run.root / "circuits" / run.experiment.name / direction
-        result, vectors = read_json(folder / "result.json"), load_file(folder / "vectors.safetensors")
+        result, vectors = read_json(folder / "result.json"), read_tensors(folder / "vectors.safetensors")
         edit = SteeringEdit("add", (site_from_short(result["site"]),), vectors["chosen"], alpha * result["norm"])
         return Steering([edit], result["positions"], result["during_reply"])
     if "/F" not in direction:

@@ -123,27 +123,6 @@ class Recording:
         return float(self.activations[site].double().norm(dim=-1).mean())
 
 
-def record(
-    model: Model,
-    score: Score,
-    prompts: pd.DataFrame,
-    tokenized: Sequence[TokenizedPrompt],
-    sites: Sequence[str],
-    n_tokens: int,
-    progress: Callable[[int], object] = lambda prompts: None,
-) -> Recording:
-    """Run the prompts once and keep the last `n_tokens` tokens at each site.
-
-    Args:
-        progress: called with the number of prompts done since the last call.
-
-    Raises:
-        UserError: the model has no such site.
-    """
-    scores, activations = last_tokens(model, score, tokenized, sites, n_tokens, progress)
-    return Recording(prompts.reset_index(drop=True), list(tokenized), scores, activations)
-
-
 @torch.no_grad()
 def last_tokens(
     model: Model,
@@ -207,9 +186,10 @@ def learn(session: Session, circuit: Path | None) -> Learned:
     corpus = discovery_prompts(session)
     n_tokens = min(int((prompt.roles == Role.SUFFIX).sum()) for prompt in corpus.sequences) or 1
     with progress_bar("recording", len(corpus.sequences), "prompts") as progress:
-        recording = record(
-            session.model, session.metric, corpus.table, corpus.sequences, in_order(sites), n_tokens, progress
+        scores, activations = last_tokens(
+            session.model, session.metric, corpus.sequences, in_order(sites), n_tokens, progress
         )
+    recording = Recording(corpus.table, corpus.sequences, scores, activations)
     contrasts = _contrasts(session, recording)
     fold = keyed_ranks(recording.prompts, ["refusal_label"], f"fold {seed}").to_numpy() % options.folds
     if options.contrast is None:

@@ -12,6 +12,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
 from sfc.models.engine import PreparedPrompts
 from sfc.session import Session
+from sfc.stats import reported
 from sfc.studies.steer import BEST, FORCE, INTENDED_LABEL, SUPPRESS, Steer, SteeringOptions
 from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
 from sfc.studies.steer.directions import Candidate, Dial, Setting, Vector
@@ -29,10 +30,10 @@ from sfc.studies.steer.sweep import (
     RANDOM,
     SHUFFLED,
     Fold,
-    band,
     best_alphas,
     best_defence,
     best_per_layer,
+    by_chance,
     candidate_table,
     control_settings,
     folds_of,
@@ -76,17 +77,17 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
     of_dial = rates(rows, ["site", "layer", "token", "alpha", "intent", "label"])
     tables["rates"] = of_dial.merge(_costs(dial, ordinary["test"], swept), on=["site", "alpha"])
     clock.lap("sweep")
-    chance = _by_chance(dial, tested, chosen, _shuffled(learned, chosen, options, seed), alphas, seed)
+    chance = _controlled(dial, tested, chosen, _shuffled(learned, chosen, options, seed), alphas, seed)
     tables["controls"] = rates(chance, ["direction", "alpha", "intent", "label"])
     tables["sweep"] = pd.concat([rows, chance])
     clock.lap("controls")
     generalised = None
     if options.xstest is not None:
         generalised = _along(dial, xstest_prompts(session), [chosen])
-        by_chance = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
-        tables["xstest"] = pd.concat([generalised, by_chance])
+        at_random = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
+        tables["xstest"] = pd.concat([generalised, at_random])
         tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
-        tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(by_chance)])
+        tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(at_random)])
     clock.lap("xstest")
     conditional = None
     if condition:
@@ -153,7 +154,7 @@ def _costs(dial: Dial, ordinary: PreparedPrompts, candidates: list[Candidate]) -
         return ordinary_effect(dial, ordinary, settings, progress).drop(columns="direction")
 
 
-def _by_chance(
+def _controlled(
     dial: Dial, tested: Tested, chosen: Candidate, shuffled: list[Vector], alphas: Mapping[str, float], seed: int
 ) -> pd.DataFrame:
     """Control directions at the chosen alphas, each on the prompts that its turn of the dial is meant for."""
@@ -216,12 +217,12 @@ def _result(
         "site": short_site(chosen.site),
         "layer": layer_of(chosen.site),
         "token": chosen.token,
-        "norm": _figure(chosen.norm),
-        "length": _figure(chosen.length),
+        "norm": reported(chosen.norm),
+        "length": reported(chosen.length),
         "n_candidates": len(candidates),
         "n_rejected": int((candidates["rejected"] != "").sum()),
         "max_loss": options.max_loss,
-        "unsteered": {side: _figure(dial.plain_scores(prompts).mean()) for side, prompts in sides.items()},
+        "unsteered": {side: reported(dial.plain_scores(prompts).mean()) for side, prompts in sides.items()},
         "operating_points": {
             intent: _operating_point(intent, alpha, chosen, held_out, tables) for intent, alpha in alphas.items()
         },
@@ -237,19 +238,19 @@ def _operating_point(
     tested = dial[(dial["site"] == chosen.site) & (dial["alpha"] == alpha) & (dial["label"] == label)].iloc[0]
     before = held_out[(held_out["alpha"] == alpha) & (held_out["intent"] == intent)].iloc[0]
     chance = controls[(controls["alpha"] == alpha) & (controls["intent"] == intent)]
-    at_random, shuffled = (band(chance, control, "changed_rate") for control in (RANDOM, SHUFFLED))
-    figures = ["eligible", "changed", "changed_rate", "changed_low", "changed_high", "score_change"]
-    costs = ["loss_rise", "later_loss_rise", "kl"]
+    at_random, shuffled = (by_chance(chance, control, "changed_rate") for control in (RANDOM, SHUFFLED))
+    figures = ["changed_rate", "changed_low", "changed_high", "score_change", "loss_rise", "later_loss_rise", "kl"]
     return {
         "alpha": alpha,
         "prompts": label,
-        **{name: _figure(tested[name]) for name in [*figures, *costs]},
-        "held_out_rate": _figure(before["changed_rate"]),
-        "held_out_loss_rise": _figure(before["loss_rise"]),
-        "random_mean": _figure(at_random.mean),
-        "random_highest": _figure(at_random.high),
-        "shuffled_mean": _figure(shuffled.mean),
-        "shuffled_highest": _figure(shuffled.high),
+        **{name: int(tested[name]) for name in ("eligible", "changed")},
+        **{name: reported(tested[name]) for name in figures},
+        "held_out_rate": reported(before["changed_rate"]),
+        "held_out_loss_rise": reported(before["loss_rise"]),
+        "random_mean": reported(at_random[0]),
+        "random_highest": reported(at_random[1]),
+        "shuffled_mean": reported(shuffled[0]),
+        "shuffled_highest": reported(shuffled[1]),
     }
 
 
@@ -262,14 +263,8 @@ def _xstest_figures(points: pd.DataFrame, options: SteeringOptions) -> dict[str,
     return {
         "n_unsafe": int(first["n_unsafe"]),
         "n_safe": int(first["n_safe"]),
-        "unsteered": {side: _figure(first[f"{side}_unsteered"]) for side in ("unsafe", "safe")},
+        "unsteered": {side: reported(first[f"{side}_unsteered"]) for side in ("unsafe", "safe")},
         "best_defence": None
         if best is None
-        else {"alpha": best, **{side: _figure(there[side].iloc[0]) for side in ("unsafe", "safe")}},
+        else {"alpha": best, **{side: reported(there[side].iloc[0]) for side in ("unsafe", "safe")}},
     }
-
-
-def _figure(value: Any) -> float | int | None:
-    if pd.isna(value):
-        return None
-    return int(value) if float(value).is_integer() and not isinstance(value, float) else round(float(value), 4)

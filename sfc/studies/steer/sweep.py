@@ -98,7 +98,7 @@ def candidate_table(
             "layer": layer_of(candidate.site),
             "token": candidate.token,
             "length": candidate.length,
-            "agreement": _agreement(candidate.by_fold),
+            "agreement": float(np.mean([cosine(*pair) for pair in combinations(candidate.by_fold, 2)])),
         }
         for candidate in candidates
     ]
@@ -136,10 +136,6 @@ def best_per_layer(kept: pd.DataFrame, n_layers: int) -> list[int]:
     """The best candidate of each of the layers with the best ones, by index, in the order of the layers."""
     best = kept.drop_duplicates("layer").head(n_layers)
     return [int(i) for i in best.sort_values("layer").index]
-
-
-def _agreement(vectors: Sequence[Vector]) -> float:
-    return float(np.mean([cosine(*pair) for pair in combinations(vectors, 2)]))
 
 
 def _reason(row: dict, dial: Dial) -> str:
@@ -242,22 +238,14 @@ def control_settings(
     return [dial.setting(candidate, alpha, vector, name) for alpha in alphas for name, vector in others.items()]
 
 
-class Band(NamedTuple):
-    """Where the directions of a control end up."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def band(table: pd.DataFrame, control: str, column: str) -> Band:
-    """Mean and extremes over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
+def by_chance(table: pd.DataFrame, control: str, column: str) -> tuple[float, float]:
+    """Mean and maximum over the directions of a control, `RANDOM` or `SHUFFLED`; not numbers where it has none.
 
     Args:
         table: with a column `direction`, the control's name and a number.
     """
     values = table.loc[table["direction"].str.startswith(control), column].astype(float)
-    return Band(float(values.mean()), float(values.min()), float(values.max()))
+    return float(values.mean()), float(values.max())
 
 
 def subspace_table(

@@ -55,8 +55,10 @@ class Train(Study[TrainOptions]):
     def finish(self, session: Session, artifact: Artifact, rows: Any) -> None:
         """Measure the dictionaries, and write down what was measured."""
         from sfc.saes.quality import DENSE_RATE
-        from sfc.studies.train.train import write_quality
+        from sfc.studies.train.train import CHECKPOINT, write_quality
 
+        for of_other_groups in artifact.folder.glob(f"{CHECKPOINT}*"):  # saes.layers_at_once was another one
+            of_other_groups.unlink()
         quality = write_quality(session, rows, artifact.folder)
         made = Made(
             {"preset": session.run.experiment.name, "dense_rate": DENSE_RATE, "quality": quality},

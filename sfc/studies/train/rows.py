@@ -160,7 +160,7 @@ def adopt_dictionaries(run: Run, source: str, folder: Path, held_out: Callable[[
             if local:
                 _adopt(run, local[site], folder / site, held_out(site))
             else:
-                with TemporaryDirectory(dir=folder) as fetched:
+                with TemporaryDirectory(dir=folder, prefix=".fetched-") as fetched:
                     fetch_pretrained(for_layer(source, site), Path(fetched))
                     check_site(Path(fetched), site)
                     _adopt(run, Path(fetched), folder / site, held_out(site))

@@ -4,6 +4,7 @@ Started by `torchrun`, the sites are dealt out to the processes; the first one c
 are measured on rows that were kept from their training, and on what they are for: circuits.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -21,17 +23,20 @@ from sfc.circuits.problem import PromptRuns
 from sfc.circuits.proof import pair_figures, pair_scores
 from sfc.core.artifacts import fingerprint, json_records, write_csv
 from sfc.core.errors import UserError
+from sfc.core.machine import check_memory
 from sfc.core.progress import Show, progress_bar, progress_beside_table, say
 from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.data.render import Role, TokenizedPrompt, answered
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
-from sfc.models.loading import Model, choose_device
+from sfc.models.loading import Model, choose_device, load_outline
 from sfc.models.score import Score
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.saes.end_to_end import finetune
+from sfc.saes.format import load_dictionaries, load_dictionary, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.nulls import random_rotation
 from sfc.saes.quality import ALL, match_features, quality_by_role
@@ -43,6 +48,10 @@ from sfc.studies.discover.problem import against_counterfactuals
 from sfc.studies.train.probing import probing_quality
 from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
 
+CHECKPOINT = "checkpoint-"
+"""what the names of checkpoints begin with"""
+UNTUNED = "untuned"
+"""the folder of dictionaries that are to be fine-tuned"""
 _TITLES = ("site", "loss", "variance explained", "L0", "dead", "rows/s")
 
 
@@ -57,15 +66,22 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
             logger is not installed.
     """
     run, experiment = session.run, session.run.experiment
+    source = experiment.saes.source
+    if source is None:
+        _check_memory(run)
     with leader_first():
         rows = training_rows(session)
-    source = experiment.saes.source
     if source is None:
         say(
             f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
             " commands use them with the same settings of saes and corpus"
         )
-        _train_missing(run, rows, folder, loggers(logger_names, folder, experiment.model_dump(mode="json")))
+        untuned = folder / UNTUNED if experiment.saes.finetune_steps else folder
+        logs = loggers(logger_names, folder, experiment.model_dump(mode="json"))
+        _train_missing(run, rows, folder, untuned, logs)
+        wait_for_all()
+        if untuned != folder and is_leader():
+            _finetune(session, rows, untuned, folder)
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
         adopt_dictionaries(run, source, folder, rows.held_out)
@@ -73,22 +89,77 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
     return rows
 
 
-def _train_missing(run: Run, rows: TrainingRows, folder: Path, logs: Sequence[Log]) -> None:
-    """Train and save the dictionaries of this process's share that the folder lacks, `layers_at_once` at a time."""
+def _check_memory(run: Run) -> None:
+    """Refuse SAEs whose training could not fit into memory, before anything is collected for them.
+
+    Counted are weights, gradients and Adam's two moments of the SAEs trained at once, and a batch's pre-activations.
+
+    Raises:
+        UserError: they would not fit.
+    """
+    config, sites, device = run.experiment.saes, run.experiment.activations.sites, choose_device(run.device)
+    outline = load_outline(run.experiment.model)
+    d_in = max(outline.width(site) for site in sites)
+    at_once = min(config.layers_at_once, len(sites))
+    wanted = 4 * config.expansion * d_in * (8 * d_in * at_once + config.batch_size)
+    what = f"training {at_once} SAEs of {config.expansion * d_in:,} features at once"
+    remedy = "lower saes.expansion, saes.layers_at_once or saes.batch_size"
+    check_memory(wanted, what, remedy, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+
+
+def _train_missing(run: Run, rows: TrainingRows, folder: Path, saved_in: Path, logs: Sequence[Log]) -> None:
+    """Train the dictionaries of this process's share that neither folder has, `layers_at_once` at a time."""
     config = run.experiment.saes
     share = own_share(run.experiment.activations.sites)
-    missing = [site for site in share if not (folder / site / CONFIG_FILE).is_file()]
-    groups = [missing[i : i + config.layers_at_once] for i in range(0, len(missing), config.layers_at_once)]
-    with progress_beside_table("training", len(missing) * config.steps, "SAE steps") as (advance, show):
-        for group in groups:
-            checkpoint = folder / f"checkpoint-{fingerprint({'sites': group})}.safetensors"
-            first = steps_done(checkpoint)
-            advance(first * len(group))
-            log_lines = json_lines(folder, group, first)
-            report = _reporting(advance, show, [log_lines, *logs], first)
-            for dictionary in _train_group(run, rows, group, checkpoint, report):
-                save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+    # Groups are those of all sites: their checkpoints keep their names when some of the sites are done.
+    groups = [share[i : i + config.layers_at_once] for i in range(0, len(share), config.layers_at_once)]
+    done = {site for site in share if _has_all(folder, [site]) or _has_all(saved_in, [site])}
+    missing = [[site for site in group if site not in done] for group in groups]
+    with progress_beside_table("training", sum(map(len, missing)) * config.steps, "SAE steps") as (advance, show):
+        for group, sites in zip(groups, missing, strict=True):
+            checkpoint = folder / f"{CHECKPOINT}{fingerprint({'sites': group})}.safetensors"
+            if sites:
+                first = steps_done(checkpoint)
+                advance(first * len(sites))
+                log_lines = json_lines(folder, sites, first)
+                report = _reporting(advance, show, [log_lines, *logs], first)
+                for dictionary in _train_group(run, rows, sites, checkpoint, report):
+                    save_dictionary(dictionary, saved_in / dictionary.site, _metadata(run))
             checkpoint.unlink(missing_ok=True)
+
+
+def _has_all(folder: Path, sites: Sequence[str]) -> bool:
+    return all((folder / site / CONFIG_FILE).is_file() for site in sites)
+
+
+def _finetune(session: Session, rows: TrainingRows, untuned: Path, folder: Path) -> None:
+    """Fine-tune the dictionaries of `untuned`, which is gone afterwards, into `folder`, unless they are there."""
+    run, config, sites = session.run, session.run.experiment.saes, session.run.experiment.activations.sites
+    checkpoint = folder / f"{CHECKPOINT}finetuning.safetensors"
+    if not _has_all(folder, sites):
+        loaded = load_dictionaries(untuned, sites, session.model.device)
+        trained = {site: each for site, each in loaded.items() if isinstance(each, TopKDictionary)}
+        chats = _chats(session.model, rows)
+        with progress_bar("fine-tuning", config.finetune_steps, "steps") as progress:
+            tuned = finetune(
+                session.model, chats, trained, config,
+                seed=run.experiment.sae_seed, checkpoint=checkpoint, report=progress,
+            )  # fmt: skip
+        for dictionary in tuned:
+            save_dictionary(dictionary, folder / dictionary.site, _metadata(run))
+    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(untuned, ignore_errors=True)
+
+
+def _chats(model: Model, rows: TrainingRows) -> list[TokenizedPrompt]:
+    """The chats that were trained on, with their replies: no held-out ones, and no texts without a template."""
+    table, tokens = rows.table, rows.tokens
+    in_template = np.isin(np.arange(len(table)), tokens.prompt[tokens.role == Role.SUFFIX])
+    chosen = np.flatnonzero(table["trained"].to_numpy() & in_template)
+    is_reply = tokens.role == Role.REPLY
+    replies = pd.Series(tokens.token[is_reply]).groupby(tokens.prompt[is_reply]).agg(list)
+    prompts = model.tokenize(table["prompt"].iloc[chosen].tolist())
+    return [answered(prompt, replies.get(number, [])) for number, prompt in zip(chosen, prompts, strict=True)]
 
 
 def _train_group(
