@@ -45,6 +45,8 @@ class Contender(NamedTuple):
 
     step: Callable[[Rows], object]
     reconstruct: Callable[[Rows], Rows] | None = None
+    features: Callable[[Rows], Float[Tensor, "rows d_sae"]] | None = None
+    decoder: Callable[[], Float[Tensor, "d_sae d_in"]] | None = None
 
 
 Builder = Callable[[Problem, Rows, int, int], Contender]
@@ -64,7 +66,12 @@ def ours(problem: Problem, sample: Rows, steps: int, seed: int, **settings: Any)
         dictionary = finish(training, problem.k)
         return dictionary.decode_sparse(*dictionary.encode_sparse(rows))
 
-    return Contender(step, reconstruct)
+    return Contender(
+        step,
+        reconstruct,
+        lambda rows: finish(training, problem.k).encode(rows),
+        lambda: training.parameters.W_dec.detach(),
+    )
 
 
 def saelens(
@@ -97,7 +104,12 @@ def saelens(
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    return Contender(step, lambda rows: sae.decode(sae.encode(rows * scale)) / scale)
+    return Contender(
+        step,
+        lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
+        lambda rows: sae.encode(rows * scale),
+        lambda: sae.W_dec.detach(),
+    )
 
 
 def saelens_tuned(problem: Problem, sample: Rows, steps: int, seed: int) -> Contender:
