@@ -20,6 +20,7 @@ from sfc.core.artifacts import MANIFEST, read_json, write_csv, write_json
 from sfc.core.experiments import load_experiment
 from sfc.pages.html import page_html
 from sfc.run import Run
+from sfc.saes import quality
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
 from sfc.saes.nulls import rotated_dictionaries
@@ -33,7 +34,6 @@ from sfc.studies.replicate import (
     cosines_figure,
     effects_figure,
 )
-from sfc.studies.replicate import measure as matching
 from sfc.studies.replicate.measure import (
     chance_agreement,
     circuit_agreement,
@@ -81,7 +81,7 @@ def _slow(first: torch.Tensor, second: torch.Tensor) -> tuple[list[int], list[fl
 def test_matching_is_what_a_double_loop_says_in_blocks_of_any_size(shape: tuple, entries: int) -> None:
     a, b = _decoders(shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "_ENTRIES", entries)
+        patch.setattr(quality, "_ENTRIES", entries)
         matchings = match_features(a, b)
     for found, (partners, best) in zip(matchings, (_slow(a, b), _slow(b, a)), strict=True):
         assert found.partner.tolist() == partners
