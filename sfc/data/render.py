@@ -133,8 +133,13 @@ def tokenize_prompts(
         roles = np.full(len(start), Role.CONTENT)
         roles[end <= len(before)] = Role.PREFIX
         roles[(start >= content_end) & (end > content_end)] = Role.SUFFIX
+        # Some of the template's tokens take in the white space of the text beside them.
+        ids = np.array([*opening, *(token for token, _ in tokens)], dtype=np.int64)
+        by_template = np.isin(ids, list(control))
+        roles[by_template & (start < len(before))] = Role.PREFIX
+        roles[by_template & (end > content_end)] = Role.SUFFIX
         roles[start >= content_end + len(after)] = Role.REPLY
-        prompts.append(TokenizedPrompt(np.array([*opening, *(token for token, _ in tokens)]), roles))
+        prompts.append(TokenizedPrompt(ids, roles))
     return prompts
 
 
@@ -156,12 +161,17 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 
 
 def control_tokens(tokenizer: Any, template: str = "") -> frozenset[int]:
-    """Ids that no text of a user may become: special tokens, and whatever else a template writes as one token."""
-    added = tokenizer.added_tokens_decoder.items()
+    """Ids that no text of a user may become: special tokens, and whatever else a template writes as one token.
+
+    The token of unknown characters is none of them, where it is nothing else as well.
+    """
+    used = {getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad", "sep", "cls")}
+    unknown = {getattr(tokenizer, "unk_token", None)} - used
     return frozenset(
         number
-        for number, token in added
-        if not token.content.isspace() and (token.special or token.content in template)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if not token.content.isspace()
+        and (token.content in template or (token.special and token.content not in unknown))
     )
 
 
@@ -169,7 +179,11 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text, without special ones; what spells such a token is read as its characters."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     control = control_tokens(tokenizer)
-    return ids if control.isdisjoint(ids) else _without_control(tokenizer, control).encode(text).ids
+    return (
+        ids
+        if control.isdisjoint(ids)
+        else _without_control(tokenizer, control).encode(text, add_special_tokens=False).ids
+    )
 
 
 def _of(control: frozenset[int], tokens: _Tokens) -> list[int]:
@@ -179,47 +193,54 @@ def _of(control: frozenset[int], tokens: _Tokens) -> list[int]:
 def _with_plain_content(
     tokenizer: Any, before: str, text: str, after: str, own: _Tokens, control: frozenset[int]
 ) -> _Tokens:
-    """The tokens of a prompt that spells tokens of the template: the template's from elsewhere, its own as plain text.
+    """The tokens of a prompt that spells tokens of the template, as plain text within the template's own.
 
     Args:
         own: tokens of the template around one character.
 
     Raises:
-        UserError: the tokens do not fit together, or its own are still tokens of the template.
+        UserError: the template is not read as it is around other prompts, or the prompt still as tokens of it.
     """
-    start, end, longer = len(before), len(before) + len(text), len(text) - 1
+    start, end, rendered = len(before), len(before) + len(text), before + text + after
     prefix = [(token, span) for token, span in own if span[1] <= start]
-    suffix = [(token, (a + longer, b + longer)) for token, (a, b) in own if a > start]
-    rendered = before + text + after
-    # Read from the template's last token before the text to its first after it, which nothing merges with.
-    read_from = max((b for token, (_, b) in prefix if token in control), default=0)
-    read_to = min((a for token, (a, _) in suffix if token in control), default=len(rendered))
-    read = _without_control(tokenizer, control).encode(rendered[read_from:read_to], add_special_tokens=False)
-    spans = [(a + read_from, b + read_from) for a, b in read.offsets]
-    first, last = (prefix[-1][1][1] if prefix else 0), (suffix[0][1][0] if suffix else len(rendered))
-    content = [
-        (token, span)
-        for token, span in zip(read.ids, spans, strict=True)
-        if first <= span[0] and span[1] <= last and span[0] < end and span[1] > start
-    ]
-    edges = (content[0][1][0] - first, last - content[-1][1][1]) if content else (1, 1)
-    if any(edges) or _of(control, content):
+    suffix = [(token, (a + len(text) - 1, b + len(text) - 1)) for token, (a, b) in own if a > start]
+    # Read from the template's last token before the text to its first after it: nothing merges with these.
+    first = max((number for number, (token, _) in enumerate(prefix, 1) if token in control), default=0)
+    last = min((number for number, (token, _) in enumerate(suffix) if token in control), default=len(suffix))
+    at, to = prefix[first - 1][1][1] if first else 0, suffix[last][1][0] if last < len(suffix) else len(rendered)
+    read = _without_control(tokenizer, control, at > 0).encode(rendered[at:to], add_special_tokens=False)
+    inside = [(token, (a + at, b + at)) for token, (a, b) in zip(read.ids, read.offsets, strict=True)]
+    tokens = [*prefix[:first], *inside, *suffix[last:]]
+    begins = [token for token, span in tokens if span[1] <= start]
+    ends = [token for token, span in tokens if span[0] >= end and span[1] > end]
+    is_same = (
+        begins == [token for token, _ in prefix][: len(begins)]
+        and ends == [token for token, _ in suffix][len(suffix) - len(ends) :]
+    )
+    if not is_same or _of(control, inside):
         raise UserError(
             f"the prompt {text[:60]!r} spells a token of the model's template, which this tokenizer cannot read as"
             " plain text: leave it out"
         )
-    return [*prefix, *content, *suffix]
+    return tokens
 
 
 @lru_cache(maxsize=4)
-def _without_control(tokenizer: Any, control: frozenset[int]) -> Any:
-    """A tokenizer that reads what spells these tokens as plain text."""
+def _without_control(tokenizer: Any, control: frozenset[int], goes_on: bool = False) -> Any:
+    """A tokenizer that reads what spells these tokens as plain text.
+
+    Args:
+        goes_on: it reads what comes after something else, where some put no space before the first word.
+    """
     from tokenizers import Tokenizer
 
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in described["added_tokens"]:
         token["special"] = token["id"] in control
-    plain = Tokenizer.from_str(json.dumps(described))
+    as_text = json.dumps(described)
+    if goes_on:
+        as_text = as_text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    plain = Tokenizer.from_str(as_text)
     plain.encode_special_tokens = True
     plain.no_padding()
     plain.no_truncation()
