@@ -179,7 +179,11 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text, without special ones; what spells such a token is read as its characters."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     control = control_tokens(tokenizer)
-    return ids if control.isdisjoint(ids) else _without_control(tokenizer, control).encode(text, add_special_tokens=False).ids
+    return (
+        ids
+        if control.isdisjoint(ids)
+        else _without_control(tokenizer, control).encode(text, add_special_tokens=False).ids
+    )
 
 
 def _of(control: frozenset[int], tokens: _Tokens) -> list[int]:
