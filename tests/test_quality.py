@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from sfc.core.experiments import load_experiment
 from sfc.data.render import Role
+from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
-from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
+from sfc.saes.quality import ALL, Quality, match_features, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
 from sfc.session import Session
 from sfc.studies.study import Finished, ensure
 from sfc.studies.train import TRAIN
+from sfc.studies.train.probing import COLUMNS, pooled, pooled_features, sparse_probe
 from sfc.studies.train.rows import training_rows
 
 SITE = "blocks.0.hook_resid_post"
@@ -233,3 +236,50 @@ def test_a_corpus_of_replies_has_their_rows_and_is_measured_by_their_role(corpus
     tokens = Store(run.corpus.folder).tokens
     replies = np.bincount(tokens.prompt[tokens.role == Role.REPLY])
     assert replies.max() == 5 and (replies > 0).all()
+
+
+def test_a_sparse_probe_reads_the_features_that_tell() -> None:
+    """Of 40 columns, two of which tell the side, and one is noise a thousand times as large."""
+    random = np.random.default_rng(0)
+    positive, test = random.random(400) < 0.5, np.arange(400) >= 200
+    values = random.normal(size=(400, 40))
+    values[:, 7] += 2 * positive
+    values[:, 9] -= 1.5 * positive
+    values[:, 3] *= 1000
+    one, two, dense = (sparse_probe(values, positive, test, size) for size in (1, 2, None))
+    assert one == auroc(values[test, 7], positive[test])
+    assert one is not None and two is not None and two > one > 0.85
+    assert dense == pytest.approx(two, abs=0.05)
+    shuffled = sparse_probe(values, random.permutation(positive), test, 5)
+    assert shuffled == pytest.approx(0.5, abs=0.15)
+    assert sparse_probe(values, test, test, 1) is None
+
+
+def test_pooled_features_are_the_means_of_a_loop() -> None:
+    dictionary, x = random_dictionary(SITE), torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    prompt_of_row = np.repeat([1, 0, 2], [20, 5, 25])
+    of_features = pooled_features(dictionary, x, prompt_of_row)
+    for found, dense in ((of_features, dictionary.encode(x)), (pooled(x, prompt_of_row), x)):
+        slow = [dense[torch.from_numpy(prompt_of_row == prompt)].mean(0) for prompt in range(3)]
+        np.testing.assert_allclose(found, torch.stack(slow), atol=1e-5)
+
+
+def test_a_runs_features_tell_something_of_prompts_and_come_back_where_the_other_half_is_there(run: Run) -> None:
+    quality = pd.read_csv(run.saes.folder / "quality.csv")
+    told = quality.loc[quality["role"] == "all", COLUMNS]
+    assert ((told >= 0) & (told <= 1)).all(axis=None) and quality["matched"].isna().all()
+    sites, folders = run.experiment.activations.sites, []
+    for half in ("first", "second"):
+        saes = run.experiment.saes.model_copy(update={"half": half, "steps": 30})
+        of_half = replace(run, experiment=run.experiment.model_copy(update={"saes": saes}))
+        ensure(TRAIN, of_half)
+        folders.append(of_half.saes.folder)
+    first, second = (pd.read_csv(folder / "quality.csv") for folder in folders)
+    assert first["matched"].isna().all(), "the other half was not there yet"
+    second, density = second[second["role"] == "all"], pd.read_csv(folders[1] / "density.csv")
+    other, own = (load_dictionaries(folder, sites) for folder in folders)
+    for site, matched, chance in second[["site", "matched", "matched_chance"]].itertuples(index=False):
+        same = match_features(own[site].W_dec, other[site].W_dec)[0].same >= 0
+        live = density.loc[density["site"] == site, "all"].to_numpy() > 0
+        assert matched == pytest.approx(same[live].mean(), abs=1e-6)
+        assert 0 <= chance < 0.1

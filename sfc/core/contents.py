@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from sfc.core.errors import UserError, first_problem
 from sfc.core.files import replacing
+from sfc.core.machine import check_memory
 from sfc.core.progress import say
 
 MANIFEST = "manifest.json"
@@ -33,6 +34,8 @@ OWN_FILES = ("labels.json",)
 _CHECKSUM = "checksum"
 _NOT_CONTENTS = {MANIFEST, BEFORE, *OWN_FILES, "tensorboard", "wandb"}
 _FINGERPRINTED = re.compile(r".+-[0-9a-f]{8}")
+BYTES_PER_BYTE = 8
+"""what a table takes in memory for each byte of its file, roughly"""
 _DEEPEST = 2
 """folders between a file and the manifest that lists it, at most: `saes/NAME/SITE/cfg.json`"""
 
@@ -72,14 +75,15 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path} is {_kind(path)}, not a file: {remedy(path)}")
+                raise _no_file(path)
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist{_lost(path)}") from None
     except (IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{path} is {_kind(path)}, not a file: {remedy(path)}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): it must be a file that you may read") from None
+        raise _no_file(path) from None
+    except (OSError, ValueError) as error:  # a path with a zero byte in it is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): it must be a file that you may read") from None
 
 
 def hash_of(file: io.BufferedReader) -> str:
@@ -91,9 +95,11 @@ def read_bytes(path: Path) -> bytes:
     """What a file holds; of a file of a finished artifact, exactly what was written.
 
     Raises:
-        UserError: it is missing, cannot be read, or is damaged.
+        UserError: it is missing, cannot be read, is damaged, or is too large.
     """
     with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        check_memory(BYTES_PER_BYTE * size, f"reading {path}", "give a smaller file")
         data = file.read()
     expected = _listed(path)
     if expected is not None and (len(data) != expected.bytes or hashlib.sha256(data).hexdigest() != expected.sha256):
@@ -165,7 +171,7 @@ def parsed_json(data: bytes, path: Path) -> Any:
         UserError: it is not JSON in UTF-8.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise UserError(f"{path} is not JSON that can be read (it is nested too deeply); {remedy(path)}") from None
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
@@ -190,7 +196,7 @@ def check_sizes(folder: Path) -> None:
         except OSError:
             raise UserError(f"{path} does not exist{_lost(path)}") from None
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is {_kind(path)}, not a file: {remedy(path)}")
+            raise _no_file(path)
         if found.st_size != content.bytes:
             raise _damaged(path)
 
@@ -350,17 +356,14 @@ def _damaged(path: Path) -> UserError:
 
 def _lost(path: Path) -> str:
     try:
-        return f", but was written; {remedy(path)}" if _listed(path) is not None else ""
+        return f", but was written; {remedy(path)}" if _listed(path) is not None else ": check the path"
     except UserError:
-        return ""
+        return ": check the path"
 
 
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "a folder"
-    if path.is_fifo():
-        return "a pipe"
-    return "a link to nothing" if path.is_symlink() else "no regular file"
+def _no_file(path: Path) -> UserError:
+    kind = "a folder" if path.is_dir() else "a pipe, socket or device"
+    return UserError(f"{path} is {kind}: {remedy(path) if _artifact_above(path) else 'give an ordinary file'}")
 
 
 @lru_cache(maxsize=256)

@@ -4,21 +4,15 @@ A named pipe would wait for ever, a device would never end, and a YAML file of t
 aliases of aliases, than any machine holds. No torch here.
 """
 
-import hashlib
-import io
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sfc.core.contents import BYTES_PER_BYTE, hash_of, opened, read_bytes
 from sfc.core.errors import UserError
 from sfc.core.machine import check_memory
-
-_BYTES_PER_BYTE = 8
-"""what a table takes in memory for each byte of its file, roughly"""
 
 
 def read_text(path: Path) -> str:
@@ -27,8 +21,7 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: the file is missing, is not an ordinary one, cannot be read, is too large, or is not UTF-8.
     """
-    with _opened(path) as file:
-        data = file.read()
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -38,7 +31,7 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def hash_of_given(path: Path, bytes_per_byte: int = _BYTES_PER_BYTE) -> str:
+def hash_of_given(path: Path, bytes_per_byte: int = BYTES_PER_BYTE) -> str:
     """SHA-256 of the bytes of a file that a user gives, in hexadecimal.
 
     Args:
@@ -47,25 +40,9 @@ def hash_of_given(path: Path, bytes_per_byte: int = _BYTES_PER_BYTE) -> str:
     Raises:
         UserError: the file is missing, is not an ordinary one, cannot be read, or is too large.
     """
-    with _opened(path, bytes_per_byte) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _opened(path: Path, bytes_per_byte: int = _BYTES_PER_BYTE) -> Iterator[io.BufferedReader]:
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-            raise UserError(f"{path} is {kind}: give an ordinary file")
-        check_memory(bytes_per_byte * found.st_size, f"reading {path}", "give a smaller file")
-        with path.open("rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError) as error:  # a path with a zero byte in it is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): it must be a file that you may read") from None
+    with opened(path) as file:
+        check_memory(bytes_per_byte * os.fstat(file.fileno()).st_size, f"reading {path}", "give a smaller file")
+        return hash_of(file)
 
 
 def read_yaml(path: Path) -> Any:

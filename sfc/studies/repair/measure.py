@@ -182,8 +182,8 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     clock.lap("test prompts")
     features = _features(inputs, on_hard, on_toxic, ranking)
     if chosen[HOOK]:
-        means, features_of = tables_of(problem.ablation.baseline), session.run.saes.folder.name
-        hook = FeatureAblation.of(ranking[: chosen[HOOK]], nodes, means, features_of)
+        means, dictionaries = tables_of(problem.ablation.baseline), session.run.saes.folder.name
+        hook = FeatureAblation.of(ranking[: chosen[HOOK]], nodes, means, dictionaries)
         save_repair(hook, folder / _EXPORTS[HOOK])
     difference = None
     if chosen[WEIGHTS]:

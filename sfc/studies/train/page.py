@@ -252,6 +252,7 @@ def quality_page(finished: Finished) -> Page:
     score = finished.words.score
     rows = {role: [row for row in finished.result["quality"] if row["role"] == role] for role in (_ALL, _IN_SERIES)}
     of_all, restored = rows[_ALL], [*rows[_ALL], *({**row, "site": _IN_SERIES} for row in rows[_IN_SERIES])]
+    came_back = any(row.get("matched") is not None for row in of_all)
     fvu = [row["fvu"] for row in of_all if row["fvu"] is not None]
     return Page(
         title=f"SAE quality · {finished.result['preset']}",
@@ -259,6 +260,8 @@ def quality_page(finished: Finished) -> Page:
         summary=[
             records_table("SAEs on held-out rows (loss, score: share recovered)", _SUMMARY, of_all),
             records_table("What all features restore, errors ablated", _restored_columns(finished), restored),
+            records_table("What features tell of test prompts (AUROC)", _PROBED, of_all),
+            *([records_table("Features that came back", _MATCHED, of_all)] if came_back else []),
         ],
         sections=[
             Section("", [Figure("reconstruction", lambda: reconstruction_figure(quality))]),
@@ -286,6 +289,19 @@ _SUMMARY = {
     "site": "site", "FVU": "fvu", "cosine": "cosine", "L0": "l0", "dead": "dead_share", "loss": "loss_recovered",
     "score": "score_recovered",
 }  # fmt: skip
+
+
+_PROBED = {
+    "site": "site",
+    **{
+        f"{target}: {name}": f"probe_{target}_{column}"
+        for target in ("label", "category")
+        for name, column in {
+            "all of x": "dense", "1 feature": "1", "5": "5", "random: 1": "1_random", "5 ": "5_random",
+        }.items()
+    },
+}  # fmt: skip
+_MATCHED = {"site": "site", "in the other half": "matched", "by chance": "matched_chance"}
 
 
 def _restored_columns(finished: Finished) -> dict[str, str]:
@@ -352,6 +368,12 @@ def _guide(dense_rate: float) -> tuple[str, ...]:
         "prompt's side, and the agreement of the scores on both (1 where every prompt has its own). One dictionary at "
         "a time, and all in series, as a circuit has them. The prompts explained are discovery prompts that were not "
         "trained on.",
+        "**What features tell.** Features, averaged over the tokens of a prompt, tell its label, or its category among "
+        "all (mean over categories). Probes read one feature, five, or the whole activation, and five or one of a "
+        "dictionary of random directions; they are learned on discovery prompts, and the AUROC is of test prompts.",
+        "**Features that came back**: where SAEs were trained on the other half of the prompts, the share of the live "
+        "features that have one there of cosine 0.7, each the other's nearest; by chance: where those are turned at "
+        "random.",
         "**Splicing.** The reconstruction replaces the activation of every token at one site, except padding and "
         "the first token. Loss recovered = (ablated − spliced) / (ablated − as it is), of cross-entropies; score "
         "recovered = 1 − mean |s spliced − s| / mean |s ablated − s|, over prompts; |change| is mean |s spliced − s|. "

@@ -6,12 +6,15 @@ are measured on rows that were kept from their training, and on what they are fo
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.nodes import Nodes
@@ -33,14 +36,16 @@ from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.end_to_end import finetune
-from sfc.saes.format import load_dictionaries, save_dictionary
+from sfc.saes.format import load_dictionaries, load_dictionary, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
-from sfc.saes.quality import ALL, quality_by_role
+from sfc.saes.nulls import random_rotation
+from sfc.saes.quality import ALL, match_features, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality
 from sfc.saes.stream import shuffled_batches
 from sfc.saes.train import Progress, train_saes
 from sfc.session import Session
 from sfc.studies.discover.problem import against_counterfactuals
+from sfc.studies.train.probing import probing_quality
 from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
 
 CHECKPOINT = "checkpoint-"
@@ -212,13 +217,15 @@ _RESTORED = {
     for end in ("", "_low", "_high")
 }
 """the columns of `quality.csv`, and what `pair_figures` calls them"""
+_MATCHED = ("matched", "matched_chance")
 
 
 def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[dict[str, Any]]:
     """Measure the run's dictionaries; write `quality.csv` and `density.csv`.
 
     `quality.csv` has a row for all held-out rows of each site and one for each role among them; what splicing the
-    dictionary in costs the model, and what its features restore (see `restored`), are in the row of all. The last row,
+    dictionary in costs the model, what its features restore (see `restored`), what they tell of prompts (see
+    `probing_quality`) and whether they came back (see `_matched`) are in the row of all. The last row,
     of role `IN_SERIES`, has what the features of all sites together restore. `density.csv` has a row for each feature
     of each site, with the share of rows in which it is active, a column each for all rows and each role.
 
@@ -229,10 +236,13 @@ def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[di
     unseen = prompts_not_trained_on(run, rows)
     clean = _run_some(run, model, score, unseen["prompt"], list(dictionaries))
     figures, rates, of_features = [], {}, restored(session, dictionaries, unseen)
+    told = probing_quality(session, dictionaries)
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
         for site, dictionary in dictionaries.items():
             by_role = quality_by_role(dictionary, rows.held_out(site))
-            of_all = splicing_quality(model, score, dictionary, clean)._asdict() | of_features[site]
+            live = by_role[ALL].firing_rate > 0
+            of_all = splicing_quality(model, score, dictionary, clean)._asdict() | of_features[site] | told[site]
+            of_all |= _matched(run, dictionary, live)
             figures += [
                 {"site": site, "role": role, **measured.quality._asdict(), **(of_all if role == ALL else {})}
                 for role, measured in by_role.items()
@@ -284,6 +294,27 @@ def restored(
             measured = pair_figures(scores, smallest, run.experiment.seed)
             figures[group] = {column: measured[name] for column, name in _RESTORED.items()}
     return figures
+
+
+def _matched(run: Run, dictionary: Dictionary, live: Bool[Tensor, " d_sae"]) -> dict[str, float | None]:
+    """The share of the live features that the dictionary of the other half of the prompts has too.
+
+    With `matched_chance` as well, where that one is turned at random. None where there is none.
+    """
+    saes = run.experiment.saes
+    if saes.half is not None:
+        other_half = {"half": "second" if saes.half == "first" else "first"}
+        experiment = run.experiment.model_copy(update={"saes": saes.model_copy(update=other_half)})
+        folder = replace(run, experiment=experiment).saes.folder / dictionary.site
+        if (folder / CONFIG_FILE).is_file() and live.any():
+            other = load_dictionary(folder, dictionary.W_dec.device)
+            turned = other.W_dec @ random_rotation(other, run.experiment.seed).t()
+            shares = [
+                float((match_features(dictionary.W_dec, decoder)[0].same >= 0)[live.cpu().numpy()].mean())
+                for decoder in (other.W_dec, turned)
+            ]
+            return dict(zip(_MATCHED, shares, strict=True))
+    return dict.fromkeys(_MATCHED)
 
 
 def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: list[str]) -> CleanRuns:
