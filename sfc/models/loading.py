@@ -140,6 +140,8 @@ def load_weights(config: ModelConfig) -> tuple[Any, Any]:
         )
         if report["missing_keys"]:  # they would be random
             raise ValueError(f"its files lack weights, among them {min(report['missing_keys'])}")
+        if report["unexpected_keys"] and getattr(model.config, "quantization_config", None):  # scales without a use
+            raise ValueError(f"its weights are quantised in a way that is not known ({min(report['unexpected_keys'])})")
     except Exception as error:  # of whatever the files make transformers and its quantisers import and run
         raise _cannot_load(config, error) from None
     return model, tokenizer
