@@ -23,10 +23,9 @@ from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.format import load_dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
-from sfc.saes.quality import ALL, Quality, quality_by_role, reconstruction_quality
+from sfc.saes.quality import ALL, Quality, match_features, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
 from sfc.session import Session
-from sfc.studies.replicate.measure import match_features
 from sfc.studies.study import Finished, ensure
 from sfc.studies.train import TRAIN
 from sfc.studies.train.probing import COLUMNS, pooled, pooled_features, sparse_probe

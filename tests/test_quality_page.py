@@ -128,6 +128,6 @@ def test_a_page_says_what_was_measured_in_words_and_tables(tmp_path: Path) -> No
     assert page.count('<td class="number">0.812</td>') == page.count('<td class="number">0.938</td>') == 1
     assert page.count('<td class="number">25.00 %</td>') == 6
     assert "more than 10 % of them" in page
-    assert "Features that came back</" not in page
+    assert ">Features that came back</" not in page
     told = drawn(tmp_path, "smollm2", make_quality(matched=0.4375, probe_label_1=0.9062), make_density())
-    assert "Features that came back</" in told and told.count("0.438</td>") == told.count("0.906</td>") == 2
+    assert ">Features that came back</" in told and told.count("0.438</td>") == told.count("0.906</td>") == 2

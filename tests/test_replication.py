@@ -23,6 +23,7 @@ from sfc.run import Run
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.format import load_dictionary, save_dictionary
 from sfc.saes.nulls import rotated_dictionaries
+from sfc.saes.quality import SAME, Matching, match_features
 from sfc.session import Session
 from sfc.studies import study
 from sfc.studies.replicate import (
@@ -34,12 +35,9 @@ from sfc.studies.replicate import (
 )
 from sfc.studies.replicate import measure as matching
 from sfc.studies.replicate.measure import (
-    SAME,
-    Matching,
     chance_agreement,
     circuit_agreement,
     cosine_counts,
-    match_features,
     matched_nodes,
     share_with_partner,
     site_counts,

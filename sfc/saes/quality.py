@@ -1,7 +1,8 @@
-"""How well a dictionary reconstructs activations it was not trained on: overall, and by the tokens' roles.
+"""How well a dictionary reconstructs activations it was not trained on, and whether another one has its features.
 
-One pass over blocks of rows, so that memory does not grow with their number: means and variances are merged as in
-Chan, Golub and LeVeque 1983, which stays exact where the mean is large beside the spread.
+Figures are overall and by the tokens' roles, in one pass over blocks of rows, so that memory does not grow with their
+number: means and variances are merged as in Chan, Golub and LeVeque 1983, which stays exact where the mean is large
+beside the spread.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,11 @@ ALL = "all"
 DENSE_RATE = 0.1
 """a feature that is active on more than this share of the rows is dense: it says little about any one of them"""
 ROWS_AT_ONCE = 4096
+SAME = 0.7
+"""cosine from which on two features count as the same, as in Paulo and Belrose 2025 (Sparse Autoencoders Trained on the
+Same Data Learn Different Features)"""
+_ENTRIES = 1 << 24
+"""cosines that are in memory at once"""
 
 
 class Quality(NamedTuple):
@@ -141,3 +147,48 @@ def _sums_of_part(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> _Sum
         cosines=torch.cosine_similarity(x, x_hat, dim=1).double().sum(),
         firings=torch.bincount(indices[values > 0], minlength=dictionary.d_sae),
     )
+
+
+class Matching(NamedTuple):
+    """What the features of one dictionary have in another of the same site."""
+
+    partner: Int[np.ndarray, " features"]
+    """the feature of the other that is nearest and to which this one is nearest too; -1 where there is none"""
+    cosine: Float[np.ndarray, " features"]
+    """of the decoder direction with the nearest of the other, partner or not"""
+
+    @property
+    def same(self) -> Int[np.ndarray, " features"]:
+        """The partner where it is near enough to be the same feature, else -1."""
+        return np.where(self.cosine >= SAME, self.partner, -1)
+
+
+@torch.no_grad()
+def match_features(
+    first: Float[Tensor, "features d_in"], second: Float[Tensor, "others d_in"]
+) -> tuple[Matching, Matching]:
+    """Match the rows of two decoders: what those of the first have in the second, and the other way round.
+
+    Of features equally near, the first is the nearest. The cosines are computed in blocks of bounded size.
+    """
+    a, b = (torch.nn.functional.normalize(decoder.float(), dim=1) for decoder in (first, second))
+    near_a, near_b = [], torch.zeros(len(b), dtype=torch.long, device=b.device)
+    cosine_a, cosine_b = [], torch.full((len(b),), -torch.inf, device=b.device)
+    rows = max(_ENTRIES // len(b), 1)
+    for start in range(0, len(a), rows):
+        cosines = a[start : start + rows] @ b.T
+        of_rows, of_columns = cosines.max(1), cosines.max(0)
+        near_a.append(of_rows.indices)
+        cosine_a.append(of_rows.values)
+        nearer = of_columns.values > cosine_b
+        near_b = torch.where(nearer, start + of_columns.indices, near_b)
+        cosine_b = torch.where(nearer, of_columns.values, cosine_b)
+    nearest = torch.cat(near_a).cpu().numpy(), near_b.cpu().numpy()
+    return (
+        Matching(_mutual(nearest[0], nearest[1]), torch.cat(cosine_a).cpu().numpy()),
+        Matching(_mutual(nearest[1], nearest[0]), cosine_b.cpu().numpy()),
+    )
+
+
+def _mutual(nearest: Int[np.ndarray, " features"], of_others: Int[np.ndarray, " others"]) -> np.ndarray:
+    return np.where(of_others[nearest] == np.arange(len(nearest)), nearest, -1)

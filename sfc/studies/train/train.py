@@ -39,13 +39,12 @@ from sfc.saes.end_to_end import finetune
 from sfc.saes.format import load_dictionaries, load_dictionary, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.nulls import random_rotation
-from sfc.saes.quality import ALL, quality_by_role
+from sfc.saes.quality import ALL, match_features, quality_by_role
 from sfc.saes.splice import CleanRuns, run_clean, splicing_quality
 from sfc.saes.stream import shuffled_batches
 from sfc.saes.train import Progress, train_saes
 from sfc.session import Session
 from sfc.studies.discover.problem import against_counterfactuals
-from sfc.studies.replicate.measure import match_features
 from sfc.studies.train.probing import probing_quality
 from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
 
