@@ -343,7 +343,12 @@ def test_a_mistake_of_its_own_ends_with_one_line_too(
     ran: Ran, name: str, options: tuple[str, ...], expected: str
 ) -> None:
     before = set(ran.root.rglob(MANIFEST))
-    assert_one_line(sfc(*command(name, *options), root=ran.root), expected)
+    # Lists may be repeated: an option of the mistake takes the place of the same one, and is not added to it.
+    flags, usual = {option.partition("=")[0] for option in options}, list(command(name))
+    for flag in flags & {"--alphas", "--categories"}:
+        [place] = [number for number, option in enumerate(usual) if option.partition("=")[0] == flag]
+        del usual[place : place + (1 if "=" in usual[place] else 2)]
+    assert_one_line(sfc(*usual, *options, root=ran.root), expected)
     assert set(ran.root.rglob(MANIFEST)) == before
 
 
