@@ -54,6 +54,10 @@ class Given(NamedTuple):
     kinds: tuple[dict[str, Damage], ...]
     commands: tuple[tuple[str, ...], ...]
 
+    def __repr__(self) -> str:
+        # The functions among its kinds are named by where they lie in memory, and the sample is drawn by this.
+        return self.name
+
 
 GIVEN = (
     Given("prompts.csv", PROMPTS, (TABLE,), (
