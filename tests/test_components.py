@@ -63,7 +63,7 @@ def random_architecture(architecture: str, folder: Path) -> Model:
 
 
 def test_a_model_that_never_passes_its_mlps_site_is_refused(problem: Problem, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="never passes"):
+    with pytest.raises(UserError, match="nothing passes its hook"):
         of_components(problem, random_architecture("Granite", tmp_path))
 
 

@@ -122,12 +122,15 @@ def test_a_head_that_writes_nothing_contributes_nothing(model: Model, batches: l
     assert attribution.error < 1e-5
 
 
-@pytest.mark.parametrize(("architecture", "why"), [("Gemma2", "misses the logit difference"), ("Granite", "passes")])
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [("Gemma2", "misses the logit difference"), ("Granite", "Granite.*nothing passes its hook")],
+)
 def test_a_model_that_is_no_sum_of_such_parts_is_refused(architecture: str, why: str, tmp_path: Path) -> None:
     model = _noisy(architecture, tmp_path)
     with pytest.raises(UserError, match=why) as error:
         _attribute(model, _batched(model))
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_layers_are_sums_of_their_parts(model: Model, batches: list[Batch]) -> None:

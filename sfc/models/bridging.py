@@ -25,7 +25,7 @@ from sfc.models.batches import NO_POSITION, Batch, TemplateLayout, cache_suffixe
 from sfc.models.generation import continue_tails
 from sfc.models.interventions import recorder
 from sfc.models.linear import use_quick_products
-from sfc.models.model import Model, is_finite, not_finite
+from sfc.models.model import Model, is_finite, n_positions, not_finite
 from sfc.models.running import cached_residual_after, last_logits, logits_at
 
 _TEXTS = {
@@ -50,7 +50,7 @@ def bridged(hf: Any, tokenizer: Any, config: ModelConfig) -> Model:
         UserError: logits are not finite.
     """
     architecture, source = type(hf).__name__, config.source
-    prompts = _short_prompts(tokenizer)
+    prompts = _short_prompts(tokenizer, n_positions(hf.config))
     plain = _plain_logits(hf, prompts, source)
     use_quick_products(hf)
     with _refusing(f"TransformerLens' bridge does not fit {architecture}, the architecture of {source!r}"):
@@ -88,10 +88,11 @@ def _check_difference(model: Model, way: str, difference: float) -> None:
         )
 
 
-def _short_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
-    """Two short texts of different lengths, all content."""
+def _short_prompts(tokenizer: Any, positions: int | None) -> list[TokenizedPrompt]:
+    """Two short texts, all content, of different lengths where the model has positions for them."""
     prompts = []
-    for text, length in _TEXTS.items():
+    for text, wanted in _TEXTS.items():
+        length = min(wanted, positions or wanted)
         ids = np.resize(np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64), length)
         prompts.append(TokenizedPrompt(ids, np.full(length, Role.CONTENT)))
     return prompts
@@ -148,9 +149,17 @@ def _after_a_step(model: Model, prompts: Sequence[TokenizedPrompt]) -> Float[Ten
 
 
 def _difference(ours: Float[Tensor, "rows vocab"], plain: Float[Tensor, "rows vocab"]) -> float:
-    """The largest difference of logits, as a share of the largest of the plain ones, their mean being 0."""
+    """The largest difference of logits, as a share of the largest of the plain ones, their mean being 0.
+
+    The share is of at least 1 nat: of a model that says nothing about these texts, rounding is all there is.
+    """
     largest = (plain - plain.mean(-1, keepdim=True)).abs().max()
-    return float((ours - plain).abs().max() / largest.clamp_min(torch.finfo(torch.float32).tiny))
+    return float((ours - plain).abs().max() / largest.clamp_min(1.0))
+
+
+def _changed(x: Tensor) -> Tensor:
+    """Something else, whatever it was: neither zeros nor a constant that a norm takes away."""
+    return x.roll(1, -1) + torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
@@ -176,7 +185,7 @@ def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
         if found[:2] != batch.ids.shape or math.prod(found[2:]) != model.width(site):
             unusable[site] = f"its activations are {list(found)}, not [batch, pos, {model.width(site)}]"
         elif layer_of(site) == model.n_layers - 1 and torch.equal(
-            last_logits(model, batch, {site: lambda x: x.roll(1, -1)}, start), plain
+            last_logits(model, batch, {site: _changed}, start), plain
         ):
             without_effect.add(kind)
         if kind in without_effect:
