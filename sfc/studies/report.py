@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from sfc.behaviors.behavior import BEHAVIORS, Words
 from sfc.core.artifacts import MANIFEST, hash_of_file, write_text
+from sfc.core.contents import check, check_sizes
 from sfc.core.errors import UserError
 from sfc.core.options import Options
 from sfc.models.sources import model_identity
@@ -133,8 +134,15 @@ def _place(finished: Finished, root: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an artifact that a report may read."""
-    files = (path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".csv") and path.is_file())
+    """SHA-256 of every file of an artifact that a report may read.
+
+    Raises:
+        UserError: a file of the artifact is missing, or is not what was written.
+    """
+    check_sizes(folder)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".csv") and path.is_file()]
+    for path in files:
+        check(path)
     return {path.name: hash_of_file(path) for path in files}
 
 
