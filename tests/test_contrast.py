@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import sfc
+from commands import sfc, unlist
 
 from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.faithfulness import full_scores
@@ -65,6 +65,7 @@ def judged_by_hand(root: Path) -> Path:
     (replies,) = (root / "circuits" / "tiny").glob("behaviour-hard-all-*/replies.csv")
     table = pd.read_csv(replies, keep_default_na=False)
     assert set(table["label"]) == {"hard"} and len(table) == 80
+    unlist(replies.parent)
     write_csv(replies, table.assign(refused=table.index % 3 == 0))
     return replies
 

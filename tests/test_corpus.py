@@ -185,7 +185,7 @@ def test_a_damaged_sample_and_a_model_that_asks_nothing_are_told(sample: Path, t
     shutil.copytree(sample, run.sampled.folder)
     (run.sampled.folder / "manifest.json").unlink()
     (run.sampled.folder / "batches.jsonl").write_text("{]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"batches\.jsonl is damaged .*--rebuild"):
+    with pytest.raises(UserError, match=r"batches\.jsonl, line 1, is damaged .*--rebuild"):
         ensure(SAMPLE, run)
     with pytest.raises(UserError, match="is it a chat model"):
         ensure(SAMPLE, tiny(tmp_path, "sample.unfiltered=false", "sample.batch=2", "sample.instruction_tokens=4"))

@@ -11,7 +11,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 import pytest
-from commands import sfc
+from commands import sfc, unlist
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -48,11 +48,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change: its manifests do not list the files, as those of earlier versions."""
+    """A copy that a test may change."""
     root = Path(shutil.copytree(made, tmp_path / "root"))
-    for path in root.rglob("manifest.json"):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("contents", "checksum")}))
+    unlist(root)
     return root
 
 
