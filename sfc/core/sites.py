@@ -6,16 +6,15 @@ from typing import Literal, cast, get_args
 
 from sfc.core.errors import UserError, is_count
 
-SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
-"""Where a dictionary can read and write: activations of d_model dimensions."""
-StoredKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
-"""What a store can hold, in the order in which a block passes them; `hook_z` is the heads' outputs side by side."""
+SiteKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+"""Where dictionaries read and write, in the order in which a block passes them; `hook_z` is the heads' outputs, before
+W_O, side by side."""
 
 _SITE = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(\w+)|attn\.(hook_z))")
-_ORDER = get_args(StoredKind)
+_ORDER = get_args(SiteKind)
 
 
-def site_of(kind: StoredKind, layer: int) -> str:
+def site_of(kind: SiteKind, layer: int) -> str:
     """The hook point of a kind at a layer."""
     return f"blocks.{layer}.attn.hook_z" if kind == "hook_z" else f"blocks.{layer}.hook_{kind}"
 
@@ -45,7 +44,7 @@ def site_from_short(name: str) -> str:
     kind, _, layer = name.rpartition(".")
     if kind not in _ORDER or not is_count(layer):
         raise UserError(f"{name!r} is not a site: write for example 'resid_post.21' ({', '.join(_ORDER)})")
-    return site_of(cast(StoredKind, kind), int(layer))
+    return site_of(cast(SiteKind, kind), int(layer))
 
 
 def in_order(sites: Iterable[str]) -> list[str]:

@@ -52,12 +52,19 @@ class DictionaryConfig(BaseModel):
     d_sae: int = Field(ge=1)
     apply_b_dec_to_input: bool = True
     normalize_activations: Normalisation = "none"
-    reshape_activations: Literal["none"] = "none"
+    reshape_activations: Literal["none", "hook_z"] = "none"
+    """`hook_z`: heads are put side by side before they are encoded, as they are here in any case"""
     metadata: Metadata
 
     @property
     def site(self) -> str:
         return self.metadata.hook_name
+
+    @model_validator(mode="after")
+    def _heads_are_read_where_there_are_some(self) -> "DictionaryConfig":
+        if self.reshape_activations == "hook_z" and not self.site.endswith("hook_z"):
+            raise ValueError(f"reshape_activations is 'hook_z', but the site is {self.site}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +114,14 @@ class Architecture:
 
 
 ARCHITECTURES = Registry[Architecture]("SAE architecture")
+_UNFINISHED = "it is a checkpoint of training: save_inference_model of SAELens writes the JumpReLU SAE that it becomes"
+_REFUSED = {
+    "temporal": "what it encodes of a token depends on the tokens before it, and here features are functions of one"
+    " activation",
+    "batchtopk": _UNFINISHED,
+    "matryoshka_batchtopk": _UNFINISHED,
+}
+"""why architectures of SAELens' own are not among them"""
 
 
 def read_config(folder: Path) -> DictionaryConfig:
@@ -117,6 +132,8 @@ def read_config(folder: Path) -> DictionaryConfig:
     """
     path = folder / CONFIG_FILE
     general = read_model(path, DictionaryConfig)
+    if general.architecture in _REFUSED:
+        raise UserError(f"{path}: a {general.architecture} dictionary cannot be used: {_REFUSED[general.architecture]}")
     try:
         architecture = ARCHITECTURES[general.architecture]
     except UserError as error:
@@ -141,6 +158,12 @@ class _TopKConfig(DictionaryConfig):
         return self
 
 
+class _MatchingPursuitConfig(DictionaryConfig):
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = Field(None, ge=1)
+    stop_on_duplicate_support: bool = True
+
+
 def _shapes(*vectors: str) -> Callable[[DictionaryConfig], Shapes]:
     """The tensors of an SAE whose encoder has, beside its matrix, these vectors with an element for each feature."""
 
@@ -159,6 +182,46 @@ def _top_k(config: _TopKConfig, weights: Weights) -> "Dictionary":
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
     return TopKDictionary(weights, k=config.k, site=config.site, apply_b_dec_to_input=config.apply_b_dec_to_input)
+
+
+def _abs_top_k(config: _TopKConfig, weights: Weights) -> "Dictionary":
+    """The k features of largest magnitude, of either sign (AbsTopK), are the k largest of twice as many that have none.
+
+    Feature i of the doubled dictionary is feature i where it is positive, and feature d_sae + i is its opposite.
+    """
+    return _top_k(
+        config,
+        {
+            "W_enc": _with_opposite(weights["W_enc"], 1),
+            "b_enc": _with_opposite(weights["b_enc"], 0),
+            "W_dec": _with_opposite(weights["W_dec"], 0),
+            "b_dec": weights["b_dec"],
+        },
+    )
+
+
+def _with_opposite(weight: "Tensor", dimension: int) -> "Tensor":
+    import torch
+
+    return torch.cat([weight, -weight], dim=dimension)
+
+
+def _matching_pursuit(config: _MatchingPursuitConfig, weights: Weights) -> "Dictionary":
+    from sfc.saes.dictionary import MatchingPursuitDictionary
+
+    if not config.apply_b_dec_to_input:  # what is not subtracted is not added either
+        weights["b_dec"] = weights["b_dec"].new_zeros(config.d_in)
+    return MatchingPursuitDictionary(
+        weights,
+        site=config.site,
+        residual_threshold=config.residual_threshold,
+        steps=config.max_iterations or config.d_in,
+        stop_on_repetition=config.stop_on_duplicate_support,
+    )
+
+
+def _tied_shapes(config: DictionaryConfig) -> Shapes:
+    return {"W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
 
 
 def _jumprelu(config: DictionaryConfig, weights: Weights) -> "Dictionary":
@@ -187,8 +250,10 @@ def _gated(config: DictionaryConfig, weights: Weights) -> "Dictionary":
 
 for architecture in (
     Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig, ("topk", "relu")),
+    Architecture("abstopk", _shapes("b_enc"), _abs_top_k, _TopKConfig),
     Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu, activations=("jumprelu", "relu")),
     Architecture("standard", _shapes("b_enc"), _standard),
     Architecture("gated", _shapes("b_gate", "b_mag", "r_mag"), _gated),
+    Architecture("matching_pursuit", _tied_shapes, _matching_pursuit, _MatchingPursuitConfig),
 ):
     ARCHITECTURES.register(architecture)

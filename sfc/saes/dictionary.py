@@ -4,7 +4,8 @@ A dictionary always works in the model's own units: any scaling that training us
 `x_hat = f @ W_dec + b_dec` is comparable with the activation x itself and the error is simply `x - x_hat`.
 
 There are dictionaries whose k largest features are active, dictionaries whose features are active above a threshold
-(JumpReLU, standard and gated SAEs), and both of them behind a normalisation of each activation.
+(JumpReLU, standard and gated SAEs), dictionaries whose features are found one after the other (matching pursuit), and
+all of them behind a normalisation of each activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -188,9 +189,7 @@ class JumpReLUDictionary(LinearDecoder):
         What is kept for the backward pass is of the size of the result, not `[rows, d_sae]`.
         """
         with torch.no_grad():
-            f = self.encode(x)
-            entries = max([1, *(f > 0).sum(dim=1).tolist()])
-            values, indices = f.topk(entries, dim=1, sorted=False)
+            values, indices = _active(self.encode(x))
         if torch.is_grad_enabled() and x.requires_grad:
             pre = row_dots(self._encoder_input(x), indices, self.W_enc.t()) + self.b_enc[indices]
             values = torch.where(values > 0, pre, 0.0)
@@ -198,6 +197,66 @@ class JumpReLUDictionary(LinearDecoder):
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.apply_b_dec_to_input else x
+
+
+def _active(f: Float[Tensor, "rows d_sae"]) -> Sparse:
+    """The features that are not 0, padded to the fullest row; differentiable with respect to f."""
+    entries = max([1, *(f > 0).sum(dim=1).tolist()])
+    return Sparse(*f.topk(entries, dim=1, sorted=False))
+
+
+class MatchingPursuitDictionary(LinearDecoder):
+    """A matching-pursuit SAE (Costa et al. 2025): features are found one after the other.
+
+    What is left of `x - b_dec` is projected on the direction in which it is longest; the projection is added to that
+    feature's value and taken away from what is left; and so on. A row is finished when a feature comes a second time,
+    when less than `residual_threshold` is left, or after all steps. The weights are frozen.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        site: str,
+        residual_threshold: float,
+        steps: int,
+        stop_on_repetition: bool,
+    ) -> None:
+        """`weights` holds W_dec, the directions to project on and to add up, and b_dec."""
+        super().__init__({name: weights[name] for name in ("W_dec", "b_dec")}, site)
+        self.residual_threshold = residual_threshold
+        self.steps = steps
+        self.stop_on_repetition = stop_on_repetition
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Feature values, dense; differentiable where the features come in the same order."""
+        rows, shape = pack([x], "* d_in")
+        left = rows - self.b_dec
+        support = torch.zeros(len(left), self.d_sae, dtype=torch.bool, device=left.device)
+        going = torch.ones(len(left), 1, dtype=torch.bool, device=left.device)
+        values, indices = [left.new_zeros(len(left), 0)], [support.new_zeros(len(left), 0, dtype=torch.long)]
+        for _ in range(self.steps):
+            if not going.any():
+                break
+            with torch.no_grad():
+                chosen = (left @ self.W_dec.t()).argmax(dim=1, keepdim=True)
+            directions = self.W_dec[chosen[:, 0]]
+            value = (left * directions).sum(dim=1, keepdim=True).relu() * going
+            left = left - value * directions
+            values.append(value)
+            indices.append(chosen)
+            with torch.no_grad():
+                if self.stop_on_repetition:
+                    going = going & (value > 0) & ~support.gather(1, chosen)
+                    support.scatter_(1, chosen, True)
+                if self.residual_threshold > 0:
+                    going = going & (left.norm(dim=1, keepdim=True) >= self.residual_threshold)
+        dense = left.new_zeros(len(left), self.d_sae).scatter_add(1, torch.cat(indices, 1), torch.cat(values, 1))
+        return unpack(dense, shape, "* d_sae")[0]
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
+        """Values and indices of the active features, each once, padded to the fullest row."""
+        return _active(self.encode(x))
 
 
 RowNormalisation = Literal["constant_norm_rescale", "layer_norm"]
