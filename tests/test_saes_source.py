@@ -19,7 +19,8 @@ from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import TopKDictionary
-from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.saes.format import load_dictionaries
+from sfc.saes.published import fetch_pretrained
 from sfc.saes.source import EMBEDDED_DICTIONARIES
 from sfc.session import Session
 from sfc.studies.discover import DISCOVER, circuit_of
@@ -207,7 +208,7 @@ def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .ID no-such-id not found"),
+        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .SAE ID 'no-such-id' not found"),
         ("no/folder", "no/folder is neither a folder nor a dictionary of a release that SAELens knows"),
     ],
 )

@@ -138,14 +138,18 @@ class SampleOptions(Options):
         return self.model_dump(exclude={"tokens"})
 
 
+Source = str | Annotated[dict[SiteKind, str], Field(min_length=1)]
+"""where dictionaries come from: one source for all kinds of sites, or one for each"""
+
+
 class SaeConfig(Section):
     """The top-k sparse autoencoders, one per site."""
 
-    source: str | None = Field(
+    source: Source | None = Field(
         None,
-        description="use these instead of training: embedded, those that come with the package; a folder of SAELens"
+        description="use these instead of training: embedded, those that come with the package; a folder of"
         " dictionaries (one subfolder per site, or one dictionary); or a pretrained release/sae_id; {layer} stands for"
-        " the layer",
+        " the layer; or one of them for each kind of site, such as {resid_post: …, mlp_out: …}",
     )
     min_variance_explained: float = Field(
         0.5,

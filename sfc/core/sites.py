@@ -47,6 +47,28 @@ def site_from_short(name: str) -> str:
     return site_of(cast(SiteKind, kind), int(layer))
 
 
+_IN_LAYER = {
+    "": "resid_post",
+    "mlp": "mlp_out",
+    "post_feedforward_layernorm": "mlp_out",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "self_attn.o_proj.input": "hook_z",
+}
+"""the site of what a module of a transformers layer puts out, by its name there"""
+_MODULE = re.compile(r"(?:[\w.]+\.)?(?:layers|h)\.(\d{1,9})\.?([\w.]*)")
+
+
+def site_named(name: str) -> str:
+    """The site that a name from elsewhere means, such as `model.layers.12` or `layers.12.mlp`; itself where none is."""
+    if short := re.fullmatch(r"blocks\.(\d{1,9})\.hook_z", name):
+        return site_of("hook_z", int(short[1]))
+    match = _MODULE.fullmatch(name)
+    kind = match and _IN_LAYER.get(match[2].removesuffix("output").removesuffix("."))
+    return site_of(cast(SiteKind, kind), int(match[1])) if match and kind else name
+
+
 def in_order(sites: Iterable[str]) -> list[str]:
     """The sites in the order in which a model passes them, each once."""
     return sorted(set(sites), key=lambda site: (layer_of(site), _ORDER.index(kind_of(site))))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sfc.core.artifacts import read_model
 from sfc.core.errors import UserError
 from sfc.core.registry import Registry
+from sfc.core.sites import site_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class Metadata(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     hook_name: str
-    """the site it was trained at"""
+    """the site it was trained at, or another name of it (see `site_named`)"""
 
 
 class DictionaryConfig(BaseModel):
@@ -58,7 +59,7 @@ class DictionaryConfig(BaseModel):
 
     @property
     def site(self) -> str:
-        return self.metadata.hook_name
+        return site_named(self.metadata.hook_name)
 
     @model_validator(mode="after")
     def _heads_are_read_where_there_are_some(self) -> "DictionaryConfig":

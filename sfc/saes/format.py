@@ -1,8 +1,9 @@
 """Dictionaries in SAELens' own format: a folder for each, with `cfg.json` and `sae_weights.safetensors`.
 
 `sae_lens.SAE.load_from_disk(folder)` reads what is written here, and what SAELens writes is read here without importing
-sae_lens, which takes seconds: only pretrained dictionaries from a model hub are fetched by SAELens itself. Whatever it
-computes after loading is folded into the weights where it can be (see `sfc.saes.architectures`).
+sae_lens, which takes seconds: only what others publish in other formats is converted by SAELens itself (see
+`sfc.saes.published`). Whatever it computes after loading is folded into the weights where it can be (see
+`sfc.saes.architectures`).
 """
 
 from collections.abc import Sequence
@@ -105,27 +106,3 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> Weights:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (SafetensorError, OSError, ValueError, KeyError) as error:  # the last two: of a type PyTorch does not have
         raise UserError(f"{path} cannot be read ({error}); {remedy(path)}") from None
-
-
-def fetch_pretrained(name: str, folder: Path) -> None:
-    """Fetch the dictionary `release/sae_id` and write it into `folder` in SAELens' format.
-
-    The release is one of SAELens' list, or a hub repository `owner/name`. SAELens converts it from the form in which
-    it was published, and folds the release's scaling factor into the weights.
-
-    Raises:
-        UserError: SAELens cannot fetch it.
-    """
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    parts = name.split("/")
-    owner = 1 if parts[0] in get_pretrained_saes_directory() else 2
-    release, sae_id = "/".join(parts[:owner]), "/".join(parts[owner:])
-    if not sae_id:
-        raise UserError(f"saes.source: {name} is neither a folder nor a dictionary of a release that SAELens knows")
-    try:
-        SAE.from_pretrained(release, sae_id).save_model(folder)
-    except Exception as error:  # whatever its many loaders and the network raise, the user has to know
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"saes.source: SAELens cannot fetch {sae_id!r} of {release!r} ({reason})") from error

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.artifacts import replacing
-from sfc.core.config import Experiment
+from sfc.core.config import Experiment, Source
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.schema import keyed_numbers, keyed_ranks
@@ -26,10 +26,11 @@ from sfc.models.loading import Model, choose_device
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.format import fetch_pretrained, load_dictionary
+from sfc.saes.format import load_dictionary
 from sfc.saes.plan import TokenTable, joined, plan_batches
+from sfc.saes.published import in_saelens_format
 from sfc.saes.quality import ALL, quality_by_role
-from sfc.saes.source import check_site, for_layer, local_dictionaries
+from sfc.saes.source import check_site, local_dictionaries, source_of
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
 from sfc.session import Session
@@ -144,7 +145,9 @@ def _with_held_out(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return table.assign(held_out=held_out, trained=trained)
 
 
-def adopt_dictionaries(run: Run, source: str, folder: Path, held_out: Callable[[str], Iterable[HeldOutBlock]]) -> None:
+def adopt_dictionaries(
+    run: Run, source: Source, folder: Path, held_out: Callable[[str], Iterable[HeldOutBlock]]
+) -> None:
     """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`, once it is known to fit.
 
     Args:
@@ -157,13 +160,10 @@ def adopt_dictionaries(run: Run, source: str, folder: Path, held_out: Callable[[
     local = local_dictionaries(source, sites)
     with progress_bar("checking", len(sites), "dictionaries") as progress:
         for site in sites:
-            if local:
-                _adopt(run, local[site], folder / site, held_out(site))
-            else:
-                with TemporaryDirectory(dir=folder, prefix=".fetched-") as fetched:
-                    fetch_pretrained(for_layer(source, site), Path(fetched))
-                    check_site(Path(fetched), site)
-                    _adopt(run, Path(fetched), folder / site, held_out(site))
+            with TemporaryDirectory(dir=folder, prefix=".fetched-") as scratch:
+                origin = in_saelens_format(source_of(source, site), local.get(site), Path(scratch))
+                check_site(origin, site)
+                _adopt(run, origin, folder / site, held_out(site))
             progress(1)
 
 
