@@ -59,6 +59,11 @@ class DictionaryConfig(BaseModel):
     def site(self) -> str:
         return self.metadata.hook_name
 
+    @property
+    def reads(self) -> str:
+        """The site whose activation is encoded: the same, but for transcoders."""
+        return self.site
+
     @model_validator(mode="before")
     @classmethod
     def _as_saelens_6_has_it(cls, values: Any) -> Any:
