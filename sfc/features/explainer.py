@@ -22,12 +22,11 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
 from sfc.features.claims import weighted_auroc
 from sfc.features.contexts import Evidence
-from sfc.features.labels import CARDS_FILE
+from sfc.features.labels import CARDS_FILE, read_cards
 
 KEY = "SFC_EXPLAINER_KEY"
 _SHOWN, _QUIET, _JUDGED = 10, 5, 10
@@ -53,10 +52,9 @@ class LabelOptions(Options):
 
 def unexplained(folder: Path, options: LabelOptions) -> list[str]:
     """The features of a finished circuit that lack the explanation that is asked for."""
-    path = folder / CARDS_FILE
-    if options.explainer is None or not path.is_file():
+    if options.explainer is None or not (folder / CARDS_FILE).is_file():
         return []
-    features = read_json(path)["features"]
+    features = read_cards(folder)["features"]
     return [
         name for name, card in features.items() if card.get("explanation", {}).get("model") != options.explainer_model
     ]
