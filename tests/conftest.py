@@ -23,7 +23,7 @@ from sfc.models.judge import is_refusal
 from sfc.models.loading import Model, load_model
 from sfc.models.score import RefusalScore
 from sfc.saes.collect import collect
-from sfc.saes.dictionary import Dictionary, TopKDictionary
+from sfc.saes.dictionary import Dictionary, TopKDictionary, Transcoder
 from sfc.saes.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
@@ -101,6 +101,23 @@ def random_dictionary(site: str, d_in: int = 32, d_sae: int = 48, k: int = 6, se
         "b_dec": 0.1 * torch.randn(d_in, generator=random),
     }
     return TopKDictionary(weights, k=k, site=site)
+
+
+def random_transcoder(
+    reads: str, writes: str, *, skip: bool, seed: int = 0, d: int = 32, d_sae: int = 48
+) -> Transcoder:
+    """A transcoder with random weights, about a fifth of whose features are active."""
+    random = torch.Generator().manual_seed(seed)
+    weights = {
+        "W_enc": torch.randn(d, d_sae, generator=random) / d**0.5,
+        "b_enc": 0.1 * torch.randn(d_sae, generator=random),
+        "threshold": 0.5 + torch.rand(d_sae, generator=random),
+        "W_dec": 0.3 * torch.randn(d_sae, d, generator=random),
+        "b_dec": 0.1 * torch.randn(d, generator=random),
+    }
+    if skip:
+        weights["W_skip"] = 0.3 * torch.randn(d, d, generator=random) / d**0.5
+    return Transcoder(weights, reads=reads, writes=writes)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""Counterfactual ablation against a slow, obvious oracle, and its three laws, on four architectures."""
+"""Counterfactual ablation against a slow, obvious oracle, and its three laws, on five architectures."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import random_model
-from conftest import random_dictionary
+from conftest import random_dictionary, random_transcoder
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
@@ -21,7 +22,7 @@ from sfc.circuits.methods.attribution import attributed_effects, integrated_effe
 from sfc.circuits.methods.exact import exact_effects
 from sfc.circuits.nodes import Nodes, Sources
 from sfc.circuits.problem import Problem, PromptRuns
-from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps
+from sfc.circuits.spaces import NodeSpace, checked, heads_and_mlps, sites_of
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import experiment_of, load_experiment
@@ -69,13 +70,26 @@ def paired_problem(
     ), prompts
 
 
-@pytest.fixture(scope="module", params=["Llama", "GPT2", "GPTNeoX", "Qwen2"])
+@pytest.fixture(scope="module", params=["Llama", "GPT2", "GPTNeoX", "Qwen2", "Gemma2"])
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return random_architecture(request.param, tmp_path_factory.mktemp("model"))
 
 
 def features() -> dict[str, NodeSpace]:
     return {site: random_dictionary(site, seed=number) for number, site in enumerate(SITES)}
+
+
+def transcoders() -> dict[str, NodeSpace]:
+    """Behind an SAE of the whole stream, one that reads what a norm divides, and one with a skip connection."""
+    first, second = "blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out"
+    return {
+        SITES[0]: random_dictionary(SITES[0]),
+        first: random_transcoder("blocks.1.ln2.hook_normalized", first, skip=False),
+        second: random_transcoder("blocks.2.mlp.hook_in", second, skip=True, seed=1),
+    }
+
+
+SPACES = {"features": lambda _model: features(), "transcoders": lambda _model: transcoders()}
 
 
 def components(model: Model) -> dict[str, NodeSpace]:
@@ -92,36 +106,55 @@ def alone(model: Model, prompt: TokenizedPrompt, layout: TemplateLayout, sites: 
     return seen
 
 
+def pieces(space: NodeSpace, read: Tensor, x: Tensor) -> list[Tensor]:
+    """What each node of a site that is no feature adds to the activation x of one token."""
+    if space.d_sae == 0:
+        return [
+            torch.block_diag(*part).sum(0) for part in torch.eye(space.n_parts)[:, :, None] * x.view(space.n_parts, -1)
+        ]
+    skip = [space.W_skip @ read] if space.n_parts == 2 else []  # pyright: ignore
+    return [x - space.decode(space.encode(read)) - sum(skip), *skip]
+
+
 def oracle(problem: Problem, prompts: list[TokenizedPrompt], mask: Tensor) -> np.ndarray:
     """One pair at a time, one token at a time, dense, straight from the definition."""
     model, ablation = problem.model, problem.ablation
     masks, layout, scores = ablation.nodes.split(mask), ablation.baseline.layout, []
     for pair, (p, c) in enumerate(zip(PROMPT, COUNTERFACTUAL, strict=True)):
-        of_p, of_c = (alone(model, prompts[i], layout, ablation.nodes.sites) for i in (p, c))
+        of_p, of_c = (alone(model, prompts[i], layout, tuple(sites_of(ablation.dictionaries))) for i in (p, c))
+        current: dict[str, Tensor] = {}
 
-        def hook(site: str, of_p=of_p, of_c=of_c):
+        def hook(site: str, of_p=of_p, of_c=of_c, current=current):
             def act(activation: Tensor) -> Tensor:
                 space, m, result = ablation.dictionaries[site], masks[site], activation.clone()
-                m_feature, m_error = m[: space.d_sae], m[space.d_sae :]
-                m_error = {"ablate": 0 * m_error, "keep-current": 0 * m_error + 1}.get(ablation.error_mode, m_error)
-                m_error = m_error.repeat_interleave(space.d_in // space.n_parts)
+                current[site] = activation
                 for position in range(1, activation.shape[1]):
-                    x, x_c = activation[0, position], of_c[site][0, position]
-                    f, f_c = space.encode(x), space.encode(x_c)
-                    error, error_c = x - space.decode(f), x_c - space.decode(f_c)
+                    (x, read), (x_c, read_c), (x_p, read_p) = (
+                        (of[site][0, position], of[space.reads][0, position]) for of in (current, of_c, of_p)
+                    )
+                    parts, parts_c = pieces(space, read, x), pieces(space, read_c, x_c)
+                    m_feature, m_parts = m[: space.d_sae], m[space.d_sae :].clone()
+                    if space.d_sae:
+                        m_parts[0] = {"ablate": 0, "keep-current": 1, "keep-clean": 0}.get(
+                            ablation.error_mode, m_parts[0]
+                        )
                     if ablation.error_mode == "keep-clean":
-                        x_p = of_p[site][0, position]
-                        error, error_c = torch.zeros_like(x), x_p - space.decode(space.encode(x_p))
-                        m_error = torch.zeros_like(x)
-                    mixed = space.decode(m_feature * f + (1 - m_feature) * f_c)
-                    result[0, position] = mixed + m_error * error + (1 - m_error) * error_c
+                        parts_c[0] = pieces(space, read_p, x_p)[0]
+                    result[0, position] = space.decode(
+                        m_feature * space.encode(read) + (1 - m_feature) * space.encode(read_c)
+                    )
+                    for kept, part, part_c in zip(m_parts, parts, parts_c, strict=True):
+                        result[0, position] += kept * part + (1 - kept) * part_c
                 return result
 
             return act
 
+        hooks = {site: recorder(current, site) for site in sites_of(ablation.dictionaries)}
+        hooks |= {site: hook(site) for site in masks}
+
         batch = make_batches([prompts[p]], layout, 1, model.device)[0].with_pairs(torch.tensor([pair]))
         with torch.no_grad():
-            logits = last_logits(model, batch, {site: hook(site) for site in masks})
+            logits = last_logits(model, batch, hooks)
         scores.append(float(problem.score(logits, batch)))
     return np.array(scores)
 
@@ -141,32 +174,36 @@ def scores_of(problem: Problem, keep: np.ndarray) -> np.ndarray:
     return ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, keep)
 
 
+@pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("mode", ["ablate", "node", "keep-current", "keep-clean"])
-def test_packed_circuits_agree_with_the_oracle(network: Model, mode: str) -> None:
-    problem, prompts = paired_problem(network, features(), mode)
-    keep = np.random.default_rng(0).random((3, problem.ablation.nodes.n_nodes)) < 0.5
+def test_packed_circuits_agree_with_the_oracle(network: Model, mode: str, spaces: Callable) -> None:
+    problem, prompts = paired_problem(network, spaces(network), mode)
+    keep = np.random.default_rng(0).random((2, problem.ablation.nodes.n_nodes)) < 0.5
     for fast, kept in zip(scores_of(problem, keep), keep, strict=True):
         np.testing.assert_allclose(fast, oracle(problem, prompts, torch.from_numpy(kept).float()), atol=1e-4)
 
 
-@pytest.mark.parametrize("of_features", [True, False], ids=["features", "components"])
+@pytest.mark.parametrize("spaces", [*SPACES.values(), components], ids=[*SPACES, "components"])
 @pytest.mark.parametrize("mode", ["ablate", "node"])
 def test_law_nothing_kept_is_the_counterfactual_and_everything_kept_is_the_model(
-    network: Model, mode: str, of_features: bool
+    network: Model, mode: str, spaces: Callable
 ) -> None:
-    problem, prompts = paired_problem(network, features() if of_features else components(network), mode)
+    problem, prompts = paired_problem(network, spaces(network), mode)
     keep = np.array([[False], [True]]).repeat(problem.ablation.nodes.n_nodes, axis=1)
     nothing, everything = scores_of(problem, keep)
     full = full_scores(network, problem.score, problem.runs)
     of_counterfactuals = counterfactual_scores(problem, prompts)
     np.testing.assert_allclose(nothing, of_counterfactuals, atol=1e-5)
     assert np.abs(full - of_counterfactuals).max() > 0.01, "the two sides of a pair differ"
-    if mode == "node" or not of_features:
+    if mode == "node" or not problem.ablation.nodes.is_error.any():
         np.testing.assert_allclose(everything, full, atol=1e-4)
 
 
-def test_law_a_circuit_that_cannot_hear_the_prompt_scores_as_the_counterfactual(network: Model) -> None:
-    problem, prompts = paired_problem(network, features(), "ablate")
+@pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
+def test_law_a_circuit_that_cannot_hear_the_prompt_scores_as_the_counterfactual(
+    network: Model, spaces: Callable
+) -> None:
+    problem, prompts = paired_problem(network, spaces(network), "ablate")
     nodes = problem.ablation.nodes
     keep = np.random.default_rng(1).random((4, nodes.n_nodes)) < 0.5
     heard = scores_of(problem, keep)
@@ -184,13 +221,13 @@ def test_some_components_kept_agree_with_the_oracle(network: Model) -> None:
 
 
 def test_law_attributions_of_a_site_sum_to_what_the_difference_does_and_are_signed_by_the_side(network: Model) -> None:
-    for spaces in (features(), components(network)):
+    for spaces in (features(), transcoders(), components(network)):
         problem, prompts = paired_problem(network, spaces, "node")
         nodes, baseline = problem.ablation.nodes, problem.ablation.baseline
         for batch, prefix in problem.runs:
             effects = attributed_effects(problem, batch, prefix)
             undirected = score_gradients(replace(problem, score=problem.score.score), batch, prefix)  # pyright: ignore
-            for site, (x, g) in undirected.items():
+            for site, (x, g, _) in undirected.items():
                 of_site = effects.by_prompt[:, nodes.site_numbers == nodes.sites.index(site)].sum(1)
                 for row, pair in enumerate(batch.pair.tolist()):
                     own = slice(1, int(batch.lengths[row]))
@@ -202,23 +239,35 @@ def test_law_attributions_of_a_site_sum_to_what_the_difference_does_and_are_sign
 
 
 def test_attribution_of_single_features_is_that_of_dense_ones(network: Model) -> None:
-    problem, prompts = paired_problem(network, features(), "node")
-    site, layout = SITES[1], problem.ablation.baseline.layout
-    space = problem.ablation.dictionaries[site]
-    for batch, prefix in problem.runs:
-        fast = problem.ablation.nodes.split(attributed_effects(problem, batch, prefix).by_prompt)[site]
-        x, g = score_gradients(problem, batch, prefix)[site]
-        for row, pair in enumerate(batch.pair.tolist()):
-            own = slice(1, int(batch.lengths[row]))
-            x_c = alone(network, prompts[COUNTERFACTUAL[pair]], layout, (site,))[site][0, 1:]
-            moved = space.encode(x[row, own]) - space.encode(x_c)
-            slow = ((g[row, own] @ space.W_dec.T) * moved).sum(0)
-            torch.testing.assert_close(fast[row, :-1], slow, atol=1e-4, rtol=1e-3)
+    for problem, prompts in (paired_problem(network, spaces, "node") for spaces in (features(), transcoders())):
+        site, layout = problem.ablation.nodes.sites[-1], problem.ablation.baseline.layout
+        space = problem.ablation.dictionaries[site]
+        for batch, prefix in problem.runs:
+            fast = problem.ablation.nodes.split(attributed_effects(problem, batch, prefix).by_prompt)[site]
+            x, g, read = score_gradients(problem, batch, prefix)[site]
+            for row, pair in enumerate(batch.pair.tolist()):
+                own = slice(1, int(batch.lengths[row]))
+                of_c = alone(network, prompts[COUNTERFACTUAL[pair]], layout, (site, space.reads))
+                read_c, x_c = of_c[space.reads][0, 1:], of_c[site][0, 1:]
+                moved = space.encode(read[row, own]) - space.encode(read_c)
+                slow = [*((g[row, own] @ space.W_dec.T) * moved).sum(0)]
+                for part in range(space.n_parts):
+                    of_tokens = zip(g[row, own], read[row, own], x[row, own], read_c, x_c, strict=True)
+                    slow.append(
+                        sum(
+                            g @ (pieces(space, r, x)[part] - pieces(space, r_c, x_c)[part])
+                            for g, r, x, r_c, x_c in of_tokens
+                        )
+                    )
+                torch.testing.assert_close(fast[row], torch.stack(slow), atol=1e-4, rtol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def paired(tmp_path_factory: pytest.TempPathFactory) -> tuple[Problem, list[TokenizedPrompt]]:
-    return paired_problem(random_architecture("Llama", tmp_path_factory.mktemp("model")), features(), "node")
+@pytest.fixture(scope="module", params=SPACES.values(), ids=SPACES)
+def paired(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Problem, list[TokenizedPrompt]]:
+    model = random_architecture("Llama", tmp_path_factory.mktemp("model"))
+    return paired_problem(model, request.param(model), "node")
 
 
 def test_exact_effects_are_what_setting_one_node_to_the_counterfactual_does(
@@ -227,7 +276,7 @@ def test_exact_effects_are_what_setting_one_node_to_the_counterfactual_does(
     """At the last site, where a node's own ablation leaves all others as they are."""
     problem, prompts = paired
     nodes = problem.ablation.nodes
-    chosen = np.flatnonzero(nodes.site_numbers == 1)[[0, 7, 20, 48]]
+    chosen = np.flatnonzero(nodes.site_numbers == len(nodes.sites) - 1)[[0, 7, 20, 48, -1]]
     full = full_scores(problem.model, problem.score, problem.runs)
     for node, exact in zip(chosen, exact_effects(problem, chosen.tolist()), strict=True):
         mask = torch.ones(nodes.n_nodes).index_fill(0, torch.tensor([node]), 0.0)
@@ -242,9 +291,9 @@ def test_law_integrated_gradients_sum_to_what_the_site_of_the_counterfactual_doe
     effects = np.zeros((len(PROMPT), nodes.n_nodes))
     for batch, prefix in problem.runs:
         effects[batch.prompts] = integrated_effects(problem, batch, prefix, steps=40).by_prompt
-    for site in (0, 1):
-        here = nodes.site_numbers == site
-        one = {SITES[site]: problem.ablation.dictionaries[SITES[site]]}
+    for number, site in enumerate(nodes.sites):
+        here = nodes.site_numbers == number
+        one = {site: problem.ablation.dictionaries[site]}
         only = replace(problem.ablation, nodes=Nodes.of_spaces(one), dictionaries=one)
         ablated = scores_of(replace(problem, ablation=only), np.zeros((1, here.sum()), dtype=bool))[0]
         lost = full_scores(problem.model, problem.score, problem.runs) - ablated
@@ -255,8 +304,12 @@ def test_law_out_edges_of_a_node_sum_to_its_effect(paired: tuple[Problem, list[T
     problem, _ = paired
     nodes = problem.ablation.nodes
     effects = METHODS["attribution"].rank(problem).effect
-    (between,) = attribution_weights(problem, range(nodes.n_nodes))
-    np.testing.assert_allclose(between.weight.sum(1), effects[between.sources], atol=1e-4)
+    out = np.zeros(nodes.n_nodes)
+    for between in attribution_weights(problem, range(nodes.n_nodes)):
+        out[between.sources] += between.weight.sum(1)
+    # From an MLP to what comes after it, and from the stream to that, nodes are also heard around all sites.
+    heard = nodes.site_numbers < (1 if nodes.sites[-1] == SITES[1] else 0)
+    np.testing.assert_allclose(out[heard], effects[heard], atol=1e-4)
 
 
 def test_the_mask_is_differentiable(paired: tuple[Problem, list[TokenizedPrompt]]) -> None:
@@ -350,7 +403,12 @@ def test_what_a_mask_learns_depends_on_the_weight_of_the_divergence(
 def test_other_dictionaries_need_no_other_runs(paired: tuple[Problem, list[TokenizedPrompt]]) -> None:
     """Those of a null, say."""
     problem, _ = paired
-    others = {site: random_dictionary(site, d_sae=40, k=5, seed=7 + number) for number, site in enumerate(SITES)}
+    others = {
+        site: random_dictionary(site, d_sae=40, k=5, seed=7 + number)
+        if space.reads == site
+        else random_transcoder(space.reads, site, skip=False, seed=7 + number, d_sae=40)
+        for number, (site, space) in enumerate(problem.ablation.dictionaries.items())
+    }
     again, _ = paired_problem(problem.model, others, "ablate")
     baseline = problem.ablation.baseline.with_spaces(others)
     ablation = Ablation(Nodes.of_spaces(others), others, baseline, "ablate")

@@ -101,7 +101,7 @@ def test_the_law_holds_at_sites_before_which_no_block_has_run(elsewhere: Problem
 def test_gradients_are_of_what_an_intervention_at_the_site_changes(elsewhere: Problem) -> None:
     """Finite differences. What the MLP reads is no part of the stream around it, which must not count."""
     batch, prefix = next(iter(elsewhere.runs))
-    for site, (x, g) in score_gradients(elsewhere, batch, prefix).items():
+    for site, (x, g, _) in score_gradients(elsewhere, batch, prefix).items():
         step = 1e-3 * x.norm() * g / g.norm()
         moved = [{site: lambda _, x=x + d: x} for d in (step, -step)]
         above, below = (score_batch(elsewhere.model, elsewhere.score, batch, act, prefix).sum() for act in moved)

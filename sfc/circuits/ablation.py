@@ -4,9 +4,13 @@ Sites run in their order, and each dictionary encodes the *current* x. With m th
 `x <- x_hat(m f + (1 - m) f_ref) + m_error (x - x_hat(f)) + (1 - m_error) error_ref`. Padding and the attention sink
 are never touched. Since decoding is linear, the part that does not depend on x is known before the run (for means per
 template position a small table, a row per circuit and template position), and the rest is one sparse decoding.
+
+A transcoder encodes what the same run brings to the site that it reads, and x is what is written. Its skip connection S
+is a node with a mask of its own: `+ m_skip S x_read + (1 - m_skip) skip_ref`, and the error is what features and skip
+together miss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +18,12 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfc.circuits.baselines import Baseline, by_coordinate
+from sfc.circuits.baselines import Baseline
 from sfc.circuits.nodes import ERROR, Nodes
 from sfc.circuits.options import ErrorMode
-from sfc.circuits.spaces import NodeSpace
+from sfc.circuits.spaces import NodeSpace, by_coordinate, left_over, sites_of, together
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, recorder
+from sfc.models.interventions import Intervention, chained, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, run_to
 
@@ -48,18 +52,28 @@ class Ablation:
         if self.error_mode != "keep-clean":
             return self
         seen: dict[str, Tensor] = {}
-        sites = [site for site, space in self.dictionaries.items() if space.part_kind == ERROR]
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, self.nodes.sites[-1], cached)
-        return replace(self, clean_errors={site: self._error(site, x.float()) for site, x in seen.items()})
+        spaces = {site: space for site, space in self.dictionaries.items() if ERROR in space.part_kinds}
+        run_to(model, batch, {site: recorder(seen, site) for site in sites_of(spaces)}, self.nodes.sites[-1], cached)
+        return replace(
+            self,
+            clean_errors={
+                site: _error(space, seen[space.reads].float(), seen[site].float()) for site, space in spaces.items()
+            },
+        )
 
     def interventions(
-        self, keep: Float[Tensor, "circuits nodes"], circuit: Int[Tensor, " batch"], batch: Batch
+        self,
+        keep: Float[Tensor, "circuits nodes"],
+        circuit: Int[Tensor, " batch"],
+        batch: Batch,
+        sites: Collection[str] | None = None,
     ) -> dict[str, Intervention]:
         """Interventions under which row b of the batch runs with the circuit `keep[circuit[b]]`.
 
         Args:
             keep: masks between 0 and 1; differentiable.
             batch: with `keep-clean` the one that `for_batch` was given, or that one repeated.
+            sites: act at these alone.
 
         Raises:
             ValueError: the error mode is `keep-clean`, and the clean errors are not known.
@@ -67,16 +81,20 @@ class Ablation:
         if self.error_mode == "keep-clean" and self.clean_errors is None:
             raise ValueError("keep-clean needs the errors of the batch: use for_batch")
         masks = self.nodes.split(self._with_error_mode(keep))
-        return {site: self._at_site(site, mask, circuit, batch) for site, mask in masks.items()}
+        acting: dict[str, Intervention] = {}
+        read: dict[str, Tensor] = {}
+        for site, mask in masks.items():
+            if sites is None or site in sites:
+                reads = self.dictionaries[site].reads
+                if reads != site and reads not in read:
+                    # What a transcoder reads is what the sites before it have left.
+                    acting[reads] = chained(acting.get(reads), recorder(read, reads))
+                acting[site] = self._at_site(site, mask, circuit, batch, read)
+        return acting
 
     def ablated_activation(self, site: str, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """The activation that ablating all of a site's nodes leaves at the touchable tokens of a batch."""
         return self.baseline.activations(self.dictionaries[site], batch)
-
-    def _error(self, site: str, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
-        dictionary, rows = self.dictionaries[site], rearrange(x, "batch pos d_in -> (batch pos) d_in")
-        error = rows - dictionary.decode_sparse(*dictionary.encode_sparse(rows))
-        return rearrange(error, "(batch pos) d_in -> batch pos d_in", batch=len(x))
 
     def _with_error_mode(self, keep: Tensor) -> Tensor:
         if self.error_mode == "node":
@@ -84,7 +102,9 @@ class Ablation:
         is_error = torch.from_numpy(self.nodes.is_error).to(keep.device)
         return torch.where(is_error, 1.0 if self.error_mode == "keep-current" else 0.0, keep)
 
-    def _at_site(self, site: str, mask: Tensor, circuit: Tensor, batch: Batch) -> Intervention:
+    def _at_site(
+        self, site: str, mask: Tensor, circuit: Tensor, batch: Batch, read: Mapping[str, Tensor]
+    ) -> Intervention:
         dictionary = self.dictionaries[site]
         keep_feature, keep_error = mask.split([dictionary.d_sae, dictionary.n_parts], dim=1)
         touchable = batch.touchable
@@ -94,15 +114,25 @@ class Ablation:
         if self.clean_errors is not None and site in self.clean_errors:
             clean = self.clean_errors[site]
             clean = repeat(clean, "batch ... -> (copies batch) ...", copies=len(touchable) // len(clean))[touchable]
-            constant = constant + clean - self.baseline.errors_at(dictionary, batch)
+            constant = constant + clean - self.baseline.errors_at(dictionary, batch)[:, : dictionary.d_in]
 
         def ablate(activation: Tensor) -> Tensor:
             x = activation[touchable].float()
-            values, indices = dictionary.encode_sparse(x)
+            encoded = x if dictionary.reads == site else read[dictionary.reads][touchable].float()
+            values, indices = dictionary.encode_sparse(encoded)
             # m f + m_error (x - x_hat(f)) needs one decoding: of (m - m_error) f.
             weights = keep_feature[circuit_of_token[:, None], indices] - error_weight[:, :1]
             kept_part = dictionary.decode_sparse(values * weights, indices) - dictionary.b_dec
-            replaced = constant + kept_part + by_coordinate(error_weight, dictionary) * x
+            kept_parts = by_coordinate(error_weight, dictionary) * dictionary.of_parts(encoded, x)
+            replaced = constant + kept_part + together(kept_parts, dictionary)
             return activation.masked_scatter(touchable[..., None], replaced.to(activation.dtype))
 
         return ablate
+
+
+def _error(
+    space: NodeSpace, read: Float[Tensor, "batch pos d_read"], x: Float[Tensor, "batch pos d_in"]
+) -> Float[Tensor, "batch pos d_in"]:
+    encoded, rows = (rearrange(each, "batch pos d -> (batch pos) d") for each in (read, x))
+    error = left_over(space, encoded, rows, *space.encode_sparse(encoded))[:, : space.d_in]
+    return rearrange(error, "(batch pos) d_in -> batch pos d_in", batch=len(x))

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from einops import repeat
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.circuits.spaces import by_coordinate, sites_of, together
 from sfc.core.errors import UserError
 from sfc.models.batches import NO_POSITION, Batch, TemplateLayout
 from sfc.models.interventions import recorder
@@ -40,8 +41,8 @@ class Baseline(Protocol):
         """The activation that ablating all of a site's nodes leaves there."""
         ...
 
-    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
-        """What is left of it without the features."""
+    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_parts"]:
+        """What is left of it without the features, by the coordinates of the parts."""
         ...
 
     def features_at(
@@ -57,7 +58,8 @@ class Baseline(Protocol):
         circuit_of_token: Int[Tensor, " tokens"],
         batch: Batch,
     ) -> Float[Tensor, "tokens d_in"]:
-        """What ablated nodes add up to: `sum_i (1 - m_i) f_ref_i d_i + (1 - m_error) (error_ref + b_dec)`.
+        """What ablated nodes add up to: `sum_i (1 - m_i) f_ref_i d_i + (1 - m_error) (error_ref + b_dec)`, and so for
+        other parts.
 
         Args:
             mask: of the site's nodes, features first; differentiable.
@@ -83,14 +85,15 @@ class BaselineTables:
     layout: TemplateLayout
     """what the template positions of a table are"""
     features: Mapping[str, Float[Tensor, "positions d_sae"]]
-    errors: Mapping[str, Float[Tensor, "positions d_in"]]
+    errors: Mapping[str, Float[Tensor, "positions d_parts"]]
+    """what is left without the features"""
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """See `Baseline`."""
-        table = space.decode(self.features[space.site]) + self.errors[space.site]
+        table = space.decode(self.features[space.site]) + together(self.errors[space.site], space)
         return table[batch.template_positions[batch.touchable]]
 
-    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_parts"]:
         """See `Baseline`."""
         return self.errors[space.site][batch.template_positions[batch.touchable]]
 
@@ -113,9 +116,9 @@ class BaselineTables:
         circuit, place = row // len(features_ref), row % len(features_ref)
         ablated = 1 - mask[circuit]
         of_features = linear(features_ref[place] * ablated[:, : space.d_sae], space.W_dec.t())
-        left_ref = self.errors[space.site][place] + space.b_dec
-        of_error = by_coordinate(ablated[:, space.d_sae :], space) * left_ref
-        return (of_features + of_error)[row_of_token]
+        left_ref = self.errors[space.site][place] + F.pad(space.b_dec, (0, space.d_parts - space.d_in))
+        of_parts = by_coordinate(ablated[:, space.d_sae :], space) * left_ref
+        return (of_features + together(of_parts, space))[row_of_token]
 
     def attributed(
         self,
@@ -143,13 +146,6 @@ def tables_of(baseline: Baseline) -> BaselineTables:
             "this needs one value per position of the template for what is ablated: take a mean as discovery.baseline"
         )
     return baseline
-
-
-def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: Dictionary) -> Float[Tensor, "rows coordinates"]:
-    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
-    if space.n_parts == 1:
-        return of_parts
-    return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_in // space.n_parts)
 
 
 def mean_baseline(
@@ -219,9 +215,9 @@ def _means(
 
     Rows into which nothing goes are not numbers.
     """
-    sites = list(dictionaries)
+    sites = sites_of(dictionaries)
     features = {site: torch.zeros(n_rows, d.d_sae, device=model.device) for site, d in dictionaries.items()}
-    activations = {site: torch.zeros(n_rows, d.d_in, device=model.device) for site, d in dictionaries.items()}
+    of_parts = {site: torch.zeros(n_rows, d.d_parts, device=model.device) for site, d in dictionaries.items()}
     prompts_in_row = torch.zeros(n_rows, device=model.device)
     for batch, rows in rows_of_batches:
         seen: dict[str, Tensor] = {}
@@ -232,15 +228,15 @@ def _means(
         weights = _weights_within_prompts(batch, layout)
         prompts_in_row.index_add_(0, rows[counted], weights)
         for site, dictionary in dictionaries.items():
-            x = seen[site][counted].float()
-            features[site].index_add_(0, rows[counted], dictionary.encode(x) * weights[:, None])
-            activations[site].index_add_(0, rows[counted], x * weights[:, None])
+            read, x = (seen[each][counted].float() for each in (dictionary.reads, site))
+            features[site].index_add_(0, rows[counted], dictionary.encode(read) * weights[:, None])
+            of_parts[site].index_add_(0, rows[counted], dictionary.of_parts(read, x) * weights[:, None])
     features = {site: total / prompts_in_row[:, None] for site, total in features.items()}
     # Decoding is affine, so the mean error is the error of the means.
-    errors = {
-        site: total / prompts_in_row[:, None] - dictionaries[site].decode(features[site])
-        for site, total in activations.items()
-    }
+    errors = {}
+    for site, space in dictionaries.items():
+        errors[site] = of_parts[site] / prompts_in_row[:, None]
+        errors[site][:, : space.d_in] -= space.decode(features[site])
     return BaselineTables(layout, features, errors)
 
 
@@ -250,7 +246,7 @@ def zero_baseline(dictionaries: Mapping[str, Dictionary], layout: TemplateLayout
     return BaselineTables(
         layout,
         {site: d.W_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
-        {site: d.W_dec.new_zeros(n, d.d_in) for site, d in dictionaries.items()},
+        {site: d.W_dec.new_zeros(n, d.d_parts) for site, d in dictionaries.items()},
     )
 
 

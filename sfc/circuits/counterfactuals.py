@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.circuits.baselines import by_coordinate
+from sfc.circuits.spaces import by_coordinate, left_over, sites_of, together
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, TemplateLayout, make_batches
@@ -50,9 +50,11 @@ class Pairs(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What some tokens have at a site."""
+    """What some tokens have at a site, and what of it was read where that is another one."""
 
     x: Float[Tensor, "tokens d_in"]
+    read: Float[Tensor, "tokens d_read"]
+    """x itself, but for transcoders"""
     values: Float[Tensor, "tokens entries"]
     indices: Int[Tensor, "tokens entries"]
 
@@ -97,8 +99,9 @@ class Counterfactuals:
         n_tokens = 0
         for batch in make_batches([prompts[i] for i in served], layout, batch_tokens, model.device):
             seen: dict[str, Tensor] = {}
-            run_to(model, batch, {site: recorder(seen, site) for site in spaces}, list(spaces)[-1])
-            if missed := [site for site in spaces if site not in seen]:
+            sites = sites_of(spaces)
+            run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
+            if missed := [site for site in sites if site not in seen]:
                 raise UserError(
                     f"this model has the site {missed[0]!r} by name, but never passes it: it cannot be ablated"
                 )
@@ -108,7 +111,8 @@ class Counterfactuals:
             n_tokens += int(touchable.sum())
             for site, space in spaces.items():
                 x = seen[site][touchable].float()
-                parts[site].append(Recorded(x, *space.encode_sparse(x)))
+                read = x if space.reads == site else seen[space.reads][touchable].float()
+                parts[site].append(Recorded(x, read, *space.encode_sparse(read)))
         return cls(layout, pairs, {site: _joined(of_site) for site, of_site in parts.items()}, ends)
 
     def batches(
@@ -127,24 +131,26 @@ class Counterfactuals:
         """The same runs, taken apart by other dictionaries at (some of) the same sites."""
         recorded = {}
         for site, space in spaces.items():
-            blocks = [Recorded(x, *space.encode_sparse(x)) for x in self.recorded[site].x.split(_BLOCK_ROWS)]
-            recorded[site] = _joined(blocks)
+            x, read, *_ = self.recorded[site]
+            sparse = [space.encode_sparse(block) for block in read.split(_BLOCK_ROWS)]
+            blocks = [Recorded(x[:0], read[:0], *each) for each in sparse]
+            recorded[site] = _joined(blocks)._replace(x=x, read=read)
         return replace(self, recorded=recorded)
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """What the counterfactuals have at the site."""
         return self.recorded[space.site].x[self._rows(batch)]
 
-    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
+    def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_parts"]:
         """What dictionaries miss of it."""
-        x, values, indices = self._at(space, batch)
-        return x - space.decode_sparse(values, indices)
+        x, read, values, indices = self._at(space, batch)
+        return left_over(space, read, x, values, indices)
 
     def features_at(
         self, space: Dictionary, batch: Batch, features: Int[Tensor, " features"]
     ) -> Float[Tensor, "tokens features"]:
         """The values of some features on the counterfactuals."""
-        _, values, indices = self._at(space, batch)
+        *_, values, indices = self._at(space, batch)
         column = torch.full((space.d_sae,), len(features), device=values.device)
         column[features] = torch.arange(len(features), device=values.device)
         return values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
@@ -156,13 +162,17 @@ class Counterfactuals:
         circuit_of_token: Int[Tensor, " tokens"],
         batch: Batch,
     ) -> Float[Tensor, "tokens d_in"]:
-        """`(1 - m_error) x_c - dec((m - m_error) f(c))`: what ablated nodes add up to, the decoder's bias included."""
-        x, values, indices = self._at(space, batch)
+        """`(1 - m_error) x_c - dec((m - m_error) f(c))`: what ablated nodes add up to, the decoder's bias included.
+
+        Of several parts, `x_c` is what they have together.
+        """
+        x, read, values, indices = self._at(space, batch)
         keep_feature, keep_error = mask.split([space.d_sae, space.n_parts], dim=1)
         error_weight = keep_error[circuit_of_token]
         weights = keep_feature[circuit_of_token[:, None], indices] - error_weight[:, :1]
         kept_part = space.decode_sparse(values * weights, indices) - space.b_dec
-        return x - by_coordinate(error_weight, space) * x - kept_part
+        kept_parts = by_coordinate(error_weight, space) * space.of_parts(read, x)
+        return x - together(kept_parts, space) - kept_part
 
     def attributed(
         self,
@@ -173,15 +183,17 @@ class Counterfactuals:
         n_places: int,
     ) -> Float[Tensor, "places d_sae"]:
         """`sum_t (g_t . d_i) f_ti(c)` over the tokens of each place, from the active features alone."""
-        _, values, indices = self._at(space, batch)
+        *_, values, indices = self._at(space, batch)
         total = g.new_zeros(n_places, space.d_sae)
         entry = (place_of_token[:, None] * space.d_sae + indices).flatten()
         total.view(-1).index_add_(0, entry, (row_dots(g, indices, space.W_dec) * values).flatten())
         return total
 
     def _at(self, space: Dictionary, batch: Batch) -> Recorded:
-        rows = self._rows(batch)
-        return Recorded(*(values[rows] for values in self.recorded[space.site]))
+        rows, all_of_them = self._rows(batch), self.recorded[space.site]
+        x = all_of_them.x[rows]
+        read = x if all_of_them.read is all_of_them.x else all_of_them.read[rows]
+        return Recorded(x, read, all_of_them.values[rows], all_of_them.indices[rows])
 
     def _rows(self, batch: Batch) -> Int[Tensor, " tokens"]:
         """Where the counterpart of each touchable token is recorded: as far from the end of its prompt."""
@@ -196,7 +208,10 @@ class Counterfactuals:
 def _joined(parts: Sequence[Recorded]) -> Recorded:
     """All tokens together, each with as many entries as the fullest has."""
     entries = max(part.values.shape[1] for part in parts)
-    padded = [
-        Recorded(part.x, *(F.pad(sparse, (0, entries - sparse.shape[1])) for sparse in part[1:])) for part in parts
-    ]
-    return Recorded(*(torch.cat(values) for values in zip(*padded, strict=True)))
+    values, indices = (
+        torch.cat([F.pad(sparse, (0, entries - sparse.shape[1])) for sparse in of_parts])
+        for of_parts in ([part.values for part in parts], [part.indices for part in parts])
+    )
+    x = torch.cat([part.x for part in parts])
+    read = x if parts[0].read is parts[0].x else torch.cat([part.read for part in parts])
+    return Recorded(x, read, values, indices)

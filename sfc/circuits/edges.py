@@ -42,9 +42,10 @@ from torch import Tensor
 from sfc.circuits.gradients import SiteGradient, prompt_of_token, score_gradients
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
+from sfc.circuits.spaces import NodeSpace, by_coordinate, left_over, together
 from sfc.core.sites import layer_of, site_of
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, recorder
+from sfc.models.interventions import Intervention, chained, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
 from sfc.saes.kernels import row_dots
@@ -92,7 +93,7 @@ def _flow(last_layer: int) -> nx.DiGraph:
 class Pair(NamedTuple):
     """A site and one that it writes directly into, and the nodes between which edges are wanted.
 
-    Nodes are numbered within their site, in ascending order; the error's number is that of the features, d_sae.
+    Nodes are numbered within their site, in ascending order, the error and other parts after the features.
     """
 
     upstream: str
@@ -120,33 +121,35 @@ def edge_effects(
     for pair, effect in zip(pairs, effects, strict=True):
         sources = _displacements(problem, batch, pair, gradients[pair.upstream])
         targets = _covectors(problem, batch, pair, gradients[pair.downstream])
+        reads = problem.ablation.dictionaries[pair.downstream].reads
         if sources.moving and targets.moving:
             cached = cached_residual_after(problem.model, batch, layer_before(pair.upstream), cached)
-            x, x_next = _run_between(problem.model, batch, cached, pair, gradients[pair.upstream].x)
+            x, x_next = _run_between(problem.model, batch, cached, pair, reads, gradients[pair.upstream].x)
             # In a model whose attention and MLP are parallel, nothing passes from one to the other.
             if x_next.requires_grad:
                 weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
-                effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
+                effect[:] = weights[:, sources.wanted][:, :, targets.wanted]
     return effects
 
 
 @dataclass(frozen=True)
 class _Side:
-    """The nodes of one side of a pair: features, then the error.
+    """The nodes of one side of a pair: the features that are wanted, then all parts (the error, a skip connection).
 
     `spread` is linear: from a weight per prompt and node to the sum of the nodes' vectors at each token.
     """
 
-    spread: Callable[[Float[Tensor, "batch nodes"]], Float[Tensor, "tokens d_in"]]
+    spread: Callable[[Float[Tensor, "batch nodes"]], Float[Tensor, "tokens d"]]
     like: Float[Tensor, "batch nodes"]
+    wanted: list[int]
     moving: list[int]
     """the wanted nodes whose vectors are not all zero"""
 
-    def vectors(self, node: int) -> Float[Tensor, "tokens d_in"]:
+    def vectors(self, node: int) -> Float[Tensor, "tokens d"]:
         """The node's vector at each token."""
         return self.spread(F.one_hot(torch.tensor(node), self.like.shape[1]).to(self.like).expand_as(self.like))
 
-    def products(self) -> Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "batch nodes"]]:
+    def products(self) -> Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "batch nodes"]]:
         """The transpose of `spread`: inner products with each node's vectors, summed over the tokens of a prompt."""
         with torch.enable_grad():
             weights = torch.zeros_like(self.like).requires_grad_()
@@ -155,7 +158,11 @@ class _Side:
 
 
 def _weights(
-    x: Float[Tensor, "tokens d_in"], x_next: Float[Tensor, "tokens d_in"], sources: _Side, targets: _Side, at_once: int
+    x: Float[Tensor, "tokens d_in"],
+    x_next: Float[Tensor, "tokens d_next"],
+    sources: _Side,
+    targets: _Side,
+    at_once: int,
 ) -> Float[Tensor, "batch sources targets"]:
     """`covector(d) . J displacement(u)` of all sources and targets, x_next having been computed from x."""
     if by_targets := len(targets.moving) <= len(sources.moving):
@@ -169,7 +176,7 @@ def _weights(
     products = far.products()
     for first in range(0, len(near.moving), at_once):
         nodes = near.moving[first : first + at_once]
-        vectors = torch.stack([near.vectors(node) for node in nodes]).to(x.dtype)
+        vectors = torch.stack([near.vectors(node) for node in nodes]).to(output.dtype)
         (passed,) = torch.autograd.grad(output, start, vectors, retain_graph=True, is_grads_batched=True)
         for node, vector in zip(nodes, passed, strict=True):
             weights[node] = products(vector.float())
@@ -178,18 +185,23 @@ def _weights(
 
 
 def _run_between(
-    model: Model, batch: Batch, cached: CachedResidual, pair: Pair, clean: Float[Tensor, "batch pos d_in"]
-) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"]]:
-    """The activations at both sites, at the touchable tokens, the second computed from the first with its graph."""
+    model: Model, batch: Batch, cached: CachedResidual, pair: Pair, reads: str, clean: Float[Tensor, "batch pos d_in"]
+) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_next"]]:
+    """The activations at both sites, at the touchable tokens, the second computed from the first with its graph.
+
+    Where the nodes downstream read another site than they write, the second is what is there, then what they write.
+    """
     where = batch.touchable.nonzero(as_tuple=True)
     x = clean[where].requires_grad_()
     seen: dict[str, Tensor] = {}
     interventions: dict[str, Intervention] = dict.fromkeys(pair.stops, Tensor.detach)
     interventions[pair.upstream] = lambda activation: activation.index_put(where, x)
-    interventions[pair.downstream] = recorder(seen, pair.downstream)
+    for site in {reads, pair.downstream}:
+        interventions[site] = chained(interventions.get(site), recorder(seen, site))
     with torch.enable_grad():
         run_to(model, batch, interventions, pair.downstream, cached)
-        return x, seen[pair.downstream][where]
+        written = seen[pair.downstream][where]
+        return x, written if reads == pair.downstream else torch.cat([seen[reads][where], written], dim=-1)
 
 
 def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
@@ -197,52 +209,69 @@ def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient)
     dictionary, baseline = problem.ablation.dictionaries[pair.upstream], problem.ablation.baseline
     features, column = _columns(pair.sources, dictionary.d_sae)
     prompt = prompt_of_token(batch)
-    x = at.x[batch.touchable].float()
-    values, indices = dictionary.encode_sparse(x)
+    x, read = (each[batch.touchable].float() for each in (at.x, at.read))
+    values, indices = dictionary.encode_sparse(read)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
     moved = f - baseline.features_at(dictionary, batch, features)
-    error = x - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, batch)
+    moved_parts = left_over(dictionary, read, x, values, indices) - baseline.errors_at(dictionary, batch)
     directions = dictionary.W_dec[features]
 
     def spread(weights: Tensor) -> Tensor:
-        of_token = weights[prompt]
-        return (moved * of_token[:, :-1]) @ directions + error * of_token[:, -1:]
+        of_features, of_parts = weights[prompt].split([len(features), dictionary.n_parts], dim=1)
+        return (moved * of_features) @ directions + together(
+            by_coordinate(of_parts, dictionary) * moved_parts, dictionary
+        )
 
-    return _side(batch, spread, (moved != 0).any(0), len(pair.sources))
+    return _side(batch, spread, (moved != 0).any(0), pair.sources, dictionary)
 
 
 def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
-    """How the score moves with the activation by way of each target."""
+    """How the score moves with the activation by way of each target.
+
+    A transcoder's features hear at the site that it reads. Its error is what the MLP does beyond them: the score moves
+    with what is written as it does, and with what is read by minus what goes through the features and the skip.
+    """
     dictionary = problem.ablation.dictionaries[pair.downstream]
     features, column = _columns(pair.targets, dictionary.d_sae)
     prompt = prompt_of_token(batch)
-    x, g = at.x[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
+    read, g = at.read[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
     with torch.enable_grad():
-        values, indices = dictionary.encode_sparse(x)
+        values, indices = dictionary.encode_sparse(read)
+        of_skip = dictionary.of_parts(read, at.x[batch.touchable].float())[:, dictionary.d_in :]
     is_active = values > 0
     # ds/df of each active feature, while the others and the error stay.
     slopes = row_dots(g, indices, dictionary.W_dec) * is_active
 
     def spread(weights: Tensor) -> Tensor:
-        # The error's covector is g' less that of every feature, so that one backward pass of the encoder does for all.
-        of_error = weights[prompt, -1:]
-        of_entry = F.pad(weights[:, :-1], (0, 1))[prompt[:, None], column[indices]]
-        (through_features,) = torch.autograd.grad(
-            values, x, slopes * (of_entry - of_error), retain_graph=True, create_graph=torch.is_grad_enabled()
-        )
-        return through_features + g * of_error
+        # The error's covector is g' less that of every feature and of the skip connection, so that one backward pass of
+        # the encoder does for all.
+        of_features, of_parts = weights.split([len(features), dictionary.n_parts], dim=1)
+        of_error = of_parts[prompt, :1]
+        of_entry = F.pad(of_features, (0, 1))[prompt[:, None], column[indices]]
+        outputs, along = [values], [slopes * (of_entry - of_error)]
+        if dictionary.n_parts > 1:
+            outputs, along = [values, of_skip], [*along, g * (of_parts[prompt, 1:] - of_error)]
+        (heard,) = torch.autograd.grad(outputs, read, along, retain_graph=True, create_graph=torch.is_grad_enabled())
+        is_one_site = dictionary.reads == dictionary.writes
+        return heard + g * of_error if is_one_site else torch.cat([heard, g * of_error], dim=1)
 
-    fires = torch.zeros(len(features) + 1, dtype=torch.bool, device=x.device)
+    fires = torch.zeros(len(features) + 1, dtype=torch.bool, device=g.device)
     fires[column[indices[is_active]]] = True
-    return _side(batch, spread, fires[:-1], len(pair.targets))
+    return _side(batch, spread, fires[:-1], pair.targets, dictionary)
 
 
 def _side(
-    batch: Batch, spread: Callable[[Tensor], Tensor], features_move: Bool[Tensor, " features"], n_nodes: int
+    batch: Batch,
+    spread: Callable[[Tensor], Tensor],
+    features_move: Bool[Tensor, " features"],
+    nodes: Int[Tensor, " nodes"],
+    space: NodeSpace,
 ) -> _Side:
-    moving = [*features_move.tolist(), True][:n_nodes]
-    like = torch.zeros(len(batch.lengths), len(features_move) + 1, device=features_move.device)
-    return _Side(spread, like, [node for node, moves in enumerate(moving) if moves])
+    parts = nodes[nodes >= space.d_sae] - space.d_sae + len(features_move)
+    like = torch.zeros(len(batch.lengths), len(features_move) + space.n_parts, device=features_move.device)
+    wanted = [*range(len(features_move)), *parts.tolist()]
+    moving = [*features_move.nonzero()[:, 0].tolist(), *parts.tolist()]
+    return _Side(spread, like, wanted, moving)
 
 
 def _columns(numbers: Int[Tensor, " nodes"], d_sae: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " d_sae"]]:

@@ -121,11 +121,10 @@ class Ablations(Edits):
         """See `Edits`."""
         keep = torch.from_numpy(self.keep[members]).to(batch.ids.device)
         circuit = torch.arange(len(keep), device=keep.device).repeat_interleave(len(batch.lengths) // len(keep))
-        acting = self.ablation.interventions(keep.float(), circuit, batch)
-        if self.ablation.error_mode == "node":
-            # Where all nodes of a site are kept, what would be put there is what is there.
-            acting = {site: acting[site] for site, kept in self.ablation.nodes.split(keep).items() if not kept.all()}
-        return Interventions(acting)
+        # Where all nodes of a site are kept, what would be put there is what is there.
+        by_site = self.ablation.nodes.split(keep).items()
+        sites = [site for site, kept in by_site if self.ablation.error_mode != "node" or not kept.all()]
+        return Interventions(self.ablation.interventions(keep.float(), circuit, batch, sites))
 
 
 def prepared(model: Model, runs: PromptRuns) -> PreparedPrompts:

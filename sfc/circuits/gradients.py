@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.problem import Problem
+from sfc.circuits.spaces import sites_of
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
@@ -23,16 +24,21 @@ class SiteGradient(NamedTuple):
     """the activation"""
     g: Float[Tensor, "batch pos d_in"]
     """ds/dx, s the score of the token's own prompt"""
+    read: Float[Tensor, "batch pos d_read"]
+    """the activation that is encoded: x itself, but for transcoders"""
 
 
 def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
     """Activations and gradients at the sites of all dictionaries, from one backward pass. Nothing is spliced in."""
     seen: dict[str, Tensor] = {}
-    interventions = {site: _leaf(seen, site) for site in problem.ablation.nodes.sites}
+    spaces, read = problem.ablation.dictionaries, {}
+    interventions = {site: _leaf(seen, site) for site in spaces}
+    inputs = {site: recorder(read, site) for site in sites_of(spaces) if site not in spaces}
     with torch.enable_grad():
-        total = score_batch(problem.model, problem.score, batch, interventions, cached).sum()
+        total = score_batch(problem.model, problem.score, batch, interventions | inputs, cached).sum()
     gradients = torch.autograd.grad(total, list(seen.values()))
-    return {site: SiteGradient(x.detach(), g) for (site, x), g in zip(seen.items(), gradients, strict=True)}
+    x = {site: activation.detach() for site, activation in (read | seen).items()}
+    return {site: SiteGradient(x[site], g, x[spaces[site].reads]) for site, g in zip(seen, gradients, strict=True)}
 
 
 def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
@@ -63,6 +69,8 @@ class SiteRun:
     """the latest one from which a run still passes the site"""
     x: Float[Tensor, "batch pos d_in"]
     """the clean activation at the site"""
+    read: Float[Tensor, "batch pos d_read"]
+    """the clean activation that is encoded: x itself, but for transcoders"""
 
     def scores(self, x: Float[Tensor, "copies batch pos d_in"]) -> Float[Tensor, "copies batch"]:
         """The score of every prompt with the activation at the site replaced, once by each copy. Differentiable."""
@@ -90,6 +98,7 @@ def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, cached: Cach
     for site in sites:
         cached = cached_residual_after(problem.model, batch, layer_before(site), cached)
         seen: dict[str, Tensor] = {}
+        space = problem.ablation.dictionaries[site]
         with torch.no_grad():
-            run_to(problem.model, batch, {site: recorder(seen, site)}, site, cached)
-        yield SiteRun(problem, site, batch, cached, seen[site])
+            run_to(problem.model, batch, {each: recorder(seen, each) for each in sites_of({site: space})}, site, cached)
+        yield SiteRun(problem, site, batch, cached, seen[site], seen[space.reads])

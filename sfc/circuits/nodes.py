@@ -41,19 +41,19 @@ class Nodes:
     """features per site"""
     parts: tuple[Sequence[str], ...]
     """per site, the names of the nodes that are not features: the error, or components"""
-    kinds: tuple[str, ...]
-    """per site, what these parts are: `error`, `head`, `mlp`, …"""
+    kinds: tuple[Sequence[str], ...]
+    """per site, what each of these parts is: `error`, `skip`, `head`, `mlp`, …"""
 
     @classmethod
     def of(cls, widths: Mapping[str, int]) -> "Nodes":
         """The features and errors of dictionaries with these widths, in the order of the sites."""
         parts = tuple((error_name(site),) for site in widths)
-        return cls(tuple(widths), tuple(widths.values()), parts, (ERROR,) * len(widths))
+        return cls(tuple(widths), tuple(widths.values()), parts, ((ERROR,),) * len(widths))
 
     @classmethod
     def of_spaces(cls, spaces: "Mapping[str, NodeSpace]") -> "Nodes":
         """The nodes of some spaces by their sites."""
-        of_sites = ((space.d_sae, space.parts, space.part_kind) for space in spaces.values())
+        of_sites = ((space.d_sae, space.parts, space.part_kinds) for space in spaces.values())
         widths, parts, kinds = zip(*of_sites, strict=True)
         return cls(tuple(spaces), widths, parts, kinds)
 
@@ -79,10 +79,8 @@ class Nodes:
     @cached_property
     def is_error(self) -> Bool[np.ndarray, " nodes"]:
         """Which nodes are error nodes."""
-        of_sites = zip(self.widths, self.parts, self.kinds, strict=True)
-        return np.concatenate(
-            [np.repeat([False, kind == ERROR], [width, len(parts)]) for width, parts, kind in of_sites]
-        )
+        of_sites = zip(self.widths, self.kinds, strict=True)
+        return np.concatenate([[False] * width + [kind == ERROR for kind in kinds] for width, kinds in of_sites])
 
     @cached_property
     def is_feature(self) -> Bool[np.ndarray, " nodes"]:
@@ -100,7 +98,8 @@ class Nodes:
     def kind(self, node: int) -> str:
         """What the node is: `feature`, `error`, `head`, …"""
         site, within = self._place(node)
-        return FEATURE if within < self.widths[site] else self.kinds[site]
+        width = self.widths[site]
+        return FEATURE if within < width else self.kinds[site][within - width]
 
     def name(self, node: int) -> str:
         """The node's name."""
@@ -154,7 +153,10 @@ class Nodes:
         with_features = [short_site(site) for site, width in zip(self.sites, self.widths, strict=True) if width]
         if not with_features:
             return f"{self.name(0)} … {self.name(self.n_nodes - 1)}"
-        return f"SITE/F0 … SITE/F{max(self.widths) - 1} and SITE/error, SITE of {with_features}"
+        parts = sorted(
+            {f"SITE/{kind}" for kinds, width in zip(self.kinds, self.widths, strict=True) if width for kind in kinds}
+        )
+        return f"SITE/F0 … SITE/F{max(self.widths) - 1} and {', '.join(parts)}, SITE of {with_features}"
 
 
 def error_name(site: str) -> str:
@@ -187,7 +189,7 @@ class NodeKind:
     has_features: bool = True
     """whether nodes have values on stored activations, which can be correlated"""
     has_edges: bool = True
-    """whether edges can be drawn between them: each site has features and one error"""
+    """whether edges can be drawn between them: of each site, the parts that are not features are whole activations"""
 
 
 NODES: Registry[NodeKind] = Registry("kind of nodes")

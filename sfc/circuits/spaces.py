@@ -1,20 +1,24 @@
 """Spaces of nodes: what takes an activation apart into nodes, and puts nodes together to an activation.
 
-An SAE is one. Heads and MLPs are another kind, with no features, only parts of an activation. A head is its part of
-`hook_z`, what it reads from other tokens, before W_O; an MLP is all of `hook_mlp_out`. What is left of an activation
-without its features is a node already, the error; here there are no features, and what is left, all of it, is divided
-among the heads. So every formula for errors, and every law, holds for components.
+An SAE is one, and so is a transcoder, which reads what an MLP reads and writes what it writes: its error is what it
+misses of the MLP, and a skip connection is a node of its own. Heads and MLPs are another kind, with no features, only
+parts of an activation. A head is its part of `hook_z`, what it reads from other tokens, before W_O; an MLP is all of
+`hook_mlp_out`. What is left of an activation without its features is a node already, the error; here there are no
+features, and what is left, all of it, is divided among the heads. So every formula for errors, and every law, holds for
+components.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.circuits.nodes import Sources
 from sfc.core.errors import UserError
-from sfc.core.sites import in_order, site_of
+from sfc.core.sites import MLP_INPUTS, in_order, kind_of, layer_of, site_of
 from sfc.models.loading import Model
 from sfc.saes.dictionary import Dictionary, LinearDecoder
 from sfc.saes.kernels import Sparse
@@ -42,9 +46,9 @@ class Components(LinearDecoder):
         return self._parts
 
     @property
-    def part_kind(self) -> str:
+    def part_kinds(self) -> tuple[str, ...]:
         """What the components are."""
-        return self._part_kind
+        return (self._part_kind,) * len(self._parts)
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows 0"]:
         """No feature values."""
@@ -94,13 +98,44 @@ def checked(spaces: Mapping[str, NodeSpace], model: Model) -> dict[str, NodeSpac
     """The spaces in the order in which the model passes their sites.
 
     Raises:
-        UserError: the model has no such site, or a space reads another site than it writes.
+        UserError: the model has no such site, or a space reads elsewhere than where it writes or, writing what an MLP
+            writes, what that MLP reads.
     """
-    model.check_sites(list(spaces))
+    model.check_sites(sites_of(spaces))
     for site, space in spaces.items():
-        if not space.reads == space.writes == site:
+        reads_input = kind_of(site) == "mlp_out" and space.reads in [site_of(k, layer_of(site)) for k in MLP_INPUTS]
+        if space.writes != site or not (space.reads == site or reads_input):
             raise UserError(
-                f"the nodes at {site} read {space.reads} and write {space.writes}: circuits need nodes that write"
-                " where they read"
+                f"the nodes at {site} read {space.reads} and write {space.writes}: circuits need nodes that read where"
+                " they write, or the input of the MLP that writes there"
             )
     return {site: spaces[site] for site in in_order(list(spaces))}
+
+
+def left_over(
+    space: NodeSpace,
+    read: Float[Tensor, "rows d_read"],
+    written: Float[Tensor, "rows d_in"],
+    values: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+) -> Float[Tensor, "rows d_parts"]:
+    """What is written without the features, which have these values: the error, or what the components have."""
+    of_parts = space.of_parts(read, written)
+    return of_parts - F.pad(space.decode_sparse(values, indices), (0, space.d_parts - space.d_in))
+
+
+def by_coordinate(of_parts: Float[Tensor, "rows parts"], space: NodeSpace) -> Float[Tensor, "rows coordinates"]:
+    """A number per part of what features leave, given to each of its coordinates; that of one part broadcasts."""
+    if space.n_parts == 1:
+        return of_parts
+    return repeat(of_parts, "rows parts -> rows (parts width)", width=space.d_parts // space.n_parts)
+
+
+def together(of_parts: Float[Tensor, "*rows d_parts"], space: NodeSpace) -> Float[Tensor, "*rows d_in"]:
+    """What the coordinates of the parts add up to in the activation."""
+    return of_parts if space.d_parts == space.d_in else of_parts.unflatten(-1, (-1, space.d_in)).sum(-2)
+
+
+def sites_of(spaces: Mapping[str, NodeSpace]) -> list[str]:
+    """Every site that the spaces read or write, in the order in which the model passes them."""
+    return in_order(site for space in spaces.values() for site in (space.reads, space.writes))

@@ -23,6 +23,7 @@ from sfc.core.errors import UserError, suggestion
 
 BUILT_IN = (
     "sfc.saes.architectures",
+    "sfc.saes.transcoders",
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",

@@ -9,14 +9,22 @@ from sfc.core.errors import UserError, is_count
 SiteKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 """Where dictionaries read and write, in the order in which a block passes them; `hook_z` is the heads' outputs, before
 W_O, side by side."""
+InputKind = Literal["ln2_normalized", "mlp_in"]
+"""What an MLP reads on its way from `resid_mid`, where transcoders read and nothing is written: divided by its norm,
+before the norm's gain and bias, and as it enters the MLP."""
+MLP_INPUTS = ("resid_mid", *get_args(InputKind))
+"""kinds through which everything passes that an MLP hears"""
 
-_SITE = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(\w+)|attn\.(hook_z))")
-_ORDER = get_args(SiteKind)
+_PATHS = {"hook_z": "attn.hook_z", "ln2_normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
+"""hook points of a block whose names are not `hook_` and the kind"""
+_KINDS = {path: kind for kind, path in _PATHS.items()}
+_SITE = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(\w+)|(" + "|".join(map(re.escape, _KINDS)) + "))")
+_ORDER = ("resid_pre", "hook_z", "attn_out", "resid_mid", *get_args(InputKind), "mlp_out", "resid_post")
 
 
-def site_of(kind: SiteKind, layer: int) -> str:
+def site_of(kind: SiteKind | InputKind, layer: int) -> str:
     """The hook point of a kind at a layer."""
-    return f"blocks.{layer}.attn.hook_z" if kind == "hook_z" else f"blocks.{layer}.hook_{kind}"
+    return f"blocks.{layer}.{_PATHS.get(kind, f'hook_{kind}')}"
 
 
 def kind_of(site: str) -> str:
@@ -44,7 +52,7 @@ def site_from_short(name: str) -> str:
     kind, _, layer = name.rpartition(".")
     if kind not in _ORDER or not is_count(layer):
         raise UserError(f"{name!r} is not a site: write for example 'resid_post.21' ({', '.join(_ORDER)})")
-    return site_of(cast(SiteKind, kind), int(layer))
+    return site_of(cast(SiteKind | InputKind, kind), int(layer))
 
 
 _IN_LAYER = {
@@ -76,7 +84,8 @@ def in_order(sites: Iterable[str]) -> list[str]:
 
 def _parse(site: str) -> tuple[int, str]:
     match = _SITE.fullmatch(site)
-    kind = match and (match[2] or match[3])
-    if match is None or kind not in _ORDER:
+    kind = match and (match[2] or _KINDS[match[3]])
+    # `hook_hook_z` and the like are none.
+    if match is None or kind not in _ORDER or (match[2] and kind in _PATHS):
         raise UserError(f"{site!r} is not a site: expected for example 'blocks.21.hook_resid_post'")
     return int(match[1]), str(kind)

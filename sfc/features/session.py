@@ -15,7 +15,7 @@ from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS, Batch, TemplateLayout, make_batches
 from sfc.models.edits import Steering
 from sfc.models.engine import Alike, Edits, PreparedPrompts
-from sfc.models.interventions import Intervention, Interventions, recorder
+from sfc.models.interventions import Intervention, Interventions, chained, recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import Score
@@ -169,8 +169,4 @@ def _scaling(
 def _one_after_another(
     first: Mapping[str, Intervention], second: Mapping[str, Intervention]
 ) -> dict[str, Intervention]:
-    def both(one: Intervention, other: Intervention) -> Intervention:
-        return lambda activation: other(activation if (changed := one(activation)) is None else changed)
-
-    at_both = {site: both(first[site], second[site]) for site in first if site in second}
-    return {**first, **second, **at_both}
+    return {**first, **{site: chained(first.get(site), acts) for site, acts in second.items()}}

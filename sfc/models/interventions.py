@@ -7,7 +7,7 @@ seen at an earlier site) it holds in a closure.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -37,11 +37,28 @@ def intervening(model: Model, interventions: Mapping[str, Intervention]) -> Iter
     model.check_sites(list(interventions))
     with ExitStack() as stack:
         for site, intervention in interventions.items():
-            hook = model.hooks[site].register_forward_hook(
-                lambda _module, _inputs, output, act=intervention: act(output)
-            )
+            point = model.hooks[site]
+            hook = point.register_forward_hook(lambda _module, _inputs, output, act=intervention: act(output))
             stack.callback(hook.remove)
+            if site.endswith("hook_normalized"):
+                # The bridge computes what a norm divides for its hooks alone, and with a graph only where it has any.
+                known: list[Any] = point.__dict__["fwd_hooks"]
+                known.append(hook)
+                stack.callback(known.remove, hook)
         yield
+
+
+def chained(first: Intervention | None, second: Intervention) -> Intervention:
+    """Both at one site, the second on what the first leaves."""
+    if first is None:
+        return second
+
+    def both(activation: Tensor) -> Tensor | None:
+        between = first(activation)
+        after = second(activation if between is None else between)
+        return between if after is None else after
+
+    return both
 
 
 def leaf_recorder(into: dict[str, Tensor], site: str) -> Intervention:

@@ -67,6 +67,11 @@ class DictionaryConfig(BaseModel):
             raise ValueError(f"reshape_activations is 'hook_z', but the site is {self.site}")
         return self
 
+    @property
+    def reads(self) -> str:
+        """The site whose activation is encoded: the same, but for transcoders."""
+        return self.site
+
     @model_validator(mode="before")
     @classmethod
     def _as_saelens_6_has_it(cls, values: Any) -> Any:

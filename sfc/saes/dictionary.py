@@ -32,8 +32,11 @@ class Dictionary(Protocol):
     with entries of value 0 (see `Sparse`). `decode_sparse` takes any number of entries per row.
 
     `reads` is the site whose activation is encoded, `writes` the one whose activation is decoded; `site`, which names
-    the features, is the latter. What is left there without the features is divided by coordinates among further nodes,
-    the `parts`, by their names: for an SAE the error alone (see `sfc.circuits.spaces`).
+    the features, is the latter. They are the same but for transcoders. `d_in` is the width of what is written.
+
+    What is left there without the features is divided among further nodes, the `parts`: for an SAE the error alone.
+    They share `d_parts` coordinates equally, which are d_in or several times as many and then add up. `of_parts` lays
+    out what is written over them, and the error is what this has in its first d_in coordinates beyond `x_hat`.
     """
 
     @property
@@ -55,7 +58,12 @@ class Dictionary(Protocol):
     @property
     def n_parts(self) -> int: ...
     @property
-    def part_kind(self) -> str: ...
+    def part_kinds(self) -> Sequence[str]: ...
+    @property
+    def d_parts(self) -> int: ...
+    def of_parts(
+        self, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+    ) -> Float[Tensor, "rows d_parts"]: ...
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]: ...
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse: ...
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]: ...
@@ -90,7 +98,7 @@ class LinearDecoder(nn.Module):
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the nodes that share what is left without the features: the error alone."""
-        return (f"{short_site(self.site)}/{self.part_kind}",)
+        return tuple(f"{short_site(self.site)}/{kind}" for kind in self.part_kinds)
 
     @property
     def n_parts(self) -> int:
@@ -98,9 +106,20 @@ class LinearDecoder(nn.Module):
         return len(self.parts)
 
     @property
-    def part_kind(self) -> str:
-        """What these nodes are."""
-        return "error"
+    def part_kinds(self) -> tuple[str, ...]:
+        """What each of these nodes is."""
+        return ("error",)
+
+    @property
+    def d_parts(self) -> int:
+        """How many coordinates these nodes share."""
+        return self.d_in
+
+    def of_parts(
+        self, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+    ) -> Float[Tensor, "rows d_parts"]:
+        """What is written, laid out over the coordinates of these nodes, features included."""
+        return written
 
     @property
     def d_in(self) -> int:
@@ -257,6 +276,47 @@ class MatchingPursuitDictionary(LinearDecoder):
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
         """Values and indices of the active features, each once, padded to the fullest row."""
         return _active(self.encode(x))
+
+
+class Transcoder(JumpReLUDictionary):
+    """A sparse replacement of an MLP (Dunefsky et al. 2024): encoded from what it reads, decoded to what it writes.
+
+    With a skip connection it also adds `W_skip x_read`. That is a node beside the error, `skip`, which is kept or
+    ablated like any other. Of the coordinates of the parts the first d_in are the error's, the others the skip's.
+    """
+
+    W_skip: nn.Parameter | None  # [d_in, d_read]
+
+    def __init__(self, weights: Mapping[str, Tensor], *, reads: str, writes: str) -> None:
+        """`weights` holds W_enc [d_read, d_sae], b_enc, threshold, W_dec and b_dec, and W_skip if there is one."""
+        super().__init__(weights, site=writes, apply_b_dec_to_input=False)
+        skip = weights.get("W_skip")
+        self.W_skip = None if skip is None else nn.Parameter(skip.detach(), requires_grad=False)
+        self._reads = reads
+
+    @property
+    def reads(self) -> str:
+        """The site whose activation it encodes."""
+        return self._reads
+
+    @property
+    def part_kinds(self) -> tuple[str, ...]:
+        """What the nodes are that are not features."""
+        return ("error",) if self.W_skip is None else ("error", "skip")
+
+    @property
+    def d_parts(self) -> int:
+        """How many coordinates these nodes share."""
+        return self.d_in * self.n_parts
+
+    def of_parts(
+        self, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+    ) -> Float[Tensor, "rows d_parts"]:
+        """What is written without the skip connection, and behind it what that adds."""
+        if self.W_skip is None:
+            return written
+        skip = read @ self.W_skip.t()
+        return torch.cat([written - skip, skip], dim=1)
 
 
 RowNormalisation = Literal["constant_norm_rescale", "layer_norm"]

@@ -22,6 +22,7 @@ from sfc.circuits.ablation import Ablation
 from sfc.circuits.gradients import SiteRun, prompt_of_token, score_gradients, site_runs
 from sfc.circuits.methods import Effects, IntegratedGradientsOptions
 from sfc.circuits.problem import Problem
+from sfc.circuits.spaces import left_over
 from sfc.core.progress import progress_bar
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.running import CachedResidual
@@ -44,32 +45,44 @@ def rank(problem: Problem) -> Effects:
 def attributed_effects(problem: Problem, batch: Batch, cached: CachedResidual) -> BatchEffects:
     """The attribution of every node on every prompt of one batch, from one backward pass in the plain model."""
     gradients = score_gradients(problem, batch, cached)
-    return join_sites([effects_at_site(problem.ablation, site, x, g, batch) for site, (x, g) in gradients.items()])
+    return join_sites([effects_at_site(problem.ablation, site, *at, batch) for site, at in gradients.items()])
 
 
 @torch.no_grad()
 def effects_at_site(
-    ablation: Ablation, site: str, x: Float[Tensor, "batch pos d_in"], g: Float[Tensor, "batch pos d_in"], batch: Batch
+    ablation: Ablation,
+    site: str,
+    x: Float[Tensor, "batch pos d_in"],
+    g: Float[Tensor, "batch pos d_in"],
+    read: Float[Tensor, "batch pos d_read"],
+    batch: Batch,
 ) -> BatchEffects:
-    """The effects of one site's nodes, its features first, for activations x and gradients g.
+    """The effects of one site's nodes, its features first.
 
     The baseline's part is its own to sum (see `Baseline.attributed`), per prompt and template position.
+
+    Args:
+        x: the activations there.
+        g: the gradients there.
+        read: the activations that are encoded, x itself but for transcoders.
     """
     dictionary, baseline = ablation.dictionaries[site], ablation.baseline
     touchable = batch.touchable
     prompt = prompt_of_token(batch)
-    template_positions, g, x = batch.template_positions[touchable], g[touchable].float(), x[touchable].float()
+    template_positions = batch.template_positions[touchable]
+    g, x, read = (values[touchable].float() for values in (g, x, read))
     n_template_positions, n_table = int(template_positions.max()) + 1, baseline.layout.n_template_positions
     place, place_of_token = (prompt * n_template_positions + template_positions).unique(return_inverse=True)
     prompt_of_place, position_of_place = place // n_template_positions, place % n_template_positions
-    values, indices = dictionary.encode_sparse(x)
+    values, indices = dictionary.encode_sparse(read)
 
     of_features = -baseline.attributed(dictionary, g, batch, place_of_token, len(place))
     active = (place_of_token[:, None] * dictionary.d_sae + indices).flatten()
     of_features.view(-1).index_add_(0, active, (row_dots(g, indices, dictionary.W_dec) * values).flatten())
 
-    error = x - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, batch)
-    of_parts = reduce(g * error, "tokens (parts width) -> tokens parts", "sum", parts=dictionary.n_parts)
+    moved = left_over(dictionary, read, x, values, indices) - baseline.errors_at(dictionary, batch)
+    of_coordinates = g.repeat(1, dictionary.d_parts // dictionary.d_in) * moved
+    of_parts = reduce(of_coordinates, "tokens (parts width) -> tokens parts", "sum", parts=dictionary.n_parts)
     of_error = x.new_zeros(len(place), dictionary.n_parts).index_add_(0, place_of_token, of_parts)
     effects = torch.cat([of_features, of_error], dim=1)
     return BatchEffects(
@@ -126,7 +139,7 @@ def integrated_effects(problem: Problem, batch: Batch, cached: CachedResidual, s
     """
     ablation = problem.ablation
     runs = site_runs(problem, ablation.nodes.sites, batch, cached)
-    return join_sites([effects_at_site(ablation, r.site, r.x, _mean_gradient(r, steps), batch) for r in runs])
+    return join_sites([effects_at_site(ablation, r.site, r.x, _mean_gradient(r, steps), r.read, batch) for r in runs])
 
 
 def _mean_gradient(run: SiteRun, steps: int) -> Float[Tensor, "batch pos d_in"]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from sfc.circuits.gradients import SiteRun, site_runs
 from sfc.circuits.methods import NATS, Effects, ExactOptions, attribution
 from sfc.circuits.problem import Problem
+from sfc.circuits.spaces import by_coordinate, left_over, together
 from sfc.core.progress import progress_bar
 from sfc.models.batches import PACKED_TOKENS
 
@@ -77,15 +78,15 @@ def _each_ablated(run: SiteRun, within_site: Sequence[int]) -> Float[Tensor, "no
     """The activation at the site with each of these nodes of the site alone set to its baseline."""
     dictionary, baseline = run.problem.ablation.dictionaries[run.site], run.problem.ablation.baseline
     touchable = run.batch.touchable
-    x = run.x[touchable].float()
-    values, indices = dictionary.encode_sparse(x)
-    error_ablated = dictionary.decode_sparse(values, indices) + baseline.errors_at(dictionary, run.batch)
-    width = dictionary.d_in // dictionary.n_parts
+    x, read = (values[touchable].float() for values in (run.x, run.read))
+    values, indices = dictionary.encode_sparse(read)
+    moved = left_over(dictionary, read, x, values, indices) - baseline.errors_at(dictionary, run.batch)
+    parts = torch.eye(dictionary.n_parts, device=x.device)
     result = repeat(run.x.float(), "batch pos d_in -> nodes batch pos d_in", nodes=len(within_site)).clone()
     for copy, node in zip(result, within_site, strict=True):
         if node >= dictionary.d_sae:
-            part = torch.arange(dictionary.d_in, device=x.device) // width == node - dictionary.d_sae
-            copy[touchable] = torch.where(part, error_ablated, x)
+            part = by_coordinate(parts[node - dictionary.d_sae][None], dictionary)
+            copy[touchable] = x - together(part * moved, dictionary)
         else:
             f = torch.where(indices == node, values, 0).sum(-1)
             f_ref = baseline.features_at(dictionary, run.batch, torch.tensor([node], device=x.device))
