@@ -175,7 +175,7 @@ def _activation(
     result = repeat(run.x.float(), "batch pos d_in -> copies batch pos d_in", copies=len(kept)).clone()
     for copy, nodes in zip(result, kept, strict=True):
         keeps = torch.tensor([feature in nodes for feature in values.features], device=x.device, dtype=x.dtype)
-        of_features = (values.of_features * keeps[:, None]).t() @ dictionary.W_dec[values.features]
+        of_features = (values.of_features * keeps[:, None]).t() @ dictionary.W_dec[values.features].float()
         copy[touchable] = x + of_features + float(dictionary.d_sae in nodes) * values.of_error
     return result
 

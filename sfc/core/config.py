@@ -157,6 +157,9 @@ class SaeConfig(Section):
         allow_inf_nan=False,
         description="with saes.source: a dictionary that explains less of a site's variance is refused",
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what dictionaries are kept in while they are used; products stay in float32"
+    )
     expansion: int = Field(4, ge=1, description="features per dimension of the activation")
     k: int | str = Field(
         32, description="active features per token: a count, or a percentage of the features such as '5%'"
@@ -211,6 +214,7 @@ class SaeConfig(Section):
         """What the trained weights depend on; what is not used is left out, so that older SAEs stay valid."""
         without = {"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"}
         without |= set() if self.finetune_steps else {"finetune_steps", "finetune_rate"}
+        without |= {"dtype"} if self.dtype == "float32" else set()
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:

@@ -7,6 +7,7 @@ imports torch before weights are read.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,6 +118,8 @@ class Architecture:
     config: type[DictionaryConfig] = DictionaryConfig
     activations: Collection[str] = ("relu",)
     """the activation functions that its configuration may name, if it names one"""
+    copies: int = 1
+    """how often its tensors are there once it is built"""
 
 
 ARCHITECTURES = Registry[Architecture]("SAE architecture")
@@ -151,6 +154,14 @@ def read_config(folder: Path) -> DictionaryConfig:
             f" known: {', '.join(architecture.activations)}"
         )
     return read_model(path, architecture.config)
+
+
+def memory_of(config: DictionaryConfig, dtype: str) -> int:
+    """Bytes that a dictionary takes once it is loaded: matrices in this precision, the rest in float32."""
+    architecture = ARCHITECTURES[config.architecture]
+    of_matrices = 4 if dtype == "float32" else 2
+    shapes = architecture.shapes(config).values()
+    return architecture.copies * sum(prod(shape) * (of_matrices if len(shape) == 2 else 4) for shape in shapes)
 
 
 class _TopKConfig(DictionaryConfig):
@@ -256,7 +267,7 @@ def _gated(config: DictionaryConfig, weights: Weights) -> "Dictionary":
 
 for architecture in (
     Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig, ("topk", "relu")),
-    Architecture("abstopk", _shapes("b_enc"), _abs_top_k, _TopKConfig),
+    Architecture("abstopk", _shapes("b_enc"), _abs_top_k, _TopKConfig, copies=2),
     Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu, activations=("jumprelu", "relu")),
     Architecture("standard", _shapes("b_enc"), _standard),
     Architecture("gated", _shapes("b_gate", "b_mag", "r_mag"), _gated),

@@ -17,9 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfc.core.sites import short_site
+from sfc.models.linear import linear
 from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+MATRICES = ("W_enc", "W_dec")
+"""the weights that may be kept in half precision; products with them are in that of the activation"""
 
 
 @runtime_checkable
@@ -133,7 +136,7 @@ class LinearDecoder(nn.Module):
 
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]:
         """The activation that dense feature values stand for."""
-        return f @ self.W_dec + self.b_dec
+        return linear(f, self.W_dec.t()) + self.b_dec
 
     def decode_sparse(
         self, values: Float[Tensor, "rows entries"], indices: Int[Tensor, "rows entries"]
@@ -199,7 +202,7 @@ class JumpReLUDictionary(LinearDecoder):
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense."""
-        pre = self._encoder_input(x) @ self.W_enc + self.b_enc
+        pre = linear(self._encoder_input(x), self.W_enc.t(), self.b_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
 
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
@@ -258,8 +261,8 @@ class MatchingPursuitDictionary(LinearDecoder):
             if not going.any():
                 break
             with torch.no_grad():
-                chosen = (left @ self.W_dec.t()).argmax(dim=1, keepdim=True)
-            directions = self.W_dec[chosen[:, 0]]
+                chosen = linear(left, self.W_dec).argmax(dim=1, keepdim=True)
+            directions = self.W_dec[chosen[:, 0]].to(left.dtype)
             value = (left * directions).sum(dim=1, keepdim=True).relu() * going
             left = left - value * directions
             values.append(value)
@@ -341,8 +344,9 @@ class NormalisedDictionary(LinearDecoder):
 
     def __init__(self, inner: Dictionary, normalisation: RowNormalisation) -> None:
         """`inner` encodes normalised rows; its decoder weights move into this one's."""
-        ones = torch.ones_like(inner.b_dec)[None]
-        of_the_row = [inner.b_dec[None], ones, -ones] if normalisation == "layer_norm" else [inner.b_dec[None]]
+        b_dec = inner.b_dec.to(inner.W_dec.dtype)[None]
+        ones = torch.ones_like(b_dec)
+        of_the_row = [b_dec, ones, -ones] if normalisation == "layer_norm" else [b_dec]
         weights = {"W_dec": torch.cat([inner.W_dec, *of_the_row]), "b_dec": torch.zeros_like(inner.b_dec)}
         super().__init__(weights, inner.site)
         inner.W_dec.data = self.W_dec.data[: inner.d_sae]  # the same memory: decoders are large

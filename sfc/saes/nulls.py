@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfc.core.errors import UserError
+from sfc.models.linear import linear
 from sfc.saes.dictionary import Dictionary, LinearDecoder, TopKDictionary
 from sfc.saes.kernels import Sparse
 
@@ -47,7 +48,7 @@ def random_dictionary(trained: Dictionary, seed: int) -> TopKDictionary:
     scale = trained.W_dec.norm(dim=1).median()
     weights = {
         "W_enc": (directions / scale).t(),
-        "b_enc": trained.W_dec.new_zeros(trained.d_sae),
+        "b_enc": trained.b_dec.new_zeros(trained.d_sae),
         "W_dec": directions * scale,
         "b_dec": trained.b_dec.detach().clone(),
     }
@@ -66,7 +67,7 @@ def random_rotation(trained: Dictionary, seed: int) -> Float[Tensor, "d_in d_in"
     q = q * r.diagonal().sign()
     # A reflection is turned into a rotation by mirroring one axis.
     q[:, 0] *= torch.linalg.det(q).sign()
-    return q.to(trained.W_dec)
+    return q.to(trained.b_dec)
 
 
 class RotatedDictionary(LinearDecoder):
@@ -79,7 +80,8 @@ class RotatedDictionary(LinearDecoder):
 
     def __init__(self, inner: Dictionary, rotation: Float[Tensor, "d_in d_in"]) -> None:
         """`inner` is not changed."""
-        super().__init__({"W_dec": inner.W_dec @ rotation.t(), "b_dec": inner.b_dec}, inner.site)
+        turned = linear(inner.W_dec.to(rotation.dtype), rotation).to(inner.W_dec.dtype)
+        super().__init__({"W_dec": turned, "b_dec": inner.b_dec}, inner.site)
         self.inner = inner
         self.rotation = nn.Parameter(rotation.detach(), requires_grad=False)
 

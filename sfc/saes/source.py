@@ -51,7 +51,8 @@ def saes_identity(config: SaeConfig, sites: Sequence[str]) -> dict[str, Any]:
     content = {
         site: _hashes(folders[site]) if site in folders else source_of(config.source, site) for site in sites
     }  # fmt: skip
-    identity = config.model_dump(include={"min_variance_explained", "held_out"})
+    included = {"min_variance_explained", "held_out"} | (set() if config.dtype == "float32" else {"dtype"})
+    identity = config.model_dump(include=included)
     return {"content": content if folders else config.source, **identity}
 
 

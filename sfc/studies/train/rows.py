@@ -194,8 +194,9 @@ def _of_width(dictionary: Dictionary, blocks: Iterable[HeldOutBlock]) -> Iterato
 
 
 def _adopt(run: Run, origin: Path, target: Path, blocks: Iterable[HeldOutBlock]) -> None:
-    device = choose_device(run.device)
-    check_fit(load_dictionary(origin, device), blocks, run.experiment.saes.min_variance_explained)
+    config = run.experiment.saes
+    dictionary = load_dictionary(origin, choose_device(run.device), config.dtype)
+    check_fit(dictionary, blocks, config.min_variance_explained)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         with replacing(target / name) as temporary:
             shutil.copyfile(origin / name, temporary)
