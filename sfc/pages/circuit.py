@@ -107,7 +107,7 @@ def _picture(graph: nx.DiGraph, curve: pd.DataFrame, cards: Mapping[str, Any], m
 
 def _sentence(graph: nx.DiGraph, result: Mapping[str, Any], words: Words) -> str:
     kinds = pd.Series([data["kind"] for _, data in graph.nodes(data=True)], dtype=str).value_counts()
-    named = {"feature": "SAE feature", "error": "error node", "head": "head", "mlp": "MLP"}
+    named = {"feature": "SAE feature", "error": "error node", "skip": "skip connection", "head": "head", "mlp": "MLP"}
     parts = (
         " and ".join(count_text(int(count), named.get(str(kind), str(kind))) for kind, count in kinds.items())
         or "no node"

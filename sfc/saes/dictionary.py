@@ -49,6 +49,8 @@ class Dictionary(Protocol):
     @property
     def b_dec(self) -> Float[Tensor, " d_in"]: ...
     @property
+    def d_read(self) -> int: ...
+    @property
     def d_in(self) -> int: ...
     @property
     def d_sae(self) -> int: ...
@@ -69,6 +71,16 @@ class Dictionary(Protocol):
     def decode_sparse(
         self, values: Float[Tensor, "rows entries"], indices: Int[Tensor, "rows entries"]
     ) -> Float[Tensor, "rows d_in"]: ...
+
+
+def reconstruction(
+    dictionary: Dictionary, features: Sparse, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+) -> Float[Tensor, "rows d_in"]:
+    """What a dictionary makes of what it reads, a skip connection included: what is written, without the error."""
+    x_hat = dictionary.decode_sparse(*features)
+    if dictionary.d_parts == dictionary.d_in:
+        return x_hat
+    return x_hat + dictionary.of_parts(read, written)[:, dictionary.d_in :]
 
 
 class LinearDecoder(nn.Module):
@@ -121,8 +133,13 @@ class LinearDecoder(nn.Module):
         return written
 
     @property
+    def d_read(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.d_in
+
+    @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of the activations that are decoded."""
         return self.W_dec.shape[1]
 
     @property
@@ -239,6 +256,11 @@ class Transcoder(JumpReLUDictionary):
     def reads(self) -> str:
         """The site whose activation it encodes."""
         return self._reads
+
+    @property
+    def d_read(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.W_enc.shape[0]
 
     @property
     def part_kinds(self) -> tuple[str, ...]:
