@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
+from sfc.circuits.edge_ablation import edge_ablated_scores
 from sfc.circuits.edges import Pair, edge_effects, site_pairs
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
@@ -210,6 +211,21 @@ def test_law_out_edges_sum_to_the_effect_into_and_out_of_transcoders(problem: Pr
             part = edge_effects(problem, batch, cached, [no_error], 100)[0]
             ends = no_error.sources, no_error.targets
             torch.testing.assert_close(part, whole[:, ends[0]][:, :, ends[1]], atol=1e-5 * float(largest), rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["node", "ablate"])
+def test_law_all_edges_are_the_circuit_of_nodes(problem: Problem, network: Model, mode: str) -> None:
+    problem = asked(problem, network)
+    problem = replace(problem, ablation=replace(problem.ablation, error_mode=mode))
+    nodes = problem.ablation.nodes
+    member = np.random.default_rng(0).random(nodes.n_nodes) < 0.3
+    writes, site = {(u, d) for u, d, _ in site_pairs(nodes)}, nodes.site_numbers
+    members = np.flatnonzero(member).tolist()
+    edges = [(u, d) for u in members for d in members if (site[u], site[d]) in writes]
+    of_nodes = ablated_scores(network, problem.score, problem.ablation, problem.runs, member[None])[0]
+    np.testing.assert_allclose(edge_ablated_scores(problem, problem.runs, members, edges), of_nodes, atol=1e-4)
+    fewer = edge_ablated_scores(problem, problem.runs, members, edges[::3])
+    assert np.abs(fewer - of_nodes).max() > 1e-3
 
 
 def moved_score(
