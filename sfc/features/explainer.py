@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from pydantic import field_validator
 
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
@@ -49,6 +50,14 @@ class LabelOptions(Options):
     explainer_model: str = option("default", description="the model that the endpoint is asked for")
     explainer_seconds: float = option(60, gt=0, allow_inf_nan=False, description="the longest wait for one answer")
 
+    @field_validator("explainer")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"https?://[^\s/@]+[^\s@?#]*", address):
+            # Not a ValueError, whose message would show what may hold a password.
+            raise UserError(f"labels.explainer is no address such as http://127.0.0.1:8080; a key goes into {KEY}")
+        return address
+
 
 def unexplained(folder: Path, options: LabelOptions) -> list[str]:
     """The features of a finished circuit that lack the explanation that is asked for."""
@@ -67,11 +76,9 @@ class Endpoint:
         """Nothing is sent yet.
 
         Raises:
-            UserError: the address is not one of HTTP.
+            UserError: the key is none.
         """
         address = (options.explainer or "").rstrip("/")
-        if not re.fullmatch(r"https?://[^\s/@]+[^\s@?#]*", address):
-            raise UserError(f"labels.explainer is no address such as http://127.0.0.1:8080; a key goes into {KEY}")
         self.address = address.removesuffix(_ROUTE).removesuffix("/v1") + _ROUTE
         self.model = options.explainer_model
         self._seconds = options.explainer_seconds

@@ -40,6 +40,8 @@ from sfc.saes.shard import (
 CHUNK_BYTES = 1 << 20
 _JOURNAL = TypeAdapter(list[tuple[NonNegativeInt, NonNegativeInt]])
 _DELETE = "delete it and run the same command"
+_TABLES_BYTES = 1 << 12
+"""about as much of HDF5's own tables comes with each site, and four times as much with the file"""
 
 
 class UnfinishedShard:
@@ -181,6 +183,9 @@ def _start(
     _journal(path).unlink(missing_ok=True)
     n_rows = [batch.n_rows for batch in batches]
     with replacing(_partial(path)) as temporary:
+        # What the disk or a limit refuses must be refused before HDF5 writes, which cannot close a file that is cut.
+        with temporary.open("r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, _bytes_of(sum(n_rows), widths, dtype))
         with h5py.File(temporary, "w") as file:
             file.create_dataset("batches", data=np.cumsum([0, *n_rows])[:-1])
             for name, column in tokens._asdict().items():
@@ -193,9 +198,21 @@ def _start(
             os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
 
 
+def _bytes_of(n_rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> int:
+    """Bytes that a shard takes at most: its rows, what they are, and HDF5's own tables."""
+    chunks = [_chunk_rows(n_rows, width * dtype.itemsize) for width in widths.values()]
+    rows = [-(-n_rows // chunk) * chunk for chunk in chunks]
+    of_sites = sum(n * width for n, width in zip(rows, widths.values(), strict=True)) * dtype.itemsize
+    return of_sites + 4 * n_rows * len(TokenTable._fields) + (4 + len(widths)) * _TABLES_BYTES
+
+
+def _chunk_rows(n_rows: int, row_bytes: int) -> int:
+    return min(max(CHUNK_BYTES // row_bytes, 1), n_rows)
+
+
 def _make_room(file: h5py.File, site: str, n_rows: int, width: int, dtype: torch.dtype) -> None:
     stored = np.dtype("uint16") if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
-    chunk_rows = min(max(CHUNK_BYTES // (width * stored.itemsize), 1), n_rows)
+    chunk_rows = _chunk_rows(n_rows, width * stored.itemsize)
     data = file.create_dataset(
         f"activations/{site}", (n_rows, width), stored, chunks=(chunk_rows, width), dcpl=_allocated_at_once()
     )
