@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sfc.core.config import Experiment, ModelConfig
+from sfc.core.machine import check_memory, size
+from sfc.core.progress import say
 from sfc.run import Run
 
 if TYPE_CHECKING:
@@ -85,17 +87,22 @@ class Session:
 
     @cached_property
     def dictionaries(self) -> "Mapping[str, Dictionary]":
-        """The run's dictionaries by site, on the run's device.
+        """The run's dictionaries by site, on the run's device, each read when it is first asked for.
 
         Raises:
-            UserError: one is missing or damaged.
+            UserError: one is missing or damaged, or all together have no room in memory.
         """
-        from sfc.models.loading import choose_device
-        from sfc.saes.format import load_dictionaries
+        from sfc.models.loading import choose_device, free_memory
+        from sfc.saes.format import Dictionaries
 
-        return load_dictionaries(
-            self.run.saes.folder, self.run.experiment.activations.sites, choose_device(self.run.device)
-        )
+        device, experiment = choose_device(self.run.device), self.run.experiment
+        dictionaries = Dictionaries(self.run.saes.folder, experiment.activations.sites, device, experiment.saes.dtype)
+        what = f"{len(dictionaries)} dictionaries in {experiment.saes.dtype}"
+        if dictionaries.memory > 2**30:
+            say(f"{what} take {size(dictionaries.memory)} of memory")
+        remedy = "--set saes.dtype=bfloat16, or fewer activations.layers"
+        check_memory(dictionaries.memory, what, remedy, free_memory(device))
+        return dictionaries
 
     @cached_property
     def store(self) -> "Store":

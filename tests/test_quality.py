@@ -21,7 +21,7 @@ from sfc.data.render import Role
 from sfc.models.score import auroc
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.format import load_dictionaries
+from sfc.saes.format import Dictionaries
 from sfc.saes.kernels import Sparse, weighted_row_sums
 from sfc.saes.quality import ALL, Quality, match_features, quality_by_role, reconstruction_quality
 from sfc.saes.store import Store
@@ -186,7 +186,7 @@ def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
     density = pd.read_csv(run.saes.folder / "density.csv").set_index(["site", "feature"])
     held_out = rows.table["held_out"].to_numpy()[store.tokens.prompt]
     assert 0 < held_out.sum() == (~rows.trained).sum() < 0.1 * store.n_tokens
-    for site, dictionary in load_dictionaries(run.saes.folder, run.experiment.activations.sites).items():
+    for site, dictionary in Dictionaries(run.saes.folder, run.experiment.activations.sites).items():
         x = torch.cat([store.read(site, *block) for block in store.blocks(10_000)])
         for name, of_role in (("all", True), ("content", store.tokens.role == C), ("suffix", store.tokens.role == S)):
             wanted = x[torch.from_numpy(held_out & of_role)]
@@ -215,7 +215,7 @@ def check_quality(run: Run, roles: list[str]) -> None:
     assert quality["role"].tolist() == [*roles * 2, "in series"]
     assert quality.loc[quality["role"] == "all", "score_recovered"].notna().all()
     assert (run.saes.folder / "quality.html").is_file()
-    assert len(load_dictionaries(run.saes.folder, run.experiment.activations.sites)) == 2
+    assert len(Dictionaries(run.saes.folder, run.experiment.activations.sites)) == 2
 
 
 def test_a_corpus_of_texts_is_cut_into_pieces_and_spliced_into_prompts(
@@ -277,7 +277,7 @@ def test_a_runs_features_tell_something_of_prompts_and_come_back_where_the_other
     first, second = (pd.read_csv(folder / "quality.csv") for folder in folders)
     assert first["matched"].isna().all(), "the other half was not there yet"
     second, density = second[second["role"] == "all"], pd.read_csv(folders[1] / "density.csv")
-    other, own = (load_dictionaries(folder, sites) for folder in folders)
+    other, own = (Dictionaries(folder, sites) for folder in folders)
     for site, matched, chance in second[["site", "matched", "matched_chance"]].itertuples(index=False):
         same = match_features(own[site].W_dec, other[site].W_dec)[0].same >= 0
         live = density.loc[density["site"] == site, "all"].to_numpy() > 0

@@ -14,7 +14,7 @@ from sfc.models.loading import load_model
 from sfc.models.running import last_logits
 from sfc.models.score import RefusalScore
 from sfc.run import Run
-from sfc.saes.format import load_dictionaries
+from sfc.saes.format import Dictionaries
 from sfc.stats import wilson
 from sfc.studies.repair.edits import load_repair, project_weights
 
@@ -79,7 +79,7 @@ def test_what_is_exported_does_to_a_fresh_model_what_was_measured(repaired: dict
     replies = pd.read_csv(root / repaired["files"]["replies"], keep_default_na=False)
     repair = load_repair(root / repaired["files"]["hook"])
     assert repair.dictionaries == run.saes.folder.name
-    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
+    dictionaries = Dictionaries(run.saes.folder, run.experiment.activations.sites)
 
     def measured(kind: str) -> pd.DataFrame:
         of_kind = replies[(replies["kind"] == kind) & (replies["size"] == repaired["chosen"][kind]["size"])]

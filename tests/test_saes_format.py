@@ -13,9 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfc.core.errors import UserError
-from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Architecture, DictionaryConfig, Weights
-from sfc.saes.dictionary import WEIGHTS, Dictionary, JumpReLUDictionary, TopKDictionary
-from sfc.saes.format import load_dictionary, save_dictionary
+from sfc.core.machine import check_memory
+from sfc.models.linear import linear
+from sfc.saes.architectures import (
+    ARCHITECTURES,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Architecture,
+    DictionaryConfig,
+    Weights,
+    memory_of,
+)  # fmt: skip
+from sfc.saes.dictionary import (
+    WEIGHTS,
+    Dictionary,
+    JumpReLUDictionary,
+    LinearDecoder,
+    NormalisedDictionary,
+    TopKDictionary,
+)  # fmt: skip
+from sfc.saes.format import Dictionaries, load_dictionary, save_dictionary
 
 D_IN, D_SAE, SITE = 16, 64, "blocks.3.hook_resid_post"
 NORMALISATIONS = (
@@ -71,11 +88,18 @@ def built(architecture: str, **settings: Any) -> Any:
     from sae_lens import SAE
 
     config = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "metadata": {"hook_name": SITE}, **settings}
-    sae = SAE.from_dict({**config, "k": 5} if architecture == "topk" else config)
+    sae = SAE.from_dict({**config, "k": 5} if architecture.endswith("topk") else config)
     random = torch.Generator().manual_seed(0)
     for parameter in sae.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
+    if architecture == "matching_pursuit":  # it keeps its directions at length one
+        sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=1)
     return sae
+
+
+def without_signs(f: Tensor, architecture: str) -> Tensor:
+    """SAELens' feature values as ours, which are not negative."""
+    return torch.cat([f.relu(), (-f).relu()], dim=-1) if architecture == "abstopk" else f
 
 
 def expected_scale(x: Tensor, normalisation: str) -> Tensor | float:
@@ -86,7 +110,7 @@ def expected_scale(x: Tensor, normalisation: str) -> Tensor | float:
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False], ids=["b_dec subtracted", "b_dec not subtracted"])
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard", "gated"])
+@pytest.mark.parametrize("architecture", ["topk", "abstopk", "jumprelu", "standard", "gated", "matching_pursuit"])
 def test_features_and_reconstructions_are_those_of_saelens(
     architecture: str, normalisation: str, apply_b_dec_to_input: bool, tmp_path: Path
 ) -> None:
@@ -97,11 +121,13 @@ def test_features_and_reconstructions_are_those_of_saelens(
     built(architecture, **settings).save_model(tmp_path)
     ours, theirs, x = load_dictionary(tmp_path), SAE.load_from_disk(tmp_path), rows(5, 20)
     with torch.no_grad():
-        f = theirs.encode(x)
-        x_hat = theirs.decode(f)
-    assert 0.02 < (f > 0).float().mean() < 0.7
+        signed = theirs.encode(x)
+        x_hat = theirs.decode(signed)
+    f = without_signs(signed, architecture)
+    assert 0.02 < (f > 0).float().mean() < 0.7 and (signed.min() < 0) == (architecture == "abstopk")
     encoded = ours.encode(x)
-    torch.testing.assert_close(encoded[..., :D_SAE], f * expected_scale(x, normalisation), atol=1e-5, rtol=1e-5)
+    own = f.shape[-1]
+    torch.testing.assert_close(encoded[..., :own], f * expected_scale(x, normalisation), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.decode(encoded), x_hat, atol=1e-5, rtol=1e-5)
     values, indices = ours.encode_sparse(x.flatten(0, 1))
     dense = torch.zeros(100, ours.d_sae).scatter_add(1, indices, values)
@@ -111,30 +137,82 @@ def test_features_and_reconstructions_are_those_of_saelens(
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
-def test_features_rescaled_by_decoder_norms_are_those_of_saelens(normalisation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
+def test_features_rescaled_by_decoder_norms_are_those_of_saelens(
+    architecture: str, normalisation: str, tmp_path: Path
+) -> None:
     from sae_lens import SAE
 
-    built("topk", rescale_acts_by_decoder_norm=True, normalize_activations=normalisation).save_model(tmp_path)
+    built(architecture, rescale_acts_by_decoder_norm=True, normalize_activations=normalisation).save_model(tmp_path)
+    ours, theirs, x = load_dictionary(tmp_path), SAE.load_from_disk(tmp_path), rows(50)
+    signed = theirs.encode(x)
+    scaled = without_signs(signed, architecture) * expected_scale(x, normalisation)
+    torch.testing.assert_close(ours.encode(x)[:, : scaled.shape[1]], scaled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(signed), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"residual_threshold": 1.5}, {"max_iterations": 3}, {"stop_on_duplicate_support": False, "max_iterations": 9}],
+)
+def test_matching_pursuit_stops_where_saelens_stops(settings: dict[str, Any], tmp_path: Path) -> None:
+    from sae_lens import SAE
+
+    built("matching_pursuit", **settings).save_model(tmp_path)
     ours, theirs, x = load_dictionary(tmp_path), SAE.load_from_disk(tmp_path), rows(50)
     f = theirs.encode(x)
-    scaled = f * expected_scale(x, normalisation)
-    torch.testing.assert_close(ours.encode(x)[:, :D_SAE], scaled, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs.decode(f), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.encode(x), f, atol=1e-5, rtol=1e-5)
+    by_itself = torch.cat([ours.encode(row[None]) for row in x])
+    torch.testing.assert_close(by_itself, f, atol=1e-5, rtol=1e-5)  # it is a function of one row
 
 
-def test_a_batch_top_k_sae_is_read_as_the_jumprelu_sae_it_is_saved_as(tmp_path: Path) -> None:
-    from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+@pytest.mark.parametrize("architecture", ["abstopk", "jumprelu", "matching_pursuit"])
+def test_gradients_of_features_are_those_of_finite_differences(architecture: str, tmp_path: Path) -> None:
+    built(architecture).save_model(tmp_path)
+    ours, x = load_dictionary(tmp_path), rows(20)
+    direction, step = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), 1e-3
+    x.requires_grad_()
+    values, indices = ours.encode_sparse(x)
+    (gradient,) = torch.autograd.grad((values * (indices % 7)).sum(), x)
+    weights = (torch.arange(ours.d_sae) % 7).double()
+    ends = [ours.encode(x.detach() + sign * step * direction) for sign in (1, -1)]
+    smooth = ((ends[0] > 0) == (ends[1] > 0)).all(1)
+    assert smooth.sum() > 10
+    slope = ((ends[0] - ends[1]).double() @ weights) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(1).double()[smooth], slope[smooth], atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
+def test_a_batch_top_k_sae_is_read_as_the_jumprelu_sae_it_is_saved_as(kind: str, tmp_path: Path) -> None:
+    import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
-    metadata = SAEMetadata(hook_name=SITE)
-    trained = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=5, metadata=metadata))
+    widths = {"matryoshka_widths": [8, D_SAE]} if kind.startswith("Matryoshka") else {}
+    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
+        d_in=D_IN, d_sae=D_SAE, k=5, metadata=SAEMetadata(hook_name=SITE), **widths
+    )
+    trained = getattr(sae_lens, f"{kind}TrainingSAE")(config)
     trained.topk_threshold.fill_(0.4)
-    trained.save_inference_model(tmp_path)
+    trained.save_inference_model(tmp_path / "finished")
     x = rows(50)
-    ours, f = load_dictionary(tmp_path), SAE.load_from_disk(tmp_path).encode(x)
+    ours, f = load_dictionary(tmp_path / "finished"), sae_lens.SAE.load_from_disk(tmp_path / "finished").encode(x)
     assert isinstance(ours, JumpReLUDictionary)
     assert f[f > 0].min() > 0.4
     torch.testing.assert_close(ours.encode(x), f, atol=1e-5, rtol=1e-5)
+    trained.save_model(tmp_path / "checkpoint")
+    with pytest.raises(UserError, match="checkpoint of training: save_inference_model of SAELens writes"):
+        load_dictionary(tmp_path / "checkpoint")
+
+
+def test_every_architecture_of_saelens_is_read_or_refused_with_the_reason(tmp_path: Path) -> None:
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    transcoders = {name for name in SAE_CLASS_REGISTRY if name.endswith("transcoder")}
+    assert set(SAE_CLASS_REGISTRY) - transcoders - set(ARCHITECTURES.names()) == {"temporal"}
+    built("standard").save_model(tmp_path)
+    change_config(tmp_path, architecture="temporal")
+    with pytest.raises(UserError, match="what it encodes of a token depends on the tokens before it"):
+        load_dictionary(tmp_path)
 
 
 LEGACY = {
@@ -185,9 +263,11 @@ def test_the_names_of_architectures_are_known_without_torch() -> None:
     code = "import sys; from sfc.saes.source import read_config; from sfc.saes.architectures import ARCHITECTURES"
     code += "; print(*ARCHITECTURES.names(), 'torch' in sys.modules)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *names, has_torch = finished.stdout.split()
-    assert names[:4] == ["topk", "jumprelu", "standard", "gated"] and "skip_transcoder" in names
-    assert has_torch == "False"
+    *names, torch_is_there = finished.stdout.split()
+    assert (
+        names[:6] == ["topk", "abstopk", "jumprelu", "standard", "gated", "matching_pursuit"]
+        and torch_is_there == "False"
+    )
 
 
 def change_config(folder: Path, **values: object) -> None:
@@ -211,8 +291,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a pickle": ("topk", lambda folder: torch.save({"W_enc": torch.ones(1)}, folder / WEIGHTS_FILE), "cannot be read"),
     "truncated configuration": ("topk", lambda folder: truncate(folder / CONFIG_FILE), "is not JSON"),
     "a list": ("topk", lambda folder: (folder / CONFIG_FILE).write_text("[]"), "not the configuration"),
-    "signed features": (
-        "jumprelu", lambda folder: change_config(folder, architecture="abstopk"), "no SAE architecture 'abstopk'"
+    "an unknown architecture": (
+        "jumprelu", lambda folder: change_config(folder, architecture="magic"), "no SAE architecture 'magic'"
     ),
     "a transcoder": (
         "jumprelu", lambda folder: change_config(folder, architecture="transcoder"), "d_out is missing"
@@ -258,3 +338,87 @@ def test_a_bad_folder_gives_one_clear_line(damage: str, tmp_path: Path) -> None:
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "layer_norm"])
+@pytest.mark.parametrize("architecture", ["topk", "abstopk", "jumprelu", "gated", "matching_pursuit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_matrices_in_half_precision_give_the_products_of_their_values(
+    architecture: str, normalisation: str, dtype: str, tmp_path: Path
+) -> None:
+    """Products are in float32: those of a float32 dictionary whose matrices have the rounded values."""
+    built(architecture, normalize_activations=normalisation).save_model(tmp_path)
+    half, full, x = load_dictionary(tmp_path, dtype=dtype), load_dictionary(tmp_path), rows(40)
+    assert isinstance(half, LinearDecoder) and isinstance(full, LinearDecoder)
+    assert half.W_dec.dtype == getattr(torch, dtype) and half.b_dec.dtype == torch.float32
+    for ours, rounded in zip(full.parameters(), half.parameters(), strict=True):
+        ours.data = rounded.data.float()
+    if isinstance(full, NormalisedDictionary):
+        full.inner.W_dec.data = full.W_dec.data[: full.inner.d_sae]
+    f = full.encode(x)
+    torch.testing.assert_close(half.encode(x), f, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(half.decode(f), full.decode(f), atol=1e-5, rtol=1e-5)
+    gradients = []
+    for dictionary in (half, full):
+        leaf = x.clone().requires_grad_()
+        values, indices = dictionary.encode_sparse(leaf)
+        x_hat = dictionary.decode_sparse(values, indices)
+        gradients.append(torch.autograd.grad(x_hat.square().sum(), leaf)[0])
+        assert values.dtype == x_hat.dtype == torch.float32
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-4)
+
+
+def test_nothing_is_converted_for_longer_than_its_product(tmp_path: Path) -> None:
+    """What the backward pass keeps of a site is of the size of its rows, not another copy of its matrices."""
+    built("jumprelu").save_model(tmp_path)
+    dictionary, kept = load_dictionary(tmp_path, dtype="bfloat16"), []
+    x = rows(3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        values, indices = dictionary.encode_sparse(x)
+        mask = torch.ones(len(x), dictionary.d_sae, requires_grad=True)
+        (linear(mask, dictionary.W_dec.t()) + dictionary.decode_sparse(values, indices)).sum().backward()
+    matrices = [tensor for tensor in kept if tensor.numel() == D_IN * D_SAE]
+    assert matrices and all(tensor.dtype == torch.bfloat16 for tensor in matrices)
+
+
+def test_dictionaries_are_read_when_they_are_asked_for(folder: Path) -> None:
+    both = Dictionaries(folder.parent, [SITE, "blocks.4.hook_resid_post"], dtype="float16")
+    assert len(both) == 2 and next(iter(both)) == SITE, "nothing of the second site is there"
+    assert both[SITE] is both[SITE] and both[SITE].W_dec.dtype == torch.float16
+    with pytest.raises(UserError, match=r"blocks\.4\.hook_resid_post"):
+        _ = both["blocks.4.hook_resid_post"]
+    with pytest.raises(KeyError):
+        _ = both["blocks.5.hook_resid_post"]
+
+
+def test_values_too_large_for_half_precision_are_told(folder: Path) -> None:
+    change_weights(folder, W_dec=torch.full((D_SAE, D_IN), 1e5))
+    assert load_dictionary(folder, dtype="bfloat16")
+    with pytest.raises(UserError, match="values too large for float16"):
+        load_dictionary(folder, dtype="float16")
+
+
+def test_the_memory_that_is_told_is_what_is_taken(folder: Path, tmp_path: Path) -> None:
+    for architecture in ("topk", "abstopk", "jumprelu", "gated", "matching_pursuit"):
+        built(architecture).save_model(tmp_path / architecture / SITE)
+        for dtype in ("float32", "bfloat16"):
+            dictionaries = Dictionaries(tmp_path / architecture, [SITE], dtype=dtype)
+            loaded = dictionaries[SITE]
+            assert isinstance(loaded, LinearDecoder)
+            taken = sum(weight.numel() * weight.element_size() for weight in loaded.parameters())
+            assert dictionaries.memory == pytest.approx(taken, rel=0.1), architecture
+
+
+def test_dictionaries_of_gemma_2_at_three_sites_of_all_layers_fit_a_card_of_24_gb() -> None:
+    """26 layers of 16,384 features at heads, MLPs and residual stream, beside the model in bfloat16."""
+    card, model = 24 * 10**9, 2 * 2_614_341_888
+    settings = {"architecture": "jumprelu", "d_sae": 16384, "sae_lens_version": "6.0.0"}
+    configs = [
+        DictionaryConfig.model_validate({**settings, "d_in": d_in, "metadata": {"hook_name": f"blocks.{layer}.{hook}"}})
+        for layer in range(26)
+        for hook, d_in in {"attn.hook_z": 2048, "hook_mlp_out": 2304, "hook_resid_post": 2304}.items()
+    ]
+    taken = {dtype: sum(memory_of(config, dtype) for config in configs) for dtype in ("float32", "bfloat16")}
+    with pytest.raises(UserError, match=r"saes\.dtype"):
+        check_memory(taken["float32"], "78 dictionaries", "--set saes.dtype=bfloat16", card - model)
+    check_memory(taken["bfloat16"], "78 dictionaries", "", card - model - 5 * 10**9)  # room for activations

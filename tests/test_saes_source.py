@@ -19,7 +19,8 @@ from sfc.core.experiments import load_experiment
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import TopKDictionary
-from sfc.saes.format import fetch_pretrained, load_dictionaries
+from sfc.saes.format import Dictionaries
+from sfc.saes.published import fetch_pretrained
 from sfc.saes.source import EMBEDDED_DICTIONARIES
 from sfc.session import Session
 from sfc.studies.discover import DISCOVER, circuit_of
@@ -147,9 +148,21 @@ def test_the_artifact_depends_on_the_content_and_not_on_the_place(trained: Run, 
     assert releases[0] != releases[1]
 
 
+def test_half_precision_restores_the_same(trained: Run, copied: Path) -> None:
+    run = run_with(trained.root, copied, "saes.dtype=bfloat16")
+    ours, theirs = (circuit_of(each, "violence").result for each in (trained, run))
+    assert run.saes.folder != run_with(trained.root, copied).saes.folder
+    assert Session(run).dictionaries[SITES[0]].W_dec.dtype == torch.bfloat16
+    for figure in ("f_model", "f_empty", "separation_model"):
+        assert theirs[figure] == pytest.approx(ours[figure], rel=0.05, abs=0.01), figure
+    columns = ["fvu", "agreement", "loss_recovered"]
+    before, after = (pd.read_csv(each.saes.folder / QUALITY_FILE)[columns] for each in (trained, run))
+    np.testing.assert_allclose(after, before, rtol=0.05, atol=0.02)
+
+
 def test_one_dictionary_serves_one_site(trained: Run, copied: Path) -> None:
     run = run_with(trained.root, copied / SITES[1], "activations.layers=[1]")
-    assert list(load_dictionaries(ensure(TRAIN, run).folder, [SITES[1]])) == [SITES[1]]
+    assert list(Dictionaries(ensure(TRAIN, run).folder, [SITES[1]])) == [SITES[1]]
     with pytest.raises(UserError, match=r"is one of blocks\.1\.hook_resid_post, not of blocks\.0\.hook_resid_post"):
         _ = run_with(trained.root, copied / SITES[1]).saes
 
@@ -187,7 +200,7 @@ def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
 
 def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
     save_perfect(tmp_path, SITES[0], "none")
-    [dictionary] = load_dictionaries(tmp_path.parent, [tmp_path.name]).values()
+    [dictionary] = Dictionaries(tmp_path.parent, [tmp_path.name]).values()
     x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
     assert check_fit(dictionary, measured(x), 0.5) == pytest.approx(1, abs=1e-6)
     with pytest.raises(UserError, match="width 32, those of this model have 31"):
@@ -207,7 +220,7 @@ def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .ID no-such-id not found"),
+        ("gpt2-small-res-jb/no-such-id", "'no-such-id' of 'gpt2-small-res-jb' .SAE ID 'no-such-id' not found"),
         ("no/folder", "no/folder is neither a folder nor a dictionary of a release that SAELens knows"),
     ],
 )
@@ -232,7 +245,7 @@ def test_what_is_embedded_is_in_half_precision_and_restores_the_same(
     monkeypatch.setattr("tools.embed_dictionaries.LARGEST_CHANGE", 0.1)  # the tiny model's scores hardly differ
     figures = embed(Session(trained), tmp_path)
     assert json.loads((tmp_path / FIGURES_FILE).read_text()) == figures
-    ours, stored = (load_dictionaries(folder, SITES) for folder in (trained.saes.folder, tmp_path))
+    ours, stored = (Dictionaries(folder, SITES) for folder in (trained.saes.folder, tmp_path))
     for site in SITES:
         assert load_file(tmp_path / site / WEIGHTS_FILE)["W_dec"].dtype == torch.float16
         torch.testing.assert_close(stored[site].W_dec, ours[site].W_dec, atol=1e-3, rtol=1e-3)
@@ -250,7 +263,7 @@ def test_the_package_has_dictionaries_at_every_site_of_its_preset() -> None:
     experiment = load_experiment("smollm2")
     assert experiment.saes.source == "embedded"
     figures = json.loads((EMBEDDED_DICTIONARIES / FIGURES_FILE).read_text())
-    for site, dictionary in load_dictionaries(EMBEDDED_DICTIONARIES, experiment.activations.sites).items():
+    for site, dictionary in Dictionaries(EMBEDDED_DICTIONARIES, experiment.activations.sites).items():
         assert isinstance(dictionary, TopKDictionary) and dictionary.site == site
         assert (dictionary.k, dictionary.d_sae) == (experiment.saes.k, experiment.saes.expansion * dictionary.d_in)
         assert torch.allclose(dictionary.W_dec.norm(dim=1), torch.ones(dictionary.d_sae), atol=1e-3)

@@ -245,8 +245,8 @@ def zero_baseline(dictionaries: Mapping[str, Dictionary], layout: TemplateLayout
     n = layout.n_template_positions
     return BaselineTables(
         layout,
-        {site: d.W_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
-        {site: d.W_dec.new_zeros(n, d.d_parts) for site, d in dictionaries.items()},
+        {site: d.b_dec.new_zeros(n, d.d_sae) for site, d in dictionaries.items()},
+        {site: d.b_dec.new_zeros(n, d.d_parts) for site, d in dictionaries.items()},
     )
 
 

@@ -226,7 +226,9 @@ class _Batch:
             of_features = (values.of_features * keeps.to(values.of_features.device)[:, None]).t()
             parts = torch.tensor([space.d_sae + part in nodes for part in range(space.n_parts)])
             of_parts = values.of_parts * parts.repeat_interleave(width).to(values.of_parts)
-            copies.append(self.ablated[site] + of_features @ space.W_dec[values.features] + together(of_parts, space))
+            copies.append(
+                self.ablated[site] + of_features @ space.W_dec[values.features].float() + together(of_parts, space)
+            )
         x = torch.cat(copies)
 
         def put(activation: Tensor) -> Tensor:

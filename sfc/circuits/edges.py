@@ -214,7 +214,7 @@ def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient)
     f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
     moved = f - baseline.features_at(dictionary, batch, features)
     moved_parts = left_over(dictionary, read, x, values, indices) - baseline.errors_at(dictionary, batch)
-    directions = dictionary.W_dec[features]
+    directions = dictionary.W_dec[features].float()
 
     def spread(weights: Tensor) -> Tensor:
         of_features, of_parts = weights[prompt].split([len(features), dictionary.n_parts], dim=1)

@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import Nodes
 from sfc.core.artifacts import read_json
+from sfc.core.config import Source
 from sfc.core.errors import UserError
 from sfc.core.reading import read_text
 from sfc.core.sites import layer_of, short_site
 from sfc.saes.architectures import CONFIG_FILE
-from sfc.saes.source import for_layer
+from sfc.saes.source import source_of
 
 _NAME_KEYS = ("node", "name", "id")
 _SOURCE_KEYS = ("source", "sourceId", "layer")
@@ -212,20 +213,21 @@ class DictionaryNames:
     """names of all of them as one"""
 
     @classmethod
-    def of(cls, folder: Path, sites: Sequence[str], source: str | None) -> "DictionaryNames":
+    def of(cls, folder: Path, sites: Sequence[str], source: Source | None) -> "DictionaryNames":
         """The names of the dictionaries in `folder`, which were taken from `source` unless they were trained.
 
         Raises:
             UserError: a configuration is missing or damaged.
         """
         names: dict[str, str] = {}
+        as_one = [] if source is None else [source] if isinstance(source, str) else source.values()
         per_layer = Counter(layer_of(site) for site in sites)
         for site in sites:
             config = read_json(folder / site / CONFIG_FILE)
             also = [config.get("neuronpedia_id"), config.get("metadata", {}).get("neuronpedia_id")]
-            also += [source and for_layer(source, site), per_layer[layer_of(site)] == 1 and str(layer_of(site))]
+            also += [source and source_of(source, site), per_layer[layer_of(site)] == 1 and str(layer_of(site))]
             names |= {name: site for name in (site, short_site(site), *also) if name}
-        return cls(names, frozenset({folder.name, *([source] if source else [])}))
+        return cls(names, frozenset({folder.name, *as_one}))
 
     def node(self, name: str, nodes: Nodes) -> int:
         """The node that a name means.

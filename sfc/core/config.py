@@ -138,20 +138,27 @@ class SampleOptions(Options):
         return self.model_dump(exclude={"tokens"})
 
 
+Source = str | Annotated[dict[SiteKind, str], Field(min_length=1)]
+"""where dictionaries come from: one source for all kinds of sites, or one for each"""
+
+
 class SaeConfig(Section):
     """The top-k sparse autoencoders, one per site."""
 
-    source: str | None = Field(
+    source: Source | None = Field(
         None,
-        description="use these instead of training: embedded, those that come with the package; a folder of SAELens"
+        description="use these instead of training: embedded, those that come with the package; a folder of"
         " dictionaries (one subfolder per site, or one dictionary); or a pretrained release/sae_id; {layer} stands for"
-        " the layer",
+        " the layer; or one of them for each kind of site, such as {resid_post: …, mlp_out: …}",
     )
     min_variance_explained: float = Field(
         0.5,
         le=1,
         allow_inf_nan=False,
         description="with saes.source: a dictionary that explains less of a site's variance is refused",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what dictionaries are kept in while they are used; products stay in float32"
     )
     expansion: int = Field(4, ge=1, description="features per dimension of the activation")
     k: int | str = Field(
@@ -207,6 +214,7 @@ class SaeConfig(Section):
         """What the trained weights depend on; what is not used is left out, so that older SAEs stay valid."""
         without = {"source", "min_variance_explained", "layers_at_once", "checkpoint_seconds"}
         without |= set() if self.finetune_steps else {"finetune_steps", "finetune_rate"}
+        without |= {"dtype"} if self.dtype == "float32" else set()
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
 
     def active_features(self, d_sae: int) -> int:

@@ -33,9 +33,10 @@ def check_memory(wanted: int, what: str, remedy: str, available: int | None = No
     """
     available = available_memory() if available is None else available
     if wanted > available:
-        raise UserError(f"{what} takes {_size(wanted)} of memory, and {_size(available)} are available: {remedy}")
+        raise UserError(f"{what} takes {size(wanted)} of memory, and {size(available)} are available: {remedy}")
 
 
-def _size(n_bytes: int) -> str:
+def size(n_bytes: int) -> str:
+    """Bytes as people read them."""
     gigabytes = n_bytes / 2**30
     return f"{gigabytes:.1f} GiB" if gigabytes < 1e6 else f"{gigabytes:.0e} GiB"

@@ -6,10 +6,9 @@ from typing import Literal, cast, get_args
 
 from sfc.core.errors import UserError, is_count
 
-SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
-"""Where a dictionary can read and write: activations of d_model dimensions."""
-StoredKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
-"""What a store can hold, in the order in which a block passes them; `hook_z` is the heads' outputs side by side."""
+SiteKind = Literal["resid_pre", "hook_z", "attn_out", "resid_mid", "mlp_out", "resid_post"]
+"""Where dictionaries read and write, in the order in which a block passes them; `hook_z` is the heads' outputs, before
+W_O, side by side."""
 InputKind = Literal["ln2_normalized", "mlp_in"]
 """What an MLP reads on its way from `resid_mid`, where transcoders read and nothing is written: divided by its norm,
 before the norm's gain and bias, and as it enters the MLP."""
@@ -26,7 +25,7 @@ _SITE = re.compile(r"blocks\.(\d{1,9})\.(?:hook_(\w+)|(" + "|".join(map(re.escap
 _ORDER = ("resid_pre", "hook_z", "attn_out", "resid_mid", *get_args(InputKind), "mlp_out", "resid_post")
 
 
-def site_of(kind: StoredKind | InputKind, layer: int) -> str:
+def site_of(kind: SiteKind | InputKind, layer: int) -> str:
     """The hook point of a kind at a layer."""
     return f"blocks.{layer}.{_PATHS.get(kind, f'hook_{kind}')}"
 
@@ -56,7 +55,29 @@ def site_from_short(name: str) -> str:
     kind, _, layer = name.rpartition(".")
     if kind not in _ORDER or not is_count(layer):
         raise UserError(f"{name!r} is not a site: write for example 'resid_post.21' ({', '.join(_ORDER)})")
-    return site_of(cast(StoredKind | InputKind, kind), int(layer))
+    return site_of(cast(SiteKind | InputKind, kind), int(layer))
+
+
+_IN_LAYER = {
+    "": "resid_post",
+    "mlp": "mlp_out",
+    "post_feedforward_layernorm": "mlp_out",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "self_attn.o_proj.input": "hook_z",
+}
+"""the site of what a module of a transformers layer puts out, by its name there"""
+_MODULE = re.compile(r"(?:[\w.]+\.)?(?:layers|h)\.(\d{1,9})\.?([\w.]*)")
+
+
+def site_named(name: str) -> str:
+    """The site that a name from elsewhere means, such as `model.layers.12` or `layers.12.mlp`; itself where none is."""
+    if short := re.fullmatch(r"blocks\.(\d{1,9})\.hook_z", name):
+        return site_of("hook_z", int(short[1]))
+    match = _MODULE.fullmatch(name)
+    kind = match and _IN_LAYER.get(match[2].removesuffix("output").removesuffix("."))
+    return site_of(cast(SiteKind, kind), int(match[1])) if match and kind else name
 
 
 def in_order(sites: Iterable[str]) -> list[str]:

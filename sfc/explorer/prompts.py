@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from dash import Dash, Input, Output, State, ctx, dcc, html, no_update, set_props
 
 from sfc.api import open_model, steer
@@ -22,7 +21,7 @@ from sfc.explorer.shelf import CHOICE, chosen_circuit, graph_of, undamaged
 from sfc.features.labels import labels_of
 from sfc.features.session import Firing, PromptSession
 from sfc.models.edits import Steering
-from sfc.models.loading import Model
+from sfc.models.loading import Model, free_memory
 from sfc.pages.style import axis, styled_figure, words_of
 from sfc.pages.text import hover_text, printable
 from sfc.run import Run
@@ -139,12 +138,11 @@ def _check_length(model: Model, prompt: str) -> None:
     if n_tokens > most:
         raise UserError(f"the prompt is too long: this model takes {most:,} tokens beside the reply's {REPLY_TOKENS}")
     attention = 2 * 4 * model.bridge.cfg.n_heads * n_tokens**2  # scores and pattern of one layer, in float32
-    device = model.device
     check_memory(
         attention,
         f"a prompt of {n_tokens:,} tokens",
         "give a shorter one",
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        free_memory(model.device),
     )
 
 

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sfc.core.config import ModelConfig
 from sfc.core.errors import CannotLoadModel, one_line
-from sfc.core.sites import StoredKind, layer_of, site_of
+from sfc.core.sites import SiteKind, layer_of, site_of
 from sfc.data.render import Role, TokenizedPrompt
 from sfc.models.batches import NO_POSITION, Batch, TemplateLayout, cache_suffixes, flush_right, pad
 from sfc.models.generation import continue_tails
@@ -169,7 +169,7 @@ def _unusable_sites(model: Model, batch: Batch) -> dict[str, str]:
     """
     sites = {
         site_of(kind, layer): kind
-        for kind in get_args(StoredKind)
+        for kind in get_args(SiteKind)
         for layer in range(model.n_layers)
         if site_of(kind, layer) in model.hooks
     }

@@ -19,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 def linear(
     x: Float[Tensor, "*rows d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*rows d_out"]:
-    """`x @ weight.T + bias`, differentiable any number of times."""
-    is_empty = x.numel() == 0 or weight.numel() == 0
-    if x.dtype != torch.float32 or x.device.type != "cpu" or is_empty or _onednn_linear() is None:
+    """`x @ weight.T + bias`, differentiable any number of times.
+
+    A weight in another precision than x is converted for the product, and not kept so for the backward pass.
+    """
+    if weight.dtype == x.dtype and not _is_quick(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
@@ -47,9 +49,15 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def _is_quick(x: Tensor, weight: Tensor) -> bool:
+    is_empty = x.numel() == 0 or weight.numel() == 0
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not is_empty and _onednn_linear() is not None
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = _onednn_linear()
-    assert product is not None
+    weight, product = weight.to(x.dtype), _onednn_linear()
+    if product is None or not _is_quick(x, weight):
+        return F.linear(x, weight, bias)
     return product(x, weight, bias, "none", [], "")
 
 

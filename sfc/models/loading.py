@@ -54,6 +54,11 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for other devices, whose memory is the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model:
     """Load the weights, merge the adapter if one is named, and wrap the model for hooks.
 

@@ -7,6 +7,7 @@ imports torch before weights are read.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sfc.core.artifacts import read_model
 from sfc.core.errors import UserError
 from sfc.core.registry import Registry
+from sfc.core.sites import site_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +41,7 @@ class Metadata(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     hook_name: str
-    """the site it was trained at"""
+    """the site it was trained at, or another name of it (see `site_named`)"""
 
 
 class DictionaryConfig(BaseModel):
@@ -52,12 +54,19 @@ class DictionaryConfig(BaseModel):
     d_sae: int = Field(ge=1)
     apply_b_dec_to_input: bool = True
     normalize_activations: Normalisation = "none"
-    reshape_activations: Literal["none"] = "none"
+    reshape_activations: Literal["none", "hook_z"] = "none"
+    """`hook_z`: heads are put side by side before they are encoded, as they are here in any case"""
     metadata: Metadata
 
     @property
     def site(self) -> str:
-        return self.metadata.hook_name
+        return site_named(self.metadata.hook_name)
+
+    @model_validator(mode="after")
+    def _heads_are_read_where_there_are_some(self) -> "DictionaryConfig":
+        if self.reshape_activations == "hook_z" and not self.site.endswith("hook_z"):
+            raise ValueError(f"reshape_activations is 'hook_z', but the site is {self.site}")
+        return self
 
     @property
     def reads(self) -> str:
@@ -109,9 +118,19 @@ class Architecture:
     config: type[DictionaryConfig] = DictionaryConfig
     activations: Collection[str] = ("relu",)
     """the activation functions that its configuration may name, if it names one"""
+    copies: int = 1
+    """how often its tensors are there once it is built"""
 
 
 ARCHITECTURES = Registry[Architecture]("SAE architecture")
+_UNFINISHED = "it is a checkpoint of training: save_inference_model of SAELens writes the JumpReLU SAE that it becomes"
+_REFUSED = {
+    "temporal": "what it encodes of a token depends on the tokens before it, and here features are functions of one"
+    " activation",
+    "batchtopk": _UNFINISHED,
+    "matryoshka_batchtopk": _UNFINISHED,
+}
+"""why architectures of SAELens' own are not among them"""
 
 
 def read_config(folder: Path) -> DictionaryConfig:
@@ -122,6 +141,8 @@ def read_config(folder: Path) -> DictionaryConfig:
     """
     path = folder / CONFIG_FILE
     general = read_model(path, DictionaryConfig)
+    if general.architecture in _REFUSED:
+        raise UserError(f"{path}: a {general.architecture} dictionary cannot be used: {_REFUSED[general.architecture]}")
     try:
         architecture = ARCHITECTURES[general.architecture]
     except UserError as error:
@@ -135,6 +156,14 @@ def read_config(folder: Path) -> DictionaryConfig:
     return read_model(path, architecture.config)
 
 
+def memory_of(config: DictionaryConfig, dtype: str) -> int:
+    """Bytes that a dictionary takes once it is loaded: matrices in this precision, the rest in float32."""
+    architecture = ARCHITECTURES[config.architecture]
+    of_matrices = 4 if dtype == "float32" else 2
+    shapes = architecture.shapes(config).values()
+    return architecture.copies * sum(prod(shape) * (of_matrices if len(shape) == 2 else 4) for shape in shapes)
+
+
 class _TopKConfig(DictionaryConfig):
     k: int = Field(ge=1)
     rescale_acts_by_decoder_norm: bool = False
@@ -144,6 +173,12 @@ class _TopKConfig(DictionaryConfig):
         if self.k > self.d_sae:
             raise ValueError(f"k is {self.k}, but there are only {self.d_sae} features")
         return self
+
+
+class _MatchingPursuitConfig(DictionaryConfig):
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = Field(None, ge=1)
+    stop_on_duplicate_support: bool = True
 
 
 def _shapes(*vectors: str) -> Callable[[DictionaryConfig], Shapes]:
@@ -164,6 +199,46 @@ def _top_k(config: _TopKConfig, weights: Weights) -> "Dictionary":
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
     return TopKDictionary(weights, k=config.k, site=config.site, apply_b_dec_to_input=config.apply_b_dec_to_input)
+
+
+def _abs_top_k(config: _TopKConfig, weights: Weights) -> "Dictionary":
+    """The k features of largest magnitude, of either sign (AbsTopK), are the k largest of twice as many that have none.
+
+    Feature i of the doubled dictionary is feature i where it is positive, and feature d_sae + i is its opposite.
+    """
+    return _top_k(
+        config,
+        {
+            "W_enc": _with_opposite(weights["W_enc"], 1),
+            "b_enc": _with_opposite(weights["b_enc"], 0),
+            "W_dec": _with_opposite(weights["W_dec"], 0),
+            "b_dec": weights["b_dec"],
+        },
+    )
+
+
+def _with_opposite(weight: "Tensor", dimension: int) -> "Tensor":
+    import torch
+
+    return torch.cat([weight, -weight], dim=dimension)
+
+
+def _matching_pursuit(config: _MatchingPursuitConfig, weights: Weights) -> "Dictionary":
+    from sfc.saes.dictionary import MatchingPursuitDictionary
+
+    if not config.apply_b_dec_to_input:  # what is not subtracted is not added either
+        weights["b_dec"] = weights["b_dec"].new_zeros(config.d_in)
+    return MatchingPursuitDictionary(
+        weights,
+        site=config.site,
+        residual_threshold=config.residual_threshold,
+        steps=config.max_iterations or config.d_in,
+        stop_on_repetition=config.stop_on_duplicate_support,
+    )
+
+
+def _tied_shapes(config: DictionaryConfig) -> Shapes:
+    return {"W_dec": (config.d_sae, config.d_in), "b_dec": (config.d_in,)}
 
 
 def _jumprelu(config: DictionaryConfig, weights: Weights) -> "Dictionary":
@@ -192,8 +267,10 @@ def _gated(config: DictionaryConfig, weights: Weights) -> "Dictionary":
 
 for architecture in (
     Architecture("topk", _shapes("b_enc"), _top_k, _TopKConfig, ("topk", "relu")),
+    Architecture("abstopk", _shapes("b_enc"), _abs_top_k, _TopKConfig, copies=2),
     Architecture("jumprelu", _shapes("b_enc", "threshold"), _jumprelu, activations=("jumprelu", "relu")),
     Architecture("standard", _shapes("b_enc"), _standard),
     Architecture("gated", _shapes("b_gate", "b_mag", "r_mag"), _gated),
+    Architecture("matching_pursuit", _tied_shapes, _matching_pursuit, _MatchingPursuitConfig),
 ):
     ARCHITECTURES.register(architecture)

@@ -4,7 +4,8 @@ A dictionary always works in the model's own units: any scaling that training us
 `x_hat = f @ W_dec + b_dec` is comparable with the activation x itself and the error is simply `x - x_hat`.
 
 There are dictionaries whose k largest features are active, dictionaries whose features are active above a threshold
-(JumpReLU, standard and gated SAEs), and both of them behind a normalisation of each activation.
+(JumpReLU, standard and gated SAEs), dictionaries whose features are found one after the other (matching pursuit), and
+all of them behind a normalisation of each activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfc.core.sites import short_site
+from sfc.models.linear import linear
 from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+MATRICES = ("W_enc", "W_dec")
+"""the weights that may be kept in half precision; products with them are in that of the activation"""
 
 
 @runtime_checkable
@@ -94,12 +98,12 @@ class LinearDecoder(nn.Module):
         super().__init__()
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
-        self.site = site
+        self.site = self._reads = site
 
     @property
     def reads(self) -> str:
         """The site whose activation it encodes."""
-        return self.site
+        return self._reads
 
     @property
     def writes(self) -> str:
@@ -149,7 +153,7 @@ class LinearDecoder(nn.Module):
 
     def decode(self, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_in"]:
         """The activation that dense feature values stand for."""
-        return f @ self.W_dec + self.b_dec
+        return linear(f, self.W_dec.t()) + self.b_dec
 
     def decode_sparse(
         self, values: Float[Tensor, "rows entries"], indices: Int[Tensor, "rows entries"]
@@ -215,7 +219,7 @@ class JumpReLUDictionary(LinearDecoder):
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense."""
-        pre = self._encoder_input(x) @ self.W_enc + self.b_enc
+        pre = linear(self._encoder_input(x), self.W_enc.t(), self.b_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
 
     def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
@@ -224,9 +228,7 @@ class JumpReLUDictionary(LinearDecoder):
         What is kept for the backward pass is of the size of the result, not `[rows, d_sae]`.
         """
         with torch.no_grad():
-            f = self.encode(x)
-            entries = max([1, *(f > 0).sum(dim=1).tolist()])
-            values, indices = f.topk(entries, dim=1, sorted=False)
+            values, indices = _active(self.encode(x))
         if torch.is_grad_enabled() and x.requires_grad:
             pre = row_dots(self._encoder_input(x), indices, self.W_enc.t()) + self.b_enc[indices]
             values = torch.where(values > 0, pre, 0.0)
@@ -234,6 +236,66 @@ class JumpReLUDictionary(LinearDecoder):
 
     def _encoder_input(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.apply_b_dec_to_input else x
+
+
+def _active(f: Float[Tensor, "rows d_sae"]) -> Sparse:
+    """The features that are not 0, padded to the fullest row; differentiable with respect to f."""
+    entries = max([1, *(f > 0).sum(dim=1).tolist()])
+    return Sparse(*f.topk(entries, dim=1, sorted=False))
+
+
+class MatchingPursuitDictionary(LinearDecoder):
+    """A matching-pursuit SAE (Costa et al. 2025): features are found one after the other.
+
+    What is left of `x - b_dec` is projected on the direction in which it is longest; the projection is added to that
+    feature's value and taken away from what is left; and so on. A row is finished when a feature comes a second time,
+    when less than `residual_threshold` is left, or after all steps. The weights are frozen.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        site: str,
+        residual_threshold: float,
+        steps: int,
+        stop_on_repetition: bool,
+    ) -> None:
+        """`weights` holds W_dec, the directions to project on and to add up, and b_dec."""
+        super().__init__({name: weights[name] for name in ("W_dec", "b_dec")}, site)
+        self.residual_threshold = residual_threshold
+        self.steps = steps
+        self.stop_on_repetition = stop_on_repetition
+
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+        """Feature values, dense; differentiable where the features come in the same order."""
+        rows, shape = pack([x], "* d_in")
+        left = rows - self.b_dec
+        support = torch.zeros(len(left), self.d_sae, dtype=torch.bool, device=left.device)
+        going = torch.ones(len(left), 1, dtype=torch.bool, device=left.device)
+        values, indices = [left.new_zeros(len(left), 0)], [support.new_zeros(len(left), 0, dtype=torch.long)]
+        for _ in range(self.steps):
+            if not going.any():
+                break
+            with torch.no_grad():
+                chosen = linear(left, self.W_dec).argmax(dim=1, keepdim=True)
+            directions = self.W_dec[chosen[:, 0]].to(left.dtype)
+            value = (left * directions).sum(dim=1, keepdim=True).relu() * going
+            left = left - value * directions
+            values.append(value)
+            indices.append(chosen)
+            with torch.no_grad():
+                if self.stop_on_repetition:
+                    going = going & (value > 0) & ~support.gather(1, chosen)
+                    support.scatter_(1, chosen, True)
+                if self.residual_threshold > 0:
+                    going = going & (left.norm(dim=1, keepdim=True) >= self.residual_threshold)
+        dense = left.new_zeros(len(left), self.d_sae).scatter_add(1, torch.cat(indices, 1), torch.cat(values, 1))
+        return unpack(dense, shape, "* d_sae")[0]
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"]) -> Sparse:
+        """Values and indices of the active features, each once, padded to the fullest row."""
+        return _active(self.encode(x))
 
 
 class Transcoder(JumpReLUDictionary):
@@ -251,11 +313,6 @@ class Transcoder(JumpReLUDictionary):
         skip = weights.get("W_skip")
         self.W_skip = None if skip is None else nn.Parameter(skip.detach(), requires_grad=False)
         self._reads = reads
-
-    @property
-    def reads(self) -> str:
-        """The site whose activation it encodes."""
-        return self._reads
 
     @property
     def d_read(self) -> int:
@@ -304,8 +361,9 @@ class NormalisedDictionary(LinearDecoder):
 
     def __init__(self, inner: Dictionary, normalisation: RowNormalisation) -> None:
         """`inner` encodes normalised rows; its decoder weights move into this one's."""
-        ones = torch.ones_like(inner.b_dec)[None]
-        of_the_row = [inner.b_dec[None], ones, -ones] if normalisation == "layer_norm" else [inner.b_dec[None]]
+        b_dec = inner.b_dec.to(inner.W_dec.dtype)[None]
+        ones = torch.ones_like(b_dec)
+        of_the_row = [b_dec, ones, -ones] if normalisation == "layer_norm" else [b_dec]
         weights = {"W_dec": torch.cat([inner.W_dec, *of_the_row]), "b_dec": torch.zeros_like(inner.b_dec)}
         super().__init__(weights, inner.site)
         inner.W_dec.data = self.W_dec.data[: inner.d_sae]  # the same memory: decoders are large

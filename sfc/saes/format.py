@@ -1,11 +1,12 @@
 """Dictionaries in SAELens' own format: a folder for each, with `cfg.json` and `sae_weights.safetensors`.
 
 `sae_lens.SAE.load_from_disk(folder)` reads what is written here, and what SAELens writes is read here without importing
-sae_lens, which takes seconds: only pretrained dictionaries from a model hub are fetched by SAELens itself. Whatever it
-computes after loading is folded into the weights where it can be (see `sfc.saes.architectures`).
+sae_lens, which takes seconds: only what others publish in other formats is converted by SAELens itself (see
+`sfc.saes.published`). Whatever it computes after loading is folded into the weights where it can be (see
+`sfc.saes.architectures`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,17 +17,43 @@ from safetensors.torch import save_file
 from sfc.core.artifacts import Json, replacing, write_json
 from sfc.core.contents import check, remedy
 from sfc.core.errors import UserError
-from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, read_config
-from sfc.saes.dictionary import WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
+from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, memory_of, read_config
+from sfc.saes.dictionary import MATRICES, WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
 
 
-def load_dictionaries(folder: Path, sites: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Dictionary]:
+class Dictionaries(Mapping[str, Dictionary]):
     """The dictionaries of a folder, one per site, in the order of the sites.
 
-    Raises:
-        UserError: one is missing or damaged.
+    Each is read when it is first asked for, and kept; a `UserError` says that one is missing or damaged.
     """
-    return {site: load_dictionary(folder / site, device) for site in sites}
+
+    def __init__(
+        self, folder: Path, sites: Sequence[str], device: torch.device | str = "cpu", dtype: str = "float32"
+    ) -> None:
+        self._folder, self._sites, self._device, self._dtype = folder, tuple(sites), device, dtype
+        self._read: dict[str, Dictionary] = {}
+
+    def __getitem__(self, site: str) -> Dictionary:
+        if site not in self._sites:
+            raise KeyError(site)
+        if site not in self._read:
+            self._read[site] = load_dictionary(self._folder / site, self._device, self._dtype)
+        return self._read[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all of them take together, whether they are read yet or not.
+
+        Raises:
+            UserError: a configuration is missing or damaged.
+        """
+        return sum(memory_of(read_config(self._folder / site), self._dtype) for site in self._sites)
 
 
 def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) -> None:
@@ -55,8 +82,8 @@ def save_dictionary(dictionary: TopKDictionary, folder: Path, metadata: Json) ->
     write_json(folder / CONFIG_FILE, config)
 
 
-def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Dictionary:
-    """Read a dictionary of any registered architecture, as float32.
+def load_dictionary(folder: Path, device: torch.device | str = "cpu", dtype: str = "float32") -> Dictionary:
+    """Read a dictionary of any registered architecture: its matrices in this precision, the rest in float32.
 
     Feature values and reconstructions are SAELens' own; where the input normalisation depends on the row, they are in
     the model's units, and features for the row's scale and mean follow (see `NormalisedDictionary`).
@@ -68,9 +95,14 @@ def load_dictionary(folder: Path, device: torch.device | str = "cpu") -> Diction
     architecture = ARCHITECTURES[config.architecture]
     weights = _read_weights(folder / WEIGHTS_FILE, config.architecture, architecture.shapes(config), device)
     dictionary = architecture.build(config, weights)
-    made = dictionary.parameters() if isinstance(dictionary, torch.nn.Module) else weights.values()
+    is_module = isinstance(dictionary, torch.nn.Module)
+    if is_module:
+        for name in MATRICES:
+            if isinstance(matrix := getattr(dictionary, name, None), torch.nn.Parameter):
+                matrix.data = matrix.data.to(getattr(torch, dtype))
+    made = dictionary.parameters() if is_module else weights.values()
     if not all(bool(weight.isfinite().all()) for weight in made):
-        raise UserError(f"{folder / WEIGHTS_FILE} has values too large for float32: the dictionary cannot be used")
+        raise UserError(f"{folder / WEIGHTS_FILE} has values too large for {dtype}: the dictionary cannot be used")
     if config.normalize_activations in ("constant_norm_rescale", "layer_norm"):
         return NormalisedDictionary(dictionary, config.normalize_activations)
     return dictionary
@@ -105,27 +137,3 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> Weights:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (SafetensorError, OSError, ValueError, KeyError) as error:  # the last two: of a type PyTorch does not have
         raise UserError(f"{path} cannot be read ({error}); {remedy(path)}") from None
-
-
-def fetch_pretrained(name: str, folder: Path) -> None:
-    """Fetch the dictionary `release/sae_id` and write it into `folder` in SAELens' format.
-
-    The release is one of SAELens' list, or a hub repository `owner/name`. SAELens converts it from the form in which
-    it was published, and folds the release's scaling factor into the weights.
-
-    Raises:
-        UserError: SAELens cannot fetch it.
-    """
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    parts = name.split("/")
-    owner = 1 if parts[0] in get_pretrained_saes_directory() else 2
-    release, sae_id = "/".join(parts[:owner]), "/".join(parts[owner:])
-    if not sae_id:
-        raise UserError(f"saes.source: {name} is neither a folder nor a dictionary of a release that SAELens knows")
-    try:
-        SAE.from_pretrained(release, sae_id).save_model(folder)
-    except Exception as error:  # whatever its many loaders and the network raise, the user has to know
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"saes.source: SAELens cannot fetch {sae_id!r} of {release!r} ({reason})") from error

@@ -10,6 +10,9 @@ sparse. With `indices[n, e]` naming the active features of row n, they are three
 Each one's gradients are the other two, so that all of them can be differentiated any number of times. The third is
 the first read by columns: one sort of the indices turns it into another `embedding_bag`, an order of magnitude
 faster than the dense product or `index_add_`. What remains at full cost is the encoder's own matrix product.
+
+A table may be kept in half precision. Products are in the precision of what it meets: it is converted for the product
+and not kept so, neither after it nor for the backward pass.
 """
 
 from typing import NamedTuple
@@ -122,7 +125,7 @@ class _SparseEncode(torch.autograd.Function):
         if revived is not None:
             grad_dead = grads[2] * (revived > 0)
             if grad_x is not None:
-                grad_x = grad_x + grad_dead @ encoder[dead]
+                grad_x = grad_x + grad_dead @ encoder[dead].to(grad_dead.dtype)
             if grad_encoder is not None:
                 grad_encoder = grad_encoder.index_add(0, dead, grad_dead.t() @ x)
             if grad_bias is not None:
@@ -159,7 +162,8 @@ class _WeightedRowSums(torch.autograd.Function):
     def forward(ctx, weights, indices, table):
         ctx.save_for_backward(weights, indices, table)
         # Detached, here and below: embedding_bag would prepare for a backward pass of its own, three times as slow.
-        return F.embedding_bag(indices, table.detach(), per_sample_weights=weights.detach(), mode="sum")
+        rows = table.detach().to(weights.dtype)
+        return F.embedding_bag(indices, rows, per_sample_weights=weights.detach(), mode="sum")
 
     @staticmethod
     def backward(ctx, *grads):
@@ -180,7 +184,7 @@ class _RowDots(torch.autograd.Function):
         row_of = torch.arange(rows, device=indices.device).repeat_interleave(entries)
         # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long.
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.contiguous(), table, indices.flatten().contiguous(), starts, row_of, 0, -1
+            vectors.contiguous(), table.to(vectors.dtype), indices.flatten().contiguous(), starts, row_of, 0, -1
         )
         return dots.view(rows, entries)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfc.core.errors import UserError
+from sfc.models.linear import linear
 from sfc.saes.dictionary import Dictionary, LinearDecoder, TopKDictionary
 from sfc.saes.kernels import Sparse
 
@@ -47,7 +48,7 @@ def random_dictionary(trained: Dictionary, seed: int) -> TopKDictionary:
     scale = trained.W_dec.norm(dim=1).median()
     weights = {
         "W_enc": (directions / scale).t(),
-        "b_enc": trained.W_dec.new_zeros(trained.d_sae),
+        "b_enc": trained.b_dec.new_zeros(trained.d_sae),
         "W_dec": directions * scale,
         "b_dec": trained.b_dec.detach().clone(),
     }
@@ -66,7 +67,7 @@ def random_rotation(trained: Dictionary, seed: int) -> Float[Tensor, "d_in d_in"
     q = q * r.diagonal().sign()
     # A reflection is turned into a rotation by mirroring one axis.
     q[:, 0] *= torch.linalg.det(q).sign()
-    return q.to(trained.W_dec)
+    return q.to(trained.b_dec)
 
 
 class RotatedDictionary(LinearDecoder):
@@ -86,14 +87,10 @@ class RotatedDictionary(LinearDecoder):
         """
         if inner.d_read != inner.d_in:
             raise UserError(f"the dictionary at {inner.site} reads another width than it writes: it cannot be turned")
-        super().__init__({"W_dec": inner.W_dec @ rotation.t(), "b_dec": inner.b_dec}, inner.site)
-        self.inner = inner
+        turned = linear(inner.W_dec.to(rotation.dtype), rotation).to(inner.W_dec.dtype)
+        super().__init__({"W_dec": turned, "b_dec": inner.b_dec}, inner.site)
+        self.inner, self._reads = inner, inner.reads
         self.rotation = nn.Parameter(rotation.detach(), requires_grad=False)
-
-    @property
-    def reads(self) -> str:
-        """The site whose activation it encodes."""
-        return self.inner.reads
 
     @property
     def part_kinds(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sfc.circuits.files import load_circuit
 from sfc.core.contents import MANIFEST, check_contents, check_kept, check_sizes
 from sfc.core.errors import UserError
+from sfc.core.machine import check_memory, size
 from sfc.models.sources import embedded_model_folder, tiny_model_folder
 from sfc.run import Run
 from sfc.studies.study import Finished
@@ -118,13 +119,17 @@ def _store(run: Run) -> str:
 def _saes(run: Run) -> str:
     if not run.saes.is_complete():
         return f"not trained yet ({run.saes.folder})"
-    from sfc.saes.format import load_dictionaries
+    from sfc.saes.format import Dictionaries
 
-    dictionaries = load_dictionaries(run.saes.folder, run.experiment.activations.sites)
+    dtype = run.experiment.saes.dtype
+    dictionaries = Dictionaries(run.saes.folder, run.experiment.activations.sites, dtype=dtype)
+    check_memory(dictionaries.memory, f"{len(dictionaries)} dictionaries", "--set saes.dtype=bfloat16")
+    list(dictionaries.values())
+    takes = f"{len(dictionaries)} dictionaries, {size(dictionaries.memory)} in {dtype}"
     quality = Finished(run.saes.folder).result["quality"]
     unexplained = fmean(row["fvu"] for row in quality if row["role"] == "all")
     sound = _sound(run.saes.folder)
-    return f"{run.saes.folder}: {len(dictionaries)} dictionaries, variance unexplained {unexplained:.3f}; {sound}"
+    return f"{run.saes.folder}: {takes}, variance unexplained {unexplained:.3f}; {sound}"
 
 
 def _artifacts(run: Run) -> Iterator[Check]:

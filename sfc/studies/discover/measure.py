@@ -204,7 +204,8 @@ def _add_token_effects(graph: nx.DiGraph, problem: Problem) -> None:
         names = [n for n in strongest if graph.nodes[n]["site"] == site and graph.nodes[n]["kind"] == "feature"]
         if names:
             features = [int(name.rpartition("/F")[2]) for name in names]
-            for name, tokens in zip(names, token_effects(problem.model, dictionary.W_dec, features), strict=True):
+            effects = token_effects(problem.model, dictionary.W_dec.float(), features)
+            for name, tokens in zip(names, effects, strict=True):
                 graph.nodes[name].update({key: texts for key, texts in tokens._asdict().items() if texts})
 
 

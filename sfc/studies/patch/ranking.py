@@ -15,11 +15,11 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import false_discovery_control, rankdata
 
-from sfc.core.sites import StoredKind, site_of
+from sfc.core.sites import SiteKind, site_of
 from sfc.stats import pearson, resampled_counts
 from sfc.studies.patch import ComponentKind
 
-_WHERE: dict[ComponentKind, StoredKind] = {
+_WHERE: dict[ComponentKind, SiteKind] = {
     "resid": "resid_post",
     "attn": "attn_out",
     "mlp": "mlp_out",

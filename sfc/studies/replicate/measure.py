@@ -245,7 +245,7 @@ def _matchings(run: Run, other: Run) -> tuple[Matchings, pd.DataFrame]:
         for site in sites:
             first, second = (load_dictionary(each.saes.folder / site, device) for each in (run, other))
             matchings[site] = match_features(first.W_dec, second.W_dec)
-            turned = second.W_dec @ random_rotation(second, run.experiment.seed).t()
+            turned = second.W_dec.float() @ random_rotation(second, run.experiment.seed).t()
             of_first, _ = match_features(first.W_dec, turned)
             by_chance[site] = {
                 "matched_chance": int((of_first.same >= 0).sum()),

@@ -27,7 +27,7 @@ from sfc.models.score import Score
 from sfc.models.sources import model_identity
 from sfc.run import Run
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.format import load_dictionaries, read_tensors
+from sfc.saes.format import load_dictionary, read_tensors
 from sfc.saes.store import Store
 from sfc.session import Session
 from sfc.studies.steer import SteeringOptions, intent_of, named_feature
@@ -168,7 +168,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
             f"no direction {direction!r}: name a feature, or a finished `sfc steer` of this model ({known})"
         )
     site, feature = named_feature(direction, run.experiment.activations.sites)
-    vector = feature_direction(load_dictionaries(run.saes.folder, [site])[site], feature)
+    vector = feature_direction(load_dictionary(run.saes.folder / site), feature)
     options = SteeringOptions.of(run.experiment)
     amount = alpha * _mean_norm(run.store.folder, site)
     return Steering([SteeringEdit("add", (site,), vector, amount)], options.positions, options.during_reply)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.artifacts import replacing
-from sfc.core.config import Experiment
+from sfc.core.config import Experiment, Source
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.data.schema import keyed_numbers, keyed_ranks
@@ -26,10 +26,11 @@ from sfc.models.loading import Model, choose_device
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.format import fetch_pretrained, load_dictionary
+from sfc.saes.format import load_dictionary
 from sfc.saes.plan import TokenTable, joined, plan_batches
+from sfc.saes.published import in_saelens_format
 from sfc.saes.quality import ALL, quality_by_role
-from sfc.saes.source import check_site, for_layer, local_dictionaries
+from sfc.saes.source import check_site, local_dictionaries, source_of
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
 from sfc.session import Session
@@ -155,7 +156,7 @@ def _with_held_out(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return table.assign(held_out=held_out, trained=trained)
 
 
-def adopt_dictionaries(run: Run, source: str, folder: Path) -> None:
+def adopt_dictionaries(run: Run, source: Source, folder: Path) -> None:
     """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`.
 
     Raises:
@@ -165,13 +166,10 @@ def adopt_dictionaries(run: Run, source: str, folder: Path) -> None:
     local = local_dictionaries(source, sites)
     with progress_bar("fetching", len(sites), "dictionaries") as progress:
         for site in sites:
-            if local:
-                _copy(local[site], folder / site)
-            else:
-                with TemporaryDirectory(dir=folder, prefix=".fetched-") as fetched:
-                    fetch_pretrained(for_layer(source, site), Path(fetched))
-                    check_site(Path(fetched), site)
-                    _copy(Path(fetched), folder / site)
+            with TemporaryDirectory(dir=folder, prefix=".fetched-") as scratch:
+                origin = in_saelens_format(source_of(source, site), local.get(site), Path(scratch))
+                check_site(origin, site)
+                _copy(origin, folder / site)
             progress(1)
 
 
@@ -182,10 +180,11 @@ def check_adopted(run: Run, folder: Path, rows: TrainingRows) -> None:
         UserError: one is damaged, or does not fit (see `check_fit`).
     """
     sites, smallest = run.experiment.activations.sites, run.experiment.saes.min_variance_explained
+    device = choose_device(run.device)
     with progress_bar("checking", len(sites), "dictionaries") as progress:
         for site in sites:
             try:
-                dictionary = load_dictionary(folder / site, choose_device(run.device))
+                dictionary = load_dictionary(folder / site, device, run.experiment.saes.dtype)
                 check_fit(dictionary, held_out_rows(rows, dictionary), smallest)
             except UserError:
                 shutil.rmtree(folder / site)

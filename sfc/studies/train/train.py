@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -29,14 +28,14 @@ from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
 from sfc.data.render import Role, TokenizedPrompt, answered
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
-from sfc.models.loading import Model, choose_device, load_outline
+from sfc.models.loading import Model, choose_device, free_memory, load_outline
 from sfc.models.score import Score
 from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.end_to_end import finetune
-from sfc.saes.format import load_dictionaries, load_dictionary, save_dictionary
+from sfc.saes.format import Dictionaries, load_dictionary, save_dictionary
 from sfc.saes.logs import Log, json_lines, loggers
 from sfc.saes.nulls import random_rotation
 from sfc.saes.quality import ALL, match_features, quality_by_role
@@ -106,7 +105,7 @@ def _check_memory(run: Run) -> None:
     wanted = 4 * config.expansion * d_in * (8 * d_in * at_once + config.batch_size)
     what = f"training {at_once} SAEs of {config.expansion * d_in:,} features at once"
     remedy = "lower saes.expansion, saes.layers_at_once or saes.batch_size"
-    check_memory(wanted, what, remedy, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+    check_memory(wanted, what, remedy, free_memory(device))
 
 
 def _train_missing(run: Run, rows: TrainingRows, folder: Path, saved_in: Path, logs: Sequence[Log]) -> None:
@@ -139,7 +138,7 @@ def _finetune(session: Session, rows: TrainingRows, untuned: Path, folder: Path)
     run, config, sites = session.run, session.run.experiment.saes, session.run.experiment.activations.sites
     checkpoint = folder / f"{CHECKPOINT}finetuning.safetensors"
     if not _has_all(folder, sites):
-        loaded = load_dictionaries(untuned, sites, session.model.device)
+        loaded = Dictionaries(untuned, sites, session.model.device)
         trained = {site: each for site, each in loaded.items() if isinstance(each, TopKDictionary)}
         chats = _chats(session.model, rows)
         with progress_bar("fine-tuning", config.finetune_steps, "steps") as progress:
@@ -310,7 +309,7 @@ def _matched(run: Run, dictionary: Dictionary, live: Bool[Tensor, " d_sae"]) -> 
         folder = replace(run, experiment=experiment).saes.folder / dictionary.site
         if (folder / CONFIG_FILE).is_file() and live.any():
             other = load_dictionary(folder, dictionary.W_dec.device)
-            turned = other.W_dec @ random_rotation(other, run.experiment.seed).t()
+            turned = other.W_dec.float() @ random_rotation(other, run.experiment.seed).t()
             shares = [
                 float((match_features(dictionary.W_dec, decoder)[0].same >= 0)[live.cpu().numpy()].mean())
                 for decoder in (other.W_dec, turned)
