@@ -116,6 +116,7 @@ METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOption
 METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True))
 _INTEGRATED = _rank("attribution", "rank_integrated")
 METHODS.register(Method("integrated-gradients", _INTEGRATED, IntegratedGradientsOptions, ranked_by_effect=True))
+METHODS.register(Method("relevance", _rank("relevance"), ranked_by_effect=True))
 METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True))
 METHODS.register(
     Method(
