@@ -64,8 +64,8 @@ def measure(evidence: Evidence, methods: Sequence[str], device: str) -> list[dic
                 "ranked": len(effects.ranking),
                 "on_discovery": reported(on_discovery[sizes.index(size)]),
                 **{figure: judged.figures[figure] for figure in FIGURES},
-                "seconds": round(seconds, 1),
-                "passes": round(seconds / median(passes), 1),
+                "seconds": seconds,
+                "passes": seconds / median(passes),
             }
         )
         say(str(rows[-1]))
