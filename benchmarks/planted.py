@@ -31,7 +31,7 @@ from planted_circuits import HARD, KINDS, UNSATURATED
 from planted_problems import Planted, exact_margin, plant
 from planted_proofs import figures_of, means, table
 
-from sfc.circuits.edges import EDGES
+from sfc.circuits.edge_kinds import EDGES
 from sfc.circuits.methods import METHODS
 from sfc.core.progress import say
 from sfc.models.score import auroc

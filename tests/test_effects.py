@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
-from sfc.circuits.edges import correlation_edges
+from sfc.circuits.edge_kinds import correlation_edges
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods import METHODS, CorrelationOptions, LearnedMaskOptions
