@@ -1,7 +1,8 @@
 """Every discovery method on the same prompts, judged by the same proof.
 
 Each method ranks the nodes on the discovery prompts of one category; the size of its circuit is chosen on them too, as
-`sfc discover` does; the figures are of the test prompts. Seconds are those of the ranking alone, beside the forward
+`sfc discover` does; the figures are of the test prompts, and beside them what its best 500 and 2,000 nodes recover, in
+the direction in which they recover less. Seconds are those of the ranking alone, beside the forward
 passes over the same prompts that would have taken as long, timed in turns with it.
 
 Activations and SAEs are those of the root folder, made first where they are missing.
@@ -26,6 +27,7 @@ from sfc.studies.discover.evidence import Evidence, chosen_size, judge
 
 QUICK = ("attribution", "relevance")
 FIGURES = ("recovered_toxic", "recovered_safe", "agreement", "gap_kept", "prompt_free")
+SIZES = (500, 2000)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,7 +48,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(evidence: Evidence, methods: Sequence[str], device: str) -> list[dict[str, Any]]:
-    """A row for each method: `method`, `size`, `on_discovery`, `FIGURES`, `seconds` and `passes`."""
+    """A row for each method: its size, `FIGURES`, what its best `SIZES` recover, `seconds` and `passes`."""
     problem, rows = evidence.problem, []
     for name in methods:
         say(f"{name} …")
@@ -55,8 +57,9 @@ def measure(evidence: Evidence, methods: Sequence[str], device: str) -> list[dic
         passes += [_seconds(lambda: score_prompts(problem.model, problem.score, problem.runs.batches), device)[0]]
         sizes = curve_sizes(EvaluationOptions.of(problem.experiment).sizes, len(effects.ranking))
         size, on_discovery = chosen_size(problem, effects.ranking, sizes)
-        circuit = top_circuits(effects.ranking, [size], problem.ablation.nodes.n_nodes)
-        [judged] = judge(evidence, circuit, problem.experiment.seed)
+        filled = [wanted for wanted in SIZES if wanted <= len(effects.ranking)]
+        circuits = top_circuits(effects.ranking, [size, *filled], problem.ablation.nodes.n_nodes)
+        judged, *others = judge(evidence, circuits, problem.experiment.seed)
         rows.append(
             {
                 "method": name,
@@ -64,12 +67,19 @@ def measure(evidence: Evidence, methods: Sequence[str], device: str) -> list[dic
                 "ranked": len(effects.ranking),
                 "on_discovery": reported(on_discovery[sizes.index(size)]),
                 **{figure: judged.figures[figure] for figure in FIGURES},
+                **{f"at_{wanted}": None for wanted in SIZES},
+                **{f"at_{wanted}": _worse(other.figures) for wanted, other in zip(filled, others, strict=True)},
                 "seconds": seconds,
                 "passes": seconds / median(passes),
             }
         )
         say(str(rows[-1]))
     return rows
+
+
+def _worse(figures: dict[str, float | None]) -> float | None:
+    toxic, safe = figures["recovered_toxic"], figures["recovered_safe"]
+    return None if toxic is None or safe is None else min(toxic, safe)
 
 
 def _seconds(call: Any, device: str) -> tuple[float, Any]:

@@ -243,7 +243,7 @@ def test_correlation_edges_join_neighbouring_layers_by_pearsons_r(problem: Probl
         r = {u: float(pearson(upstream[:, [u]], downstream[:, [d]])[0, 0]) for u in candidates}
         best = sorted(r, key=lambda u: -abs(r[u]))[: problem.config.edges_per_node]
         expected |= {(u, d + nodes.sizes[0]): r[u] for u in best if abs(r[u]) >= problem.config.edge_threshold}
-    assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, _ in edges} == expected and expected
+    assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, *_ in edges} == expected and expected
 
 
 def test_constant_and_perfect_features() -> None:

@@ -93,7 +93,7 @@ def attribution_weights(
     for batch, cached in problem.runs:
         of_batch = edge_parts(problem, batch, cached, pairs, problem.config.edge_tokens, groups(batch))
         weights = weights or [
-            Weights(*both, *np.zeros((2, *parts.shape[3:])), np.zeros(parts.shape[1:]))
+            Weights(*both, np.zeros(parts.shape[3:]), np.zeros(parts.shape[3:]), np.zeros(parts.shape[1:]))
             for both, parts in zip(ends, of_batch, strict=True)
         ]
         for between, parts in zip(weights, of_batch, strict=True):
