@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import ValidationError
 
-from sfc.core.artifacts import read_csv, read_json
+from sfc.core.artifacts import read_csv
 from sfc.core.errors import UserError, first_problem, suggestion
 from sfc.core.experiments import load_experiment
 from sfc.features.labels import with_own_labels
@@ -21,7 +21,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.discover import ensure_cards
 from sfc.studies.steer.directions import steer
-from sfc.studies.study import RESULT, STUDIES, Finished, ensure
+from sfc.studies.study import STUDIES, Finished, ensure
 
 __all__ = [
     "Discovered", "Finished", "discover", "load_preset", "open_model", "plot", "plot_curve", "run_study", "steer",
@@ -77,7 +77,7 @@ def discover(run: Run, category: str = "violence") -> Discovered:
         UserError: as `sfc discover`.
     """
     folder, graph, cards = ensure_cards(run, category)
-    curve, result = read_csv(folder / "curve.csv"), read_json(folder / RESULT)
+    curve, result = read_csv(folder / "curve.csv"), Finished(folder).result
     return Discovered(run, folder, graph, curve, result, with_own_labels(cards, folder))
 
 

@@ -24,6 +24,7 @@ from sfc.core.config import ActivationsConfig
 from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.faults import fault_message, user_message
+from sfc.core.files import below
 from sfc.core.progress import printable, say
 from sfc.pages.blocks import Table
 from sfc.pages.plain import show
@@ -147,7 +148,7 @@ def download(shared: Shared) -> None:
     """
     from sfc.data.download import download as fetch
 
-    files = {item.path.name: str(item.path) for item in fetch(shared.root / "data")}
+    files = {item.path.name: str(item.path) for item in fetch(below(shared.root, "data"))}
     finish({"files": files}, shared.json)
 
 

@@ -189,6 +189,16 @@ def test_a_folder_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
         download(tmp_path, hub.endpoint)
 
 
+def test_nothing_is_written_through_a_link(hub: Hub, tmp_path: Path) -> None:
+    outside, data = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    data.mkdir()
+    (data / "or-bench").symlink_to(outside)
+    with pytest.raises(UserError, match=r"or-bench-80k\.csv leads out of .* by a link"):
+        download(data, hub.endpoint)
+    assert list(outside.iterdir()) == [] and hub.requests == []
+
+
 def test_a_page_instead_of_the_file(hub: Hub, tmp_path: Path) -> None:
     hub.files[path_of(hub, "80k.csv")] = b"<html>Please log in</html>\nto go on\n"
     with pytest.raises(UserError, match=r"is not the file that was expected \(.*no column 'prompt'"):

@@ -14,8 +14,8 @@ from sfc.core.errors import UserError
 from sfc.data.schema import with_ids
 from sfc.models.batches import Batch
 from sfc.saes.plan import PlannedBatch, TokenTable
-from sfc.saes.shard import CHUNK_BYTES, unfinished_shard
 from sfc.saes.store import Store, read_prompts, write_prompts
+from sfc.saes.unfinished import CHUNK_BYTES, unfinished_shard
 
 SITE = "blocks.0.hook_resid_post"
 NOTHING: Any = Batch(*[torch.zeros(0)] * 5)
@@ -145,13 +145,45 @@ def test_an_incomplete_shard_is_no_part_of_a_store_and_goes_on(tmp_path: Path) -
     assert torch.equal(Store(tmp_path).read(SITE, 0, 20), values)
 
 
+@pytest.mark.parametrize("rows", [range(12), range(12, 20)])
+def test_a_batch_that_is_damaged_before_its_shard_is_finished_is_run_again(tmp_path: Path, rows: range) -> None:
+    values = torch.randn(20, 4)
+    path = tmp_path / "shard-00000.h5"
+    batches = [planned(0, 12), planned(12, 8)]
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
+        shard.write(0, {SITE: values[:12]})
+        shard.write(1, {SITE: values[12:]})
+        shard.close()
+    partial = path.with_suffix(".partial")
+    written = values[rows[0] : rows[-1] + 1].numpy().tobytes()
+    data = bytearray(partial.read_bytes())
+    data[data.index(written) + 5] ^= 1
+    partial.write_bytes(data)
+    with unfinished_shard(path, batches, {SITE: 4}, values.dtype) as shard:
+        assert shard.done == {0, 1} - {int(rows[0] > 0)}
+        shard.write(int(rows[0] > 0), {SITE: values[rows[0] : rows[-1] + 1]})
+        shard.finish(gzip=False)
+    assert torch.equal(Store(tmp_path).read(SITE, 0, 20), values)
+
+
+def test_a_partial_shard_of_other_rows_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.h5"
+    with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, torch.float32) as shard:
+        shard.close()
+    with (
+        pytest.raises(UserError, match="rows are not those of the prompts"),
+        unfinished_shard(path, [planned(4, 12)], {SITE: 4}, torch.float32),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("damage", ["journal: not a number", "journal: no such batch", "partial"])
 def test_a_damaged_unfinished_shard_is_told_with_what_to_do(tmp_path: Path, damage: str) -> None:
     path, values = tmp_path / "shard-00000.h5", torch.randn(12, 4)
     with unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype) as shard:
         shard.close()
     damaged = path.with_suffix(".partial" if damage == "partial" else ".journal")
-    damaged.write_bytes({"journal: not a number": b"\xff\n", "journal: no such batch": b"0\n1\n"}.get(damage, b""))
+    damaged.write_bytes({"journal: not a number": b"\xff\n", "journal: no such batch": b"0 0\n1 0\n"}.get(damage, b""))
     with (
         pytest.raises(UserError, match=rf"{damaged.name} is .*delete it and run the same command$"),
         unfinished_shard(path, [planned(0, 12)], {SITE: 4}, values.dtype),

@@ -19,9 +19,9 @@ from sfc.data.render import TokenizedPrompt
 from sfc.models.loading import Model
 from sfc.saes.collect import collect
 from sfc.saes.plan import plan_batches
-from sfc.saes.shard import CHUNK_BYTES
 from sfc.saes.store import Store
 from sfc.saes.stream import RowSource, live_source, shuffled_batches, stored_source
+from sfc.saes.unfinished import CHUNK_BYTES
 
 M_MMAP_THRESHOLD = -3
 

@@ -346,8 +346,7 @@ def _manifest(folder: Path) -> _Manifest:
 
 @lru_cache(maxsize=256)
 def _parsed_once(path: Path, mtime: int, size: int, inode: int) -> _Manifest:
-    with opened(path) as file:
-        return _Manifest.model_validate(parsed_manifest(file.read(), path))
+    return _Manifest.model_validate(parsed_manifest(read_bytes(path), path))
 
 
 def _damaged(path: Path) -> UserError:

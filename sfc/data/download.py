@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sfc.core.errors import UserError
+from sfc.core.files import below
 from sfc.data.read import read_table
 from sfc.data.schema import FILES
 
@@ -65,13 +66,14 @@ def download(folder: Path, endpoint: str | None = None) -> list[Downloaded]:
         endpoint: another address of the hub, of a mirror or a test; None: the hub's own, or `HF_ENDPOINT`.
 
     Raises:
-        UserError: a file could not be fetched or is not what was expected; the message says where to put it by hand.
+        UserError: a link leads out of the folder; or a file could not be fetched or is not what was expected, and the
+            message says where to put it by hand.
     """
     return [_provide(source, folder, endpoint) for source in SOURCES]
 
 
 def _provide(source: Source, folder: Path, endpoint: str | None) -> Downloaded:
-    target = folder / source.target
+    target = below(folder, source.target)
     if _problem(source, target) is None:
         return Downloaded(target, source.rows, fetched=False)
     try:

@@ -21,8 +21,8 @@ from sfc.circuits.files import load_circuit
 from sfc.core.artifacts import MANIFEST, read_csv, read_json, read_model
 from sfc.core.errors import UserError
 from sfc.core.faults import user_message
-from sfc.features.labels import CARDS_FILE, with_own_labels
-from sfc.pages.circuit import NO_CARDS, circuit_page
+from sfc.features.labels import shown_cards
+from sfc.pages.circuit import circuit_page
 from sfc.pages.html import page_html
 from sfc.studies.compare import overlap_figure
 from sfc.studies.compare.overlap import between_halves
@@ -144,10 +144,9 @@ def ringed_page(folder: Path, marked: Collection[str]) -> str:
         UserError: its files are damaged.
     """
     with undamaged(folder):
-        has_cards = (folder / CARDS_FILE).is_file()
-        cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if has_cards else NO_CARDS
         curve = read_csv(folder / "curve.csv")
-        return page_html(circuit_page(graph_of(folder), curve, read_json(folder / RESULT), cards, marked))
+        result = Finished(folder).result
+        return page_html(circuit_page(graph_of(folder), curve, result, shown_cards(folder), marked))
 
 
 @contextmanager

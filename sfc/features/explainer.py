@@ -21,13 +21,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from pydantic import field_validator
 
-from sfc.core.artifacts import read_json
 from sfc.core.errors import UserError
 from sfc.core.options import Options, option
 from sfc.features.claims import weighted_auroc
 from sfc.features.contexts import Evidence
-from sfc.features.labels import CARDS_FILE
+from sfc.features.labels import CARDS_FILE, read_cards
 
 KEY = "SFC_EXPLAINER_KEY"
 _SHOWN, _QUIET, _JUDGED = 10, 5, 10
@@ -50,13 +50,20 @@ class LabelOptions(Options):
     explainer_model: str = option("default", description="the model that the endpoint is asked for")
     explainer_seconds: float = option(60, gt=0, allow_inf_nan=False, description="the longest wait for one answer")
 
+    @field_validator("explainer")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"https?://[^\s/@]+[^\s@?#]*", address):
+            # Not a ValueError, whose message would show what may hold a password.
+            raise UserError(f"labels.explainer is no address such as http://127.0.0.1:8080; a key goes into {KEY}")
+        return address
+
 
 def unexplained(folder: Path, options: LabelOptions) -> list[str]:
     """The features of a finished circuit that lack the explanation that is asked for."""
-    path = folder / CARDS_FILE
-    if options.explainer is None or not path.is_file():
+    if options.explainer is None or not (folder / CARDS_FILE).is_file():
         return []
-    features = read_json(path)["features"]
+    features = read_cards(folder)["features"]
     return [
         name for name, card in features.items() if card.get("explanation", {}).get("model") != options.explainer_model
     ]
@@ -69,11 +76,9 @@ class Endpoint:
         """Nothing is sent yet.
 
         Raises:
-            UserError: the address is not one of HTTP.
+            UserError: the key is none.
         """
         address = (options.explainer or "").rstrip("/")
-        if not re.fullmatch(r"https?://[^\s/@]+[^\s@?#]*", address):
-            raise UserError(f"labels.explainer is no address such as http://127.0.0.1:8080; a key goes into {KEY}")
         self.address = address.removesuffix(_ROUTE).removesuffix("/v1") + _ROUTE
         self.model = options.explainer_model
         self._seconds = options.explainer_seconds

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfc.core.artifacts import read_json
+from pydantic import BaseModel, ConfigDict
+
+from sfc.core.artifacts import read_json, read_model
 from sfc.core.errors import UserError
 
 ADDRESS = "https://www.neuronpedia.org/"
@@ -52,6 +54,51 @@ def own_labels(folder: Path, known: Iterable[str]) -> dict[str, str]:
     return labels
 
 
+class _Card(BaseModel):
+    """What every card has, whatever else it says; lists are checked no further."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    label: str
+    score: float | None
+    density: float
+    max: float
+    histogram: dict[str, Any]
+    firing: list[float | None]
+    contexts: list[dict[str, Any]]
+    raises: list[Any]
+    lowers: list[Any]
+    fires_on: str
+    neighbours: list[dict[str, Any]]
+
+
+class _Cards(BaseModel):
+    groups: list[dict[str, Any]]
+    features: dict[str, _Card]
+
+
+NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
+"""what is known of features where there are no cards"""
+
+
+def read_cards(folder: Path) -> dict[str, Any]:
+    """The cards of a circuit's `features.json`, as `sfc.features.cards` wrote them.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return read_model(folder / CARDS_FILE, _Cards).model_dump()
+
+
+def shown_cards(folder: Path) -> Mapping[str, Any]:
+    """The cards of a circuit as they are shown, with the labels of a reader; `NO_CARDS` where it has none.
+
+    Raises:
+        UserError: as `read_cards` and `own_labels`.
+    """
+    return with_own_labels(read_cards(folder), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
+
+
 def with_own_labels(cards: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The cards of `features.json`, with the labels of `labels.json`, which have no score, in place of automatic ones.
 
@@ -67,9 +114,6 @@ def labels_of(folder: Path) -> dict[str, str]:
     """The labels of a circuit's features, own and automatic ones, as `caption` has them; none where it has no cards.
 
     Raises:
-        UserError: as `own_labels`.
+        UserError: as `shown_cards`.
     """
-    if not (folder / CARDS_FILE).is_file():
-        return {}
-    cards = with_own_labels(read_json(folder / CARDS_FILE), folder)
-    return {name: caption(card) for name, card in cards["features"].items()}
+    return {name: caption(card) for name, card in shown_cards(folder)["features"].items()}

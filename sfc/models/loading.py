@@ -1,5 +1,7 @@
 """Load any causal language model as a `Model`: a TransformerLens bridge with its tokenizer and its template."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -140,11 +142,19 @@ def load_weights(config: ModelConfig) -> tuple[Any, Any]:
         )
         if report["missing_keys"]:  # they would be random
             raise ValueError(f"its files lack weights, among them {min(report['missing_keys'])}")
+        if beyond := _of_further_layers(report["unexpected_keys"], model):
+            raise ValueError(f"its config.json has fewer layers than its files, which have {beyond}")
         if report["unexpected_keys"] and getattr(model.config, "quantization_config", None):  # scales without a use
             raise ValueError(f"its weights are quantised in a way that is not known ({min(report['unexpected_keys'])})")
     except Exception as error:  # of whatever the files make transformers and its quantisers import and run
         raise _cannot_load(config, error) from None
     return model, tokenizer
+
+
+def _of_further_layers(unexpected: Iterable[str], model: Any) -> str | None:
+    """A weight without a place in the model, where the same one of the first layer has one."""
+    placed = set(model.state_dict())
+    return next((name for name in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", name, count=1) in placed), None)
 
 
 def _load_tokenizer(config: ModelConfig, folder: str | Path) -> Any:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sfc.behaviors.behavior import Words
 from sfc.features.claims import CLEAR
-from sfc.features.labels import said
+from sfc.features.labels import NO_CARDS, said
 from sfc.pages.blocks import (
     Block,
     Figure,
@@ -34,7 +34,6 @@ from sfc.pages.roles import role_blocks
 from sfc.pages.style import signs, words_of
 from sfc.pages.text import count_text, number_text, tokens_text
 
-NO_CARDS: Mapping[str, Any] = {"groups": [], "features": {}}
 _LISTED_NODES, _DRAWN_NODES, _TOKENS = 30, 300, 5
 
 

@@ -21,7 +21,8 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.saes.plan import PlannedBatch, plan_batches, plan_shards
-from sfc.saes.shard import discard_unfinished, open_shard, unfinished_shard
+from sfc.saes.shard import finished_sites
+from sfc.saes.unfinished import discard_unfinished, unfinished_shard
 
 _BATCHES_IN_FLIGHT = 2
 
@@ -75,7 +76,7 @@ def _collect_shard(
     path: Path,
     progress: Callable[[int], None],
 ) -> None:
-    finished = _finished_sites(path)
+    finished = finished_sites(path)
     missing = [site for site in sites if site not in finished]
     if not missing:
         discard_unfinished(path)
@@ -96,13 +97,6 @@ def _collect_shard(
             while pending:
                 pending.popleft().result()
         shard.finish(config.gzip)
-
-
-def _finished_sites(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    with open_shard(path) as file:
-        return list(file["activations"])  # pyright: ignore[reportArgumentType]
 
 
 def _write(write: Callable, number: int, activations: dict[str, Tensor], dtype: str) -> None:

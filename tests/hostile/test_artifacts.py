@@ -5,6 +5,7 @@ which ends with the very result that it has on the undamaged root, or with statu
 all of it.
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -236,6 +237,8 @@ def test_a_damaged_cache_of_the_model_is_told(damage: str, tmp_path: Path) -> No
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
         DAMAGES[damage](folder / path.name)
+        if (folder / path.name).is_file() and filecmp.cmp(folder / path.name, path, shallow=False):
+            continue  # there is one line only
         for arguments in (asked, ("doctor", "--json", *SHARED)):
             shutil.rmtree(root)
             root.mkdir()

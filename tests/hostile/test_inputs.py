@@ -238,7 +238,7 @@ NAMES = (
     "a\nb.csv",
     "\x1b[2J.csv",
     "\u202ecsv.csv",
-    "[red]x[/red].csv",
+    "[red]x[bold].csv",
     "a'b\"c.csv",
     "ü" * 120 + ".csv",
     "-x.csv",

@@ -170,6 +170,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a kind that generates no text": ({"model_type": "vit"}, "cannot load model"),
     "sizes that are words": ({"hidden_size": "wide"}, "cannot load model"),
     "negative sizes": ({"num_hidden_layers": -2}, "cannot run LlamaForCausalLM"),
+    "fewer layers than weights": ({"num_hidden_layers": 1}, "config.json has fewer layers than its files"),
+    "more layers than weights": ({"num_hidden_layers": 9}, "its files lack weights"),
     "no heads": ({"num_attention_heads": 0}, "cannot load model"),
     "positions that are none": ({"rope_parameters": {"rope_type": "sorcery"}}, "cannot load model"),
 }  # fmt: skip

@@ -110,7 +110,7 @@ ABSURD = {
         "evaluation.sizes=[0]", "evaluation.target=9.0e+15", "evaluation.min_denominator=9.0e+15",
         "learned_mask.prompts=1000000000", "learned_mask.price=9.0e+15", "discovery.pairs_per_prompt=1000000000",
         "discovery.edge_nodes=1000000000", "discovery.edge_tokens=1000000000", "discovery.edges_per_node=1000000000",
-        "discovery.checked_nodes=1000000000", "discovery.nodes=nothing", "labels.explainer='http://127.0.0.1:9'",
+        "discovery.checked_nodes=1000000000", "discovery.nodes=nothing",
         "labels.explainer='file:///etc/passwd'", "labels.explainer='\x1b[2J'",
     ),
     "behaviour": (

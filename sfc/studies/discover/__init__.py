@@ -9,11 +9,11 @@ from sfc.behaviors.pairs import PairsOptions
 from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
-from sfc.core.artifacts import Artifact, amended, read_json, write_text
+from sfc.core.artifacts import Artifact, amended, write_text
 from sfc.features.explainer import LabelOptions, unexplained
-from sfc.features.labels import CARDS_FILE, with_own_labels
+from sfc.features.labels import CARDS_FILE, read_cards, shown_cards
 from sfc.pages.blocks import Page
-from sfc.pages.circuit import NO_CARDS, circuit_page
+from sfc.pages.circuit import circuit_page
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
@@ -91,9 +91,8 @@ class Discover(Study[DiscoveryOptions]):
     def page(self, finished: Finished) -> Page:
         folder = finished.folder
         graph = load_circuit(folder / self.files["circuit"])
-        cards = with_own_labels(read_json(folder / CARDS_FILE), folder) if (folder / CARDS_FILE).is_file() else NO_CARDS
         curve, scores, replies = (finished.table(self.files[name]) for name in ("curve", "scores", "replies"))
-        return circuit_page(graph, curve, finished.result, cards, scores=scores, replies=replies)
+        return circuit_page(graph, curve, finished.result, shown_cards(folder), scores=scores, replies=replies)
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         return {name: finished.result.get(name) for name in self.model_columns}
@@ -122,7 +121,7 @@ def ensure_cards(run: Run, category: str | None) -> tuple[Path, nx.DiGraph, dict
     folder = circuit_of(run, category, session).folder
     graph = load_circuit(folder / DISCOVER.files["circuit"])
     if (folder / CARDS_FILE).is_file():
-        return folder, graph, read_json(folder / CARDS_FILE)
+        return folder, graph, read_cards(folder)
     for study in (TRAIN, COLLECT):
         ensure(study, run, session=session)
     from sfc.studies.discover.measure import write_cards

@@ -25,13 +25,13 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.proof import counts_by_kind, replies_by_kind
 from sfc.circuits.stability import agreement_of_halves, with_intervals, with_stability
-from sfc.core.artifacts import package_versions, read_json, write_csv, write_json
+from sfc.core.artifacts import package_versions, write_csv, write_json
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.features.activity import AFTER, BEFORE
 from sfc.features.cards import feature_cards, neuronpedia_page, token_effects
 from sfc.features.explainer import Endpoint, LabelOptions, explain, unexplained
-from sfc.features.labels import CARDS_FILE
+from sfc.features.labels import CARDS_FILE, read_cards
 from sfc.pages.graph import strongest_nodes
 from sfc.run import Run
 from sfc.saes.architectures import read_config
@@ -281,7 +281,7 @@ def explain_circuit(session: Session, folder: Path) -> None:
     run, tokenizer = session.run, session.model.tokenizer
     options = LabelOptions.of(run.experiment)
     endpoint, names = Endpoint(options), unexplained(folder, options)
-    prompts, cards = read_prompts(run.store.folder), read_json(folder / CARDS_FILE)
+    prompts, cards = read_prompts(run.store.folder), read_cards(folder)
     say(f"asking {endpoint.address} about {len(names)} features: contexts of their prompts are sent to it")
 
     def token_text(token: int) -> str:

@@ -31,6 +31,7 @@ from sfc.saes.format import load_dictionaries, read_tensors
 from sfc.saes.store import Store
 from sfc.session import Session
 from sfc.studies.steer import SteeringOptions, intent_of, named_feature
+from sfc.studies.study import Finished
 
 Vector = Float[Tensor, " d_model"]
 
@@ -158,7 +159,7 @@ def steer(run: Run, direction: str, alpha: float) -> Steering:
     """
     if direction in finished_directions(run):
         folder = run.root / "circuits" / run.experiment.name / direction
-        result, vectors = read_json(folder / "result.json"), read_tensors(folder / "vectors.safetensors")
+        result, vectors = Finished(folder).result, read_tensors(folder / "vectors.safetensors")
         edit = SteeringEdit("add", (site_from_short(result["site"]),), vectors["chosen"], alpha * result["norm"])
         return Steering([edit], result["positions"], result["during_reply"])
     if "/F" not in direction:
