@@ -15,14 +15,16 @@ import networkx as nx
 import plotly.graph_objects as go
 
 from sfc.features.labels import caption
-from sfc.pages.blocks import Block, Figure, Table, cell
+from sfc.pages.blocks import Block, Figure, Table
 from sfc.pages.graph import columns_of
-from sfc.pages.placement import edge_hovers, edge_legend, edge_signs_of, edge_traces
+from sfc.pages.placement import edge_hovers, edge_legend, edge_signs_of
 from sfc.pages.style import axis, sign_of, signs, styled_figure
 from sfc.pages.text import count_text, hover_text, number_text, token_text
 
 _EFFECT, _CONTENT, _PREFIX = "effect_", "content", "prefix"
-_ROW_HEIGHT, _LARGEST, _NAMED, _LISTED = 56, 38, 5, 15
+_SMALLEST_SHARE = 0.005
+"""what passes between two cells or roles is left out below this share of the largest, or of all"""
+_ROW_HEIGHT, _LARGEST, _WIDEST, _NAMED, _LISTED = 56, 38, 8, 5, 15
 
 
 def role_blocks(graph: nx.DiGraph, cards: Mapping[str, Any]) -> list[Block]:
@@ -75,8 +77,7 @@ def _site(graph: nx.DiGraph, node: str) -> str:
 def roles_figure(graph: nx.DiGraph) -> go.Figure:
     """Positions as rows, the prompt above and the template's tokens under it; the sites as columns.
 
-    A circle's area is the sum of the |effects| of the nodes there, its colour the sign of their sum. Lines are as in
-    the circuit's own figure.
+    A circle's area is the sum of the |effects| of the nodes there, its colour the sign of their sum.
     """
     roles, columns = _roles(graph), columns_of(graph)
     here: dict[_Cell, list[tuple[float, str]]] = defaultdict(list)
@@ -96,9 +97,11 @@ def roles_figure(graph: nx.DiGraph) -> go.Figure:
     for source, target, *_, weight in _passing(graph, roles):
         if source in labels and target in labels:
             totals[labels[source], labels[target]].append(weight)
-    flows.add_edges_from((*ends, {"weight": math.fsum(weights)}) for ends, weights in totals.items())
+    sums = {ends: math.fsum(weights) for ends, weights in totals.items()}
+    least = _SMALLEST_SHARE * max(map(abs, sums.values()), default=0)
+    flows.add_edges_from((*ends, {"weight": total}) for ends, total in sums.items() if abs(total) >= least)
     positions = {labels[one]: place for one, place in places.items()}
-    figure.add_traces(list(edge_traces(flows, positions, edge_signs_of(flows))))
+    figure.add_traces(list(_lines(flows, positions)))
     figure.add_traces(list(edge_hovers(flows, positions, edge_signs_of(flows))))
     figure.add_traces(list(_cells(graph, here, places, labels)))
     figure.add_traces(list(edge_legend(edge_signs_of(flows))))
@@ -110,9 +113,26 @@ def roles_figure(graph: nx.DiGraph) -> go.Figure:
         ),
         yaxis=axis(
             "", range=[0.6 - len(roles), 0.6], tickvals=[-row for row in range(len(roles))],
-            ticktext=[hover_text(name) for name in roles.values()],
+            ticktext=[hover_text(name) for name in roles.values()], showgrid=False,
         ),
     )  # fmt: skip
+
+
+def _lines(flows: nx.DiGraph, positions: Mapping[str, tuple[float, float]]) -> Iterator[go.Scatter]:
+    """A line for each flow, whose width grows with the square root of the weight, so that small ones are seen too."""
+    colours = {sign.number: sign.colour for sign in edge_signs_of(flows)}
+    greatest = max((abs(weight) for *_, weight in flows.edges(data="weight")), default=0) or 1
+    for source, target, weight in sorted(flows.edges(data="weight"), key=lambda flow: abs(flow[2])):
+        yield go.Scatter(
+            x=[positions[source][0], positions[target][0]],
+            y=[positions[source][1], positions[target][1]],
+            mode="lines",
+            line={"width": max(1, _WIDEST * math.sqrt(abs(weight) / greatest)), "color": colours[sign_of(weight)]},
+            opacity=0.6,
+            hoverinfo="skip",
+            legendgroup=f"edges {sign_of(weight)}",
+            showlegend=False,
+        )
 
 
 def _cells(
@@ -154,20 +174,25 @@ def _strongest(members: Sequence[tuple[float, str]]) -> str:
 
 
 def _passing_table(graph: nx.DiGraph, roles: Mapping[str, str]) -> Table:
-    """From the tokens of each role to those of each other: the sum over the edges drawn, and its share of all."""
+    """From the tokens of each role to those of each other: the sum over the edges drawn, and its share of all.
+
+    What is less than `_SMALLEST_SHARE` is left out.
+    """
     parts: dict[tuple[str, str], list[float]] = defaultdict(list)
     for source, target, *_, weight in _passing(graph, roles):
         parts[source.role, target.role].append(weight)
-    total = math.fsum(abs(weight) for weights in parts.values() for weight in weights)
-    order = [(source, target) for source in roles for target in roles if (source, target) in parts]
+    sizes = {ends: math.fsum(map(abs, weights)) for ends, weights in parts.items()}
+    total = math.fsum(sizes.values())
     rows = [
         (
             roles[source],
             roles[target],
             number_text(math.fsum(parts[source, target]), signed=True),
-            f"{100 * math.fsum(map(abs, parts[source, target])) / total:.0f} %" if total > 0 else cell(None),
+            f"{100 * sizes[source, target] / total:.0f} %",
         )
-        for source, target in order
+        for source in roles
+        for target in roles
+        if sizes.get((source, target), 0) > _SMALLEST_SHARE * total
     ]
     return Table(
         "What passes from which tokens to which, over the edges drawn",
