@@ -51,6 +51,8 @@ CATEGORIES = 10
 _SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|assistant|>"]
 _TEMPLATE = "<|begin|><|user|>\n{prompt}<|end|>\n<|assistant|>\n"
 _VOCABULARY = 4000
+_ANY_DIRECTION = ("--set", "steering.min_induced=-1000", "--set", "steering.max_kl=1000", "--set", "steering.latest=1")
+"""a random model has none that induces a refusal"""
 
 
 class Shares(NamedTuple):
@@ -67,8 +69,8 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": ((), ("sites", "steps")),
     "discover": (("--category", "violence"), ("layers", "sites", "prompts")),
     "evaluate": (("--category", "violence"), ("layers", "sites", "prompts")),
-    "patch": (("--category", "violence", "--component", "resid"), ("layers", "prompts")),
-    "steer": ((), ("layers", "prompts")),
+    "patch": (("--category", "violence", "--component", "resid", "--require", "score"), ("layers", "prompts")),
+    "steer": (_ANY_DIRECTION, ("layers", "prompts")),
     "behaviour": ((), ("layers", "prompts")),
 }
 """the commands with their options, and with which shares the time of each grows"""
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def rehearse(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Make the model and the preset, run the stages one after another, and measure each."""
     if options.quick:
-        options.layers, options.sites, options.scale = 2, 1, 0.02
+        options.layers, options.sites, options.scale = 2, 1, 0.2
     published, shape = load_experiment(options.preset), SHAPES[options.preset]
     n_layers = _config(shape).num_hidden_layers
     layers = min(options.layers or n_layers, n_layers)
