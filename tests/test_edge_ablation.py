@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
-from sfc.circuits.edges import site_pairs
+from sfc.circuits.edge_kinds import site_pairs
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError

@@ -17,7 +17,8 @@ from torch import Tensor
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.edge_ablation import edge_ablated_scores
-from sfc.circuits.edges import Pair, edge_effects, site_pairs
+from sfc.circuits.edge_kinds import site_pairs
+from sfc.circuits.edges import Pair, edge_effects
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods.attribution import attributed_effects
@@ -154,7 +155,10 @@ def asked(problem: Problem, model: Model) -> Problem:
 def all_pairs(problem: Problem) -> list[Pair]:
     nodes = problem.ablation.nodes
     numbers = [torch.arange(size) for size in nodes.sizes]
-    return [Pair(nodes.sites[u], nodes.sites[d], numbers[u], numbers[d], stops) for u, d, stops in site_pairs(nodes)]
+    return [
+        Pair(nodes.sites[u], nodes.sites[d], numbers[u], numbers[d], stops)
+        for u, d, stops in site_pairs(nodes, problem.model.is_parallel)
+    ]
 
 
 def test_law_ablating_nothing_by_means_changes_nothing_and_tables_add_up(problem: Problem, network: Model) -> None:
