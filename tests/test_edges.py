@@ -33,7 +33,7 @@ from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.core.config import ModelConfig
-from sfc.core.sites import StoredKind, in_order, site_of
+from sfc.core.sites import SiteKind, in_order, site_of
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.interventions import recorder
@@ -165,7 +165,7 @@ SEVERAL_KINDS = {
 @pytest.mark.parametrize("kinds", SEVERAL_KINDS.values(), ids=SEVERAL_KINDS)
 @pytest.mark.parametrize("architecture", ["GPT2", "Bloom", "GPTNeoX", "Qwen2", "Gemma2"])
 def test_law_it_holds_for_sites_of_several_kinds(
-    problem: Problem, architecture: str, kinds: tuple[StoredKind, ...], tmp_path: Path
+    problem: Problem, architecture: str, kinds: tuple[SiteKind, ...], tmp_path: Path
 ) -> None:
     model = random_architecture(architecture, tmp_path)
     kinds = tuple(kind for kind in kinds if site_of(kind, 0) in model.hooks)  # parallel blocks have no `resid_mid`
