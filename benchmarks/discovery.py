@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sfc.circuits.baselines import tables_of
-from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
+from sfc.circuits.edge_kinds import Weights, attribution_weights, members_at_sites
 from sfc.circuits.methods import METHODS, LearnedMaskOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.batches import Batch
@@ -134,7 +134,7 @@ def naive_weights(problem: Problem, members: Sequence[int], targets: Sequence[in
             _, v = torch.autograd.grad(moved, [seen[EMBEDDING], seen[above]], retain_graph=True)
             totals[i][:, 0] += _along(problem, batch, above, at_site[i] - offsets[i], seen[above].detach(), v)
     return [
-        Weights(sources, np.array([target]), weight / problem.runs.n_prompts, np.abs(weight))
+        Weights(sources, np.array([target]), (mean := weight / problem.runs.n_prompts), np.abs(weight), mean[None, None])
         for sources, target, weight in zip(at_site[:-1], targets, totals, strict=True)
     ]
 

@@ -17,10 +17,12 @@ from sfc.core.config import Experiment, SampleOptions
 from sfc.core.errors import UserError
 from sfc.core.files import below
 from sfc.core.options import Options
+from sfc.core.sites import in_order
 from sfc.data.corpus import PROMPTS, SAMPLED, corpus_identity
 from sfc.data.prepare import Prepared, balance, prompts_fingerprint
 from sfc.data.schema import ALL
 from sfc.models.sources import model_identity
+from sfc.saes.architectures import CONFIG_FILE, read_config
 from sfc.saes.source import saes_identity
 
 # Raised by hand when the meaning of an artifact changes.
@@ -190,6 +192,15 @@ class Run:
         if source == SAMPLED:
             return {SAMPLED: self.sampled.fingerprint, "tokens": SampleOptions.of(self.experiment).tokens}
         return corpus_identity(source)
+
+    @property
+    def sites(self) -> list[str]:
+        """Every site that dictionaries read or write; what transcoders read is known once they are in their folder."""
+        sites = self.experiment.activations.sites
+        if self.experiment.saes.source is None:
+            return sites
+        folders = [self.saes.folder / site for site in sites]
+        return in_order([*sites, *(read_config(each).reads for each in folders if (each / CONFIG_FILE).is_file())])
 
     @cached_property
     def saes(self) -> Artifact:

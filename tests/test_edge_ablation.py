@@ -1,38 +1,49 @@
 """Circuits of edges: against the definition, one node and one prompt at a time, and against circuits of nodes."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_dictionary
 from test_edges import at_sites, random_architecture
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.edge_ablation import edge_ablated_scores, random_edges, why_not_ablatable
+from sfc.circuits.edge_kinds import site_pairs
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.problem import Problem
 from sfc.core.errors import UserError
+from sfc.core.sites import in_order, site_of
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS, make_batches
-from sfc.models.interventions import recorder
+from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import last_logits
 
+MARKS = tuple(in_order([site_of(kind, layer) for kind in ("attn_out", "mlp_out", "resid_post") for layer in (0, 1)]))
 MODES = ("node", "keep-current", "keep-clean", "ablate")
 TEXTS = ["Bake bread?", "How do I kill a process?", "hm"]
 POSTS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(3))
 
 
 @pytest.fixture(scope="module")
-def deep(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Problem:
+def network(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return random_architecture("Qwen2", tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="module")
+def deep(problem: Problem, network: Model) -> Problem:
     """Three layers with a dictionary each, prompts of different length, in batches with padding."""
-    model = random_architecture("Qwen2", tmp_path_factory.mktemp("deep"))
-    return at_sites(problem, model, model.tokenize(TEXTS), POSTS)
+    return at_sites(problem, network, network.tokenize(TEXTS), POSTS)
+
+
+@pytest.fixture(scope="module", params=[POSTS, MARKS], ids=["stream", "Marks et al."])
+def any_sites(request: pytest.FixtureRequest, problem: Problem, network: Model) -> Problem:
+    return at_sites(problem, network, network.tokenize(TEXTS), request.param)
 
 
 def in_mode(problem: Problem, mode: str) -> Problem:
@@ -46,8 +57,10 @@ def random_circuit(problem: Problem, share: float, density: float) -> tuple[list
 
 
 def neighbours(problem: Problem, members: list[int]) -> list[tuple[int, int]]:
+    """All edges between members at sites of which one writes into the other."""
     site = problem.ablation.nodes.site_numbers
-    return [(u, d) for u in members for d in members if site[d] == site[u] + 1]
+    pairs = {(u, d) for u, d, _ in site_pairs(problem.ablation.nodes)}
+    return [(u, d) for u in members for d in members if (site[u], site[d]) in pairs]
 
 
 def oracle_score(
@@ -64,10 +77,9 @@ def oracle_score(
         members = [node for node in members if not is_error[node]]
     if ablation.error_mode == "keep-current":
         members = sorted({*members, *np.flatnonzero(is_error).tolist()})
-        touching_an_error = [
-            (u, d) for u in members for d in members if site_of[d] == site_of[u] + 1 and (is_error[u] or is_error[d])
-        ]
-        edges = [*edges, *touching_an_error]
+        pairs = {(u, d) for u, d, _ in site_pairs(nodes)}
+        joined = [(u, d) for u in members for d in members if (site_of[u], site_of[d]) in pairs]
+        edges = [*edges, *((u, d) for u, d in joined if is_error[u] or is_error[d])]
 
     def error(site: str, x: Tensor) -> Tensor:
         dictionary = ablation.dictionaries[site]
@@ -91,28 +103,29 @@ def oracle_score(
             x[0, position] = dictionary.decode(f) + e
         return x
 
+    def everywhere(kept: list[int], sites: Sequence[str]) -> dict[str, Intervention]:
+        at_sites = (
+            (site, activation(number, [u for u in kept if site_of[u] == number])) for number, site in enumerate(sites)
+        )
+        return {site: lambda _, x=x: x for site, x in at_sites}
+
     @cache
     def value(node: int) -> Tensor:
         number, site = int(site_of[node]), nodes.sites[site_of[node]]
-        x = clean[site]
-        if number > 0:
-            kept = sorted({u for u, d in edges if d == node and u in members})
-            before, seen = activation(number - 1, kept), {}
-            acts = {nodes.sites[number - 1]: lambda _: before, site: recorder(seen, site)}
-            last_logits(model, batch, acts)
-            x = seen[site]
+        kept = sorted({u for u, d in edges if d == node and u in members})
+        seen: dict[str, Tensor] = {}
+        last_logits(model, batch, {**everywhere(kept, nodes.sites[:number]), site: recorder(seen, site)})
+        x = seen[site]
         if is_error[node]:
             return torch.stack([error(site, row) for row in x[0]])
         return torch.stack([ablation.dictionaries[site].encode(row)[node - first[number]] for row in x[0]])
 
-    last = len(nodes.sites) - 1
-    x = activation(last, [node for node in members if site_of[node] == last])
-    return float(score(last_logits(model, batch, {nodes.sites[last]: lambda _: x})))
+    return float(score(last_logits(model, batch, everywhere(members, nodes.sites))))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_edges_are_ablated_as_the_recursive_definition_says(deep: Problem, mode: str) -> None:
-    deep = in_mode(deep, mode)
+def test_edges_are_ablated_as_the_recursive_definition_says(any_sites: Problem, mode: str) -> None:
+    deep = in_mode(any_sites, mode)
     members, edges = random_circuit(deep, 0.2, 0.3)
     fast = edge_ablated_scores(deep, deep.runs, members, edges)
     with torch.no_grad():
@@ -133,14 +146,14 @@ def as_mask(problem: Problem, members: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_law_all_edges_between_neighbours_are_the_circuit_of_nodes(deep: Problem, mode: str, share: float) -> None:
-    deep = in_mode(deep, mode)
+def test_law_all_edges_between_neighbours_are_the_circuit_of_nodes(any_sites: Problem, mode: str, share: float) -> None:
+    deep = in_mode(any_sites, mode)
     members, _ = random_circuit(deep, share, 0)
     steps: list[int] = []
     edges = edge_ablated_scores(deep, deep.runs, members, neighbours(deep, members), steps.append)
     nodes = ablated_scores(deep.model, deep.score, deep.ablation, deep.runs, as_mask(deep, members))[0]
     np.testing.assert_allclose(edges, nodes, atol=1e-4)
-    assert sum(steps) == len(POSTS) * len(deep.runs.batches)
+    assert sum(steps) == len(deep.ablation.nodes.sites) * len(deep.runs.batches)
     if share == 1 and mode != "ablate":
         np.testing.assert_allclose(edges, full_scores(deep.model, deep.score, deep.runs), atol=1e-4)
 
@@ -174,7 +187,7 @@ def test_without_members_at_the_last_site_everything_is_ablated(deep: Problem) -
 
 def test_edges_of_other_nodes_are_refused(deep: Problem) -> None:
     for members, edge in (([0, 60], (0, 61)), ([0, 1], (0, 1)), ([0, 100], (0, 100)), ([0, 60], (60, 0))):
-        with pytest.raises(UserError, match="does not join two of the circuit's nodes at neighbouring sites"):
+        with pytest.raises(UserError, match="does not join two of the circuit's nodes at sites that write"):
             edge_ablated_scores(deep, deep.runs, members, [edge])
 
 
@@ -188,9 +201,13 @@ def test_random_edges_are_as_many_into_each_node(deep: Problem) -> None:
     assert drawn != random_edges(nodes, members, edges, seed=4)
 
 
-def test_sites_around_which_the_stream_flows_are_refused(deep: Problem) -> None:
-    dictionaries = {site: random_dictionary(site) for site in ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")}
-    nodes = type(deep.ablation.nodes).of({site: d.d_sae for site, d in dictionaries.items()})
-    elsewhere = replace(deep, ablation=replace(deep.ablation, nodes=nodes, dictionaries=dictionaries))
-    with pytest.raises(UserError, match="residual stream"):
-        edge_ablated_scores(elsewhere, deep.runs, [0], [])
+def test_outputs_around_which_the_stream_flows_write_into_the_logits_as_well(problem: Problem, network: Model) -> None:
+    sites = ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")
+    around = at_sites(problem, network, network.tokenize(TEXTS), sites)
+    members, edges = random_circuit(around, 0.3, 1.0)
+    nodes = ablated_scores(network, around.score, around.ablation, around.runs, as_mask(around, members))[0]
+    np.testing.assert_allclose(edge_ablated_scores(around, around.runs, members, edges), nodes, atol=1e-4)
+    without = edge_ablated_scores(around, around.runs, members, [])
+    deaf = edge_ablated_scores(around, around.runs, [node for node in members if node >= 49], [])
+    assert np.abs(without - nodes).max() > 1e-3, "the second hears the first"
+    assert np.abs(without - deaf).max() > 1e-3, "and the first is heard by the logits"

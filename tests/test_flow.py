@@ -6,13 +6,13 @@ from sfc.circuits.edges import downstream
 from sfc.core.sites import in_order, short_site, site_from_short
 
 
-def edges(*names: str) -> dict[tuple[str, str], str]:
+def edges(*names: str, is_parallel: bool = False) -> dict[tuple[str, str], str]:
     """All edges between sites by their short names, with what is stopped on the way."""
     sites = in_order([site_from_short(name) for name in names])
     return {
         (short_site(site), short_site(other)): " ".join(map(short_site, stops))
         for site in sites
-        for other, stops in downstream(site, sites)
+        for other, stops in downstream(site, sites, is_parallel)
     }
 
 
@@ -39,6 +39,19 @@ def test_the_edges_of_marks_et_al() -> None:
         ("resid_post.3", "resid_post.4"): "attn_out.4 mlp_out.4",
         ("attn_out.4", "mlp_out.4"): "",
         ("attn_out.4", "resid_post.4"): "mlp_out.4",
+        ("mlp_out.4", "resid_post.4"): "",
+    }
+
+
+def test_the_edges_of_parallel_blocks() -> None:
+    kinds = ("attn_out", "mlp_out", "resid_post")
+    assert edges(*(f"{kind}.{layer}" for kind in kinds for layer in (3, 4)), is_parallel=True) == {
+        ("attn_out.3", "resid_post.3"): "",
+        ("mlp_out.3", "resid_post.3"): "",
+        ("resid_post.3", "attn_out.4"): "",
+        ("resid_post.3", "mlp_out.4"): "",
+        ("resid_post.3", "resid_post.4"): "attn_out.4 mlp_out.4",
+        ("attn_out.4", "resid_post.4"): "",
         ("mlp_out.4", "resid_post.4"): "",
     }
 

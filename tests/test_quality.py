@@ -38,7 +38,7 @@ C, S = Role.CONTENT, Role.SUFFIX
 class Threshold:
     """Features are the coordinates above 1; rows have as many entries as the fullest one, padded with feature 0."""
 
-    site, d_in, d_sae = SITE, 4, 4
+    site, d_in, d_parts, d_sae = SITE, 4, 4, 4
     W_dec, b_dec = torch.eye(4), torch.zeros(4)
 
     def encode(self, x: Tensor) -> Tensor:

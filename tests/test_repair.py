@@ -192,8 +192,8 @@ def test_features_qualify_that_matter_for_hard_prompts_and_not_for_toxic_ones() 
     hard = np.array([1.0, 2.0, 3.0, -1.0, 0.5, 9.0, 0.0])
     toxic = np.array([0.1, 1.5, -2.0, -5.0, 0.25, 0.0, -1.0])
     is_error = np.arange(7) == 5
-    assert qualified(hard, toxic, is_error, 0.5).tolist() == [2, 0, 4]
-    assert qualified(hard, toxic, is_error, 0.75).tolist() == [2, 1, 0, 4]
+    assert qualified(hard, toxic, ~is_error, 0.5).tolist() == [2, 0, 4]
+    assert qualified(hard, toxic, ~is_error, 0.75).tolist() == [2, 1, 0, 4]
 
 
 def test_the_size_that_refuses_fewest_hard_prompts_and_spares_the_toxic_ones_is_chosen() -> None:

@@ -13,6 +13,7 @@ from sfc.circuits.baselines import check_covered, paired_baseline
 from sfc.circuits.counterfactuals import Counterfactuals, Pairs
 from sfc.circuits.options import DiscoveryOptions
 from sfc.circuits.problem import Task
+from sfc.circuits.spaces import sites_of
 from sfc.core.config import Experiment
 from sfc.core.errors import UserError
 from sfc.core.progress import say
@@ -24,7 +25,7 @@ from sfc.models.interventions import recorder
 from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import AnswerDifference, DirectedScore, auroc, score_prompts
-from sfc.saes.dictionary import Dictionary
+from sfc.saes.dictionary import Dictionary, reconstruction
 
 LOW_SHARE, LOW_VARIANCE_EXPLAINED = 0.8, 0.5
 
@@ -188,16 +189,17 @@ def _variance_explained(
     dictionaries = {site: dictionary for site, dictionary in dictionaries.items() if dictionary.d_sae}
     if not dictionaries:
         return {}
-    rows: dict[str, list[Tensor]] = {site: [] for site in dictionaries}
+    sites = sites_of(dictionaries)
+    rows: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in batches:
         seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in rows}, list(rows)[-1])
+        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
         for site, x in seen.items():
             rows[site].append(x[batch.touchable].float())
     explained = {}
     for site, dictionary in dictionaries.items():
-        x = torch.cat(rows[site])
-        error = x - dictionary.decode(dictionary.encode(x))
+        x, read = (torch.cat(rows[each]) for each in (site, dictionary.reads))
+        error = x - reconstruction(dictionary, dictionary.encode_sparse(read), read, x)
         explained[site] = round(1 - float(error.square().sum() / (x - x.mean(0)).square().sum()), 4)
     worst = min(explained, key=explained.__getitem__)
     if explained[worst] < LOW_VARIANCE_EXPLAINED:

@@ -1,45 +1,49 @@
 """A circuit of edges: the score when its nodes reach one another along these edges alone, and how faithful that is.
 
-Sites run in their order. A node d of the circuit gets a run of its own from the site before its own: there the sources
-of its edges have the value that this very procedure gave them, and all other nodes their baseline. Whether d is
-active, and how strongly, is then judged on the activation that this run brings to d's site; of an error node the value
-is the error of that activation. Nodes of the first site have their clean values. The score is that of a run from the
-last site, where the circuit's nodes have their values and all others their baseline.
+Sites run in their order. A node d of the circuit gets a run of its own: at the sites that write directly into its own,
+the sources of its edges have the value that this very procedure gave them, and all other nodes their baseline. How
+active d is, is then judged on what this run brings to the site that it reads; of an error node the value is what the
+activation has beyond the features. Where no site writes into its own, a node has its clean value. The score is that of
+a run in which, at the sites that write directly into the logits, the circuit's nodes have their values and all others
+their baseline.
 
-Law: with all edges between the circuit's nodes at neighbouring sites it is the score of the circuit's nodes.
+Law: with all edges between the circuit's nodes at sites that write into one another it is the score of the circuit's
+nodes, since whatever else a site hears of others in use reaches it through those that write into it.
 
-Runs are of the blocks between two sites only, one for all nodes that have the same sources, packed into batches; nodes
-from which no edges lead to the last site get none. Errors follow the error mode: with `keep-current` every error is a
-node that is joined to all, with `keep-clean` every run has the clean errors, with `ablate` none.
+Runs are of the blocks between the sites only, one for all nodes that have the same sources, packed into batches; nodes
+from which no edges lead to the logits get none. Errors follow the error mode: with `keep-current` every error is a node
+that is joined to all, with `keep-clean` every run has the clean errors, with `ablate` none.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
-from sfc.circuits.gradients import SiteRun, site_runs
+from sfc.circuits.edges import downstream
+from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals, prepared
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.spaces import NodeSpace, left_over, sites_of, together
 from sfc.core.errors import UserError
-from sfc.core.sites import kind_of
-from sfc.models.batches import PACKED_TOKENS
-
-WHOLE_STREAM = ("resid_pre", "resid_post")
-"""kinds of sites through which everything passes that reaches later ones; other sites can be bypassed"""
+from sfc.core.sites import layer_of, site_of
+from sfc.models.batches import PACKED_TOKENS, Batch
+from sfc.models.engine import PreparedPrompts
+from sfc.models.interventions import Intervention, chained, recorder
+from sfc.models.running import run_to
+from sfc.models.score import score_batch
 
 
 class _Group(NamedTuple):
-    """Nodes of a site that have the same sources; nodes are numbered within their site, the error last."""
+    """Nodes of a site that have the same sources; nodes are numbered within their sites, parts after the features."""
 
-    sources: list[int]
+    sources: dict[str, set[int]]
+    """by site"""
     targets: list[int]
 
 
@@ -48,7 +52,7 @@ class _Values(NamedTuple):
 
     features: list[int]
     of_features: Float[Tensor, "features tokens"]
-    of_error: Float[Tensor, "tokens d_in"]
+    of_parts: Float[Tensor, "tokens d_parts"]
 
 
 @torch.no_grad()
@@ -63,60 +67,74 @@ def edge_ablated_scores(
 
     Args:
         members: the circuit's nodes, by their numbers.
-        edges: between members at neighbouring sites.
+        edges: between members at sites of which one writes directly into the other.
         progress: called with the number of pairs of a batch and a site that are done since the last call.
 
     Raises:
-        UserError: the sites are not points of the residual stream, or an edge joins other nodes than these.
+        UserError: an edge joins other nodes than these.
     """
-    reason = why_not_ablatable(problem.ablation.nodes, members, edges)
+    nodes = problem.ablation.nodes
+    reason = why_not_ablatable(nodes, members, edges)
     if reason is not None:
         raise UserError(reason)
-    plan = _plan(problem.ablation, members, edges)
-    scores = np.full(runs.n_prompts, np.nan)
-    for batch, cached in runs:
-        ablation = problem.ablation.for_batch(problem.model, batch, cached)
-        at_sites = zip(site_runs(problem, problem.ablation.nodes.sites, batch, cached), plan, strict=True)
-        run, groups = next(at_sites)
-        values = _values(ablation, run, run.x[None], groups)
-        for next_run, groups in at_sites:
-            run, values = next_run, _next_values(ablation, run, values, next_run, groups)
+    into, last = _ways(nodes.sites)
+    plan = _plan(problem.ablation, into, last, members, edges)
+    scores, prompts = np.full(runs.n_prompts, np.nan), prepared(problem.model, runs)
+    for number, (batch, cached) in enumerate(runs):
+        at = _Batch(problem, problem.ablation.for_batch(problem.model, batch, cached), prompts, number)
+        for site in nodes.sites:
+            at.find(site, into[site], plan[site])
             progress(1)
-        everything = [*values.features, ablation.dictionaries[run.site].d_sae]
-        last = _activation(ablation, run, values, [everything])
-        scores[batch.prompts.cpu().numpy()] = run.scores(last)[0].cpu().numpy()
-        progress(1)
+        scores[batch.prompts.cpu().numpy()] = at.scores(last).cpu().numpy()
     return scores
 
 
 def why_not_ablatable(nodes: Nodes, members: Sequence[int], edges: Sequence[tuple[int, int]]) -> str | None:
     """What keeps these edges from being ablated; None where nothing does."""
-    if not all(kind_of(site) in WHOLE_STREAM for site in nodes.sites):
-        return f"edges can be ablated between points of the residual stream only ({', '.join(WHOLE_STREAM)})"
-    listed, site_of = set(members), nodes.site_numbers
+    listed, (into, _) = set(members), _ways(nodes.sites)
     for source, target in edges:
-        if not {source, target} <= listed or site_of[target] != site_of[source] + 1:
+        if not {source, target} <= listed or _site(nodes, source) not in into[_site(nodes, target)]:
             names = f"{nodes.name(source)} -> {nodes.name(target)}"
-            return f"the edge {names} does not join two of the circuit's nodes at neighbouring sites"
+            return f"the edge {names} does not join two of the circuit's nodes at sites that write into one another"
     return None
 
 
 def random_edges(
     nodes: Nodes, members: Sequence[int], edges: Sequence[tuple[int, int]], seed: int
 ) -> list[tuple[int, int]]:
-    """As many edges into every node as these, from sources drawn at random among the members at the site before."""
-    random, of_members, site_of = np.random.default_rng(seed), np.sort(members), nodes.site_numbers
+    """As many edges into every node from every site as these, from sources drawn at random among the members there."""
+    random, of_members, site_of_node = np.random.default_rng(seed), np.sort(members), nodes.site_numbers
     drawn = []
-    for target, count in sorted(Counter(target for _, target in edges).items()):
-        before = of_members[site_of[of_members] == site_of[target] - 1]
-        drawn += [(int(source), target) for source in random.choice(before, count, replace=False)]
+    counts = Counter((target, int(site_of_node[source])) for source, target in edges)
+    for (target, site), count in sorted(counts.items()):
+        there = of_members[site_of_node[of_members] == site]
+        drawn += [(int(source), target) for source in random.choice(there, count, replace=False)]
     return drawn
 
 
-def _plan(ablation: Ablation, members: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[list[_Group]]:
-    """For each site the groups of its nodes from which edges lead to the last site."""
-    nodes = ablation.nodes
-    site_of, is_error = nodes.site_numbers, nodes.is_error
+def _site(nodes: Nodes, node: int) -> str:
+    return nodes.sites[nodes.site_numbers[node]]
+
+
+def _ways(sites: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """For each site those that write directly into it, and the sites that write directly into the logits."""
+    logits = site_of("resid_post", max(map(layer_of, sites)) + 1)  # all passes it, and no site in use is there
+    into: dict[str, list[str]] = {site: [] for site in (*sites, logits)}
+    for site in sites:
+        for other, _ in downstream(site, [*sites, logits]):
+            into[other].append(site)
+    return into, into.pop(logits)
+
+
+def _plan(
+    ablation: Ablation,
+    into: Mapping[str, Sequence[str]],
+    last: Sequence[str],
+    members: Sequence[int],
+    edges: Sequence[tuple[int, int]],
+) -> dict[str, list[_Group]]:
+    """For each site the groups of its nodes from which edges lead to the logits."""
+    nodes, is_error = ablation.nodes, ablation.nodes.is_error
     kept = set(members)
     if ablation.error_mode in ("ablate", "keep-clean"):
         kept = {node for node in kept if not is_error[node]}
@@ -126,81 +144,124 @@ def _plan(ablation: Ablation, members: Sequence[int], edges: Sequence[tuple[int,
     for source, target in edges:
         if source in kept and target in kept:
             sources[target].add(source)
+    of_site: dict[str, list[int]] = {site: [] for site in nodes.sites}
+    for node in sorted(kept):
+        of_site[_site(nodes, node)].append(node)
     if ablation.error_mode == "keep-current":
         for target in kept:
-            before = (node for node in kept if site_of[node] == site_of[target] - 1)
+            before = (node for site in into[_site(nodes, target)] for node in of_site[site])
             sources[target] |= {node for node in before if is_error[node] or is_error[target]}
-    leading = {node for node in kept if site_of[node] == len(nodes.sites) - 1}
-    for site in reversed(range(1, len(nodes.sites))):
-        leading |= {source for node in leading if site_of[node] == site for source in sources[node]}
-    return [
-        _groups(nodes.sizes, site, sorted(node for node in leading if site_of[node] == site), sources)
-        for site in range(len(nodes.sites))
-    ]
+    leading = {node for site in last for node in of_site[site]}
+    for site in reversed(nodes.sites):
+        leading |= {source for node in of_site[site] if node in leading for source in sources[node]}
+    return {site: _groups(nodes, [node for node in of_site[site] if node in leading], sources) for site in nodes.sites}
 
 
-def _groups(sizes: Sequence[int], site: int, targets: Sequence[int], sources: dict[int, set[int]]) -> list[_Group]:
-    own, before = sum(sizes[:site]), sum(sizes[: max(site - 1, 0)])
+def _groups(nodes: Nodes, targets: Sequence[int], sources: Mapping[int, set[int]]) -> list[_Group]:
     groups: dict[frozenset[int], list[int]] = {}
     for target in targets:
-        groups.setdefault(frozenset(sources[target]), []).append(target - own)
-    return [_Group(sorted(source - before for source in same), of) for same, of in groups.items()]
+        groups.setdefault(frozenset(sources[target]), []).append(target)
+    return [_Group(_within(nodes, same), [*_within(nodes, of).popitem()[1]]) for same, of in groups.items()]
 
 
-def _next_values(ablation: Ablation, run: SiteRun, values: _Values, next_run: SiteRun, groups: list[_Group]) -> _Values:
-    """The values of the next site's nodes, each from a run in which only its sources have theirs."""
-    at_once = run.batch.copies_in(PACKED_TOKENS)
-    parts = []
-    for first in range(0, len(groups), at_once):
-        some = groups[first : first + at_once]
-        x = _activation(ablation, run, values, [group.sources for group in some])
-        parts.append(_values(ablation, next_run, run.activations(x, next_run.site), some))
-    if not parts:
-        return _values(ablation, next_run, next_run.x[None], [])
-    return _Values(
-        [feature for part in parts for feature in part.features],
-        torch.cat([part.of_features for part in parts]),
-        torch.stack([part.of_error for part in parts]).sum(0),
-    )
+def _within(nodes: Nodes, numbers: Sequence[int] | frozenset[int]) -> dict[str, set[int]]:
+    return {
+        site: set(of_site.tolist()) for site, of_site in nodes.by_site(np.array(sorted(numbers), dtype=int)).items()
+    }
 
 
-def _activation(
-    ablation: Ablation, run: SiteRun, values: _Values, kept: Sequence[Sequence[int]]
-) -> Float[Tensor, "copies batch pos d_in"]:
-    """The activation at a site with only these nodes, for each copy others, at their values."""
-    dictionary, touchable = ablation.dictionaries[run.site], run.batch.touchable
-    x = ablation.ablated_activation(run.site, run.batch)
-    if ablation.clean_errors is not None:
-        x = x + ablation.clean_errors[run.site][touchable] - ablation.baseline.errors_at(dictionary, run.batch)
-    result = repeat(run.x.float(), "batch pos d_in -> copies batch pos d_in", copies=len(kept)).clone()
-    for copy, nodes in zip(result, kept, strict=True):
-        keeps = torch.tensor([feature in nodes for feature in values.features], device=x.device, dtype=x.dtype)
-        of_features = (values.of_features * keeps[:, None]).t() @ dictionary.W_dec[values.features].float()
-        copy[touchable] = x + of_features + float(dictionary.d_sae in nodes) * values.of_error
-    return result
+class _Batch:
+    """One batch, and what is known of its nodes so far."""
 
+    def __init__(self, problem: Problem, ablation: Ablation, prompts: PreparedPrompts, number: int) -> None:
+        self.problem, self.ablation, self.prompts, self.number = problem, ablation, prompts, number
+        self.batch: Batch = prompts.batches[number]
+        self.values: dict[str, _Values] = {}
+        self.ablated: dict[str, Float[Tensor, "tokens d_in"]] = {}
+        for site, space in ablation.dictionaries.items():
+            self.ablated[site] = ablation.ablated_activation(site, self.batch)
+            if ablation.clean_errors is not None:
+                of_baseline = ablation.baseline.errors_at(space, self.batch)[:, : space.d_in]
+                self.ablated[site] = (
+                    self.ablated[site] + ablation.clean_errors[site][self.batch.touchable] - of_baseline
+                )
 
-def _values(
-    ablation: Ablation, run: SiteRun, x: Float[Tensor, "copies batch pos d_in"], groups: Sequence[_Group]
-) -> _Values:
-    """The values of each group's targets in its own copy of the activation."""
-    dictionary, baseline = ablation.dictionaries[run.site], ablation.baseline
-    touchable = run.batch.touchable
-    n_tokens = int(touchable.sum())
-    features, moved = [], [x.new_zeros(0, n_tokens, dtype=torch.float32)]
-    of_error = x.new_zeros(n_tokens, dictionary.d_in, dtype=torch.float32)
-    for copy, group in zip(x[: len(groups)], groups, strict=True):
-        rows = copy[touchable].float()
-        values, indices = dictionary.encode_sparse(rows)
-        for node in group.targets:
-            if node == dictionary.d_sae:
-                of_error = rows - dictionary.decode_sparse(values, indices) - baseline.errors_at(dictionary, run.batch)
-            else:
-                f = torch.where(indices == node, values, 0).sum(-1)
-                features.append(node)
-                f_ref = baseline.features_at(dictionary, run.batch, torch.tensor([node], device=f.device))
-                moved.append((f - f_ref[:, 0])[None])
-    return _Values(features, torch.cat(moved), of_error)
+    def find(self, site: str, into: Sequence[str], groups: Sequence[_Group]) -> None:
+        """Find the values of a site's nodes, each from a run in which only its sources have theirs."""
+        space = self.ablation.dictionaries[site]
+        n_tokens = int(self.batch.touchable.sum())
+        found = _Values(
+            [], self.ablated[site].new_zeros(0, n_tokens), self.ablated[site].new_zeros(n_tokens, space.d_parts)
+        )
+        # Where nothing comes from other sites, one run is that of all nodes.
+        at_once = self.batch.copies_in(PACKED_TOKENS)
+        for first in range(0, len(groups), at_once):
+            some = groups[first : first + at_once]
+            acting = {u: self._put(u, [group.sources.get(u, set()) for group in some]) for u in into}
+            seen: dict[str, Tensor] = {}
+            for each in sites_of({site: space}):
+                acting[each] = chained(acting.get(each), recorder(seen, each))
+            start = self.prompts.start(self.number, into[0] if into else site)
+            packed = self.batch.repeat(len(some))
+            run_to(self.problem.model, packed, acting, site, start.repeat(len(some)) if start else None)
+            where = self.batch.touchable
+            read, x = (seen[each].unflatten(0, (len(some), -1))[:, where].float() for each in (space.reads, site))
+            for copy, group in enumerate(some):
+                found = self._with(found, space, read[copy], x[copy], group.targets)
+        self.values[site] = found
+
+    def scores(self, last: Sequence[str]) -> Float[Tensor, " batch"]:
+        """The scores of a run in which all nodes of the sites that write into the logits have their values."""
+        everything = {site: set(range(self.ablation.nodes.n_nodes)) for site in last}
+        acting = {site: self._put(site, [all_nodes]) for site, all_nodes in everything.items()}
+        start = self.prompts.start(self.number, last[0])
+        return score_batch(self.problem.model, self.problem.score, self.batch, acting, start)
+
+    def _put(self, site: str, kept: Sequence[set[int]]) -> Intervention:
+        """Give a site the activation in which only these nodes, for each copy others, are at their values."""
+        space, values = self.ablation.dictionaries[site], self.values[site]
+        width, copies = space.d_parts // space.n_parts, []
+        for nodes in kept:
+            keeps = torch.tensor([feature in nodes for feature in values.features], dtype=values.of_features.dtype)
+            of_features = (values.of_features * keeps.to(values.of_features.device)[:, None]).t()
+            parts = torch.tensor([space.d_sae + part in nodes for part in range(space.n_parts)])
+            of_parts = values.of_parts * parts.repeat_interleave(width).to(values.of_parts)
+            copies.append(
+                self.ablated[site] + of_features @ space.W_dec[values.features].float() + together(of_parts, space)
+            )
+        x = torch.cat(copies)
+
+        def put(activation: Tensor) -> Tensor:
+            where = self.batch.touchable.repeat(len(kept), 1)
+            return activation.masked_scatter(where[..., None], x.to(activation.dtype))
+
+        return put
+
+    def _with(
+        self,
+        found: _Values,
+        space: NodeSpace,
+        read: Float[Tensor, "tokens d_read"],
+        x: Float[Tensor, "tokens d_in"],
+        targets: Sequence[int],
+    ) -> _Values:
+        """What is found, with the values of these nodes in one run."""
+        baseline, width = self.ablation.baseline, space.d_parts // space.n_parts
+        values, indices = space.encode_sparse(read)
+        features = [node for node in targets if node < space.d_sae]
+        numbers = torch.tensor(features, dtype=torch.long, device=x.device)
+        f = torch.stack([torch.where(indices == node, values, 0).sum(-1) for node in features]) if features else None
+        moved = [found.of_features]
+        if f is not None:
+            moved.append(f - baseline.features_at(space, self.batch, numbers).t())
+        of_parts = found.of_parts
+        if parts := [node - space.d_sae for node in targets if node >= space.d_sae]:
+            rest = left_over(space, read, x, values, indices) - baseline.errors_at(space, self.batch)
+            is_target = torch.isin(
+                torch.arange(space.d_parts, device=x.device) // width, torch.tensor(parts).to(x.device)
+            )
+            of_parts = torch.where(is_target, rest, of_parts)
+        return _Values([*found.features, *features], torch.cat(moved), of_parts)
 
 
 def edge_faithfulness(

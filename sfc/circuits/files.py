@@ -15,6 +15,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from sfc.circuits.nodes import ERROR, FEATURE
 from sfc.core.artifacts import read_json, replacing, write_csv, write_json
 from sfc.core.errors import UserError, suggestion
 from sfc.core.reading import read_text
@@ -172,17 +173,19 @@ def circuit_tracer_graph(graph: nx.DiGraph) -> dict[str, Any]:
 def _tracer_node(name: str, data: Mapping[str, Any], roles: list[str]) -> dict[str, Any]:
     layer = int(data["layer"])
     position = max(range(len(roles)), key=lambda i: abs(data.get(roles[i], 0.0)))
-    is_error = data["kind"] == "error"
-    feature = -1 if is_error else int(name.rpartition("/F")[2])
+    is_feature = data["kind"] == FEATURE
+    feature = int(name.rpartition("/F")[2]) if is_feature else -1
+    # Theirs has an error and nothing else beside features: other parts are errors with numbers of their own.
+    part = 0 if data["kind"] == ERROR else 1
     # The two numbers that name a feature of theirs are paired into one by Cantor's function.
     paired = (layer + feature) * (layer + feature + 1) // 2 + feature
     return {
-        "node_id": f"0_{layer}_{position}" if is_error else f"{layer}_{feature}_{position}",
-        "feature": -1 if is_error else paired,
+        "node_id": f"{layer}_{feature}_{position}" if is_feature else f"{part}_{layer}_{position}",
+        "feature": paired if is_feature else -1,
         "layer": str(layer),
         "ctx_idx": position,
-        "feature_type": "mlp reconstruction error" if is_error else "cross layer transcoder",
-        "jsNodeId": f"{layer}_{'error' if is_error else feature}-0",
+        "feature_type": "cross layer transcoder" if is_feature else "mlp reconstruction error",
+        "jsNodeId": f"{layer}_{feature if is_feature else data['kind']}-0",
         "clerp": str(data["label"]),
     }
 

@@ -243,7 +243,8 @@ class DictionaryNames:
                 f" {', '.join(map(short_site, nodes.sites))}{self._known_elsewhere()}: choose others with"
                 " --set saes.source=… and --set activations.layers=[…]"
             )
-        feature = within if within == "error" else "F" + within.removeprefix("F")
+        is_part = within in {kind for kinds in nodes.kinds for kind in kinds}
+        feature = within if is_part else "F" + within.removeprefix("F")
         return nodes.number(f"{short_site(site)}/{feature}")
 
     def _known_elsewhere(self) -> str:

@@ -58,7 +58,7 @@ def aggregated_features(
             wanted &= store.tokens.position[start:stop] == last_position[target[start:stop]]
         if not wanted.any():
             continue
-        rows = store.read(dictionary.site, start, stop)[torch.from_numpy(wanted)].to(device)
+        rows = store.read(dictionary.reads, start, stop)[torch.from_numpy(wanted)].to(device)
         index = torch.from_numpy(target[start:stop][wanted]).to(device)
         features = dictionary.encode(rows)
         if how == "max":

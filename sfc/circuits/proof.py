@@ -27,12 +27,13 @@ from sfc.circuits.counterfactuals import Counterfactuals
 from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared, top_circuits
 from sfc.circuits.options import LARGE_PROMPT_FREE
 from sfc.circuits.problem import Problem, PromptRuns
+from sfc.core.sites import WHOLE_STREAM, kind_of
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS
 from sfc.models.engine import NO_EDIT, Edits, Progress
 from sfc.models.loading import Model
 from sfc.models.score import DirectedScore, Score
-from sfc.stats import Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, wilson
+from sfc.stats import UNMEASURABLE, Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, wilson
 
 SMALL = 0.1
 """figures below this are called none"""
@@ -62,7 +63,8 @@ class SideScores(NamedTuple):
     empty: Float[np.ndarray, " prompts"]
     circuit: Float[np.ndarray, " prompts"]
     prompt_free: Float[np.ndarray, " prompts"]
-    """of the circuit with every node of the first site ablated as well"""
+    """of the circuit with every node as well up to the first site through which all of the prompt passes; NaN where no
+    site is such"""
     positive: Bool[np.ndarray, " prompts"]
 
 
@@ -118,11 +120,15 @@ def side_scores(
         positive: of which side each prompt of the runs is.
         progress: as `ablated_scores`; there are twice as many circuits and one more.
     """
-    deaf = keep & (problem.ablation.nodes.site_numbers > 0)
+    nodes = problem.ablation.nodes
+    entries = [number for number, site in enumerate(nodes.sites) if kind_of(site) in WHOLE_STREAM]
+    deaf = keep & (nodes.site_numbers > (entries[0] if entries else len(nodes.sites)))
     packed = np.concatenate([np.zeros_like(keep[:1]), keep, deaf])
     scores = ablated_scores(problem.model, problem.score, problem.ablation, runs, packed, progress)
     model = full_scores(problem.model, problem.score, runs)
     circuits, prompt_free = np.split(scores[1:], 2)
+    if not entries:
+        prompt_free = np.full_like(circuits, np.nan)
     return [
         SideScores(model, scores[0], circuit, free, positive)
         for circuit, free in zip(circuits, prompt_free, strict=True)
@@ -158,12 +164,14 @@ def side_figures(scores: SideScores, min_denominator: float, seed: int) -> dict[
     """
     of_side = SideScores(*(values[scores.positive] for values in scores))
     left, whole = of_side.prompt_free - of_side.empty, of_side.model - of_side.empty
+    known = np.isfinite(left).all()
+    free = bootstrap_ratio(left, whole, np.arange(len(left)), seed, min_denominator) if known else UNMEASURABLE
     return _flat(
         {
             "gap_kept": bootstrap_gap(scores.circuit, scores.model, scores.positive, seed, min_denominator),
             "separation": bootstrap_auroc(scores.circuit, scores.positive, seed),
             "separation_model": bootstrap_auroc(scores.model, scores.positive, seed),
-            "prompt_free": bootstrap_ratio(left, whole, np.arange(len(left)), seed, min_denominator),
+            "prompt_free": free,
         }
     )
 

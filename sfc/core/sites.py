@@ -15,6 +15,9 @@ before the norm's gain and bias, and as it enters the MLP."""
 MLP_INPUTS = ("resid_mid", *get_args(InputKind))
 """kinds through which everything passes that an MLP hears"""
 
+WHOLE_STREAM = ("resid_pre", "resid_post")
+"""kinds through which everything passes that reaches later ones; other sites can be bypassed"""
+
 _PATHS = {"hook_z": "attn.hook_z", "ln2_normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
 """hook points of a block whose names are not `hook_` and the kind"""
 _KINDS = {path: kind for kind, path in _PATHS.items()}

@@ -137,7 +137,7 @@ def _values(
     store: Store, dictionary: Dictionary, features: Sequence[int], start: int, stop: int
 ) -> Float[np.ndarray, "rows features"]:
     """The values of these features at these rows."""
-    sparse = dictionary.encode_sparse(store.read(dictionary.site, start, stop).to(dictionary.W_dec.device))
+    sparse = dictionary.encode_sparse(store.read(dictionary.reads, start, stop).to(dictionary.W_dec.device))
     entry_values, indices = sparse.values.cpu().numpy(), sparse.indices.cpu().numpy()
     column = np.full(dictionary.d_sae, -1)
     column[list(features)] = np.arange(len(features))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.circuits.nodes import Nodes
+from sfc.circuits.spaces import sites_of
 from sfc.core.sites import in_order
 from sfc.models import engine
 from sfc.models.batches import PACKED_TOKENS, Batch, TemplateLayout, make_batches
@@ -57,10 +58,12 @@ class PromptSession:
         by_site = self._by_site(dict.fromkeys(features, 1.0))
         values = {}
         if by_site:
-            recorders = {site: recorder(activations, site) for site in by_site}
-            run_to(self.model, batch, recorders, list(by_site)[-1], prepared.start(0, next(iter(by_site))))
+            sites = sites_of({site: self.dictionaries[site] for site in by_site})
+            recorders = {site: recorder(activations, site) for site in sites}
+            run_to(self.model, batch, recorders, sites[-1], prepared.start(0, next(iter(by_site))))
         for site, of_site in by_site.items():
-            dense = self.dictionaries[site].encode(activations[site][0].float())
+            dictionary = self.dictionaries[site]
+            dense = dictionary.encode(activations[dictionary.reads][0].float())
             values |= {name: dense[:, feature].cpu().numpy() for feature, (name, _) in of_site.items()}
         tokens = [self.model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
         table = np.stack([values[name] for name in features], axis=1) if features else np.zeros((len(tokens), 0))
@@ -109,12 +112,12 @@ class PromptSession:
 
     def _by_site(self, factors: Mapping[str, float]) -> dict[str, dict[int, tuple[str, float]]]:
         """By site and number within it, in the order of the sites: the feature's name and its factor."""
-        nodes = Nodes.of({site: dictionary.d_sae for site, dictionary in self.dictionaries.items()})
+        nodes = Nodes.of_spaces(self.dictionaries)
         sites = nodes.site_numbers
         by_site: dict[str, dict[int, tuple[str, float]]] = {}
         for number, name in sorted((nodes.number(name), name) for name in factors):
             site = nodes.sites[sites[number]]
-            if not name.endswith("/error"):
+            if nodes.is_feature[number]:
                 feature = int(name.rpartition("/F")[2])
                 by_site.setdefault(site, {})[feature] = (name, factors[name])
         return by_site
@@ -141,17 +144,28 @@ class Scaling(Edits):
     def interventions(self, batch: Batch, members: Sequence[int]) -> Interventions:
         """See `Edits`."""
         steered = self.steering.interventions(batch, members) if self.steering else Interventions()
-        scaled = (
-            {site: _scaling(self.dictionaries[site], factors, where) for site, factors in self.factors.items()}
-            for where in (batch.touchable, None)
-        )
+        scaled = (self._scaled(batch.touchable), self._scaled(None))
         return Interventions(*(_one_after_another(*both) for both in zip(scaled, steered, strict=True)))
+
+    def _scaled(self, where: Bool[Tensor, "batch pos"] | None) -> dict[str, Intervention]:
+        """What scales features at some tokens, or at all; what transcoders read is what the sites before it leave."""
+        acting: dict[str, Intervention] = {}
+        read: dict[str, Tensor] = {}
+        for site, factors in self.factors.items():
+            dictionary = self.dictionaries[site]
+            if (reads := dictionary.reads) != site and reads not in read:
+                acting[reads] = chained(acting.get(reads), recorder(read, reads))
+            acting[site] = _scaling(dictionary, factors, where, read)
+        return acting
 
 
 def _scaling(
-    dictionary: Dictionary, factors: Mapping[int, float], where: Bool[Tensor, "batch pos"] | None
+    dictionary: Dictionary,
+    factors: Mapping[int, float],
+    where: Bool[Tensor, "batch pos"] | None,
+    read: Mapping[str, Tensor],
 ) -> Intervention:
-    """Scale features at some tokens, or at all."""
+    """Scale features at some tokens, or at all, as they are in what is read."""
     change = torch.zeros(dictionary.d_sae, device=dictionary.W_dec.device)
     for feature, factor in factors.items():
         change[feature] = factor - 1
@@ -159,7 +173,8 @@ def _scaling(
     def scale(activation: Tensor) -> Tensor:
         scaled = activation.new_ones(activation.shape[:2], dtype=torch.bool) if where is None else where
         x = activation[scaled].float()
-        values, indices = dictionary.encode_sparse(x)
+        encoded = x if dictionary.reads == dictionary.site else read[dictionary.reads][scaled].float()
+        values, indices = dictionary.encode_sparse(encoded)
         added = dictionary.decode_sparse(values * change[indices], indices) - dictionary.b_dec
         return activation.masked_scatter(scaled[..., None], (x + added).to(activation.dtype))
 

@@ -68,6 +68,11 @@ class Model:
         return self.bridge.cfg.n_layers
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether attention and MLP of a block both read the stream before it, so that neither hears the other."""
+        return bool(getattr(self.bridge.cfg, "parallel_attn_mlp", False))
+
+    @property
     def d_model(self) -> int:
         return self.bridge.cfg.d_model
 

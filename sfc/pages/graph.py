@@ -91,7 +91,7 @@ def groups_of(graph: nx.DiGraph, cards: Mapping[str, Any]) -> tuple[tuple[Group,
     """
     if cards:
         keys = {
-            name: "error" if data["kind"] == "error" else cards[name]["fires_on"] if name in cards else "unknown"
+            name: "error" if _kind(data) == "error" else cards[name]["fires_on"] if name in cards else "unknown"
             for name, data in graph.nodes(data=True)
         }
         return _sides(words_of(graph)), keys
@@ -268,14 +268,16 @@ def _node_legend(
     of_features = {group_of_node[name] for name in drawn if _kind(graph.nodes[name]) == "feature"}
     entries = [("circle", g.colour, g.words, f"nodes {g.key}") for g in groups if g.key in of_features]
     if any(_kind(graph.nodes[name]) == "error" for name in drawn):
-        entries.append(("diamond", INK, "error node", "errors"))
+        kinds = {graph.nodes[name]["kind"] for name in drawn}
+        words = "error node" if "skip" not in kinds else "error node or skip connection"
+        entries.append(("diamond", INK, words, "errors"))
     for symbol, colour, words, legendgroup in entries:
         marker = {"symbol": symbol, "color": colour, "size": 10}
         yield go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=words, legendgroup=legendgroup)
 
 
 def _kind(node: dict[str, Any]) -> str:
-    return "error" if node["kind"] == "error" else "feature"
+    return "error" if node["kind"] in ("error", "skip") else "feature"
 
 
 def _hover(name: str, graph: nx.DiGraph, cards: Mapping[str, Any]) -> str:

@@ -53,6 +53,8 @@ class Dictionary(Protocol):
     @property
     def b_dec(self) -> Float[Tensor, " d_in"]: ...
     @property
+    def d_read(self) -> int: ...
+    @property
     def d_in(self) -> int: ...
     @property
     def d_sae(self) -> int: ...
@@ -75,6 +77,16 @@ class Dictionary(Protocol):
     ) -> Float[Tensor, "rows d_in"]: ...
 
 
+def reconstruction(
+    dictionary: Dictionary, features: Sparse, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+) -> Float[Tensor, "rows d_in"]:
+    """What a dictionary makes of what it reads, a skip connection included: what is written, without the error."""
+    x_hat = dictionary.decode_sparse(*features)
+    if dictionary.d_parts == dictionary.d_in:
+        return x_hat
+    return x_hat + dictionary.of_parts(read, written)[:, dictionary.d_in :]
+
+
 class LinearDecoder(nn.Module):
     """What dictionaries of every architecture share: `x_hat = f @ W_dec + b_dec`, with frozen weights."""
 
@@ -86,12 +98,12 @@ class LinearDecoder(nn.Module):
         super().__init__()
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
-        self.site = site
+        self.site = self._reads = site
 
     @property
     def reads(self) -> str:
         """The site whose activation it encodes."""
-        return self.site
+        return self._reads
 
     @property
     def writes(self) -> str:
@@ -125,8 +137,13 @@ class LinearDecoder(nn.Module):
         return written
 
     @property
+    def d_read(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.d_in
+
+    @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of the activations that are decoded."""
         return self.W_dec.shape[1]
 
     @property
@@ -298,9 +315,9 @@ class Transcoder(JumpReLUDictionary):
         self._reads = reads
 
     @property
-    def reads(self) -> str:
-        """The site whose activation it encodes."""
-        return self._reads
+    def d_read(self) -> int:
+        """Width of the activations that are encoded."""
+        return self.W_enc.shape[0]
 
     @property
     def part_kinds(self) -> tuple[str, ...]:

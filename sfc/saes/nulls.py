@@ -73,17 +73,43 @@ def random_rotation(trained: Dictionary, seed: int) -> Float[Tensor, "d_in d_in"
 class RotatedDictionary(LinearDecoder):
     """A dictionary that sees each activation turned about its decoder bias b: `encode(x) = f((x - b) R + b)`.
 
-    What it decodes is turned back, `(x_hat - b) R^T + b`: it reconstructs x turned as well as the inner one would.
+    What it decodes is turned back, `(x_hat - b) R^T + b`: it reconstructs x turned as well as the inner one would. What
+    a transcoder reads is turned about 0, since b is of what it writes.
     """
 
     rotation: nn.Parameter  # [d_in, d_in]
 
     def __init__(self, inner: Dictionary, rotation: Float[Tensor, "d_in d_in"]) -> None:
-        """`inner` is not changed."""
+        """`inner` is not changed.
+
+        Raises:
+            UserError: it reads activations of another width than it writes.
+        """
+        if inner.d_read != inner.d_in:
+            raise UserError(f"the dictionary at {inner.site} reads another width than it writes: it cannot be turned")
         turned = linear(inner.W_dec.to(rotation.dtype), rotation).to(inner.W_dec.dtype)
         super().__init__({"W_dec": turned, "b_dec": inner.b_dec}, inner.site)
-        self.inner = inner
+        self.inner, self._reads = inner, inner.reads
         self.rotation = nn.Parameter(rotation.detach(), requires_grad=False)
+
+    @property
+    def part_kinds(self) -> tuple[str, ...]:
+        """What the nodes are that are not features."""
+        return tuple(self.inner.part_kinds)
+
+    @property
+    def d_parts(self) -> int:
+        """How many coordinates these nodes share."""
+        return self.inner.d_parts
+
+    def of_parts(
+        self, read: Float[Tensor, "rows d_read"], written: Float[Tensor, "rows d_in"]
+    ) -> Float[Tensor, "rows d_parts"]:
+        """See `Dictionary`: a skip connection is turned as well."""
+        if self.d_parts == self.d_in:
+            return written
+        turned = self.inner.of_parts(self._turned(read), written @ self.rotation)
+        return (turned.unflatten(1, (-1, self.d_in)) @ self.rotation.t()).flatten(1)
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """Feature values, dense."""
@@ -94,7 +120,8 @@ class RotatedDictionary(LinearDecoder):
         return self.inner.encode_sparse(self._turned(x))
 
     def _turned(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
-        return (x - self.b_dec) @ self.rotation + self.b_dec
+        centre = self.b_dec if self.reads == self.site else 0
+        return (x - centre) @ self.rotation + centre
 
 
 NULLS: dict[str, Callable[[Mapping[str, Dictionary], int], dict[str, Dictionary]]] = {

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from sfc.data.render import Role
-from sfc.saes.dictionary import Dictionary
+from sfc.saes.dictionary import Dictionary, reconstruction
 
 ALL = "all"
 DENSE_RATE = 0.1
@@ -55,20 +55,27 @@ class Measurement(NamedTuple):
 
 @torch.no_grad()
 def quality_by_role(
-    dictionary: Dictionary, blocks: Iterable[tuple[Float[Tensor, "n d_in"], Int[np.ndarray, " n"]]]
+    dictionary: Dictionary,
+    blocks: Iterable[
+        tuple[Float[Tensor, "n d_in"], Int[np.ndarray, " n"]]
+        | tuple[Float[Tensor, "n d_in"], Int[np.ndarray, " n"], Float[Tensor, "n d_read"] | None]
+    ],
 ) -> dict[str, Measurement]:
     """Measure a dictionary in one pass over blocks of rows, in float32 with sums in float64.
 
     Args:
-        blocks: rows in the model's units, on any device, each block with the `Role` of each row's token.
+        blocks: rows in the model's units, on any device, each block with the `Role` of each row's token, and for a
+            transcoder the rows that it reads.
 
     Returns:
         `ALL` first, then each role that occurs, by its name in lower case.
     """
     by_role: dict[int, _Sums] = {}
-    for rows, roles in blocks:
+    for rows, roles, *others in blocks:
+        read = next((each for each in others if each is not None), rows)
         for role in np.unique(roles).tolist():
-            sums = _sums_of(dictionary, rows[torch.from_numpy(roles == role)])
+            of_role = torch.from_numpy(roles == role)
+            sums = _sums_of(dictionary, rows[of_role], read[of_role])
             by_role[role] = by_role[role] + sums if role in by_role else sums
     total = sum(by_role.values(), start=_no_rows(dictionary))
     named = {Role(role).name.lower(): by_role[role] for role in sorted(by_role)}
@@ -78,7 +85,7 @@ def quality_by_role(
 @torch.no_grad()
 def reconstruction_quality(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> Quality:
     """The figures of rows that are in memory, whatever their roles."""
-    return _sums_of(dictionary, rows).measured().quality
+    return _sums_of(dictionary, rows, rows).measured().quality
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,15 @@ def _no_rows(dictionary: Dictionary) -> _Sums:
     return _Sums(0, mean, nothing, nothing, nothing, firings)
 
 
-def _sums_of(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> _Sums:
-    parts = (_sums_of_part(dictionary, part) for part in rows.split(ROWS_AT_ONCE) if len(part))
-    return sum(parts, start=_no_rows(dictionary))
+def _sums_of(dictionary: Dictionary, rows: Float[Tensor, "n d_in"], read: Float[Tensor, "n d_read"]) -> _Sums:
+    blocks = zip(rows.split(ROWS_AT_ONCE), read.split(ROWS_AT_ONCE), strict=True)
+    return sum((_sums_of_part(dictionary, *block) for block in blocks if len(block[0])), start=_no_rows(dictionary))
 
 
-def _sums_of_part(dictionary: Dictionary, rows: Float[Tensor, "n d_in"]) -> _Sums:
-    x = rows.to(dictionary.W_dec.device, torch.float32)
-    values, indices = dictionary.encode_sparse(x)
-    x_hat = dictionary.decode_sparse(values, indices)
+def _sums_of_part(dictionary: Dictionary, rows: Float[Tensor, "n d_in"], read: Float[Tensor, "n d_read"]) -> _Sums:
+    x, read = (each.to(dictionary.W_dec.device, torch.float32) for each in (rows, read))
+    values, indices = features = dictionary.encode_sparse(read)
+    x_hat = reconstruction(dictionary, features, read, x)
     # Exact in float64 where rows are all the same float32 values: they have no spread at all.
     mean = x.sum(dim=0, dtype=torch.float64) / len(x)
     return _Sums(

@@ -18,7 +18,7 @@ from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, losses_and_last_logits
 from sfc.models.score import Score
-from sfc.saes.dictionary import Dictionary
+from sfc.saes.dictionary import Dictionary, reconstruction
 
 MIN_DAMAGE = 0.01
 """nats; where an ablation does less harm than this there is next to nothing to recover, and the share is NaN"""
@@ -95,17 +95,17 @@ def splicing_quality(model: Model, score: Score, dictionary: Dictionary, clean: 
     """Run the prompts with the dictionary spliced in at its site, and with the site's mean and zero in its place."""
     mean = clean.means[dictionary.site]
 
-    def replaced(function: Callable[[Tensor], Tensor]) -> Outcome:
+    def replaced(function: Callable[[Tensor, Tensor], Tensor]) -> Outcome:
         return _joined(
             [
-                _outcome(model, score, batch, cached, {dictionary.site: _replacing(batch, function)})
+                _outcome(model, score, batch, cached, _replacing(dictionary, batch, function))
                 for batch, cached in zip(clean.batches, clean.cached_residuals, strict=True)
             ]
         )
 
-    spliced = replaced(lambda x: dictionary.decode_sparse(*dictionary.encode_sparse(x)))
-    mean_ablated = replaced(lambda x: mean.expand_as(x))
-    zero_ablated = replaced(torch.zeros_like)
+    spliced = replaced(lambda x, read: reconstruction(dictionary, dictionary.encode_sparse(read), read, x))
+    mean_ablated = replaced(lambda x, _: mean.expand_as(x))
+    zero_ablated = replaced(lambda x, _: torch.zeros_like(x))
     runs = (clean.outcome, spliced, mean_ablated, zero_ablated)
     loss, loss_spliced, loss_mean, loss_zero = (_mean(outcome.losses) for outcome in runs)
     change_spliced, change_mean, change_zero = (_mean((o.scores - clean.outcome.scores).abs()) for o in runs[1:])
@@ -137,12 +137,18 @@ def _joined(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(*(torch.cat(parts) for parts in zip(*outcomes, strict=True)))
 
 
-def _replacing(batch: Batch, function: Callable[[Tensor], Tensor]) -> Intervention:
-    def replace(activation: Tensor) -> Tensor:
-        replaced = function(activation[batch.touchable].float()).to(activation.dtype)
-        return activation.masked_scatter(batch.touchable[..., None], replaced)
+def _replacing(
+    dictionary: Dictionary, batch: Batch, function: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Intervention]:
+    """Put a function of what is written and of what is read in the place of what is written."""
+    read: dict[str, Tensor] = {}
 
-    return replace
+    def replace(activation: Tensor) -> Tensor:
+        x, encoded = (each[batch.touchable].float() for each in (activation, read.get(dictionary.reads, activation)))
+        return activation.masked_scatter(batch.touchable[..., None], function(x, encoded).to(activation.dtype))
+
+    recorders = {} if dictionary.reads == dictionary.site else {dictionary.reads: recorder(read, dictionary.reads)}
+    return {**recorders, dictionary.site: replace}
 
 
 def _mean(values: Float[Tensor, " n"]) -> float:

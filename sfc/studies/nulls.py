@@ -89,8 +89,8 @@ class Nulls(Study[DiscoveryOptions]):
     def make(self, session: Session, folder: Path) -> Made:
         table = null_circuits(session)
         files = write_tables(folder, {"nulls": table})
-        best = {f"{null}_agreement": float(of_null.max()) for null, of_null in table.groupby("null")["agreement"]}
-        return Made(best, files)
+        best = table.groupby("null")["agreement"].max()
+        return Made({f"{null}_agreement": reported(value) for null, value in best.items()}, files)
 
     def page(self, finished: Finished) -> Page:
         records = finished.records(self.files["nulls"])

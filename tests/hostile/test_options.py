@@ -9,6 +9,7 @@ from hostile.home import DATA, PRESET, Home, attack
 from hostile.sampling import sample, spread
 from sfc.cli import command_line
 from sfc.core.experiments import load_experiment
+from sfc.studies.study import STUDIES
 
 NUMBERS = ("-1", "-5", "0.5", "1e8", "1e400", "nan", "-inf", "9" * 40, "0x10", "1_0")
 TEXTS = (
@@ -120,6 +121,15 @@ ABSURD = {
         "patching.limit=1000000000000000", "patching.position_sets=['last-999999999']",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("study", sample([study.name for study in STUDIES if study.name != "sample"], keep=1))
+def test_nothing_can_be_measured(home: Home, study: str) -> None:
+    home.empty()
+    given = ["--pairs", "toxic-safe", "--require", "score"] if study == "patch" else []
+    for setting in ("evaluation.min_denominator=9.0e+15", "evaluation.null_draws=1", "prompts.limit=20"):
+        given += ["--set", setting]
+    attack(home, study, *PRESET, *DATA, *given)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Collect(Study[CollectOptions]):
         Raises:
             UserError: a name is not that of a site.
         """
-        return in_order([*run.experiment.activations.sites, *map(site_from_short, self.of(run).sites)])
+        return in_order([*run.sites, *map(site_from_short, self.of(run).sites)])
 
     def is_current(self, run: Run, artifact: Artifact) -> bool:
         """Whether the store holds every site that is wanted."""

@@ -292,8 +292,8 @@ def _guide(words: Words) -> tuple[str, ...]:
         " measurable. Figures have their 95 % interval over prompts beside them.",
         "**Edges.** Their faithfulness is that of the circuit when its nodes reach each other along these edges "
         "alone: each node gets a run of its own in which everything but its sources has its baseline value. With every"
-        " edge between neighbouring sites it would be the circuit's own. Random edges lead from other nodes of the"
-        " circuit, as many into each node.",
+        " edge between sites that write into one another it would be the circuit's own. Random edges lead from other"
+        " nodes of the circuit at the same sites, as many into each node.",
     )
 
 

@@ -265,13 +265,19 @@ class Patching(Study[PatchingOptions]):
 
     def model_row(self, finished: Finished) -> dict[str, Any]:
         result, effects = finished.result, finished.table("effects.csv")
-        critical = effects.loc[~effects["is_range"] & (effects["q_value"] <= CRITICAL_Q), "layer"]
+        critical = critical_components(effects)["layer"]
         best = [row for row in result["critical"] if row["kind"] == "head" and row["rank"] == 1]
         return {
             **{name: result[name] for name in ("n_layers", "n_pairs", "n_components", "n_critical")},
             "critical_layers": ", ".join(map(str, sorted(critical.unique()))) or "none",
             **{f"strongest_{row['direction']}": row["component"] for row in best},
         }
+
+
+def critical_components(effects: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `effects.csv` of single components whose effect can be measured, and told from chance."""
+    measured = ~effects["is_range"] & effects["effect"].notna()
+    return effects[measured & (effects["q_value"] <= CRITICAL_Q)]
 
 
 STUDIES.register(Patching())

@@ -14,12 +14,12 @@ from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.patch import (
-    CRITICAL_Q,
     FEW_PAIRS,
     WRAPPERS,
     Candidates,
     Patching,
     PatchingOptions,
+    critical_components,
     load_wrappers,
     pairs_file,
     toxic_safe_pairs,
@@ -65,7 +65,7 @@ def measure(study: Patching, session: Session, folder: Path) -> Made:
     write_csv(folder / "scores.csv", score_table(runs), digits=6)
     clock.lap("ranking")
     used, single = selection.table[selection.table["used"]], effects[~effects["is_range"]]
-    critical = single[single["q_value"] <= CRITICAL_Q]
+    critical = critical_components(effects)
     return Made(
         {
             "preset": experiment.name,

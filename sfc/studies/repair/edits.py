@@ -235,7 +235,7 @@ def _basis(rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "directions d_m
 def qualified(
     on_hard: Float[np.ndarray, " nodes"],
     on_toxic: Float[np.ndarray, " nodes"],
-    is_error: Bool[np.ndarray, " nodes"],
+    is_feature: Bool[np.ndarray, " nodes"],
     share: float,
 ) -> Int[np.ndarray, " qualified"]:
     """The features that matter for hard prompts and not for toxic ones, the best first.
@@ -243,7 +243,7 @@ def qualified(
     Args:
         share: of its effect on hard prompts that a feature may have on toxic ones.
     """
-    fits = (on_hard > 0) & (on_toxic <= share * on_hard) & ~is_error
+    fits = (on_hard > 0) & (on_toxic <= share * on_hard) & is_feature
     ranking = np.argsort(-on_hard, kind="stable")
     return ranking[fits[ranking]]
 

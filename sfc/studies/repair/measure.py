@@ -166,7 +166,7 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     on_hard, on_toxic = (
         attribution.rank(replace(problem, runs=inputs.scored[kind])).effect for kind in ("hard", "toxic")
     )
-    ranking = qualified(on_hard, on_toxic, nodes.is_error, options.toxic_share)
+    ranking = qualified(on_hard, on_toxic, nodes.is_feature, options.toxic_share)
     if not len(ranking):
         raise UserError("no feature qualifies: raise --set repair.toxic_share=…")
     sizes = sorted({min(size, len(ranking)) for size in options.sizes})
@@ -193,7 +193,7 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     result = {
         "preset": experiment.name,
         "category": session.run.group(options.category),
-        "n_features": int((~nodes.is_error).sum()),
+        "n_features": int(nodes.is_feature.sum()),
         "n_qualified": len(ranking),
         "n_scored": {kind: runs.n_prompts for kind, runs in inputs.scored.items()},
         "n_tried": {kind: runs.n_prompts for kind, runs in inputs.tried.items()},
@@ -298,7 +298,7 @@ def _rates(replies: pd.DataFrame) -> pd.DataFrame:
 def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, ranking: np.ndarray) -> pd.DataFrame:
     """The features with the largest effects on hard prompts, qualified or not: effects in nats, place, firing rate."""
     nodes = inputs.problem.ablation.nodes
-    features = np.flatnonzero(~nodes.is_error)
+    features = np.flatnonzero(nodes.is_feature)
     listed = features[np.argsort(-np.abs(on_hard[features]), kind="stable")][:_LISTED]
     listed = np.union1d(listed, ranking[:_LISTED])
     place = {int(node): number for number, node in enumerate(ranking, start=1)}

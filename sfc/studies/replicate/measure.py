@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from sfc.circuits.files import load_circuit
 from sfc.circuits.methods.exact import agreement
+from sfc.circuits.nodes import FEATURE
 from sfc.circuits.options import DiscoveryOptions
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
@@ -162,7 +163,7 @@ def _chance(nodes: pd.DataFrame, groups: pd.DataFrame) -> float:
 
 def _partner(name: str, data: Mapping[str, Any], matching: Matching) -> tuple[str | None, float | None]:
     """The name of the same node in the other dictionaries, and a feature's cosine with the nearest there."""
-    if data["kind"] == "error":
+    if data["kind"] != FEATURE:
         return name, None
     feature = int(name.rpartition("/F")[2])
     same = int(matching.same[feature])

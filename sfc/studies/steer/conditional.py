@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfc.behaviors.behavior import HARD
+from sfc.circuits.spaces import sites_of
 from sfc.core.errors import UserError
 from sfc.core.sites import in_order, short_site
 from sfc.data.render import TokenizedPrompt
@@ -61,11 +62,12 @@ def largest_values(
     largest = {site: np.zeros((len(prompts), each.d_sae), dtype=np.float32) for site, each in dictionaries.items()}
     for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
         seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in dictionaries}, list(dictionaries)[-1])
+        sites = sites_of(dictionaries)
+        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
         content = (batch.template_positions == layout.n_prefix) & batch.touchable
         row = torch.arange(len(content), device=content.device)[:, None].expand_as(content)[content]
         for site, dictionary in dictionaries.items():
-            values = dictionary.encode(seen[site][content].float())
+            values = dictionary.encode(seen[dictionary.reads][content].float())
             of_batch = values.new_zeros(len(content), dictionary.d_sae)
             of_batch.scatter_reduce_(0, row[:, None].expand_as(values), values, "amax")
             largest[site][batch.prompts.cpu().numpy()] = of_batch.cpu().numpy()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar
+from sfc.core.sites import in_order
 from sfc.data.schema import keyed_ranks
 from sfc.models.score import auroc
 from sfc.saes.collect import activations_of
@@ -47,16 +48,17 @@ def probing_quality(session: Session, dictionaries: Mapping[str, Dictionary]) ->
     prompts = _some(run.prompts.frame, run.experiment.seed)
     batches = plan_batches(model.tokenize(prompts["prompt"].tolist()), run.experiment.activations, model.device)
     prompt_of_row = joined([batch.tokens for batch in batches]).prompt
-    dtype, parts = getattr(torch, run.experiment.activations.dtype), {site: [] for site in dictionaries}
+    dtype, sites = getattr(torch, run.experiment.activations.dtype), [each.reads for each in dictionaries.values()]
+    parts: dict[str, list[Tensor]] = {site: [] for site in sites}
     with progress_bar("what features tell", len(prompts), "prompts") as progress:
         for batch in batches:
-            for site, rows in activations_of(model, batch, list(dictionaries), dtype).items():
+            for site, rows in activations_of(model, batch, in_order(sites), dtype).items():
                 parts[site].append(rows)
             progress(len(batch.batch.prompts))
     test, targets = (prompts["split"] == "test").to_numpy(), _targets(prompts)
     figures = {}
     for site, dictionary in dictionaries.items():
-        rows = torch.cat(parts.pop(site)) if site in parts else torch.empty(0)
+        rows = torch.cat(parts[dictionary.reads]) if dictionary.reads in parts else torch.empty(0)
         read = {"": pooled_features(dictionary, rows, prompt_of_row)}
         try:
             null = random_dictionary(dictionary, run.experiment.seed)

@@ -59,10 +59,21 @@ class TrainingRows:
 
 
 class HeldOutBlock(NamedTuple):
-    """A block of held-out rows in float32, and their roles."""
+    """A block of held-out rows in float32, and their roles; for a transcoder with the rows that it reads."""
 
     rows: Float[Tensor, "rows d"]
     roles: Int[np.ndarray, " rows"]
+    read: Float[Tensor, "rows d_read"] | None = None
+
+
+def held_out_rows(rows: TrainingRows, dictionary: Dictionary) -> Iterator[HeldOutBlock]:
+    """The held-out rows that a dictionary writes and reads."""
+    written = rows.held_out(dictionary.writes)
+    if dictionary.reads == dictionary.writes:
+        yield from written
+    else:
+        for block, read in zip(written, rows.held_out(dictionary.reads), strict=True):
+            yield block._replace(read=read.rows)
 
 
 def training_rows(session: Session) -> TrainingRows:
@@ -72,7 +83,7 @@ def training_rows(session: Session) -> TrainingRows:
         UserError: the corpus cannot be read, or is too small to keep a part of it from training.
     """
     run, experiment = session.run, session.run.experiment
-    sites = experiment.activations.sites
+    sites = run.sites
     if set(sites) <= set(stored_sites(run.corpus)):
         return _stored_rows(run)
     model = session.model
@@ -145,25 +156,39 @@ def _with_held_out(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return table.assign(held_out=held_out, trained=trained)
 
 
-def adopt_dictionaries(
-    run: Run, source: Source, folder: Path, held_out: Callable[[str], Iterable[HeldOutBlock]]
-) -> None:
-    """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`, once it is known to fit.
-
-    Args:
-        held_out: gives the activations of a site that the fit is measured on, block by block.
+def adopt_dictionaries(run: Run, source: Source, folder: Path) -> None:
+    """Copy the dictionary of each site from `source` (see `saes.source`) into `folder`.
 
     Raises:
-        UserError: a dictionary cannot be fetched or read, or does not fit (see `check_fit`).
+        UserError: a dictionary cannot be fetched or read.
     """
     sites = run.experiment.activations.sites
     local = local_dictionaries(source, sites)
-    with progress_bar("checking", len(sites), "dictionaries") as progress:
+    with progress_bar("fetching", len(sites), "dictionaries") as progress:
         for site in sites:
             with TemporaryDirectory(dir=folder, prefix=".fetched-") as scratch:
                 origin = in_saelens_format(source_of(source, site), local.get(site), Path(scratch))
                 check_site(origin, site)
-                _adopt(run, origin, folder / site, held_out(site))
+                _copy(origin, folder / site)
+            progress(1)
+
+
+def check_adopted(run: Run, folder: Path, rows: TrainingRows) -> None:
+    """Refuse adopted dictionaries that do not fit the held-out rows, and remove them.
+
+    Raises:
+        UserError: one is damaged, or does not fit (see `check_fit`).
+    """
+    sites, smallest = run.experiment.activations.sites, run.experiment.saes.min_variance_explained
+    device = choose_device(run.device)
+    with progress_bar("checking", len(sites), "dictionaries") as progress:
+        for site in sites:
+            try:
+                dictionary = load_dictionary(folder / site, device, run.experiment.saes.dtype)
+                check_fit(dictionary, held_out_rows(rows, dictionary), smallest)
+            except UserError:
+                shutil.rmtree(folder / site)
+                raise
             progress(1)
 
 
@@ -185,18 +210,17 @@ def check_fit(dictionary: Dictionary, blocks: Iterable[HeldOutBlock], smallest: 
 
 def _of_width(dictionary: Dictionary, blocks: Iterable[HeldOutBlock]) -> Iterator[HeldOutBlock]:
     for block in blocks:
-        if dictionary.d_in != block.rows.shape[1]:
-            raise UserError(
-                f"{dictionary.site}: the dictionary reads activations of width {dictionary.d_in}, those of this model"
-                f" have {block.rows.shape[1]}; it was made for another model"
-            )
+        read = block.rows if block.read is None else block.read
+        for verb, width, rows in (("writes", dictionary.d_in, block.rows), ("reads", dictionary.d_read, read)):
+            if width != rows.shape[1]:
+                raise UserError(
+                    f"{dictionary.site}: the dictionary {verb} activations of width {width}, those of this model have"
+                    f" {rows.shape[1]}; it was made for another model"
+                )
         yield block
 
 
-def _adopt(run: Run, origin: Path, target: Path, blocks: Iterable[HeldOutBlock]) -> None:
-    config = run.experiment.saes
-    dictionary = load_dictionary(origin, choose_device(run.device), config.dtype)
-    check_fit(dictionary, blocks, config.min_variance_explained)
+def _copy(origin: Path, target: Path) -> None:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         with replacing(target / name) as temporary:
             shutil.copyfile(origin / name, temporary)

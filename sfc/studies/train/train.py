@@ -45,7 +45,7 @@ from sfc.saes.train import Progress, train_saes
 from sfc.session import Session
 from sfc.studies.discover.problem import against_counterfactuals
 from sfc.studies.train.probing import probing_quality
-from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, training_rows
+from sfc.studies.train.rows import TrainingRows, adopt_dictionaries, check_adopted, held_out_rows, training_rows
 
 CHECKPOINT = "checkpoint-"
 """what the names of checkpoints begin with"""
@@ -68,6 +68,8 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
     source = experiment.saes.source
     if source is None:
         _check_memory(run)
+    elif is_leader():
+        adopt_dictionaries(run, source, folder)
     with leader_first():
         rows = training_rows(session)
     if source is None:
@@ -83,7 +85,7 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
             _finetune(session, rows, untuned, folder)
     elif is_leader():
         say(f"checking {source} on {(~rows.trained).sum():,} held-out rows, into {folder}")
-        adopt_dictionaries(run, source, folder, rows.held_out)
+        check_adopted(run, folder, rows)
     wait_for_all()
     return rows
 
@@ -238,7 +240,7 @@ def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[di
     told = probing_quality(session, dictionaries)
     with progress_bar("measuring", len(dictionaries), "SAEs") as progress:
         for site, dictionary in dictionaries.items():
-            by_role = quality_by_role(dictionary, rows.held_out(site))
+            by_role = quality_by_role(dictionary, held_out_rows(rows, dictionary))
             live = by_role[ALL].firing_rate > 0
             of_all = splicing_quality(model, score, dictionary, clean)._asdict() | of_features[site] | told[site]
             of_all |= _matched(run, dictionary, live)
