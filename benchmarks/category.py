@@ -22,14 +22,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--category", default="violence")
     options.add_argument("--root", type=Path, default=Path(), help="where activations/ and saes/ lie")
     options.add_argument("--device", default="cpu")
+    options.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as sfc's own --set")
     return options
 
 
-def prepared(options: argparse.Namespace) -> tuple[Problem, PromptRuns]:
-    """The problem, and the runs of its test prompts; activations and SAEs are made first where they are missing."""
-    run = Run(load_experiment(options.preset), options.root, device=options.device)
-    session = Session(run)
+def session(options: argparse.Namespace) -> Session:
+    """What is loaded for a category's problem; activations and SAEs are made first where they are missing."""
+    run = Run(load_experiment(options.preset, options.set), options.root, device=options.device)
+    loaded = Session(run)
     for study in (TRAIN, COLLECT):
-        ensure(study, run, session=session)
-    problem, test_runs, _ = prepare_problem(session, options.category)
+        ensure(study, run, session=loaded)
+    return loaded
+
+
+def prepared(options: argparse.Namespace) -> tuple[Problem, PromptRuns]:
+    """The problem, and the runs of its test prompts."""
+    return problem_of(session(options), options.category)
+
+
+def problem_of(loaded: Session, name: str) -> tuple[Problem, PromptRuns]:
+    """The problem of a category, and the runs of its test prompts."""
+    problem, test_runs, _ = prepare_problem(loaded, name)
     return problem, test_runs

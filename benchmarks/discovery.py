@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sfc.circuits.baselines import tables_of
-from sfc.circuits.edges import Weights, attribution_weights, members_at_sites
+from sfc.circuits.edge_kinds import Weights, attribution_weights, members_at_sites
 from sfc.circuits.methods import METHODS, LearnedMaskOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.models.batches import Batch

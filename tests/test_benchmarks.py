@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import discovery
 import evaluation
 import harness
+import methods
 import patching
 import planted
 import planted_cheats
@@ -134,6 +135,18 @@ def test_evaluation_gives_the_scores_of_hooks_on_the_whole_model(problem: Discov
     assert set(figures["seconds"]) == set(figures["seconds_by_round"])
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
     assert "6 prompts" in evaluation.report(figures)
+
+
+def test_methods_are_judged_by_one_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["relevance", "greedy-filtering", "magnitude"]
+    options = ["--json", "--preset", "tiny", "--root", str(tmp_path), "--category", "privacy"]
+    methods.main([*options, "--methods", ",".join(names), "--set", "evaluation.sizes=[5, 20]"])
+    rows = json.loads(capsys.readouterr().out)["methods"]
+    assert [row["method"] for row in rows] == names
+    for row in rows:
+        assert 1 <= row["size"] <= row["ranked"] and row["seconds"] > 0 and row["passes"] > 0
+        assert {"recovered_toxic", "recovered_safe", "agreement", "prompt_free", "on_discovery"} <= set(row)
+    assert methods.report(rows).splitlines()[0].startswith("| method | size")
 
 
 def test_a_disagreement_of_the_two_ways_is_no_figure(

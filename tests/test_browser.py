@@ -224,3 +224,25 @@ def test_hostile_data_is_json_in_the_page(address: str) -> None:
     source = Path(address.removeprefix("file://")).read_text(encoding="utf-8")
     data = source.split('id="circuit-cards">')[1].split("</script>")[0]
     assert "<" not in data and json.loads(data)["nodes"]
+
+
+def test_the_picture_by_position_is_drawn_and_its_lines_say_what_passes(chromium: Any, tmp_path: Path) -> None:
+    roles = {"effect_content": "prompt", "effect_suffix_0": "<b>x</b>", "effect_suffix_1": "\n"}
+    graph = make_circuit(np.linspace(3, -2, 24).tolist(), n_columns=4, edge_weight="nats", roles=roles)
+    for node in graph.nodes.values():
+        node.update(dict.fromkeys(roles, node["effect"] / 3))
+    for _, _, data in graph.edges(data=True):
+        data.update(weight_content_to_suffix_0=data["weight"], weight_suffix_0_to_suffix_1=-data["weight"] / 2)
+    write_page(tmp_path / "circuit.html", graph, make_curve(), make_result(), make_cards(graph, ["kill"]))
+    page = chromium.new_page(viewport={"width": 1366, "height": 800})
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"file://{tmp_path / 'circuit.html'}")
+    page.wait_for_selector("#roles .scatterlayer")
+    page.locator("#roles").scroll_into_view_if_needed()
+    assert page.locator("#roles .yaxislayer-above text, #roles .yaxislayer-below text").all_text_contents() == [
+        "prompt", "“<b>x</b>” −2", "“↵” −1",
+    ]  # fmt: skip
+    page.evaluate("Plotly.Fx.hover('roles', [{curveNumber: document.getElementById('roles').data.findIndex("
+                  "t => t.meta && t.meta.part === 'edge hovers'), pointNumber: 0}])")  # fmt: skip
+    assert "→" in (page.text_content("#roles .hoverlayer") or "")
+    page.close()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sfc.circuits.circuit import build_circuit
-from sfc.circuits.edges import Edge
+from sfc.circuits.edge_kinds import Edge
 from sfc.circuits.files import load_circuit, save_circuit
 from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.counterfactuals import Counterfactuals, Pairs
-from sfc.circuits.edges import attribution_weights
+from sfc.circuits.edge_kinds import attribution_weights
 from sfc.circuits.faithfulness import Ablations, ablated_scores, full_scores, prepared
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods import METHODS

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
-from sfc.circuits.edges import (
+from sfc.circuits.edge_kinds import (
     EDGES,
     Edge,
-    Pair,
     Weights,
     attribution_edges,
     attribution_weights,
-    edge_effects,
     site_pairs,
     strongest_edges,
+    tokens_of_roles,
     without_dead_ends,
 )
+from sfc.circuits.edges import Pair, edge_effects, edge_parts
 from sfc.circuits.methods.attribution import attributed_effects
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
@@ -183,6 +183,48 @@ def test_law_it_holds_for_sites_of_several_kinds(
         assert without == (parallel if architecture == "GPTNeoX" else set())
 
 
+@pytest.mark.parametrize("architecture", ["GPT2", "Qwen2"])
+def test_law_parts_by_role_sum_to_the_weight_and_are_those_of_tokens_alone(
+    problem: Problem, architecture: str, tmp_path: Path
+) -> None:
+    """A part is what the weight would be if sources were displaced, and targets heard, at its roles' tokens alone."""
+    model = random_architecture(architecture, tmp_path)
+    model = replace(model, config=model.config.model_copy(update={"template": "<|bos|>Say:{prompt}?!"}))
+    prompts = model.tokenize(["Bake bread?", "hm", "Why not?"])
+    random = at_sites(problem, model, prompts, tuple(f"blocks.{layer}.hook_resid_post" for layer in (0, 1)))
+    layout = random.ablation.baseline.layout
+    assert layout.roles[:2] == ["prefix", "content"] and len(layout.roles) == 2 + layout.n_suffix >= 4
+    (pair,) = all_pairs(random)
+    few = torch.tensor([5, random.ablation.nodes.widths[0]])
+    for batch, prefix in random.runs:
+        roles = tokens_of_roles(batch, layout)
+        assert roles.sum(0).eq(1).all() and roles.any(1).all()
+        for asked in (pair, pair._replace(sources=few)):
+            (parts,) = edge_parts(random, batch, prefix, [asked], 500, roles)
+            (whole,) = edge_effects(random, batch, prefix, [asked], 500)
+            assert_close_to_1e4(parts.sum((1, 2)), whole)
+            later, earlier = torch.tril_indices(len(roles), len(roles), -1)
+            assert not parts[:, later, earlier].any(), "nothing passes back"
+        # Two groups are the sums of their roles.
+        (two,) = edge_parts(random, batch, prefix, [pair], 500, torch.stack([roles[:2].any(0), roles[2:].any(0)]))
+        (parts,) = edge_parts(random, batch, prefix, [pair], 500, roles)
+        assert_close_to_1e4(two[:, 0, 1], parts[:, :2, 2:].sum((1, 2)))
+        # What sources displace at the template after the prompt alone: those before it have their baseline.
+        effects = attributed_effects(random, batch, prefix).by_position
+        of_suffix = two[:, 1].sum((0, 1, 3))
+        assert_close_to_1e4(of_suffix, effects[layout.n_prefix + 1 :, : len(of_suffix)].sum(0))
+
+
+def test_edges_of_a_circuit_carry_the_parts_of_their_weight(problem: Problem) -> None:
+    edges = attribution_edges(problem, range(problem.ablation.nodes.n_nodes))
+    roles = problem.ablation.baseline.layout.roles
+    names = {f"weight_{source}_to_{target}" for source in roles for target in roles}
+    assert edges and all(set(edge.by_role) <= names and edge.by_role for edge in edges)
+    for edge in edges:
+        assert sum(edge.by_role.values()) == pytest.approx(edge.weight, rel=1e-4, abs=1e-9)
+    assert len({name for edge in edges for name in edge.by_role}) > 3
+
+
 def test_law_it_holds_before_the_first_layer_too(problem: Problem, model: Model) -> None:
     prompts = model.tokenize(["Bake bread?", "hm"])
     elsewhere = at_sites(problem, model, prompts, ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"))
@@ -298,9 +340,16 @@ def test_sites_without_members_have_no_edges(problem: Problem) -> None:
     assert attribution_edges(problem, []) == []
 
 
+def _by_hand(sources: list[int], targets: list[int], weight: list[list[float]]) -> Weights:
+    """Two groups of tokens: a quarter passes within the first, the rest from it to the second."""
+    all_of = np.array(weight)
+    parts = np.array([[0.25 * all_of, 0.75 * all_of], [0 * all_of, 0 * all_of]])
+    return Weights(np.array(sources), np.array(targets), all_of, np.full(all_of.shape, 9.0), parts)
+
+
 HAND = [
-    Weights(np.array([0, 1, 2]), np.array([3, 4]), np.array([[-3.0, 0.5], [1, 0], [2, -0.4]]), np.full((3, 2), 9.0)),
-    Weights(np.array([3, 4]), np.array([5]), np.array([[0.0], [-1]]), np.full((2, 1), 9.0)),
+    _by_hand([0, 1, 2], [3, 4], [[-3.0, 0.5], [1, 0], [2, -0.4]]),
+    _by_hand([3, 4], [5], [[0.0], [-1]]),
 ]
 
 
@@ -313,6 +362,8 @@ def test_the_strongest_edges_by_hand() -> None:
     assert kept(0, 1) == [(0, 3, -3), (0, 4, 0.5), (4, 5, -1)]
     assert kept(4, 9) == []
     assert strongest_edges(HAND, 3, 9) == [Edge(0, 3, -3.0, 9.0)]
+    by_role = {"weight_a_to_a": -0.75, "weight_a_to_b": -2.25}
+    assert strongest_edges(HAND, 3, 9, ["a", "b"]) == [Edge(0, 3, -3.0, 9.0, by_role)]
 
 
 def test_dead_ends_by_hand() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
-from sfc.circuits.edges import correlation_edges
+from sfc.circuits.edge_kinds import correlation_edges
 from sfc.circuits.faithfulness import ablated_scores, full_scores
 from sfc.circuits.gradients import score_gradients
 from sfc.circuits.methods import METHODS, CorrelationOptions, LearnedMaskOptions
@@ -243,7 +243,7 @@ def test_correlation_edges_join_neighbouring_layers_by_pearsons_r(problem: Probl
         r = {u: float(pearson(upstream[:, [u]], downstream[:, [d]])[0, 0]) for u in candidates}
         best = sorted(r, key=lambda u: -abs(r[u]))[: problem.config.edges_per_node]
         expected |= {(u, d + nodes.sizes[0]): r[u] for u in best if abs(r[u]) >= problem.config.edge_threshold}
-    assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, _ in edges} == expected and expected
+    assert {(u, d): pytest.approx(w, abs=1e-9) for u, d, w, *_ in edges} == expected and expected
 
 
 def test_constant_and_perfect_features() -> None:

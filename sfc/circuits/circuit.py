@@ -5,7 +5,8 @@ the method says about them; edges carry `weight` and `absolute_weight`. Facts ab
 `edge_weight` is, are the graph's own attributes.
 
 A node's effect has parts by role, which say where in the prompt it matters: from the template before the prompt, from
-the prompt, and from each template token after it, where a chat model gathers what it is about to say.
+the prompt, and from each template token after it, where a chat model gathers what it is about to say. The weight of an
+edge by attribution has parts as well, from tokens of one role to tokens of another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Float
 
-from sfc.circuits.edges import Edge
+from sfc.circuits.edge_kinds import Edge
 from sfc.circuits.methods import Effects
 from sfc.circuits.nodes import Nodes
 from sfc.core.sites import layer_of
@@ -27,10 +28,8 @@ def effects_by_role(
     by_position: Float[np.ndarray, "positions nodes"], layout: TemplateLayout
 ) -> dict[str, Float[np.ndarray, " nodes"]]:
     """`effect_prefix`, `effect_content`, `effect_suffix_0`, …: parts of the effect that sum to the whole."""
-    content = layout.n_prefix
-    after = by_position[content + 1 :]
-    parts = {"effect_prefix": by_position[:content].sum(0), "effect_content": by_position[content]}
-    return parts | {f"effect_suffix_{number}": part for number, part in enumerate(after)}
+    of_roles = [by_position[: layout.n_prefix].sum(0), *by_position[layout.n_prefix :]]
+    return {f"effect_{role}": part for role, part in zip(layout.roles, of_roles, strict=True)}
 
 
 def role_names(model: Model, batches: Sequence[Batch], layout: TemplateLayout) -> dict[str, str]:
@@ -74,6 +73,6 @@ def build_circuit(
             absolute_effect=float(effects.absolute[node]),
             **{name: float(values[node]) for name, values in effects.attributes.items()},
         )
-    for source, target, weight, absolute in edges:
-        graph.add_edge(nodes.name(source), nodes.name(target), weight=weight, absolute_weight=absolute)
+    for source, target, weight, absolute, by_role in edges:
+        graph.add_edge(nodes.name(source), nodes.name(target), weight=weight, absolute_weight=absolute, **by_role)
     return graph

@@ -20,19 +20,20 @@ over the tokens of a prompt, of three things:
 Over all d of a site the covectors sum to g', so that the edges out of u, to all sites downstream, sum to the effect of
 u wherever x reaches the score through these sites alone, as it does if a site of the residual stream is among them.
 
+Tokens may be told apart by role (template before the prompt, prompt, each template token after it): the weight is then
+a sum of parts, one for each role of s and of t, since all three things are made of numbers per token.
+
 J is never written out. It is applied from the side with fewer nodes, as vector-Jacobian products from the targets or
 Jacobian-vector products from the sources, many nodes at once, through the blocks between the sites and no others.
-
-A kind of edge is a function from a `Problem` and a circuit's nodes to edges, registered by name in `EDGES`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 import networkx as nx
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -40,7 +41,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.circuits.gradients import SiteGradient, prompt_of_token, score_gradients
-from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
 from sfc.core.sites import layer_of, site_of
 from sfc.models.batches import Batch
@@ -48,7 +48,6 @@ from sfc.models.interventions import Intervention, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
 from sfc.saes.kernels import row_dots
-from sfc.stats import pearson
 
 Stops = tuple[str, ...]
 """sites in use between two others: what passes through them does not pass directly"""
@@ -109,14 +108,37 @@ def edge_effects(
 ) -> list[Float[Tensor, "batch sources targets"]]:
     """For each pair of sites, the weight of every edge on every prompt of one batch, in nats of the score.
 
+    Args as `edge_parts`.
+    """
+    parts = edge_parts(problem, batch, cached, pairs, packed_tokens, all_tokens(batch))
+    return [of_pair[:, 0, 0] for of_pair in parts]
+
+
+def all_tokens(batch: Batch) -> Bool[Tensor, "1 tokens"]:
+    """All touchable tokens as one group."""
+    return batch.touchable[batch.touchable][None]
+
+
+@torch.no_grad()
+def edge_parts(
+    problem: Problem,
+    batch: Batch,
+    cached: CachedResidual,
+    pairs: Sequence[Pair],
+    packed_tokens: int,
+    groups: Bool[Tensor, "groups tokens"],
+) -> list[Float[Tensor, "batch source_groups target_groups sources targets"]]:
+    """As `edge_effects`, told apart by the groups of the tokens s and t; over both they sum to the weight.
+
     Args:
         pairs: in the order of their upstream sites.
         packed_tokens: tokens, padding included, that go through a Jacobian at once: as many nodes as fit, but at least
             one. It bounds the memory beyond that of one run of the batch.
+        groups: the touchable tokens of each, every token in one of them, earlier tokens of a prompt in earlier ones.
     """
     gradients = score_gradients(problem, batch, cached)
-    n_prompts, device = len(batch.lengths), batch.ids.device
-    effects = [torch.zeros(n_prompts, len(pair.sources), len(pair.targets), device=device) for pair in pairs]
+    shape, device = (len(batch.lengths), len(groups), len(groups)), batch.ids.device
+    effects = [torch.zeros(*shape, len(pair.sources), len(pair.targets), device=device) for pair in pairs]
     for pair, effect in zip(pairs, effects, strict=True):
         sources = _displacements(problem, batch, pair, gradients[pair.upstream])
         targets = _covectors(problem, batch, pair, gradients[pair.downstream])
@@ -125,8 +147,8 @@ def edge_effects(
             x, x_next = _run_between(problem.model, batch, cached, pair, gradients[pair.upstream].x)
             # In a model whose attention and MLP are parallel, nothing passes from one to the other.
             if x_next.requires_grad:
-                weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens))
-                effect[:] = weights[:, : len(pair.sources), : len(pair.targets)]
+                weights = _weights(x, x_next, sources, targets, batch.copies_in(packed_tokens), groups)
+                effect[:] = weights[..., : len(pair.sources), : len(pair.targets)]
     return effects
 
 
@@ -155,8 +177,13 @@ class _Side:
 
 
 def _weights(
-    x: Float[Tensor, "tokens d_in"], x_next: Float[Tensor, "tokens d_in"], sources: _Side, targets: _Side, at_once: int
-) -> Float[Tensor, "batch sources targets"]:
+    x: Float[Tensor, "tokens d_in"],
+    x_next: Float[Tensor, "tokens d_in"],
+    sources: _Side,
+    targets: _Side,
+    at_once: int,
+    groups: Bool[Tensor, "groups tokens"],
+) -> Float[Tensor, "batch source_groups target_groups sources targets"]:
     """`covector(d) . J displacement(u)` of all sources and targets, x_next having been computed from x."""
     if by_targets := len(targets.moving) <= len(sources.moving):
         near, far, output, start = targets, sources, x_next, x
@@ -165,16 +192,29 @@ def _weights(
         start = torch.zeros_like(x_next).requires_grad_()
         (output,) = torch.autograd.grad(x_next, x, start, create_graph=True)
         near, far = sources, targets
-    weights = torch.zeros(near.like.shape[1], *far.like.shape, device=x.device)
-    products = far.products()
-    for first in range(0, len(near.moving), at_once):
-        nodes = near.moving[first : first + at_once]
-        vectors = torch.stack([near.vectors(node) for node in nodes]).to(x.dtype)
+    weights = torch.zeros(near.like.shape[1], len(groups), len(groups), *far.like.shape, device=x.device)
+    products, parts = far.products(), _parts(near, groups)
+    while some := list(islice(parts, at_once)):
+        vectors = torch.stack([vector for *_, vector in some]).to(x.dtype)
         (passed,) = torch.autograd.grad(output, start, vectors, retain_graph=True, is_grads_batched=True)
-        for node, vector in zip(nodes, passed, strict=True):
-            weights[node] = products(vector.float())
-    order = "targets batch sources" if by_targets else "sources batch targets"
-    return rearrange(weights, f"{order} -> batch sources targets")
+        for (node, group, _), vector in zip(some, passed, strict=True):
+            # Nothing passes to earlier tokens.
+            for other in range(group + 1) if by_targets else range(group, len(groups)):
+                weights[node, group, other] = products(vector.float() * groups[other][:, None])
+    if by_targets:
+        return rearrange(weights, "targets heard moved batch sources -> batch moved heard sources targets")
+    return rearrange(weights, "sources moved heard batch targets -> batch moved heard sources targets")
+
+
+def _parts(
+    side: _Side, groups: Bool[Tensor, "groups tokens"]
+) -> Iterator[tuple[int, int, Float[Tensor, "tokens d_in"]]]:
+    """The vectors of each node at the tokens of each group alone, with their numbers; those that are zero left out."""
+    for node in side.moving:
+        vectors = side.vectors(node)
+        for group, tokens in enumerate(groups):
+            if (of_group := vectors * tokens[:, None]).any():
+                yield node, group, of_group
 
 
 def _run_between(
@@ -251,120 +291,3 @@ def _columns(numbers: Int[Tensor, " nodes"], d_sae: int) -> tuple[Int[Tensor, " 
     column = torch.full((d_sae,), len(features), device=numbers.device)
     column[features] = torch.arange(len(features), device=numbers.device)
     return features, column
-
-
-class Edge(NamedTuple):
-    """An edge between two nodes, given by their numbers."""
-
-    source: int
-    target: int
-    weight: float
-    """signed: nats of the score for attribution, Pearson's r for correlation"""
-    absolute: float
-    """mean over prompts of the absolute weight where there is a weight per prompt, else |weight|"""
-
-
-class Weights(NamedTuple):
-    """All edges from some nodes of one site to some of another; nodes by their numbers, weights as in `Edge`."""
-
-    sources: Int[np.ndarray, " sources"]
-    targets: Int[np.ndarray, " targets"]
-    weight: Float[np.ndarray, "sources targets"]
-    absolute: Float[np.ndarray, "sources targets"]
-
-
-def attribution_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
-    """Edges by what passes along them to first order on `edge_prompts` of the discovery prompts, errors included.
-
-    Kept are edges whose |weight| is at least `edge_share` of the circuit's largest, and into each node the strongest
-    `edges_per_node`.
-    """
-    config = problem.config
-    some = replace(problem, runs=problem.runs.sample(config.edge_prompts, problem.experiment.seed))
-    weights = attribution_weights(some, members)
-    largest = max((np.abs(between.weight).max(initial=0) for between in weights), default=0)
-    return strongest_edges(weights, config.edge_share * largest, config.edges_per_node)
-
-
-def attribution_weights(problem: Problem, members: Sequence[int]) -> list[Weights]:
-    """The weights by attribution, means over the problem's prompts, for sites between which there are edges."""
-    nodes, device = problem.ablation.nodes, problem.model.device
-    at_site = members_at_sites(nodes, members)
-    within = [
-        torch.from_numpy(numbers - first).to(device)
-        for numbers, first in zip(at_site, nodes.first_numbers, strict=True)
-    ]
-    pairs = [Pair(nodes.sites[u], nodes.sites[d], within[u], within[d], stops) for u, d, stops in site_pairs(nodes)]
-    ends = [(at_site[u], at_site[d]) for u, d, _ in site_pairs(nodes)]
-    weights = [Weights(*both, *np.zeros((2, *map(len, both)))) for both in ends]
-    for batch, cached in problem.runs:
-        effects = edge_effects(problem, batch, cached, pairs, problem.config.edge_tokens)
-        for between, effect in zip(weights, effects, strict=True):
-            per_prompt = effect.double().cpu().numpy() / problem.runs.n_prompts
-            between.weight[:] += per_prompt.sum(0)
-            between.absolute[:] += np.abs(per_prompt).sum(0)
-    return weights
-
-
-def correlation_edges(problem: Problem, members: Sequence[int]) -> list[Edge]:
-    """Edges between features whose aggregated values correlate over the discovery prompts.
-
-    The weight is Pearson's r. Kept are edges with |r| of at least `edge_threshold`, and into each node the strongest
-    `edges_per_node`. Error nodes have no value to correlate, and no edges.
-    """
-    nodes, config = problem.ablation.nodes, problem.config
-    at_site = members_at_sites(nodes, [node for node in members if nodes.is_feature[node]])
-    values = [
-        problem.features[site][:, numbers - first]
-        for site, numbers, first in zip(nodes.sites, at_site, nodes.first_numbers, strict=True)
-    ]
-    weights = []
-    for u, d, _ in site_pairs(nodes):
-        r = pearson(values[u], values[d])
-        weights.append(Weights(at_site[u], at_site[d], r, np.abs(r)))
-    return strongest_edges(weights, config.edge_threshold, config.edges_per_node)
-
-
-def site_pairs(nodes: Nodes) -> list[tuple[int, int, Stops]]:
-    """Every site with each that it writes directly into, by their numbers, and where other ways between them stop."""
-    number = {site: i for i, site in enumerate(nodes.sites)}
-    return [(i, number[other], stops) for site, i in number.items() for other, stops in downstream(site, nodes.sites)]
-
-
-def members_at_sites(nodes: Nodes, members: Sequence[int]) -> list[Int[np.ndarray, " members"]]:
-    """The members at each site, in ascending order."""
-    ascending = np.sort(np.asarray(members, dtype=int))
-    return [ascending[nodes.site_numbers[ascending] == site] for site in range(len(nodes.sites))]
-
-
-def strongest_edges(weights: Sequence[Weights], threshold: float, edges_per_node: int) -> list[Edge]:
-    """Into each target the edges of largest |weight|, of those that reach the threshold and are not zero."""
-    into: dict[int, list[Edge]] = {}
-    for sources, targets, weight, absolute in weights:
-        for column, target in enumerate(targets.tolist()):
-            strength = np.abs(weight[:, column])
-            strongest = np.argsort(-strength, kind="stable")[:edges_per_node]
-            for row in strongest[(strength[strongest] >= threshold) & (strength[strongest] > 0)]:
-                edge = Edge(int(sources[row]), target, float(weight[row, column]), float(absolute[row, column]))
-                into.setdefault(target, []).append(edge)
-    # A node may have edges from several sites.
-    by_strength = (sorted(edges, key=lambda edge: -abs(edge.weight)) for edges in into.values())
-    return [edge for edges in by_strength for edge in edges[:edges_per_node]]
-
-
-def without_dead_ends(nodes: Nodes, members: Sequence[int], edges: Sequence[Edge]) -> tuple[list[int], list[Edge]]:
-    """The members from which edges lead to the last site that has any, in their order, and the edges between them."""
-    site_of = nodes.site_numbers
-    last = max((site_of[node] for node in members), default=0)
-    alive = {node for node in members if site_of[node] == last}
-    # Edges lead to later sites, so that all edges out of a target are seen before those into it.
-    for edge in sorted(edges, key=lambda edge: -site_of[edge.source]):
-        if edge.target in alive:
-            alive.add(edge.source)
-    return [node for node in members if node in alive], [edge for edge in edges if edge.target in alive]
-
-
-EDGES: dict[str, Callable[[Problem, Sequence[int]], list[Edge]]] = {
-    "attribution": attribution_edges,
-    "correlation": correlation_edges,
-}

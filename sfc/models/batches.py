@@ -47,6 +47,11 @@ class TemplateLayout:
     def n_template_positions(self) -> int:
         return self.n_prefix + 1 + self.n_suffix
 
+    @property
+    def roles(self) -> list[str]:
+        """What effects and edges are told apart by: all of the prefix, the content, and each token of the suffix."""
+        return ["prefix", "content", *(f"suffix_{number}" for number in range(self.n_suffix))]
+
     def template_positions(self, prompt: TokenizedPrompt) -> Int[np.ndarray, " pos"]:
         """The template position of each token of a prompt."""
         positions = np.arange(len(prompt.ids))

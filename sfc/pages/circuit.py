@@ -30,6 +30,7 @@ from sfc.pages.explorable import explorable_html, nodes_html
 from sfc.pages.graph import circuit_figure, layers_figure, strongest_nodes
 from sfc.pages.html import figure_html
 from sfc.pages.proof import both_sides, curve_figure, proof_by_size, verdict
+from sfc.pages.roles import role_blocks
 from sfc.pages.style import signs, words_of
 from sfc.pages.text import count_text, number_text, tokens_text
 
@@ -71,6 +72,7 @@ def circuit_page(
             *both_sides(scores, words),
             *proof_by_size(curve, len(graph), words),
             Section("", [picture]),
+            Section("", role_blocks(graph, features)),
             Section("", [Pair(
                 Figure("curve", lambda: curve_figure(curve, len(graph)), _curve_table(curve)),
                 Figure("layers", lambda: layers_figure(graph, features), _layers_table(graph)),
@@ -334,6 +336,10 @@ def guide(graph: nx.DiGraph, has_cards: bool, words: Words) -> Sequence[str]:
         f"{positive.words}. Below it: {negative.words}. The strongest stand next to the line. {colours}",
         f"**Edges.** A line joins two nodes, drawn thicker and darker with its weight{weight}, green where it is "
         "positive and purple where it is negative. Point half-way along a line to see what it joins.",
+        "**Positions.** Where effects are known by position, a second picture has a row for the prompt's own tokens "
+        "and one for each token of the template after it, counted from the end. A circle is what the circuit's nodes "
+        "of a layer do there; a line what passes along the edges drawn from the one's tokens to the other's. Nothing "
+        "passes back: attention looks at earlier tokens only.",
         "**Exploring.** The slider shows the circuit's best n nodes, and moves the marker on the curve. Click on a "
         "node, or walk with the arrow keys, to see what it is joined to and its card: the prompts on which it fires "
         "most, shaded by its value, and the tokens it raises and lowers. Search for a node, a label or a token; click "

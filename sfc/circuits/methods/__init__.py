@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import Field
 
-from sfc.core.options import Options
+from sfc.core.options import Options, Share
 from sfc.core.registry import Registry, imported_when_called
 
 if TYPE_CHECKING:
@@ -97,6 +97,30 @@ class ExactOptions(Options):
     nodes: int = Field(300, ge=1, description="how many nodes, by attribution, are measured and ranked")
 
 
+class RefusalDirectionOptions(Options):
+    """Which features near a refusal direction are taken."""
+
+    section = "refusal_direction"
+
+    per_site: int = Field(10, ge=1, description="candidates per site, those of largest cosine with the direction")
+    share: Share = Field(
+        0.9, description="the minimal set takes away this share of the score that ablating all candidates does"
+    )
+    steps: int = Field(10, ge=1, description="points per path of integrated gradients")
+
+
+class GreedyFilteringOptions(Options):
+    """Which features near a refusal direction are tried, and how."""
+
+    section = "greedy_filtering"
+
+    per_site: int = Field(10, ge=1, description="candidates per site, those of largest cosine with the direction")
+    share: Share = Field(
+        0.9, description="what is left takes away this share of the score that ablating all candidates does"
+    )
+    prompts: int = Field(50, ge=1, description="at most so many discovery prompts, or pairs")
+
+
 class CorrelationOptions(Options):
     """Which features are ranked by their correlation, and tested."""
 
@@ -116,7 +140,10 @@ METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOption
 METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True))
 _INTEGRATED = _rank("attribution", "rank_integrated")
 METHODS.register(Method("integrated-gradients", _INTEGRATED, IntegratedGradientsOptions, ranked_by_effect=True))
+METHODS.register(Method("relevance", _rank("relevance"), ranked_by_effect=True))
 METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True))
+METHODS.register(Method("refusal-direction", _rank("refusal_direction"), RefusalDirectionOptions))
+METHODS.register(Method("greedy-filtering", _rank("greedy"), GreedyFilteringOptions))
 METHODS.register(
     Method(
         "correlation", _rank("correlation"), CorrelationOptions, causal=False, per_prompt=False, reads_topics=True,

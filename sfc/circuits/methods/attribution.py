@@ -107,7 +107,11 @@ def ranked(importance: Float[np.ndarray, " nodes"], ablation: Ablation) -> Int[n
 
 def rank_integrated(problem: Problem) -> Effects:
     """Gradients averaged along each site's path from its baseline, ranked by |mean effect|."""
-    steps = IntegratedGradientsOptions.of(problem.experiment).steps
+    return mean_integrated_effects(problem, IntegratedGradientsOptions.of(problem.experiment).steps)
+
+
+def mean_integrated_effects(problem: Problem, steps: int) -> Effects:
+    """As `rank_integrated`, with so many gradients per path."""
     with progress_bar("integrated gradients", len(problem.runs.batches), "batches") as progress:
 
         def of_batch(problem: Problem, batch: Batch, cached: CachedResidual) -> BatchEffects:

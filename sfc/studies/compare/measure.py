@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from pydantic import BaseModel
 from scipy.cluster.hierarchy import leaves_list
 
-from sfc.circuits.edges import Edge, attribution_weights
+from sfc.circuits.edge_kinds import Edge, attribution_weights
 from sfc.circuits.faithfulness import Ablations, Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.methods import METHODS
 from sfc.circuits.nodes import NODES, Nodes
@@ -171,10 +171,10 @@ def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
 
 def _edges(problem: Problem, members: Sequence[int]) -> Iterator[Edge]:
     """Every edge between the members that is not zero."""
-    for sources, targets, weight, absolute in attribution_weights(problem, members):
-        for row, column in zip(*np.nonzero(weight), strict=True):
-            ends = int(sources[row]), int(targets[column])
-            yield Edge(*ends, float(weight[row, column]), float(absolute[row, column]))
+    for between in attribution_weights(problem, members):
+        for row, column in zip(*np.nonzero(between.weight), strict=True):
+            ends = int(between.sources[row]), int(between.targets[column])
+            yield Edge(*ends, float(between.weight[row, column]), float(between.absolute[row, column]))
 
 
 CORE, REST, OWN = "shared core", "the rest of its own", "its own circuit"

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
 from sfc.circuits.edge_ablation import edge_faithfulness
-from sfc.circuits.edges import EDGES, Edge, without_dead_ends
+from sfc.circuits.edge_kinds import EDGES, Edge, without_dead_ends
 from sfc.circuits.faithfulness import curve_areas, curve_sizes, single_site_faithfulness, top_circuits
 from sfc.circuits.files import load_circuit, save_circuit
 from sfc.circuits.methods import METHODS, NATS, Effects
