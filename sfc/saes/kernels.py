@@ -9,17 +9,20 @@ sparse. With `indices[n, e]` naming the active features of row n, they are three
 
 Each one's gradients are the other two, so that all of them can be differentiated any number of times. The third is
 the first read by columns: one sort of the indices turns it into another `embedding_bag`, an order of magnitude
-faster than the dense product or `index_add_`. What remains at full cost is the encoder's own matrix product.
+faster than the dense product or `index_add_` on a CPU. What remains at full cost is the encoder's own matrix product.
+Where dense products are the quicker way, as on a GPU with many active features, they take the sums' place (see
+`sfc.saes.sums`).
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.amp.autocast_mode import custom_bwd, custom_fwd
 
 from sfc.models.linear import linear
+from sfc.saes.sums import dots, row_sums, sums_by_feature
 
 _GROUP = 8
 
@@ -156,12 +159,13 @@ def _dense_top_k(pre: Tensor, k: int) -> Tensor:
 
 class _WeightedRowSums(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, weights, indices, table):
         ctx.save_for_backward(weights, indices, table)
-        # Detached, here and below: embedding_bag would prepare for a backward pass of its own, three times as slow.
-        return F.embedding_bag(indices, table.detach(), per_sample_weights=weights.detach(), mode="sum")
+        return row_sums(weights, indices, table)
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         weights, indices, table = ctx.saved_tensors
         grad_weights = row_dots(grads[0], indices, table) if ctx.needs_input_grad[0] else None
@@ -171,20 +175,13 @@ class _WeightedRowSums(torch.autograd.Function):
 
 class _RowDots(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, vectors, indices, table):
         ctx.save_for_backward(vectors, indices, table)
-        rows, entries = indices.shape
-        if not entries:
-            return vectors.new_zeros(rows, 0)
-        starts = torch.arange(0, rows * entries, entries, device=indices.device)
-        row_of = torch.arange(rows, device=indices.device).repeat_interleave(entries)
-        # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long.
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.contiguous(), table, indices.flatten().contiguous(), starts, row_of, 0, -1
-        )
-        return dots.view(rows, entries)
+        return dots(vectors, indices, table) if indices.shape[1] else vectors.new_zeros(len(vectors), 0)
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         vectors, indices, table = ctx.saved_tensors
         grad_vectors = weighted_row_sums(grads[0], indices, table) if ctx.needs_input_grad[0] else None
@@ -194,20 +191,13 @@ class _RowDots(torch.autograd.Function):
 
 class _FeatureSums(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, weights, indices, vectors, d_sae: int):
         ctx.save_for_backward(weights, indices, vectors)
-        features, order = indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device))
-        return F.embedding_bag(
-            order // indices.shape[1],
-            vectors.detach().contiguous(),
-            starts,
-            per_sample_weights=weights.detach().flatten()[order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        return sums_by_feature(weights, indices, vectors, d_sae)
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         weights, indices, vectors = ctx.saved_tensors
         grad_weights = row_dots(vectors, indices, grads[0]) if ctx.needs_input_grad[0] else None
