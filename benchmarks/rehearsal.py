@@ -51,6 +51,8 @@ CATEGORIES = 10
 _SPECIAL = ["<|begin|>", "<|user|>", "<|end|>", "<|assistant|>"]
 _TEMPLATE = "<|begin|><|user|>\n{prompt}<|end|>\n<|assistant|>\n"
 _VOCABULARY = 4000
+_FEWEST = 12
+"""prompts of each category and kind: fewer are too few for pairs of equal length, and for a batch of rows"""
 _ANY_DIRECTION = ("--set", "steering.min_induced=-1000", "--set", "steering.max_kl=1000", "--set", "steering.latest=1")
 """a random model has none that induces a refusal"""
 
@@ -201,7 +203,7 @@ def _small(published: Experiment, options: argparse.Namespace, scratch: Path, la
     values = published.model_dump(mode="json")
     values["name"] = "rehearsal"
     values["model"] = {"source": str(scratch / "model"), "dtype": dtype, "template": _TEMPLATE, "refusal_tokens": ["I"]}
-    values["prompts"]["limit"] = max(round(options.scale * OR_BENCH / 2 / CATEGORIES), 4)
+    values["prompts"]["limit"] = max(round(options.scale * OR_BENCH / 2 / CATEGORIES), _FEWEST)
     values["activations"]["layers"] = _spaced(published.activations.layers, options.sites, layers)
     saes = values["saes"]
     if published.saes.source is None:

@@ -49,6 +49,14 @@ def test_the_command_ends_with_the_promised_json_and_files(patched: dict, root: 
     assert not (singles["effect"] > singles["high"] + 1e-6).any()
 
 
+def test_effects_that_cannot_be_measured_are_not_critical(root: Path) -> None:
+    unmeasurable = ("--set", "evaluation.min_denominator=9.0e+15", "--component", "resid")
+    result = sfc("patch", "--preset", "tiny", "--require", "score", *unmeasurable, "--json", root=root).result
+    effects = pd.read_csv(root / result["files"]["effects"])
+    assert effects["effect"].isna().all() and (effects["q_value"] <= 0.05).any()
+    assert result["n_critical"] == 0 and result["critical"] == []
+
+
 def test_pairs_that_cannot_be_aligned_somewhere_are_counted_and_named(patched: dict, root: Path) -> None:
     pairs = pd.read_csv(root / patched["files"]["pairs"], keep_default_na=False)
     assert len(pairs) == 12

@@ -1,5 +1,7 @@
 """The sparse kernels against dense autograd in float64, and the dictionary against its definition."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from sfc.core.errors import UserError
+from sfc.saes import sums
 from sfc.saes.dictionary import Dictionary, TopKDictionary
 from sfc.saes.kernels import feature_sums, largest, row_dots, sparse_encode, weighted_row_sums
+from sfc.saes.sums import VARIABLE
 from sfc.saes.train import Parameters, sae_loss
 
 
@@ -79,6 +84,53 @@ def test_the_three_sums_pass_gradcheck_twice() -> None:
         assert check(lambda w, t: weighted_row_sums(w, indices, t), (weights, table))
         assert check(lambda v, t: row_dots(v, indices, t), (vectors, table))
         assert check(lambda w, v: feature_sums(w, indices, v, 6), (weights, vectors))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.05, 0.1])
+def test_dense_and_sparse_sums_have_the_same_gradients(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    d_in, d_sae = 24, 400
+    x = normal(30, d_in, seed=5)
+    parameters = Parameters(
+        normal(d_sae, d_in), normal(d_sae, seed=1), normal(d_sae, d_in, seed=2), normal(d_in, seed=3)
+    )
+    for parameter in parameters:
+        parameter.requires_grad_()
+    found = {}
+    for way in ("sparse", "dense"):
+        monkeypatch.setenv(VARIABLE, way)
+        loss = sae_loss(parameters, x, round(share * d_sae), torch.tensor([3, 5]), 0.7).total
+        found[way] = (loss, *torch.autograd.grad(loss, parameters))
+    torch.testing.assert_close(found["dense"], found["sparse"])
+
+
+def test_the_dense_sums_pass_gradcheck_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "dense")
+    test_the_three_sums_pass_gradcheck_twice()
+
+
+def test_the_quicker_way_is_measured_once_said_and_remembered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, "measured")
+    monkeypatch.setenv("SFC_CACHE", str(tmp_path))
+    weights, table = torch.rand(2000, 8), torch.randn(20_000, 64)
+    indices = torch.randint(len(table), weights.shape)
+    expected = (weights[..., None] * table[indices]).sum(1)
+    said = []
+    for forget in (True, False, True):
+        if forget:  # as a new process would
+            sums.known.cache_clear()
+        torch.testing.assert_close(weighted_row_sums(weights, indices, table), expected)
+        said.append(capsys.readouterr().err)
+    assert "row sums of 8 of 20000 features" in said[0] and "sparse (sparse " in said[0], said
+    assert said[1:] == ["", ""]
+    sums.known.cache_clear()
+
+
+def test_a_way_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "quick")
+    with pytest.raises(UserError, match="SFC_SUMS is 'quick': it can be sparse, dense or measured"):
+        weighted_row_sums(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.ones(2, 2))
 
 
 def test_sparse_encode_passes_gradcheck() -> None:

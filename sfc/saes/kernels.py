@@ -9,7 +9,9 @@ sparse. With `indices[n, e]` naming the active features of row n, they are three
 
 Each one's gradients are the other two, so that all of them can be differentiated any number of times. The third is
 the first read by columns: one sort of the indices turns it into another `embedding_bag`, an order of magnitude
-faster than the dense product or `index_add_`. What remains at full cost is the encoder's own matrix product.
+faster than the dense product or `index_add_` on a CPU. What remains at full cost is the encoder's own matrix product.
+Where dense products are the quicker way, as on a GPU with many active features, they take the sums' place (see
+`sfc.saes.sums`).
 
 A table may be kept in half precision. Products are in the precision of what it meets: it is converted for the product
 and not kept so, neither after it nor for the backward pass.
@@ -18,11 +20,12 @@ and not kept so, neither after it nor for the backward pass.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.amp.autocast_mode import custom_bwd, custom_fwd
 
 from sfc.models.linear import linear
+from sfc.saes.sums import dots, row_sums, sums_by_feature
 
 _GROUP = 8
 
@@ -125,7 +128,7 @@ class _SparseEncode(torch.autograd.Function):
         if revived is not None:
             grad_dead = grads[2] * (revived > 0)
             if grad_x is not None:
-                grad_x = grad_x + grad_dead @ encoder[dead].to(grad_dead.dtype)
+                grad_x = grad_x + grad_dead @ encoder[dead]
             if grad_encoder is not None:
                 grad_encoder = grad_encoder.index_add(0, dead, grad_dead.t() @ x)
             if grad_bias is not None:
@@ -159,13 +162,13 @@ def _dense_top_k(pre: Tensor, k: int) -> Tensor:
 
 class _WeightedRowSums(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, weights, indices, table):
         ctx.save_for_backward(weights, indices, table)
-        # Detached, here and below: embedding_bag would prepare for a backward pass of its own, three times as slow.
-        rows = table.detach().to(weights.dtype)
-        return F.embedding_bag(indices, rows, per_sample_weights=weights.detach(), mode="sum")
+        return row_sums(weights, indices, table.to(weights.dtype))
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         weights, indices, table = ctx.saved_tensors
         grad_weights = row_dots(grads[0], indices, table) if ctx.needs_input_grad[0] else None
@@ -175,20 +178,15 @@ class _WeightedRowSums(torch.autograd.Function):
 
 class _RowDots(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, vectors, indices, table):
         ctx.save_for_backward(vectors, indices, table)
-        rows, entries = indices.shape
-        if not entries:
-            return vectors.new_zeros(rows, 0)
-        starts = torch.arange(0, rows * entries, entries, device=indices.device)
-        row_of = torch.arange(rows, device=indices.device).repeat_interleave(entries)
-        # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long.
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.contiguous(), table.to(vectors.dtype), indices.flatten().contiguous(), starts, row_of, 0, -1
+        return (
+            dots(vectors, indices, table.to(vectors.dtype)) if indices.shape[1] else vectors.new_zeros(len(vectors), 0)
         )
-        return dots.view(rows, entries)
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         vectors, indices, table = ctx.saved_tensors
         grad_vectors = weighted_row_sums(grads[0], indices, table) if ctx.needs_input_grad[0] else None
@@ -198,20 +196,13 @@ class _RowDots(torch.autograd.Function):
 
 class _FeatureSums(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, weights, indices, vectors, d_sae: int):
         ctx.save_for_backward(weights, indices, vectors)
-        features, order = indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device))
-        return F.embedding_bag(
-            order // indices.shape[1],
-            vectors.detach().contiguous(),
-            starts,
-            per_sample_weights=weights.detach().flatten()[order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        return sums_by_feature(weights, indices, vectors, d_sae)
 
     @staticmethod
+    @custom_bwd(device_type="cuda")
     def backward(ctx, *grads):
         weights, indices, vectors = ctx.saved_tensors
         grad_weights = row_dots(vectors, indices, grads[0]) if ctx.needs_input_grad[0] else None
