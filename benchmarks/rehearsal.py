@@ -88,7 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     options = harness.parser(__doc__)
-    options.add_argument("--preset", choices=list(SHAPES), default="llama2-7b-chat")
+    options.add_argument(
+        "--preset",
+        choices=[*SHAPES, *(f"{name}-all" for name in SHAPES if name.startswith("gemma3"))],
+        default="llama2-7b-chat",
+    )
     options.add_argument("--layers", type=int, help="layers of the model; the preset's by default")
     options.add_argument("--sites", type=int, help="layers with sites, evenly spaced; the preset's by default")
     options.add_argument("--scale", type=float, default=1.0, help="share of OR-Bench's prompts and of all SAE steps")
@@ -104,7 +108,7 @@ def rehearse(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Make the model and the preset, run the stages one after another, and measure each."""
     if options.quick:
         options.layers, options.sites, options.scale = 2, 1, 0.2
-    published, shape = load_experiment(options.preset), SHAPES[options.preset]
+    published, shape = load_experiment(options.preset), SHAPES[options.preset.removesuffix("-all")]
     n_layers = _config(shape).num_hidden_layers
     layers = min(options.layers or n_layers, n_layers)
     dtype = options.dtype or ("float32" if options.device == "cpu" else published.model.dtype)

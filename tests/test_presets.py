@@ -5,19 +5,26 @@ that knows the family's special tokens and writes its chat template.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dictionary_repositories as repositories
 import pytest
 import torch
 import transformers
 from commands import sfc, sfc_process
+from hub import hub
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sfc.core.experiments import load_experiment, preset_names
+from sfc.core.sites import layer_of
 from sfc.data.render import Role
-from sfc.models.loading import load_model
+from sfc.models.loading import load_model, load_outline
 from sfc.models.score import RefusalScore
+from sfc.run import Run
+from sfc.saes.format import Dictionaries
+from sfc.saes.source import source_of
 
 
 class Family(NamedTuple):
@@ -70,7 +77,37 @@ LLAMA2 = Family(
     chat_template="{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip()"
     " + ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
 )
+# What the documented template does: the user's text, trimmed, in turns; no system prompt.
+_TURNS = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_GEMMA = {**_GROUPED, "head_dim": 8}
+_GEMMA_TOKENS = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+GEMMA2 = Family("Gemma2ForCausalLM", _GEMMA, _GEMMA_TOKENS, "<bos>", _TURNS)
+GEMMA3 = Family("Gemma3ForCausalLM", {**_GEMMA, "sliding_window": 64}, _GEMMA_TOKENS, "<bos>", _TURNS)
+GEMMA3_SEEING = Family(
+    "Gemma3ForConditionalGeneration",
+    {
+        **_GEMMA, "sliding_window": 64,
+        "vision_config": {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
+            "image_size": 32, "patch_size": 8,
+        },
+    },
+    _GEMMA_TOKENS,
+    "<bos>",
+    _TURNS,
+)  # fmt: skip
 FOREIGN = {
+    "gemma3-270m-it": (GEMMA3, 18),
+    "gemma3-270m-it-all": (GEMMA3, 18),
+    "gemma3-1b-it": (GEMMA3, 26),
+    "gemma3-1b-it-all": (GEMMA3, 26),
+    "gemma3-4b-it": (GEMMA3_SEEING, 34),
+    "gemma3-4b-it-all": (GEMMA3_SEEING, 34),
+    "gemma2-2b-it": (GEMMA2, 26),
+    "gemma2-9b-it": (GEMMA2, 42),
     "pythia-70m": (PYTHIA, 6),
     "pythia-160m": (PYTHIA, 12),
     "pythia-410m": (PYTHIA, 24),
@@ -81,7 +118,13 @@ FOREIGN = {
     "llama2-7b-chat": (LLAMA2, 32),
 }
 """the family and the number of layers of each preset's real model"""
+PUBLISHED = [name for name in FOREIGN if load_experiment(name).saes.source is not None]
+"""presets whose dictionaries others trained"""
 RENDERED = {
+    **dict.fromkeys(
+        ["gemma3-270m-it", "gemma3-1b-it", "gemma3-4b-it", "gemma2-2b-it", "gemma2-9b-it"],
+        "<bos><start_of_turn>user\nBake bread?<end_of_turn>\n<start_of_turn>model\n",
+    ),
     "pythia-70m": "User: Bake bread?\nAssistant:",
     "gpt2": "User: Bake bread?\nAssistant:",
     "qwen2.5-0.5b-instruct": "<|im_start|>user\nBake bread?<|im_end|>\n<|im_start|>assistant\n",
@@ -120,19 +163,97 @@ def small_model(preset: str, folder: Path) -> Path:
     kind = getattr(transformers, family.architecture)
     layers = "n_layer" if family.architecture.startswith("GPT2") else "num_hidden_layers"
     end = tokenizer.eos_token_id
-    config = kind.config_class(
-        vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **family.settings, **{layers: n_layers}
-    )
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, **family.settings}
+    seen = {name: sizes.pop(name) for name in ("vision_config",) if name in sizes}
+    sizes[layers] = n_layers
+    config = kind.config_class(**({"text_config": sizes, **seen} if seen else sizes))
     torch.manual_seed(0)
     kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("preset", FOREIGN)
+@pytest.mark.parametrize("preset", [name for name in FOREIGN if name not in PUBLISHED])
 def test_its_sites_are_late_layers_that_the_model_has(preset: str) -> None:
     layers, n_layers = load_experiment(preset).activations.layers, FOREIGN[preset][1]
     assert layers == list(range(layers[0], n_layers)) and n_layers / 2 <= layers[0] <= 0.67 * n_layers
+
+
+def listed(source: str) -> tuple[str, str, str]:
+    """What SAELens' list says of a release and an id: its loader, the repository, and the path in it."""
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+    from sae_lens.loading.pretrained_saes_directory import get_repo_id_and_folder_name
+
+    release, _, sae_id = source.partition("/")
+    return get_conversion_loader_name(release), *get_repo_id_and_folder_name(release, sae_id)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_its_dictionaries_are_in_saelens_list_and_of_its_model_between_a_quarter_and_two_thirds(preset: str) -> None:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    experiment, n_layers = load_experiment(preset), FOREIGN[preset][1]
+    assert experiment.saes.source is not None
+    layers, neuronpedia = experiment.activations.layers, set()
+    assert layers[0] >= 0.2 * n_layers and layers[-1] <= 0.67 * n_layers
+    for site in experiment.activations.sites:
+        source = source_of(experiment.saes.source, site)
+        loader, _, path = listed(source)
+        release, _, sae_id = source.partition("/")
+        published = get_pretrained_saes_directory()[release]
+        neuronpedia.add(bool(published.neuronpedia_id[sae_id]))
+        model = experiment.model.source.rpartition("/")[2].lower().replace("gpt2", "gpt2-small")
+        of_base = ("gemma-2-2b-it", "llama-3.1-8b-instruct")  # trained on the base model, as the presets say
+        its_model = published.model.rpartition("/")[2].lower()
+        assert its_model == (model.removesuffix("-it").removesuffix("-instruct") if model in of_base else model)
+        if loader != "sae_lens":
+            number = re.findall(r"layer_(\d+)|-L(\d+)R", path)[0]
+            assert int("".join(number)) == layer_of(site), path
+    assert neuronpedia == {not preset.endswith("-all")}
+
+
+def published_dictionary(root: Path, source: str, site: str, d_in: int, seed: int) -> None:
+    """Write a dictionary of `d_in` dimensions where a hub has the real one, in its layout."""
+    loader, repository, path = listed(source)
+    folder, tensors = root / repository / path, repositories.weights(d_in, 96, seed)
+    if folder.exists():
+        return
+    if loader == "gemma_2":
+        repositories.gemma_scope(folder, tensors)
+    elif loader == "gemma_3":
+        repositories.gemma_scope_2(folder, tensors)
+    elif loader == "llama_scope":
+        repositories.llama_scope(folder, tensors, site)
+    elif "v5-32k" in source:
+        own = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 8}, "normalize_activations": "layer_norm"}
+        repositories.sae_lens(folder, tensors, "standard", site, **own)
+    else:
+        repositories.sae_lens(folder, tensors, "standard", site)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_circuit_of_published_dictionaries_is_found(preset: str, tmp_path: Path) -> None:
+    """On a small model of the real class with as many layers, by way of a hub with the real repositories' layout."""
+    source, layers = small_model(preset, tmp_path / "model"), load_experiment(preset).activations.layers[:2]
+    values = {
+        "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "activations.layers": layers,
+        "activations.dtype": "float32", "saes.min_variance_explained": -1e9, "learned_mask.steps": 2,
+        "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6, "evaluation.replies": 0,
+    }  # fmt: skip
+    experiment = load_experiment(preset, [f"{key}={value}" for key, value in values.items()])
+    assert experiment.saes.source is not None
+    outline = load_outline(experiment.model)
+    for number, site in enumerate(experiment.activations.sites):
+        told = source_of(experiment.saes.source, site)
+        published_dictionary(tmp_path / "hub", told, site, outline.width(site), number)
+    overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    with hub(tmp_path / "hub"):
+        finished = sfc("discover", "--preset", preset, "--category", "violence", "--json", *overrides, root=tmp_path)
+    result = finished.result
+    assert result["preset"] == preset and result["n_nodes"] > 0
+    run = Run(experiment, tmp_path)
+    for site, dictionary in Dictionaries(run.saes.folder, experiment.activations.sites).items():
+        assert (dictionary.site, dictionary.d_in) == (site, outline.width(site))
 
 
 def test_every_preset_is_known_here_or_needs_no_network() -> None:
@@ -166,7 +287,8 @@ def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -
         "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "patching.limit": 4,
         "patching.require": "score", "patching.components": "[head, mlp]", "patching.layers": [n_layers - 1],
         "activations.layers": [n_layers - 2, n_layers - 1], "activations.dtype": "float32",
-        "saes.steps": 20, "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "learned_mask.steps": 3,
+        "saes.source": "null", "saes.dtype": "float32", "saes.steps": 20,
+        "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "learned_mask.steps": 3,
         "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
     }  # fmt: skip
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]

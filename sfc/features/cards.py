@@ -4,6 +4,7 @@
  "features": {"resid_post.21/F463": {
      "label", "score",            what it fires on, and how well that tells; see `sfc.features.contexts`
      "explanation",               perhaps: {"text", "score", "model"}; see `sfc.features.explainer`
+     "published",                 perhaps: {"text", "model"}; see `sfc.features.neuronpedia`
      "fires_on",                  see `fires_on`
      "raises", "lowers",          tokens, as the circuit has them
      "density", "max",            share of the store's tokens at which it is active; its largest value

@@ -50,6 +50,12 @@ class LabelOptions(Options):
     explainer_model: str = option("default", description="the model that the endpoint is asked for")
     explainer_seconds: float = option(60, gt=0, allow_inf_nan=False, description="the longest wait for one answer")
 
+    neuronpedia: bool = option(
+        False,
+        description="also fetch what Neuronpedia says of the features of published dictionaries: their names are sent"
+        " to it, and no prompt",
+    )
+
     @field_validator("explainer")
     @classmethod
     def _is_an_address(cls, address: str | None) -> str | None:
@@ -85,8 +91,6 @@ class Endpoint:
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"the key in {KEY} has characters that no key has")
-        # A redirect could take prompts and key to someone who was not named.
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def ask(self, instruction: str, text: str) -> str:
         """The model's answer, at temperature 0.
@@ -101,8 +105,7 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
         try:
-            with self._opener.open(request, timeout=self._seconds) as response:
-                answer = json.loads(self._read(response))["choices"][0]["message"]["content"]
+            answer = json.loads(answer_within(request, self._seconds))["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             self._fail(f"answers {error.code}")
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -113,21 +116,34 @@ class Endpoint:
             self._fail("answers without a text")
         return answer
 
-    def _read(self, response: Any) -> bytes:
-        """The body, of bounded length, within the time: a timeout alone would wait for each further byte."""
-        until, body = time.monotonic() + self._seconds, b""
+    def _fail(self, what: str) -> NoReturn:
+        raise UserError(
+            f"the explainer {self.address} {what}; what was explained so far is kept, and the same command goes on"
+        )
+
+
+def answer_within(request: urllib.request.Request, seconds: float) -> bytes:
+    """The body of an answer, of bounded length, within the time: a timeout alone would wait for each further byte.
+
+    Raises:
+        OSError, ValueError, HTTPException: there is none, or it is too long or too slow.
+    """
+    # A redirect could take prompts and key to someone who was not named.
+    opener = urllib.request.build_opener(_NoRedirect)
+    until, body = time.monotonic() + seconds, b""
+    with opener.open(request, timeout=seconds) as response:
         while piece := response.read1(1 << 16):
             body += piece
             if len(body) > _MOST_BYTES:
                 raise ValueError(f"more than {_MOST_BYTES:,} bytes")
             if time.monotonic() > until:
-                raise TimeoutError(f"not complete within {self._seconds:g} s")
-        return body
+                raise TimeoutError(f"not complete within {seconds:g} s")
+    return body
 
-    def _fail(self, what: str) -> NoReturn:
-        raise UserError(
-            f"the explainer {self.address} {what}; what was explained so far is kept, and the same command goes on"
-        )
+
+def one_line(text: str) -> str:
+    """An explanation as it is kept: one short line without anything invisible."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))[:_LONGEST_EXPLANATION]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -168,8 +184,7 @@ def explain(endpoint: Endpoint, evidence: Evidence, text_of: Callable[[int, bool
     strengths = [round(9 * max(0.0, float(evidence.values[number])) / most) for number in shown]
     texts = [text_of(int(evidence.rows[number]), evidence.in_template) for number in [*shown, *judged]]
     examples = "\n".join(f"{strength}: {text}" for strength, text in zip(strengths, texts, strict=False))
-    answer = " ".join(endpoint.ask(_EXPLAIN, examples).split())
-    explanation = "".join(filter(str.isprintable, answer))[:_LONGEST_EXPLANATION]
+    explanation = one_line(endpoint.ask(_EXPLAIN, examples))
     asked = "\n".join(f"{number}. {text}" for number, text in enumerate(texts[len(shown) :], start=1))
     verdicts = _verdicts(endpoint.ask(_JUDGE.format(explanation=explanation, count=len(judged)), asked), len(judged))
     score = None if verdicts is None else weighted_auroc(verdicts, evidence.values[judged], mean)

@@ -24,11 +24,15 @@ def caption(card: Mapping[str, Any]) -> str:
 
 
 def explained(card: Mapping[str, Any]) -> str:
-    """The explanation that a model gave of a feature, with its score; empty without one."""
-    if not (explanation := card.get("explanation")):
-        return ""
-    score = "not scored" if explanation["score"] is None else f"{explanation['score']:.2f}"
-    return f"explanation by the model {explanation['model']}: {explanation['text']} · {score}"
+    """The explanations of a feature: a model's, with its score, and Neuronpedia's; empty without one."""
+    told = []
+    if explanation := card.get("explanation"):
+        score = "not scored" if explanation["score"] is None else f"{explanation['score']:.2f}"
+        told.append(f"explanation by the model {explanation['model']}: {explanation['text']} · {score}")
+    if (published := card.get("published")) and published["text"]:
+        by = f" (by {published['model']})" if published["model"] else ""
+        told.append(f"Neuronpedia{by}: {published['text']}")
+    return "; ".join(told)
 
 
 def said(card: Mapping[str, Any]) -> dict[str, Any]:

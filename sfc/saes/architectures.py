@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
+MATRICES = ("W_enc", "W_dec")
+"""the weights that may be kept in half precision; products with them are in that of the activation"""
+
 # SAELens itself does nothing at inference for the second and third: training folds them into the weights.
 Normalisation = Literal[
     "none", "expected_average_only_in", "covariance_whitening", "constant_norm_rescale", "layer_norm"
@@ -160,8 +163,8 @@ def memory_of(config: DictionaryConfig, dtype: str) -> int:
     """Bytes that a dictionary takes once it is loaded: matrices in this precision, the rest in float32."""
     architecture = ARCHITECTURES[config.architecture]
     of_matrices = 4 if dtype == "float32" else 2
-    shapes = architecture.shapes(config).values()
-    return architecture.copies * sum(prod(shape) * (of_matrices if len(shape) == 2 else 4) for shape in shapes)
+    shapes = architecture.shapes(config).items()
+    return architecture.copies * sum(prod(shape) * (of_matrices if name in MATRICES else 4) for name, shape in shapes)
 
 
 class _TopKConfig(DictionaryConfig):

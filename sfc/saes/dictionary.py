@@ -21,8 +21,6 @@ from sfc.models.linear import linear
 from sfc.saes.kernels import Sparse, row_dots, sparse_encode, weighted_row_sums
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
-MATRICES = ("W_enc", "W_dec")
-"""the weights that may be kept in half precision; products with them are in that of the activation"""
 
 
 @runtime_checkable

@@ -17,8 +17,17 @@ from safetensors.torch import save_file
 from sfc.core.artifacts import Json, replacing, write_json
 from sfc.core.contents import check, remedy
 from sfc.core.errors import UserError
-from sfc.saes.architectures import ARCHITECTURES, CONFIG_FILE, WEIGHTS_FILE, Shapes, Weights, memory_of, read_config
-from sfc.saes.dictionary import MATRICES, WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
+from sfc.saes.architectures import (
+    ARCHITECTURES,
+    CONFIG_FILE,
+    MATRICES,
+    WEIGHTS_FILE,
+    Shapes,
+    Weights,
+    memory_of,
+    read_config,
+)
+from sfc.saes.dictionary import WEIGHTS, Dictionary, NormalisedDictionary, TopKDictionary
 
 
 class Dictionaries(Mapping[str, Dictionary]):

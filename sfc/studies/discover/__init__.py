@@ -12,6 +12,7 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_
 from sfc.core.artifacts import Artifact, amended, write_text
 from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, read_cards, shown_cards
+from sfc.features.neuronpedia import fetch_explanations, unfetched
 from sfc.pages.blocks import Page
 from sfc.pages.circuit import circuit_page
 from sfc.pages.html import page_html
@@ -33,7 +34,10 @@ class Discover(Study[DiscoveryOptions]):
     name = "discover"
     options = DiscoveryOptions
     schema = 5
-    also = ((PairsOptions, "file"), (LabelOptions, "explainer"), (LabelOptions, "explainer_model"))
+    also = (
+        (PairsOptions, "file"),
+        *((LabelOptions, name) for name in ("explainer", "explainer_model", "neuronpedia")),
+    )
     files: ClassVar = {
         "page": "circuit.html",
         "circuit": "circuit.json",
@@ -70,7 +74,9 @@ class Discover(Study[DiscoveryOptions]):
 
     def is_current(self, run: Run, artifact: Artifact) -> bool:
         """Whether the circuit is there, and its features are explained if that is asked for."""
-        return artifact.is_complete() and not unexplained(artifact.folder, LabelOptions.of(run.experiment))
+        options = LabelOptions.of(run.experiment)
+        asked = unexplained(artifact.folder, options) or unfetched(artifact.folder, options)
+        return artifact.is_complete() and not asked
 
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
         """Make the circuit where it is missing. Explanations come last: no failure of theirs costs the circuit."""
@@ -81,7 +87,15 @@ class Discover(Study[DiscoveryOptions]):
 
             with amended(artifact.folder, CARDS_FILE, self.files["page"]):
                 explain_circuit(session, artifact.folder)
-                write_text(artifact.folder / self.files["page"], page_html(self.page(Finished(artifact.folder))))
+                self._draw(artifact.folder)
+        options = LabelOptions.of(session.run.experiment)
+        if unfetched(artifact.folder, options):
+            with amended(artifact.folder, CARDS_FILE, self.files["page"]):
+                if fetch_explanations(session.run.root, artifact.folder, options):
+                    self._draw(artifact.folder)
+
+    def _draw(self, folder: Path) -> None:
+        write_text(folder / self.files["page"], page_html(self.page(Finished(folder))))
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover
