@@ -376,6 +376,8 @@ def test_dead_ends_by_hand() -> None:
     assert without_dead_ends(nodes, [4, 3, 0, 1, 2], edges) == ([4, 0, 2], [edges[0], edges[2]])
     assert without_dead_ends(nodes, [3, 1, 7], edges[1:2]) == ([7], [])
     assert without_dead_ends(nodes, [], []) == ([], [])
+    around = Nodes.of({f"blocks.{layer}.hook_mlp_out": 1 for layer in range(4)})
+    assert without_dead_ends(around, [4, 0], []) == ([4, 0], []), "the stream takes what MLPs write to the logits"
 
 
 @given(st.sets(st.integers(0, 19), min_size=1), st.randoms(use_true_random=False), st.floats(0, 1))

@@ -25,13 +25,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
-from sfc.circuits.edges import downstream
+from sfc.circuits.edges import ways
 from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals, prepared
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.spaces import NodeSpace, left_over, sites_of, together
 from sfc.core.errors import UserError
-from sfc.core.sites import layer_of, site_of
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.engine import PreparedPrompts
 from sfc.models.interventions import Intervention, chained, recorder
@@ -77,7 +76,7 @@ def edge_ablated_scores(
     reason = why_not_ablatable(nodes, members, edges)
     if reason is not None:
         raise UserError(reason)
-    into, last = _ways(nodes.sites)
+    into, last = ways(nodes.sites)
     plan = _plan(problem.ablation, into, last, members, edges)
     scores, prompts = np.full(runs.n_prompts, np.nan), prepared(problem.model, runs)
     for number, (batch, cached) in enumerate(runs):
@@ -91,7 +90,7 @@ def edge_ablated_scores(
 
 def why_not_ablatable(nodes: Nodes, members: Sequence[int], edges: Sequence[tuple[int, int]]) -> str | None:
     """What keeps these edges from being ablated; None where nothing does."""
-    listed, (into, _) = set(members), _ways(nodes.sites)
+    listed, (into, _) = set(members), ways(nodes.sites)
     for source, target in edges:
         if not {source, target} <= listed or _site(nodes, source) not in into[_site(nodes, target)]:
             names = f"{nodes.name(source)} -> {nodes.name(target)}"
@@ -114,16 +113,6 @@ def random_edges(
 
 def _site(nodes: Nodes, node: int) -> str:
     return nodes.sites[nodes.site_numbers[node]]
-
-
-def _ways(sites: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """For each site those that write directly into it, and the sites that write directly into the logits."""
-    logits = site_of("resid_post", max(map(layer_of, sites)) + 1)  # all passes it, and no site in use is there
-    into: dict[str, list[str]] = {site: [] for site in (*sites, logits)}
-    for site in sites:
-        for other, _ in downstream(site, [*sites, logits]):
-            into[other].append(site)
-    return into, into.pop(logits)
 
 
 def _plan(

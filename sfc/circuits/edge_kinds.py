@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfc.circuits.edges import Pair, Stops, all_tokens, downstream, edge_parts
+from sfc.circuits.edges import Pair, Stops, all_tokens, downstream, edge_parts, ways
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch, TemplateLayout
@@ -172,10 +172,13 @@ def strongest_edges(
 
 
 def without_dead_ends(nodes: Nodes, members: Sequence[int], edges: Sequence[Edge]) -> tuple[list[int], list[Edge]]:
-    """The members from which edges lead to the last site that has any, in their order, and the edges between them."""
+    """The members from which edges lead to the logits, in their order, and the edges between them.
+
+    Of the sites that have members, one writes directly into the logits, or several, as MLPs do past each other.
+    """
     site_of = nodes.site_numbers
-    last = max((site_of[node] for node in members), default=0)
-    alive = {node for node in members if site_of[node] == last}
+    _, last = ways([site for number, site in enumerate(nodes.sites) if number in set(site_of[list(members)])])
+    alive = {node for node in members if nodes.sites[site_of[node]] in last}
     # Edges lead to later sites, so that all edges out of a target are seen before those into it.
     for edge in sorted(edges, key=lambda edge: -site_of[edge.source]):
         if edge.target in alive:

@@ -74,6 +74,18 @@ def downstream(site: str, sites: Sequence[str], is_parallel: bool = False) -> li
     return reached
 
 
+def ways(sites: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """For each site those that write directly into it, and the sites that write directly into the logits."""
+    if not sites:
+        return {}, []
+    logits = site_of("resid_post", max(map(layer_of, sites)) + 1)  # all passes it, and no site in use is there
+    into: dict[str, list[str]] = {site: [] for site in (*sites, logits)}
+    for site in sites:
+        for other, _ in downstream(site, [*sites, logits]):
+            into[other].append(site)
+    return into, into.pop(logits)
+
+
 @cache
 def _flow(last_layer: int, is_parallel: bool) -> nx.DiGraph:
     """What passes into what: all sites up to a layer, and the streams between attention and MLP, which are no sites."""
