@@ -134,7 +134,9 @@ def naive_weights(problem: Problem, members: Sequence[int], targets: Sequence[in
             _, v = torch.autograd.grad(moved, [seen[EMBEDDING], seen[above]], retain_graph=True)
             totals[i][:, 0] += _along(problem, batch, above, at_site[i] - offsets[i], seen[above].detach(), v)
     return [
-        Weights(sources, np.array([target]), (mean := weight / problem.runs.n_prompts), np.abs(weight), mean[None, None])
+        Weights(
+            sources, np.array([target]), (mean := weight / problem.runs.n_prompts), np.abs(weight), mean[None, None]
+        )
         for sources, target, weight in zip(at_site[:-1], targets, totals, strict=True)
     ]
 

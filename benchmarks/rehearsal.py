@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import sfc
 from sfc.core.artifacts import write_json
 from sfc.core.config import Experiment
-from sfc.core.experiments import experiment_of, load_experiment
+from sfc.core.experiments import experiment_of, load_experiment, preset_names
 from sfc.core.progress import say
 from sfc.core.reading import read_yaml
 from sfc.core.sites import layer_of
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     options = harness.parser(__doc__)
     options.add_argument(
         "--preset",
-        choices=[*SHAPES, *(f"{name}-all" for name in SHAPES if name.startswith("gemma3"))],
+        choices=[*SHAPES, *(name for name in preset_names() if name.endswith("-all"))],
         default="llama2-7b-chat",
     )
     options.add_argument("--layers", type=int, help="layers of the model; the preset's by default")

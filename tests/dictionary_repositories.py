@@ -1,6 +1,7 @@
 """Dictionaries with random weights, written as Gemma Scope, Llama Scope, sparsify and SAELens publish them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,23 @@ def gemma_scope(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def gemma_scope_2(folder: Path, tensors: dict[str, Tensor], with_config: bool = True) -> None:
-    """`resid_post/layer_13_width_16k_l0_medium/` of google/gemma-scope-2-1b-it: config.json and params.safetensors."""
+    """`resid_post/layer_13_width_16k_l0_medium/` of google/gemma-scope-2-1b-it: config.json and params.safetensors.
+
+    A folder of transcoders, with a skip connection where its name says `affine`, has one.
+    """
     folder.mkdir(parents=True)
-    save_file({name.lower(): tensor for name, tensor in tensors.items()}, folder / "params.safetensors")
-    config = {
-        "architecture": "jump_relu",
-        "model_name": "google/gemma-3-1b-it",
-        "hf_hook_point_in": "model.layers.0.output",
-    }
+    config: dict[str, Any] = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-it"}
+    tensors = {name.lower(): tensor for name, tensor in tensors.items()}
+    layer = f"model.layers.{re.findall(r'layer_([0-9]+)', folder.name)[0]}"
+    if "transcoder" in str(folder):
+        config["hf_hook_point_in"] = f"{layer}.pre_feedforward_layernorm.output"
+        config["hf_hook_point_out"] = f"{layer}.post_feedforward_layernorm.output"
+        config["affine_connection"] = "affine" in folder.name
+        if config["affine_connection"]:
+            tensors["affine_skip_connection"] = 0.1 * torch.eye(tensors["w_dec"].shape[1])
+    else:
+        config["hf_hook_point_in"] = f"{layer}.output"
+    save_file(tensors, folder / "params.safetensors")
     if with_config:
         (folder / "config.json").write_text(json.dumps(config))
 

@@ -102,6 +102,9 @@ GEMMA3_SEEING = Family(
 FOREIGN = {
     "gemma3-270m-it": (GEMMA3, 18),
     "gemma3-270m-it-all": (GEMMA3, 18),
+    "gemma3-270m-it-transcoders": (GEMMA3, 18),
+    "gemma3-1b-it-transcoders": (GEMMA3, 26),
+    "gemma3-4b-it-transcoders": (GEMMA3_SEEING, 34),
     "gemma3-1b-it": (GEMMA3, 26),
     "gemma3-1b-it-all": (GEMMA3, 26),
     "gemma3-4b-it": (GEMMA3_SEEING, 34),
@@ -209,7 +212,7 @@ def test_its_dictionaries_are_in_saelens_list_and_of_its_model_between_a_quarter
         if loader != "sae_lens":
             number = re.findall(r"layer_(\d+)|-L(\d+)R", path)[0]
             assert int("".join(number)) == layer_of(site), path
-    assert neuronpedia == {not preset.endswith("-all")}
+    assert neuronpedia == {not preset.endswith(("-all", "-transcoders"))}
 
 
 def published_dictionary(root: Path, source: str, site: str, d_in: int, seed: int) -> None:
@@ -231,7 +234,14 @@ def published_dictionary(root: Path, source: str, site: str, d_in: int, seed: in
         repositories.sae_lens(folder, tensors, "standard", site)
 
 
-@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        # Twice as many layers, for twice the time, of what the others have too.
+        pytest.param(name, marks=pytest.mark.slow) if FOREIGN[name][1] > 32 else name
+        for name in PUBLISHED
+    ],
+)
 def test_a_circuit_of_published_dictionaries_is_found(preset: str, tmp_path: Path) -> None:
     """On a small model of the real class with as many layers, by way of a hub with the real repositories' layout."""
     source, layers = small_model(preset, tmp_path / "model"), load_experiment(preset).activations.layers[:2]
