@@ -126,7 +126,7 @@ def oracle_score(
 @pytest.mark.parametrize("mode", MODES)
 def test_edges_are_ablated_as_the_recursive_definition_says(any_sites: Problem, mode: str) -> None:
     deep = in_mode(any_sites, mode)
-    members, edges = random_circuit(deep, 0.1, 0.3)
+    members, edges = random_circuit(deep, 0.2, 0.3)
     fast = edge_ablated_scores(deep, deep.runs, members, edges)
     with torch.no_grad():
         slow = [
