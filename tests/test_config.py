@@ -10,13 +10,15 @@ from pydantic import ValidationError
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
 from sfc.core.experiments import load_experiment, preset_names
+from sfc.core.sites import kind_of
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_under_its_own_name(name: str) -> None:
     experiment = load_experiment(name)
     assert experiment.name == name and experiment.description
-    assert len(experiment.activations.sites) == len(experiment.activations.layers)
+    kinds = {kind_of(site) for site in experiment.activations.sites}
+    assert len(experiment.activations.sites) == len(kinds) * len(experiment.activations.layers)
 
 
 def test_the_presets_that_are_promised() -> None:

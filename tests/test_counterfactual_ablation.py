@@ -174,8 +174,13 @@ def scores_of(problem: Problem, keep: np.ndarray) -> np.ndarray:
     return ablated_scores(problem.model, problem.score, problem.ablation, problem.runs, keep)
 
 
-@pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
-@pytest.mark.parametrize("mode", ["ablate", "node", "keep-current", "keep-clean"])
+@pytest.mark.parametrize(
+    ("spaces", "mode"),
+    [
+        *((SPACES["features"], mode) for mode in ("ablate", "node", "keep-current", "keep-clean")),
+        *((SPACES["transcoders"], mode) for mode in ("node", "keep-clean")),
+    ],
+)
 def test_packed_circuits_agree_with_the_oracle(network: Model, mode: str, spaces: Callable) -> None:
     problem, prompts = paired_problem(network, spaces(network), mode)
     keep = np.random.default_rng(0).random((2, problem.ablation.nodes.n_nodes)) < 0.5

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.edges import ways
-from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals, prepared
+from sfc.circuits.faithfulness import Scores, ablated_scores, full_scores, metrics_with_intervals
 from sfc.circuits.nodes import Nodes
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.circuits.spaces import NodeSpace, left_over, sites_of, together
@@ -78,9 +78,10 @@ def edge_ablated_scores(
         raise UserError(reason)
     into, last = ways(nodes.sites)
     plan = _plan(problem.ablation, into, last, members, edges)
-    scores, prompts = np.full(runs.n_prompts, np.nan), prepared(problem.model, runs)
-    for number, (batch, cached) in enumerate(runs):
-        at = _Batch(problem, problem.ablation.for_batch(problem.model, batch, cached), prompts, number)
+    scores = np.full(runs.n_prompts, np.nan)
+    for batch, cached in runs:
+        prepared = PreparedPrompts.of(problem.model, [batch], [cached])
+        at = _Batch(problem, problem.ablation.for_batch(problem.model, batch, cached), prepared)
         for site in nodes.sites:
             at.find(site, into[site], plan[site])
             progress(1)
@@ -162,9 +163,9 @@ def _within(nodes: Nodes, numbers: Sequence[int] | frozenset[int]) -> dict[str, 
 class _Batch:
     """One batch, and what is known of its nodes so far."""
 
-    def __init__(self, problem: Problem, ablation: Ablation, prompts: PreparedPrompts, number: int) -> None:
-        self.problem, self.ablation, self.prompts, self.number = problem, ablation, prompts, number
-        self.batch: Batch = prompts.batches[number]
+    def __init__(self, problem: Problem, ablation: Ablation, prepared: PreparedPrompts) -> None:
+        self.problem, self.ablation, self.prepared = problem, ablation, prepared
+        self.batch: Batch = prepared.batches[0]
         self.values: dict[str, _Values] = {}
         self.ablated: dict[str, Float[Tensor, "tokens d_in"]] = {}
         for site, space in ablation.dictionaries.items():
@@ -190,7 +191,7 @@ class _Batch:
             seen: dict[str, Tensor] = {}
             for each in sites_of({site: space}):
                 acting[each] = chained(acting.get(each), recorder(seen, each))
-            start = self.prompts.start(self.number, into[0] if into else site)
+            start = self.prepared.start(0, into[0] if into else site)
             packed = self.batch.repeat(len(some))
             run_to(self.problem.model, packed, acting, site, start.repeat(len(some)) if start else None)
             where = self.batch.touchable
@@ -203,7 +204,7 @@ class _Batch:
         """The scores of a run in which all nodes of the sites that write into the logits have their values."""
         everything = {site: set(range(self.ablation.nodes.n_nodes)) for site in last}
         acting = {site: self._put(site, [all_nodes]) for site, all_nodes in everything.items()}
-        start = self.prompts.start(self.number, last[0])
+        start = self.prepared.start(0, last[0])
         return score_batch(self.problem.model, self.problem.score, self.batch, acting, start)
 
     def _put(self, site: str, kept: Sequence[set[int]]) -> Intervention:
