@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_counterfactual_ablation import features, paired_problem, random_architecture
+from paired_prompts import features, paired_problem, random_architecture
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
