@@ -21,6 +21,7 @@ def with_gradients(product, x: Tensor, weight: Tensor, bias: Tensor | None) -> l
 
 
 @example(rows=[41], d_in=1, d_out=41, biased=False, seed=0)
+@settings(deadline=None)
 @given(rows=st.lists(sizes, max_size=2), d_in=sizes, d_out=sizes, biased=st.booleans(), seed=st.integers(0, 99))
 def test_output_and_gradients_agree_with_pytorch(
     rows: list[int], d_in: int, d_out: int, biased: bool, seed: int
