@@ -1,7 +1,7 @@
 """The quick linear map against PyTorch's own, with gradients of gradients."""
 
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
