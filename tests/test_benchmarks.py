@@ -18,6 +18,7 @@ import patching
 import planted
 import planted_cheats
 import planted_learned
+import rehearsal
 import sae_training
 from planted_superposed import Superposition
 from sae_trainers import Problem, ours, saelens_tuned
@@ -147,6 +148,19 @@ def test_methods_are_judged_by_one_proof(tmp_path: Path, capsys: pytest.CaptureF
         assert 1 <= row["size"] <= row["ranked"] and row["seconds"] > 0 and row["passes"] > 0
         assert {"recovered_toxic", "recovered_safe", "agreement", "prompt_free", "on_discovery"} <= set(row)
     assert methods.report(rows).splitlines()[0].startswith("| method | size")
+
+
+def test_a_preset_is_rehearsed_on_its_real_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shrunk = ["--preset", "pythia-70m", "--layers", "1", "--sites", "1", "--scale", "0.0001", "--width", "64"]
+    rehearsal.main([*shrunk, "--stages", "collect", "train", "--scratch", str(tmp_path), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["parameters"] > 2 * 50304 * 512 and figures["shares"]["layers"] == pytest.approx(1 / 6)
+    for stage in figures["stages"]:
+        assert stage["error"] is None, stage
+        assert stage["host_bytes"] > 10**8 and stage["written_bytes"] > 10**5 and stage["device_bytes"] is None
+        assert stage["whole_seconds"] > stage["seconds"] > 0
+    assert 0 < figures["stages"][0]["of_floor"] <= 1
+    assert list(tmp_path.iterdir()) == [], "model and artifacts are deleted"
 
 
 def test_a_disagreement_of_the_two_ways_is_no_figure(

@@ -2,8 +2,7 @@
 
 Only k of d_sae features are active in a row. *Sparse*, a sum reads the table's rows of the active features and nothing
 else; *dense*, the values are spread over all features, and it is one matrix product. On a CPU sparse sums win even
-where 5 % of the features are active; a GPU multiplies so much faster than it gathers that dense products win from a few
-hundred features on.
+where 5 % of the features are active; a GPU multiplies so much faster than it gathers that dense products can win there.
 
 So on a CPU sums are sparse. On any other device both ways of a sum are timed the first time that it is asked of such
 shapes; the quicker is said, and remembered in the cache folder, so that the same command computes the same numbers the
