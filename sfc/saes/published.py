@@ -102,6 +102,7 @@ def convert_folder(folder: Path, layout: Layout, target: Path) -> None:
         if layout.loader == "llama_scope":  # which SAELens has in its list, for each of them
             norm = read_json(folder / "hyperparams.json")["dataset_average_activation_norm"]["in"]
             factor = config["d_in"] ** 0.5 / norm
+        _write(config, weights, factor, target)
     except UserError:
         raise
     except Exception as error:  # as above
@@ -109,7 +110,6 @@ def convert_folder(folder: Path, layout: Layout, target: Path) -> None:
             f"saes.source: SAELens cannot read the dictionary in {folder} ({_reason(error)}); folders have to be named"
             " as in the repository that they are from"
         ) from error
-    _write(config, weights, factor, target)
 
 
 def _fetched_folder(repository: str, path: str) -> Path:
