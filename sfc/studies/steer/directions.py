@@ -178,7 +178,7 @@ def finished_directions(run: Run) -> list[str]:
     """The folders of finished `sfc steer` runs of the experiment's model, by name."""
     model = json.loads(json.dumps(model_identity(run.experiment.model)))
     manifests = sorted((run.root / "circuits" / run.experiment.name).glob(f"steering-*/{MANIFEST}"))
-    return [path.parent.name for path in manifests if read_json(path)["inputs"]["model"] == model]
+    return [path.parent.name for path in manifests if read_json(path).get("inputs", {}).get("model") == model]
 
 
 def _mean_norm(folder: Path, site: str) -> float:
