@@ -12,6 +12,7 @@ import torch
 from architectures import random_model
 from commands import sfc
 from conftest import random_dictionary, random_transcoder
+from test_edges import all_pairs
 from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
@@ -150,15 +151,6 @@ def asked(problem: Problem, model: Model) -> Problem:
     ablation = Ablation(Nodes.of_spaces(spaces), spaces, mean_baseline(model, spaces, batches, layout), "node")
     runs = PromptRuns.of(model, batches, ablation.nodes.sites[0])
     return replace(problem, model=model, score=RefusalScore.of(model), ablation=ablation, runs=runs)
-
-
-def all_pairs(problem: Problem) -> list[Pair]:
-    nodes = problem.ablation.nodes
-    numbers = [torch.arange(size) for size in nodes.sizes]
-    return [
-        Pair(nodes.sites[u], nodes.sites[d], numbers[u], numbers[d], stops)
-        for u, d, stops in site_pairs(nodes, problem.model.is_parallel)
-    ]
 
 
 def test_law_ablating_nothing_by_means_changes_nothing_and_tables_add_up(problem: Problem, network: Model) -> None:
