@@ -157,7 +157,11 @@ def _averaged_problems(
 
 
 def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
-    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
+    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution.
+
+    They come from the problem's own prompts alone: what circuits learned from in common would make them alike.
+    """
+    problem = replace(problem, pooled=None)
     effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
     members = effects.ranking[: options.size].tolist()
     circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})
