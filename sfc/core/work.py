@@ -14,7 +14,7 @@ class Amounts:
     """Counts of what a run is made of; or, field by field, the seconds that one of each takes."""
 
     calls: float = 0.0
-    """blocks that are called: batches times blocks. What a call costs whatever passes it, reading the weights above all"""
+    """blocks that are called: batches times blocks. A call costs something whatever passes: its weights are read"""
     forward: float = 0.0
     """tokens through a block, padding included: tokens times blocks"""
     backward: float = 0.0
@@ -66,5 +66,7 @@ class Work:
     """bytes of main memory beside, wherever the model is; without what any process of this program takes"""
     kept: int = 0
     """bytes that stay on the disk"""
+    scratch: int = 0
+    """bytes that are on the disk while it runs, beside"""
     note: str = ""
     """what is not known of it, and what stands in for that"""

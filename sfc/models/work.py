@@ -97,6 +97,12 @@ def rows_of(shapes: Sequence[Shape]) -> int:
     return sum(shape.rows for shape in shapes)
 
 
+def some_of(shapes: Sequence[Shape], prompts: int) -> list[Shape]:
+    """So many of the prompts at most, the same share of every batch."""
+    share = min(prompts / max(rows_of(shapes), 1), 1.0)
+    return [Shape(round(shape.rows * share), shape.width) for shape in shapes if round(shape.rows * share)]
+
+
 def passed(shapes: Sequence[Shape], blocks: int) -> Amounts:
     """Every batch once through so many blocks."""
     return Amounts(calls=len(shapes) * blocks, forward=tokens_of(shapes) * blocks)
@@ -110,9 +116,7 @@ def scored(shapes: Sequence[Shape], blocks: int) -> Amounts:
 def packed(shapes: Sequence[Shape], edits: int, blocks: int, batch_tokens: int = PACKED_TOKENS) -> Amounts:
     """Every prompt scored under every edit, as many edits at a time as `packed_runs` takes."""
     calls = sum(-(-edits // max(1, batch_tokens // shape.tokens)) for shape in shapes)
-    return Amounts(
-        calls=calls * blocks, forward=edits * tokens_of(shapes) * blocks, logits=edits * rows_of(shapes)
-    )
+    return Amounts(calls=calls * blocks, forward=edits * tokens_of(shapes) * blocks, logits=edits * rows_of(shapes))
 
 
 def replied(shapes: Sequence[Shape], edits: int, new_tokens: int, blocks: int, batch_tokens: int) -> Amounts:
@@ -160,11 +164,11 @@ def block_speed(outline: Outline, sizes: Sizes, dtype: str, device: torch.device
     with torch.no_grad():
         rows, few = 1, seconds_of(forward(1), device)
         many = few
-        while many < _LONG_ENOUGH and 4 * rows * _WIDTH <= max(most_tokens, PACKED_TOKENS):
+        while rows == 1 or (many < _LONG_ENOUGH and 4 * rows * _WIDTH <= max(most_tokens, PACKED_TOKENS)):
             rows *= 4
             many = seconds_of(forward(rows), device)
     forth_and_back = seconds_of(both_ways(rows), device)
-    per_token = (many - few) / ((rows - 1) * _WIDTH) if rows > 1 else many / _WIDTH
+    per_token = (many - few) / ((rows - 1) * _WIDTH)
     per_token = max(per_token, 0.5 * many / (rows * _WIDTH))  # where a machine is busy, two times may be in any order
     call = max(few - per_token * _WIDTH, 0.0)
     backward = max(forth_and_back - many, 0.0) / (rows * _WIDTH)
@@ -207,7 +211,9 @@ def saved_bytes(outline: Outline, dtype: str) -> int:
     x = torch.ones(1, _WIDTH, outline.d_model, dtype=getattr(torch, dtype)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(inputs_embeds=x, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // (min(_BLOCKS, outline.n_layers) * _WIDTH)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // (
+        min(_BLOCKS, outline.n_layers) * _WIDTH
+    )
 
 
 _PATIENCE = 0.4

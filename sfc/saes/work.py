@@ -39,9 +39,14 @@ class Width(NamedTuple):
         return 2 * self.d_in * self.d_sae * itemsize
 
     @property
+    def recorded_features(self) -> int:
+        """Bytes that are kept of the features of a token: values and numbers of the active ones."""
+        return 12 * self.k
+
+    @property
     def recorded(self) -> int:
-        """Bytes that are kept of a token: its activation, and values and numbers of the active features."""
-        return 4 * self.d_in + 12 * self.k
+        """Bytes that are kept of a token: its activation, and its features."""
+        return 4 * self.d_in + self.recorded_features
 
 
 _USUAL_ACTIVE = 100
@@ -79,7 +84,9 @@ def width_of(run: Run, site: str, d_in: int) -> Width:
 def start_work(config: SaeConfig, width: Width, n_sites: int, n_rows: int) -> Work:
     """The start of so many dictionaries, with a share of so many rows: a sample is read, and centroids are found."""
     rows = min(config.start_rows, n_rows)
-    encoded = (KMEANS_ROUNDS if config.start == "kmeans" else 0) * rows * n_sites
+    # Where there are fewer rows than features, rows themselves are the centroids.
+    has_rounds = config.start == "kmeans" and rows >= width.d_sae
+    encoded = KMEANS_ROUNDS * rows * n_sites * has_rounds
     # The sample of all sites, and of one its scaled, centred and normalised copies.
     sample = 4 * rows * width.d_in * (n_sites + 4) + 4 * KMEANS_BLOCK * width.d_sae
     return Work("start", Amounts(encoded=encoded), host=sample)
@@ -103,6 +110,7 @@ def training_work(config: SaeConfig, width: Width, n_sites: int, n_rows: int) ->
         device=at_once * copies * width.weights(4) + batch,
         host=4 * _BUFFERS * rows * at_once * width.d_in,
         kept=n_sites * width.weights(4),
+        scratch=3 * at_once * width.weights(4),  # a checkpoint has Adam's moments, too
     )
 
 
@@ -157,9 +165,7 @@ def training_speed(config: SaeConfig, width: Width, device: torch.device) -> Amo
     """
     expansion = max(min(width.d_sae, _ELEMENTS // width.d_in) // width.d_in, 1)
     share = expansion * width.d_in / width.d_sae
-    small = config.model_copy(
-        update={"expansion": expansion, "k": max(round(width.k * share), 1), "start": "random"}
-    )
+    small = config.model_copy(update={"expansion": expansion, "k": max(round(width.k * share), 1), "start": "random"})
     many = min(_rows(expansion * width.d_in**2), config.batch_size)
     few = max(many // 4, 1)
     rows = torch.randn(many, width.d_in)

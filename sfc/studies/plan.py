@@ -96,8 +96,15 @@ class Plan:
         """Bytes that stay on the disk."""
         return sum(step.kept for _, step in self.steps)
 
+    @property
+    def disk(self) -> int:
+        """Bytes that the disk must have free: those that stay, and checkpoints as long as they are needed."""
+        return self.kept + max((step.scratch for _, step in self.steps), default=0)
 
-def plan(study: Study[Any], run: Run, rebuild: bool = False, is_timed: bool = True, like: "Sketch | None" = None) -> Plan:
+
+def plan(
+    study: Study[Any], run: Run, rebuild: bool = False, is_timed: bool = True, like: "Sketch | None" = None
+) -> Plan:
     """What making a study's artifact would take, with whatever it needs.
 
     Args:
@@ -113,7 +120,6 @@ def plan(study: Study[Any], run: Run, rebuild: bool = False, is_timed: bool = Tr
         stages = [Stage(need.study.name, need.study.artifact(need.run).folder, (), True) for need, _ in needed]
         return Plan(study.name, run, "cpu", stages, 0)
     from sfc.studies.sketch import LOADING
-
 
     base, sketch, is_here = resident_memory(), *_sketch(run, like)
     base, stages, notes = max(base, resident_memory()), [], {} if is_here else dict.fromkeys([_NO_DEVICE])
@@ -239,6 +245,7 @@ def report(plan: Plan) -> dict[str, Any]:
         "host_bytes": max((plan.host(step) for step in steps), default=0),
         "device_bytes": max((step.device for step in steps), default=0) if on_gpu else None,
         "disk_bytes": plan.kept,
+        "disk_needed": plan.disk,
         "disk_free": shutil.disk_usage(plan.run.root).free,
         "seconds_of_one": speed and asdict(speed),
         "notes": list(plan.notes),
@@ -257,7 +264,9 @@ def blocks(plan: Plan) -> list[Block]:
     rows = []
     for stage in plan.stages:
         state = "up to date" if stage.is_current else _duration(stage.total)
-        rows.append([stage.study, state, "", "", "" if stage.is_current else _disk(sum(s.kept for s in stage.steps or ()))])
+        rows.append(
+            [stage.study, state, "", "", "" if stage.is_current else _disk(sum(s.kept for s in stage.steps or ()))]
+        )
         for step in stage.steps or ():
             device = size(step.device) if plan.device != "cpu" else ""
             disk = _disk(step.kept) if step.kept else ""
@@ -279,8 +288,8 @@ def _peaks(plan: Plan) -> tuple[str, str]:
 
 
 def _warnings(plan: Plan, free: int) -> Iterator[str]:
-    if plan.kept > free:
-        yield "That is more than the disk has."
+    if plan.disk > free:
+        yield f"With checkpoints {_disk(plan.disk)} are needed."
     if max(plan.host(step) for _, step in plan.steps) > available_memory() + plan.base:
         yield f"That is more main memory than is available now ({size(available_memory() + plan.base)})."
 
@@ -300,27 +309,35 @@ def _disk(n_bytes: int) -> str:
 def fitted(plan_as_is: Plan, study: Study[Any], memory: int) -> list[str] | None:
     """Settings under which the peak is within so many bytes where the model is; none where it is as it is.
 
-    Settings are tried in the order of `_lighter`, and kept where they lower the peak; None where all do not suffice.
+    Settings are tried in the order of `_lighter`, and kept where they lower the peak; those that were halved too often
+    are doubled again at the end. None where all do not suffice.
 
     Raises:
         UserError: as `plan`.
     """
-    current, chosen = plan_as_is, dict[str, str]()
+    current, chosen = plan_as_is, dict[str, Any]()
     sketch = _sketch(plan_as_is.run, None)[0]
+
+    def changed(key: str, value: Any) -> Plan:
+        return plan(study, _changed(current.run, key, value), is_timed=False, like=sketch)
+
     while current.peak[0] > memory:
         for key, value in _lighter(current.run.experiment):
-            lighter = plan(study, _changed(current.run, key, value), is_timed=False, like=sketch)
-            if lighter.peak[0] < current.peak[0]:
-                current, chosen[key] = lighter, json.dumps(value).replace(" ", "")
+            if (lighter := changed(key, value)).peak[0] < current.peak[0]:
+                current, chosen[key] = lighter, value
                 break
         else:
             return None
-    return [f"{key}={value}" for key, value in chosen.items()]
+    halved = [key for key, value in chosen.items() if isinstance(value, int) and value > 1]
+    for key in halved:
+        while (larger := changed(key, 2 * chosen[key])).peak[0] <= memory:
+            current, chosen[key] = larger, 2 * chosen[key]
+    return [f"{key}={json.dumps(value).replace(' ', '')}" for key, value in chosen.items()]
 
 
 def _lighter(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     """Settings that may take less memory, those that change results least first."""
-    saes, activations = experiment.saes, experiment.activations
+    saes, activations, sections = experiment.saes, experiment.activations, experiment.model_dump()
     if saes.source is None and saes.layers_at_once > 1:
         yield "saes.layers_at_once", saes.layers_at_once // 2
     for key, value, least in (
@@ -333,6 +350,12 @@ def _lighter(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     for key, dtype in (("saes.dtype", saes.dtype), ("model.dtype", experiment.model.dtype)):
         if dtype == "float32":
             yield key, "bfloat16"
+    for key, least in (
+        ("evaluation.null_draws", 0), ("learned_mask.pooled", 0), ("discovery.pairs_per_prompt", 1),
+    ):  # fmt: skip
+        section, name = key.split(".")
+        if sections[section][name] > least:
+            yield key, least
     if len(activations.layers) > 1:
         yield "activations.layers", activations.layers[::2]
 
@@ -341,7 +364,9 @@ def _changed(run: Run, key: str, value: Any) -> Run:
     """The run with one setting changed; its prompts stay what they are."""
     section, _, name = key.partition(".")
     values = run.experiment.model_dump(mode="json")
-    changed = Run.of(experiment_of({**values, section: {**values[section], name: value}}), run.root, run.data, run.device)
+    changed = Run.of(
+        experiment_of({**values, section: {**values[section], name: value}}), run.root, run.data, run.device
+    )
     changed.__dict__["prompts"] = run.prompts
     return changed
 
@@ -350,7 +375,9 @@ def memory_blocks(plan_as_is: Plan, memory: int, settings: Sequence[str] | None)
     """Whether it fits, and what makes it fit."""
     peak, step = plan_as_is.peak
     if settings is None:
-        return [Paragraph(f"**No setting brings {step} under {size(memory)}**: take a smaller model, or fewer features.")]
+        return [
+            Paragraph(f"**No setting brings {step} under {size(memory)}**: take a smaller model, or fewer features.")
+        ]
     if not settings:
         return [Paragraph(f"It fits into {size(memory)}: the peak is {size(peak)}.")]
     flags = " ".join(f"--set {setting}" for setting in settings)

@@ -21,6 +21,7 @@ from sfc.studies.study import Made
 
 REPLY_TOKENS, BATCH_TOKENS = 24, 2048
 
+
 class JudgedReplies(NamedTuple):
     """What a model did with a set of prompts."""
 

@@ -4,13 +4,13 @@ import itertools
 
 from sfc.circuits.work import ablated, edges
 from sfc.core.work import Amounts, Work, total
-from sfc.models.work import rows_of
+from sfc.models.work import rows_of, some_of
 from sfc.studies.compare import Compare
-from sfc.studies.discover.work import preparing, question, ranking, replying, runs, share_of
+from sfc.studies.discover.work import preparing, question, ranking, replying, running
 from sfc.studies.sketch import Sketch
 
-_PARTS, _RESTS = 2, 3
-"""halves of a category; and circuits of each that are judged beside those of all categories"""
+_HALVES, _RESTS = 2, 3
+"""circuits of a category beside its own; and those judged on its prompts beside those of all categories"""
 _FILES = 6_000_000
 """bytes of its page and tables, most of them plotly's own script"""
 
@@ -21,30 +21,29 @@ def work(study: Compare, sketch: Sketch) -> list[Work]:
     Raises:
         UserError: a category lacks prompts.
     """
-    run, options = sketch.run, study.of(sketch.run)
-    categories = study.categories(run)
+    options, categories = study.of(sketch.run), study.categories(sketch.run)
     asked = [question(sketch, category) for category in categories]
+    # Circuits to be compared come from their own prompts alone.
+    asked = [asks._replace(asked=asks.asked._replace(pooled=())) for asks in asked]
     n_pools = min(options.shuffles, len(list(itertools.combinations(categories, 2))))
     n_judged = len(categories) + _RESTS
     # A pool's two halves have as many prompts as a category's.
-    parts = 1 + _PARTS * (1 + n_pools / len(categories))
+    halves = _HALVES * (1 + n_pools / len(categories))
     found, judged = [], []
     for asks in asked:
-        rank, half = ranking(sketch, asks), share_of(asks.asked.discovery, rows_of(asks.asked.discovery) // 2)
-        between = edges(asks.asked, asks.asked.discovery, options.size) if options.edges else Amounts()
-        of_halves = edges(asks.asked, half, options.size) if options.edges else Amounts()
-        found += [rank.amounts * parts, between, of_halves * (parts - 1), preparing(sketch, asks).amounts * parts]
-        both_sides = ablated(asks.asked, asks.by_means, 2 * n_judged + 1) + ablated(asks.asked, asks.test, n_judged + 1)
-        published = ablated(asks.asked, asks.by_means or asks.test, 2 * n_judged + 1) * asks.positive
-        answered = replying(sketch, asks, 2 * options.replies, _RESTS, options.reply_tokens) if options.replies else None
-        judged += [preparing(sketch, asks).amounts, both_sides, published, answered.amounts if answered else Amounts()]
+        prepared, discovery = preparing(sketch, asks).amounts, asks.asked.discovery
+        found += [(prepared + ranking(sketch, asks).amounts) * (1 + halves)]
+        if options.edges:
+            half = some_of(discovery, rows_of(discovery) // 2)
+            found += [edges(asks.asked, discovery, options.size), edges(asks.asked, half, options.size) * halves]
+        judged += [prepared, ablated(asks.asked, asks.by_means, 2 * n_judged + 1)]
+        judged += [ablated(asks.asked, asks.test, n_judged + 1), ablated(asks.asked, asks.positives, 2 * n_judged + 1)]
+        if options.replies:
+            judged += [replying(sketch, asks, 2 * options.replies, _RESTS, options.reply_tokens).amounts]
     largest = max(asked, key=lambda asks: rows_of(asks.asked.discovery))
-    rank = ranking(sketch, largest)
-    scoring = runs(sketch, largest, "", largest.test, n_judged)
+    rank, scoring = ranking(sketch, largest), running(sketch, largest, "", largest.test, Amounts())
     return [
         sketch.loading(),
-        Work("circuits", total(found), rank.device, rank.host),
-        Work("test prompts", total(judged), scoring.device, scoring.host, _FILES),
+        Work("circuits", total(found), rank.device, rank.host, note=rank.note),
+        Work("test prompts", total(judged), scoring.device, kept=_FILES),
     ]
-
-

@@ -22,7 +22,9 @@ def work(study: Patching, sketch: Sketch) -> list[Work]:
     shapes = shapes_of(prompts, tokens)
     choosing = scored(shapes, sizes.n_layers)
     if options.require == "behaviour":
-        choosing += replied(shapes_of(prompts, tokens, options.reply_tokens), 1, options.reply_tokens, sizes.n_layers, tokens)
+        choosing += replied(
+            shapes_of(prompts, tokens, options.reply_tokens), 1, options.reply_tokens, sizes.n_layers, tokens
+        )
     layers = sorted(set(options.layers)) or list(range(sizes.n_layers))
     kinds = list(dict.fromkeys(options.components))
     n_heads = sketch.known.outline.config.get_text_config().num_attention_heads
@@ -30,7 +32,9 @@ def work(study: Patching, sketch: Sketch) -> list[Work]:
     suffix, whole = int((prompts[0].roles == Role.SUFFIX).sum()), max(len(prompt.ids) for prompt in prompts)
     patching, largest = Amounts(), 0
     for positions in options.position_sets:
-        width = {"suffix": suffix, "last": 1}.get(positions, whole if positions in ("all", "content", "prefix") else suffix)
+        width = {"suffix": suffix, "last": 1}.get(
+            positions, whole if positions in ("all", "content", "prefix") else suffix
+        )
         # Pairs in batches by the length of whole prompts, of which the last tokens are run.
         suffixes = [Shape(max(shape.rows // 2, 1), min(width, shape.width)) for shape in shapes]
         after = sum(sizes.n_layers - patch.first_layer for patch in patches) / len(patches)
@@ -38,7 +42,7 @@ def work(study: Patching, sketch: Sketch) -> list[Work]:
         once += packed(suffixes, len(patches), round(after), tokens)
         once += Amounts(backward=tokens_of(suffixes) * sizes.n_layers)
         patching += once * len(options.directions)
-        largest = max(largest, *(sizes.n_layers * sketch.in_use(shape.tokens) for shape in suffixes))
+        largest = max(largest, *(sketch.gradients(shape.tokens, sizes.n_layers) for shape in suffixes))
     cache = cache_bytes(sizes, tokens) + sizes.logits(tokens / max(suffix, 1))
     device = sizes.weights + cache + max(sketch.in_use(tokens), largest)
     kept = _PAGE_BYTES + _ROW_BYTES * len(patches) * len(options.directions) * len(prompts) // 2

@@ -8,7 +8,7 @@ from sfc.studies.sample.study import Sample
 from sfc.studies.sketch import Sketch
 
 KEPT = 0.5
-"""share of the instructions that are kept, about, of the embedded model's; other models' may be kept more or less often"""
+"""share of the instructions that are kept, taken without a measurement: models write more or fewer plain ones"""
 _LINE_BYTES = 5.5
 """a token has in `sampled.jsonl`"""
 

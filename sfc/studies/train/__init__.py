@@ -72,7 +72,7 @@ class Train(Study[TrainOptions]):
         self.leave(session, artifact, made)
 
     def makes(self, run: Run) -> Sequence[Need]:
-        """The conversations that it learns from, and the activations where it learns from those of the prompts alone."""
+        """Conversations to learn from, and the store where it is the circuits' prompts that are learned from."""
         run, corpus = run.learned_by or run, (run.learned_by or run).experiment.corpus
         conversations = [Need(SAMPLE, run)] if SAMPLED in corpus.sources else []
         return [*conversations, *([Need(COLLECT, run)] if corpus.is_prompts_alone else [])]

@@ -1,12 +1,16 @@
 """What training takes: the rows, the steps of every dictionary, and what each is measured by afterwards."""
 
+from dataclasses import replace
+
 import torch
 
 from sfc.core.config import SampleOptions
 from sfc.core.sites import layer_of
 from sfc.core.work import Amounts, Work
-from sfc.models.work import Shape, passed, rows_of, scored, shapes_of, tokens_of
+from sfc.models.work import Shape, passed, scored, shapes_of, some_of, tokens_of
+from sfc.saes.architectures import WEIGHTS_FILE
 from sfc.saes.quality import ROWS_AT_ONCE
+from sfc.saes.source import local_dictionaries
 from sfc.saes.work import start_work, training_work
 from sfc.studies.collect.fill import n_rows
 from sfc.studies.sketch import Sketch
@@ -38,7 +42,9 @@ def work(study: Train, sketch: Sketch) -> list[Work]:
         largest = max(widths, key=lambda width: width.d_in * width.d_sae)
         weights = sketch.sizes.weights
         for step in (start_work(saes, largest, len(widths), rows), training_work(saes, largest, len(widths), rows)):
-            steps.append(Work(step.step, step.amounts, step.device + weights, step.host, step.kept))
+            steps.append(replace(step, device=step.device + weights))
+    else:
+        steps.append(_adopted(sketch))
     return [*steps, _measuring(sketch, rows)]
 
 
@@ -48,7 +54,8 @@ def training_rows(sketch: Sketch) -> int:
     corpus = run.experiment.corpus
     sampled = SampleOptions.of(run.experiment).tokens if "sampled" in corpus.sources else 0
     files = [source for source in corpus.sources if source not in ("prompts", "sampled")]
-    return n_rows(prompts) * ("prompts" in corpus.sources) + sampled + len(files) * (corpus.max_tokens or 0)
+    of_prompts = n_rows(prompts) * ("prompts" in corpus.sources)
+    return of_prompts + sampled + len(files) * (corpus.max_tokens or 0)
 
 
 def _corpus(sketch: Sketch, rows: int) -> Work:
@@ -63,28 +70,36 @@ def _corpus(sketch: Sketch, rows: int) -> Work:
 
 
 def _measuring(sketch: Sketch, rows: int) -> Work:
-    """Held-out rows, what splicing costs, what features restore, and what they tell of prompts."""
-    run, experiment, n_sites = sketch.run, sketch.run.experiment, len(sketch.widths)
-    tokens, some = experiment.activations.batch_tokens, sketch.circuit_prompts
-    mean = len(some) and sum(len(prompt.ids) for prompt in some) / len(some)
-    spliced = shapes_of(some[:: max(len(some) // SPLICED_PROMPTS, 1)], tokens)
-    pairs = shapes_of(some[:: max(len(some) // (2 * RESTORED_PROMPTS), 1)], tokens)
-    restored = (n_sites + 1) * 2
-    probed = 2 * PROBED_PROMPTS * mean
-    suffix = sketch.suffix
-    amounts = scored(spliced, suffix) * (1 + 3 * n_sites)
-    amounts += Amounts(logits=tokens_of(spliced) * (1 + 3 * n_sites))  # the cross-entropy of every token
-    amounts += passed(pairs, sketch.up_to_last) + scored(pairs, suffix) * restored
-    amounts += passed([Shape(1, int(probed))], sketch.up_to_last)
-    encoded = experiment.saes.held_out * rows + 2 * probed
-    amounts += Amounts(encoded=encoded * n_sites, spliced=(n_sites * 3 + tokens_of(pairs)) * 1.0 * restored)
-    largest = max((shape.tokens for shape in (*spliced, *pairs)), default=0)
-    width = max(sketch.widths.values(), key=lambda width: width.d_sae)
-    block = 4 * ROWS_AT_ONCE * width.d_sae * 2
-    device = sketch.sizes.weights + sketch.dictionaries + max(sketch.in_use(largest), block)
-    device += sketch.sizes.logits(max((shape.tokens for shape in spliced), default=0))
-    host = 8 * 2 * PROBED_PROMPTS * width.d_sae * 4
-    kept = _PAGE_BYTES + _DENSITY_BYTES * sum(width.d_sae for width in sketch.widths.values())
-    itemsize = 4 * (experiment.saes.source is not None)
-    kept += sum(width.weights(itemsize) for width in sketch.widths.values())
-    return Work("measure", amounts, device, host, kept + 0 * rows_of(spliced))
+    """What splicing costs, what features restore and tell of prompts, and how well held-out rows are reconstructed."""
+    saes, n_sites, suffix = sketch.run.experiment.saes, len(sketch.sites), sketch.suffix
+    prompts, batch_tokens = sketch.circuit_prompts, sketch.run.experiment.activations.batch_tokens
+    unseen = shapes_of(prompts[:: max(round(1 / saes.held_out), 1)] if saes.held_out else prompts, batch_tokens)
+    spliced, pairs = some_of(unseen, SPLICED_PROMPTS), some_of(unseen, 2 * RESTORED_PROMPTS)
+    probed = some_of(shapes_of(prompts, batch_tokens), 2 * PROBED_PROMPTS)
+    runs = 1 + (_SPLICINGS - 1) * n_sites
+    # The cross-entropy of every token; then every site alone and all in series, with nothing and everything kept.
+    amounts = (passed(spliced, suffix) + Amounts(logits=tokens_of(spliced))) * runs
+    amounts += passed(pairs, sketch.up_to_last) + scored(pairs, suffix) * (2 * (n_sites + 1))
+    amounts += passed(probed, sketch.up_to_last)
+    encoded = saes.held_out * rows + 2 * tokens_of(probed) + tokens_of(spliced)
+    amounts += Amounts(encoded=encoded * n_sites, spliced=2 * 2 * n_sites * tokens_of(pairs))
+    largest, losses = (max((shape.tokens for shape in shapes), default=0) for shapes in ((*spliced, *pairs), spliced))
+    in_use = max(sketch.in_use(largest), sketch.encoding(max(largest, ROWS_AT_ONCE))) + sketch.sizes.logits(losses)
+    d_sae = [width.d_sae for width in sketch.widths.values()]
+    return Work(
+        "measure",
+        amounts,
+        sketch.sizes.weights + sketch.dictionaries + in_use,
+        host=2 * 8 * 2 * PROBED_PROMPTS * max(d_sae),
+        kept=_PAGE_BYTES + _DENSITY_BYTES * sum(d_sae),
+    )
+
+
+def _adopted(sketch: Sketch) -> Work:
+    """Dictionaries of others are copied, and checked on held-out rows with all the others."""
+    source = sketch.run.experiment.saes.source
+    folders = local_dictionaries(source, sketch.sites) if source else {}
+    files = [folders[site] / WEIGHTS_FILE for site in sketch.sites if site in folders]
+    here = sum(file.stat().st_size for file in files if file.is_file())
+    kept = here + sum(width.weights(4) for site, width in sketch.widths.items() if site not in folders)
+    return Work(f"take {len(sketch.sites)} dictionaries", Amounts(written=kept), sketch.sizes.weights, kept=kept)
