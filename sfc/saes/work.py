@@ -20,7 +20,7 @@ from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, read_config
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.source import local_dictionaries, source_of
-from sfc.saes.start import KMEANS_BLOCK, KMEANS_ROUNDS, start
+from sfc.saes.start import ENCODED_ROWS, KMEANS_BLOCK, KMEANS_ROUNDS, start
 from sfc.saes.train import train_step
 
 
@@ -86,14 +86,14 @@ def start_work(config: SaeConfig, width: Width, n_sites: int, n_rows: int) -> Wo
     rows = min(config.start_rows, n_rows)
     # Where there are fewer rows than features, rows themselves are the centroids.
     has_rounds = config.start == "kmeans" and rows >= width.d_sae
-    encoded = KMEANS_ROUNDS * rows * n_sites * has_rounds
+    encoded = (KMEANS_ROUNDS * rows * has_rounds + min(ENCODED_ROWS, rows)) * n_sites
     # The sample of all sites, and of one its scaled, centred and normalised copies.
     sample = 4 * rows * width.d_in * (n_sites + 4) + 4 * KMEANS_BLOCK * width.d_sae
     return Work("start", Amounts(encoded=encoded), host=sample)
 
 
-_COPIES_OF_WEIGHTS = 5
-"""weights, their gradients, Adam's two moments, and what the fused step and the gradient's norm need beside"""
+_COPIES_OF_WEIGHTS = 4
+"""weights, their gradients, and Adam's two moments"""
 _BUFFERS = 3
 """of rows: one that is used, one that is read ahead, and a block with its copies"""
 

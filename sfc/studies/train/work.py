@@ -29,23 +29,22 @@ _DENSITY_BYTES = 59
 def work(study: Train, sketch: Sketch) -> list[Work]:
     """The steps of `sfc train`, its own corpus' store among them; of dictionaries of others, only what is measured.
 
+    Where the activations are stored already the model is loaded no earlier than it measures.
+
     Raises:
         UserError: as `sfc.studies.collect.work.work`, or the dictionaries' sizes cannot be found out.
     """
-    run, saes = sketch.run, sketch.run.experiment.saes
-    steps = [sketch.loading()]
-    widths = list(sketch.widths.values())
-    rows = training_rows(sketch)
-    if not run.experiment.corpus.is_prompts_alone:
-        steps.append(_corpus(sketch, rows))
-    if saes.source is None:
-        largest = max(widths, key=lambda width: width.d_in * width.d_sae)
-        weights = sketch.sizes.weights
-        for step in (start_work(saes, largest, len(widths), rows), training_work(saes, largest, len(widths), rows)):
-            steps.append(replace(step, device=step.device + weights))
-    else:
-        steps.append(_adopted(sketch))
-    return [*steps, _measuring(sketch, rows)]
+    run, saes, rows = sketch.run, sketch.run.experiment.saes, training_rows(sketch)
+    widths, measuring = list(sketch.widths.values()), _measuring(sketch, rows)
+    if saes.source is not None:
+        return [sketch.loading(), _adopted(sketch), measuring]
+    largest = max(widths, key=lambda width: width.d_in * width.d_sae)
+    steps = [make(saes, largest, len(widths), rows) for make in (start_work, training_work)]
+    if run.corpus.is_complete():
+        return [*steps, sketch.loading(), measuring]
+    steps = [replace(step, device=step.device + sketch.sizes.weights) for step in steps]
+    filled = [] if run.experiment.corpus.is_prompts_alone else [_corpus(sketch, rows)]
+    return [sketch.loading(), *filled, *steps, measuring]
 
 
 def training_rows(sketch: Sketch) -> int:
@@ -54,8 +53,7 @@ def training_rows(sketch: Sketch) -> int:
     corpus = run.experiment.corpus
     sampled = SampleOptions.of(run.experiment).tokens if "sampled" in corpus.sources else 0
     files = [source for source in corpus.sources if source not in ("prompts", "sampled")]
-    of_prompts = n_rows(prompts) * ("prompts" in corpus.sources)
-    return of_prompts + sampled + len(files) * (corpus.max_tokens or 0)
+    return n_rows(prompts) * ("prompts" in corpus.sources) + sampled + len(files) * (corpus.max_tokens or 0)
 
 
 def _corpus(sketch: Sketch, rows: int) -> Work:
