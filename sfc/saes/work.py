@@ -21,7 +21,7 @@ from sfc.saes.architectures import CONFIG_FILE, read_config
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.source import local_dictionaries, source_of
 from sfc.saes.start import ENCODED_ROWS, KMEANS_BLOCK, KMEANS_ROUNDS, start
-from sfc.saes.train import train_step
+from sfc.saes.train import dead_features, train_step
 
 
 class Width(NamedTuple):
@@ -170,10 +170,11 @@ def training_speed(config: SaeConfig, width: Width, device: torch.device) -> Amo
     few = max(many // 4, 1)
     rows = torch.randn(many, width.d_in)
     training = start("blocks.0.hook_resid_post", rows, small, 0, device)
+    dead = dead_features(training, small)
 
     def seconds(count: int) -> float:
         x = rows[:count].to(device)
-        return seconds_of(lambda: train_step(training, x, small, int(small.k), config.learning_rate), device)
+        return seconds_of(lambda: train_step(training, x, small, int(small.k), config.learning_rate, dead), device)
 
     of_few, of_many = seconds(few), seconds(many)
     per_row = (of_many - of_few) / (many - few) if many > few else of_many / many

@@ -125,7 +125,9 @@ def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) 
     places = keyed_ranks(frame, ["category", "dataset_type", "split"], f"parts {seed}")
     elsewhere = is_own & (frame["split"] == "discovery") & (places % n_parts != number)
     named = frame["category"].mask(is_own, categories[0])
-    return run.with_prompts(frame.assign(category=named)[~elsewhere].reset_index(drop=True))
+    # No circuit is judged here: its test prompts need not be run.
+    left = frame.assign(category=named)[~elsewhere & (frame["split"] != "test")]
+    return run.with_prompts(left.reset_index(drop=True))
 
 
 def _averaged_problems(

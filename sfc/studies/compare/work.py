@@ -26,13 +26,14 @@ def work(study: Compare, sketch: Sketch) -> list[Work]:
     # Circuits to be compared come from their own prompts alone.
     asked = [asks._replace(asked=asks.asked._replace(pooled=())) for asks in asked]
     n_pools = min(options.shuffles, len(list(itertools.combinations(categories, 2))))
-    n_judged = len(categories) + _RESTS
+    n_judged, prompts = len(categories) + _RESTS, sketch.run.experiment.prompts
+    of_discovery = prompts.discovery / (prompts.discovery + prompts.test)  # circuits are found without test prompts
     # A pool's two halves have as many prompts as a category's.
     halves = _HALVES * (1 + n_pools / len(categories))
     found, judged = [], []
     for asks in asked:
         prepared, discovery = preparing(sketch, asks).amounts, asks.asked.discovery
-        found += [(prepared + ranking(sketch, asks).amounts) * (1 + halves)]
+        found += [(prepared * of_discovery + ranking(sketch, asks).amounts) * (1 + halves)]
         if options.edges:
             half = some_of(discovery, rows_of(discovery) // 2)
             found += [edges(asks.asked, discovery, options.size), edges(asks.asked, half, options.size) * halves]
