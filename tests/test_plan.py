@@ -146,7 +146,8 @@ def gemma_with_dictionaries_at_all_layers(folder: Path) -> list[str]:
     }
     return [
         f"model.source={folder}", "model.template=plain", f"activations.kind={json.dumps(list(kinds))}",
-        f"activations.layers={list(range(26))}", f"saes.source={json.dumps(sources)}", "prompts.limit=6",
+        f"activations.layers={list(range(26))}", f"saes.source={json.dumps(sources)}", "prompts.limit=12",
+        "prompts.max_tokens=100",
     ]  # fmt: skip
 
 
@@ -166,14 +167,15 @@ def test_dictionaries_at_three_sites_of_26_layers_fit_a_card_of_24_gb(tmp_path: 
 
 
 def test_settings_bring_a_plan_under_a_given_memory(tmp_path: Path) -> None:
-    of = planned("train", tmp_path, "saes.expansion=4096", "saes.layers_at_once=2", "saes.start_rows=8192")
-    wanted = round(0.8 * (of.peak[0] - of.base) + of.base)
-    settings = fitted(of, STUDIES["train"], wanted)
-    assert settings and settings[0] == "saes.layers_at_once=1"
-    lighter = planned("train", tmp_path, "saes.expansion=4096", "saes.start_rows=8192", *settings)
-    assert lighter.peak[0] <= wanted < of.peak[0]
-    assert "--set saes.layers_at_once=1" in str(memory_blocks(of, wanted, settings))
-    assert fitted(of, STUDIES["train"], bytes_of("1MB")) is None
+    large = ("activations.batch_tokens=65536", "saes.dtype=bfloat16", "model.dtype=bfloat16")
+    of = planned("collect", tmp_path, *large)
+    wanted = of.base + round(0.6 * (of.peak[0] - of.base))
+    settings = fitted(of, STUDIES["collect"], wanted)
+    assert settings and settings[0].startswith("activations.batch_tokens=")
+    lighter = planned("collect", tmp_path, *large, *settings)
+    assert lighter.peak[0] - lighter.base <= wanted - of.base < of.peak[0] - of.base
+    assert f"--set {settings[0]}" in str(memory_blocks(of, wanted, settings))
+    assert fitted(of, STUDIES["collect"], bytes_of("1MB")) is None
     assert "No setting" in str(memory_blocks(of, bytes_of("1MB"), None))
 
 

@@ -6,17 +6,15 @@ number of active features; a very large one has fewer features there, and what g
 """
 
 import re
-from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
-from sfc.core.errors import UserError
 from sfc.core.work import Amounts, Work
 from sfc.models.work import seconds_of
-from sfc.run import Run
 from sfc.saes.architectures import CONFIG_FILE, read_config
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.source import local_dictionaries, source_of
@@ -55,14 +53,16 @@ _NAMED_WIDTH = re.compile(r"width_(\d+)k|-(\d+)k(?:/|$)")
 _NAMED_EXPANSION = re.compile(r"[lr_](\d+)x(?:_|/|$)")
 
 
-def width_of(run: Run, site: str, d_in: int) -> Width:
-    """The size of the run's dictionary at a site of this width.
+def width_of(saes: SaeConfig, folder: Path, site: str, d_in: int) -> Width:
+    """The size of the dictionary at a site of this width.
+
+    Args:
+        folder: where the dictionaries lie, once they are made or taken.
 
     Raises:
         UserError: `saes.source` names none, or its configuration is damaged.
     """
-    saes = (run.learned_by or run).experiment.saes
-    folders = [run.saes.folder / site]
+    folders = [folder / site]
     if saes.source is not None:
         folders += filter(None, [local_dictionaries(saes.source, [site]).get(site)])
     for folder in folders:
@@ -180,14 +180,3 @@ def training_speed(config: SaeConfig, width: Width, device: torch.device) -> Amo
     per_row = (of_many - of_few) / (many - few) if many > few else of_many / many
     per_step = max(of_many - many * per_row, 0.0)
     return Amounts(trained=(max(per_row, 0.0) + per_step / config.batch_size) / share)
-
-
-def known_widths(run: Run, sites: Sequence[str], d_in: Callable[[str], int]) -> dict[str, Width]:
-    """The size of every site's dictionary.
-
-    Raises:
-        UserError: as `width_of`.
-    """
-    if not sites:
-        raise UserError("no sites: --set activations.layers=[…]")
-    return {site: width_of(run, site, d_in(site)) for site in sites}

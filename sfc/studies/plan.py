@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,7 +319,8 @@ def fitted(plan_as_is: Plan, study: Study[Any], memory: int) -> list[str] | None
     sketch = _sketch(plan_as_is.run, None)[0]
 
     def changed(key: str, value: Any) -> Plan:
-        return plan(study, _changed(current.run, key, value), is_timed=False, like=sketch)
+        lighter = plan(study, _changed(current.run, key, value), is_timed=False, like=sketch)
+        return replace(lighter, base=plan_as_is.base)  # this process grows as it plans
 
     while current.peak[0] > memory:
         for key, value in _lighter(current.run.experiment):
@@ -332,12 +333,13 @@ def fitted(plan_as_is: Plan, study: Study[Any], memory: int) -> list[str] | None
     for key in halved:
         while (larger := changed(key, 2 * chosen[key])).peak[0] <= memory:
             current, chosen[key] = larger, 2 * chosen[key]
-    return [f"{key}={json.dumps(value).replace(' ', '')}" for key, value in chosen.items()]
+    changed_ones = {k: value for k, value in chosen.items() if value != _setting(plan_as_is.run.experiment, k)}
+    return [f"{key}={json.dumps(value).replace(' ', '')}" for key, value in changed_ones.items()]
 
 
 def _lighter(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     """Settings that may take less memory, those that change results least first."""
-    saes, activations, sections = experiment.saes, experiment.activations, experiment.model_dump()
+    saes, activations = experiment.saes, experiment.activations
     if saes.source is None and saes.layers_at_once > 1:
         yield "saes.layers_at_once", saes.layers_at_once // 2
     for key, value, least in (
@@ -353,11 +355,15 @@ def _lighter(experiment: Experiment) -> Iterator[tuple[str, Any]]:
     for key, least in (
         ("evaluation.null_draws", 0), ("learned_mask.pooled", 0), ("discovery.pairs_per_prompt", 1),
     ):  # fmt: skip
-        section, name = key.split(".")
-        if sections[section][name] > least:
+        if _setting(experiment, key) > least:
             yield key, least
     if len(activations.layers) > 1:
         yield "activations.layers", activations.layers[::2]
+
+
+def _setting(experiment: Experiment, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(experiment, section), name)
 
 
 def _changed(run: Run, key: str, value: Any) -> Run:

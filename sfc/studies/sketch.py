@@ -6,6 +6,7 @@ What `Session` is to a study that measures, a `Sketch` is to one that says what 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 
 import pandas as pd
 import torch
@@ -17,8 +18,8 @@ from sfc.models.loading import Outline, load_outline
 from sfc.models.running import layer_before
 from sfc.models.work import Sizes, block_speed, saved_bytes, sizes_of
 from sfc.run import Run
-from sfc.saes.work import Width, dictionary_speed, known_widths, training_speed
-from sfc.studies.collect.fill import Corpus, circuit_prompts, short_enough, tokenizing
+from sfc.saes.work import Width, dictionary_speed, training_speed, width_of
+from sfc.studies.collect.fill import Corpus, short_enough, tokenizing
 
 
 @dataclass
@@ -75,7 +76,8 @@ class Sketch:
         Raises:
             UserError: `saes.source` names none, or their configuration is damaged.
         """
-        return known_widths(self.run, self.sites, self.known.outline.width)
+        saes, folder = (self.run.learned_by or self.run).experiment.saes, self.run.saes.folder
+        return {site: width_of(saes, folder, site, self.known.outline.width(site)) for site in self.sites}
 
     @property
     def dictionaries(self) -> int:
@@ -108,12 +110,16 @@ class Sketch:
         return [known[text] for text in texts]
 
     def short_enough(self, frame: pd.DataFrame) -> Corpus:
-        """The prompts of a table that are short enough.
+        """The prompts of a table that are short enough; how many are not is left for the command to say.
 
         Raises:
             UserError: none is.
         """
-        return short_enough(self.tokens, frame, self.run.experiment.prompts.max_tokens)
+        tokenized, most = self.tokens(frame["prompt"].tolist()), self.run.experiment.prompts.max_tokens
+        fits = [len(prompt.ids) <= most for prompt in tokenized]
+        if not any(fits):
+            return short_enough(self.tokens, frame, most)
+        return Corpus(frame[fits].reset_index(drop=True), list(compress(tokenized, fits)))
 
     @cached_property
     def circuit_prompts(self) -> list[TokenizedPrompt]:
@@ -122,7 +128,8 @@ class Sketch:
         Raises:
             UserError: none is short enough.
         """
-        return circuit_prompts(self.run, self.tokens).sequences
+        frame = self.run.prompts.frame
+        return self.short_enough(frame[frame["split"] != "test"]).sequences
 
     def in_use(self, tokens: int) -> int:
         """Bytes that a pass of a batch of so many tokens has in use at once, in one block."""
