@@ -125,12 +125,12 @@ _FEWEST = 64
 @torch.no_grad()
 def dictionary_speed(width: Width, dtype: str, device: torch.device) -> Amounts:
     """Seconds of a row that is encoded, and that is spliced in: forward, and back."""
-    d_sae = min(width.d_sae, max(_ELEMENTS // width.d_in, width.k))
-    rows = _rows(width.d_in * d_sae)
+    d_sae = min(width.d_sae, max(_ELEMENTS // width.d_in, 1))
+    k, rows = min(width.k, d_sae), _rows(width.d_in * d_sae)
     directions = torch.nn.functional.normalize(torch.randn(d_sae, width.d_in), dim=1).to(device, getattr(torch, dtype))
     weights = {"W_enc": directions.t(), "W_dec": directions}
     weights |= {"b_enc": torch.zeros(d_sae, device=device), "b_dec": torch.zeros(width.d_in, device=device)}
-    dictionary = TopKDictionary(weights, k=min(width.k, d_sae), site="blocks.0.hook_resid_post")
+    dictionary = TopKDictionary(weights, k=k, site="blocks.0.hook_resid_post")
     x = torch.randn(rows, width.d_in, device=device)
     circuit, keep = torch.zeros(rows, 1, dtype=torch.long, device=device), torch.ones(1, d_sae, device=device)
 
@@ -149,9 +149,10 @@ def dictionary_speed(width: Width, dtype: str, device: torch.device) -> Amounts:
         seconds_of(call, device) / rows
         for call in (lambda: dictionary.encode_sparse(x), lambda: put_together(*sparse), back)
     )
-    encoded = encoding * width.d_sae / d_sae
+    encoded, more_active = encoding * width.d_sae / d_sae, width.k / k
     backward = max(whole - encoding - decoding, 0.0)
-    return Amounts(encoded=encoded, spliced=encoded + decoding, spliced_backward=backward)
+    spliced = encoded + decoding * more_active
+    return Amounts(encoded=encoded, spliced=spliced, spliced_backward=backward * more_active)
 
 
 def _rows(elements: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from sfc.core.config import SampleOptions
 from sfc.core.sites import layer_of
 from sfc.core.work import Amounts, Work
+from sfc.data.corpus import PROMPTS, SAMPLED
 from sfc.models.work import Shape, passed, scored, shapes_of, some_of, tokens_of
 from sfc.saes.architectures import WEIGHTS_FILE
 from sfc.saes.quality import ROWS_AT_ONCE
@@ -51,9 +52,9 @@ def training_rows(sketch: Sketch) -> int:
     """Rows that dictionaries learn from: those of the prompts, and about as many tokens as the corpus is to have."""
     run, prompts = sketch.run, sketch.circuit_prompts
     corpus = run.experiment.corpus
-    sampled = SampleOptions.of(run.experiment).tokens if "sampled" in corpus.sources else 0
-    files = [source for source in corpus.sources if source not in ("prompts", "sampled")]
-    return n_rows(prompts) * ("prompts" in corpus.sources) + sampled + len(files) * (corpus.max_tokens or 0)
+    sampled = SampleOptions.of(run.experiment).tokens if SAMPLED in corpus.sources else 0
+    files = [source for source in corpus.sources if source not in (PROMPTS, SAMPLED)]
+    return n_rows(prompts) * (PROMPTS in corpus.sources) + sampled + len(files) * (corpus.max_tokens or 0)
 
 
 def _corpus(sketch: Sketch, rows: int) -> Work:
@@ -64,7 +65,11 @@ def _corpus(sketch: Sketch, rows: int) -> Work:
     shapes = [Shape(1, config.batch_tokens)] * -(-rows // config.batch_tokens)
     in_use = sketch.in_use(config.batch_tokens) + config.batch_tokens * width * 6
     amounts = passed(shapes, layer_of(sketch.sites[-1]) + 1) + Amounts(written=kept)
-    return Work(f"run a corpus of about {rows:,} rows", amounts, sketch.sizes.weights + in_use, kept=kept)
+    corpus = sketch.run.experiment.corpus
+    files = [source for source in corpus.sources if source not in (PROMPTS, SAMPLED)]
+    note = f"{', '.join(files)}: taken to have {corpus.max_tokens or 0:,} tokens (corpus.max_tokens)" if files else ""
+    device = sketch.sizes.weights + in_use
+    return Work(f"run a corpus of about {rows:,} rows", amounts, device, kept=kept, note=note)
 
 
 def _measuring(sketch: Sketch, rows: int) -> Work:
