@@ -33,6 +33,7 @@ from sfc.core.errors import UserError
 from sfc.core.files import below
 from sfc.core.options import Options
 from sfc.core.progress import say
+from sfc.core.ranks import alone, is_leader, told, wait_for_all, world_size
 from sfc.core.registry import Registry
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
@@ -210,6 +211,15 @@ class Study(ABC, Generic[OwnOptions]):
         """
         raise NotImplementedError
 
+    def share(self, session: Session, folder: Path) -> None:
+        """What can be shared by several processes (see `sfc.core.ranks`), on all of them, before `make` on the first.
+
+        It leaves files in the folder, which `make` finds instead of making them.
+
+        Raises:
+            UserError: as `make`.
+        """
+
     @abstractmethod
     def make(self, session: Session, folder: Path) -> Made:
         """Measure, and write files into the folder.
@@ -242,7 +252,12 @@ class Study(ABC, Generic[OwnOptions]):
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
         """Make the artifact: everything that `make` does not do."""
         with artifact.being_made(rebuild) as folder:
-            self.leave(session, artifact, self.make(session, folder))
+            if world_size() > 1:
+                self.share(session, folder)
+                wait_for_all()
+            if is_leader():
+                with alone():
+                    self.leave(session, artifact, self.make(session, folder))
 
     def leave(self, session: Session, artifact: Artifact, made: Made) -> None:
         """Write the result, the page and, last, the manifest, which declares the artifact finished."""
@@ -271,8 +286,9 @@ def ensure(study: Study[Any], run: Run, rebuild: bool = False, session: Session 
     """
     study.check(run)
     artifact = study.artifact(run)
-    if not rebuild and study.is_current(run, artifact):
-        artifact.tidy()
+    if told(lambda: not rebuild and study.is_current(run, artifact)):
+        if is_leader():
+            artifact.tidy()
         say(f"up to date: {artifact.folder}")
     else:
         session = Session(run) if session is None else session.for_run(run)

@@ -56,15 +56,22 @@ class Collect(Study[CollectOptions]):
 
         return what_it_takes(run, self.sites(run))
 
+    def share(self, session: Session, folder: Path) -> None:
+        self._fill(session, folder)
+
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.saes.store import shard_digests
+
+        facts = self._fill(session, folder)
+        return Made({"preset": session.run.experiment.name, **facts}, {"store": "."}, facts, shard_digests(folder))
+
+    def _fill(self, session: Session, folder: Path) -> dict[str, Any]:
         from sfc.studies.collect.fill import circuit_prompts, fill
 
         model, run = session.model, session.run
         sites = self.sites(run)
         model.check_sites(sites)
-        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
-        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts, shard_digests(folder))
+        return fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
 
     def page(self, finished: Finished) -> Page:
         result = finished.result

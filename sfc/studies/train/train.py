@@ -1,7 +1,7 @@
 """Training one SAE per site, and measuring all of them.
 
-Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after. SAEs
-are measured on rows that were kept from their training, and on what they are for: circuits.
+Of several processes each trains a share of the sites; they share the collection before it, and the first one measures.
+SAEs are measured on rows that were kept from their training, and on what they are for: circuits.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from sfc.core.artifacts import fingerprint, json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.machine import check_memory
 from sfc.core.progress import Show, progress_bar, progress_beside_table, say
-from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.core.ranks import is_leader, own_share, wait_for_all
 from sfc.data.render import Role, TokenizedPrompt, answered
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
@@ -70,8 +70,8 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         _check_memory(run)
     elif is_leader():
         adopt_dictionaries(run, source, folder)
-    with leader_first():
-        rows = training_rows(session)
+    wait_for_all()
+    rows = training_rows(session)
     if source is None:
         say(
             f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
