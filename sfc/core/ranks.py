@@ -102,7 +102,7 @@ def own_share(items: Sequence[Item]) -> list[Item]:
 
 
 def dealt(items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
-    """Every item in turn, and whether it is this process's to work on: it is given to the one that asks first.
+    """Every item in turn, and whether it is this process's to work on, `alone`: the one that asks first is given it.
 
     Args:
         items: as many, in the same order, on every process.
@@ -114,9 +114,12 @@ def dealt(items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
     claim = functools.partial(group.count, group.next_call())
     given = claim() - 1
     for number, item in enumerate(items):
-        yield item, number == given
         if number == given:
+            with alone():
+                yield item, True
             given = claim() - 1
+        else:
+            yield item, False
 
 
 def wait_for_all() -> None:
@@ -151,6 +154,21 @@ def gathered(value: Value) -> list[Value]:
     group.set(f"{call} {rank()}", value)
     wait_for_all()
     return [group.get(f"{call} {other}") for other in range(world_size())]
+
+
+@contextmanager
+def in_turn(name: str) -> Iterator[None]:
+    """Let one process after another through the blocks of a name, where each works by itself."""
+    group = _Group.only
+    if group is None:
+        yield
+        return
+    ticket = group.count(f"tickets of {name}") - 1
+    group.wait(lambda: group.count(f"served of {name}", 0) == ticket)
+    try:
+        yield
+    finally:
+        group.count(f"served of {name}")
 
 
 def give_up(reason: str) -> None:

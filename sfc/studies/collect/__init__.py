@@ -5,6 +5,7 @@ from typing import Any
 
 from sfc.core.artifacts import Artifact
 from sfc.core.options import Options, option
+from sfc.core.ranks import is_leader
 from sfc.core.sites import in_order, site_from_short
 from sfc.pages.blocks import Page, Paragraph
 from sfc.run import Run
@@ -31,6 +32,7 @@ class Collect(Study[CollectOptions]):
 
     name = "collect"
     options = CollectOptions
+    is_shared = True
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return dict(run.store.inputs)
@@ -56,22 +58,16 @@ class Collect(Study[CollectOptions]):
 
         return what_it_takes(run, self.sites(run))
 
-    def share(self, session: Session, folder: Path) -> None:
-        self._fill(session, folder)
-
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.saes.store import shard_digests
-
-        facts = self._fill(session, folder)
-        return Made({"preset": session.run.experiment.name, **facts}, {"store": "."}, facts, shard_digests(folder))
-
-    def _fill(self, session: Session, folder: Path) -> dict[str, Any]:
         from sfc.studies.collect.fill import circuit_prompts, fill
 
         model, run = session.model, session.run
         sites = self.sites(run)
         model.check_sites(sites)
-        return fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
+        facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
+        digests = shard_digests(folder) if is_leader() else {}
+        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts, digests)
 
     def page(self, finished: Finished) -> Page:
         result = finished.result
