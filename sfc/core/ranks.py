@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
 _START = 600.0
 """seconds after which a process that has not begun is given up"""
-_SILENCE = 30.0
+_SILENCE = 45.0
 """seconds after which a process that is no longer heard is taken for dead"""
 _BEAT = 1.0
 """seconds between two signs of life"""
