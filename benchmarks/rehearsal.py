@@ -13,9 +13,11 @@ Example: rehearsal.py --preset llama2-7b-chat --layers 4 --sites 2 --scale 0.01
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -265,6 +267,7 @@ def _run_stage(arguments: list[str], results: Connection) -> None:
     """What the process of a stage does."""
     from sfc.cli import main as command
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["sfc", *arguments, "--json"]
     out, error, status = StringIO(), StringIO(), 0
     began = time.perf_counter()
@@ -283,6 +286,13 @@ def _run_stage(arguments: list[str], results: Connection) -> None:
             "result": None if status else json.loads(out.getvalue().splitlines()[-1]),
         }
     )
+
+
+def _end_with_parent() -> None:
+    """A stage whose rehearsal was killed has nobody to report to."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _bytes_below(folder: Path) -> int:

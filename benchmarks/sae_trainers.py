@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfc.core.config import SaeConfig
 from sfc.saes.start import start
-from sfc.saes.train import finish, schedule, train_step
+from sfc.saes.train import REPORT_EVERY, dead_features, finish, schedule, train_step
 
 Rows = Float[Tensor, "rows d_in"]
 
@@ -57,10 +57,13 @@ def ours(problem: Problem, sample: Rows, steps: int, seed: int, **settings: Any)
     expansion = problem.d_sae // problem.d_in
     config = SaeConfig(expansion=expansion, k=problem.k, steps=steps, batch_size=problem.batch, **settings)
     training = start("benchmark", sample, config, seed, problem.device)
-    numbers = itertools.count(1)
+    numbers, dead = itertools.count(1), [dead_features(training, config)]
 
     def step(x: Rows) -> None:
-        train_step(training, x, config, problem.k, config.learning_rate * schedule(next(numbers), config))
+        number = next(numbers)
+        train_step(training, x, config, problem.k, config.learning_rate * schedule(number, config), dead[0])
+        if number % REPORT_EVERY == 0:
+            dead[0] = dead_features(training, config)
 
     def reconstruct(rows: Rows) -> Rows:
         dictionary = finish(training, problem.k)

@@ -1,6 +1,6 @@
 """Intervals, rank tests and correlations: scipy's where it has them, and what it lacks.
 
-- Intervals of rates (Wilson), and of means, ratios, gaps and separations (bootstrap).
+- Intervals of rates (Wilson), of few draws (Student), and of means, ratios, gaps and separations (bootstrap).
 - Several measurements of the same subjects: Friedman's test asks whether any condition differs, Wilcoxon's signed-rank
   test with Holm's correction which do, each with its effect size. They go by ranks and assume no distribution.
 - Pearson correlations of many columns at once.
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, friedmanchisquare, rankdata, wilcoxon
+from scipy.stats import t as student
 
 
 class Interval(NamedTuple):
@@ -50,6 +51,15 @@ def judged_rates(replies: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return pd.DataFrame(
         [dict(zip(by, key, strict=True)) | judged_rate(group) for key, group in groups]  # pyright: ignore
     )
+
+
+def mean_of_draws(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Low end, mean and high end of Student's interval of the mean of independent draws; one draw has no interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return np.nan, mean, np.nan
+    half = float(student.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean - half, mean, mean + half
 
 
 class MeanIntervals(NamedTuple):

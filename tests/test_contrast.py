@@ -19,6 +19,7 @@ from sfc.core.experiments import load_experiment
 from sfc.models.batches import TemplateLayout, make_batches
 from sfc.models.score import score_prompts
 from sfc.run import Run
+from sfc.saes.nulls import random_dictionaries
 from sfc.session import Session
 from sfc.studies.discover.problem import prepare_problem
 
@@ -132,6 +133,28 @@ def test_counterfactuals_are_of_the_contrasts_other_side(root: Path, contrast: s
         shown = {bool(pairs.positive[pair]) for batch in runs.batches for pair in batch.pair}
         assert shown == {True, False}
     assert facts["counterfactuals"]["test"]["pairs"] == test_runs.n_prompts
+
+
+@pytest.mark.usefixtures("judged_by_hand")
+def test_what_is_pooled_are_pairs_of_all_categories_on_the_discovery_split(root: Path) -> None:
+    sfc("train", "--preset", "tiny", root=root)
+    run = Run(load_experiment("tiny"), root)
+    session = Session(run)
+    problem, *_ = prepare_problem(session, "violence")
+    assert problem.pooled is not None
+    pooled = problem.pooled()
+    assert problem.pooled() is pooled, "it is prepared once"
+    assert pooled.pooled is None and pooled.pair_table is not None
+    frame = run.prompts.frame.set_index("id")
+    shown = frame.loc[pooled.pair_table["id"]]
+    assert set(shown["split"]) == {"discovery"} and shown["category"].nunique() == 10
+    assert set(frame.loc[pooled.pair_table["counterfactual"], "split"]) == {"discovery"}
+    assert pooled.runs.n_prompts == len(pooled.pair_table) > problem.runs.n_prompts
+    turned = random_dictionaries(session.dictionaries, 0)
+    assert problem.read_by(turned).pooled().ablation.dictionaries is turned
+    assert prepare_problem(session, "all")[0].pooled is None
+    by_replies = Run(load_experiment("tiny", [*REFUSED, "discovery.baseline=counterfactual"]), root)
+    assert prepare_problem(Session(by_replies), "all")[0].pooled is None
 
 
 @pytest.mark.usefixtures("judged_by_hand")

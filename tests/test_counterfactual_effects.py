@@ -163,6 +163,28 @@ def test_what_a_mask_learns_depends_on_the_weight_of_the_divergence(
     assert (masks[0] == masks[1]).all() and not np.allclose(masks[0], masks[2])
 
 
+def test_a_mask_learns_from_pooled_pairs_as_often_as_it_is_told(
+    paired: tuple[Problem, list[TokenizedPrompt]],
+) -> None:
+    whole = paired[0].with_settings(learned_mask={"steps": 8, "pairs": 4})
+    few = replace(whole, runs=whole.runs.subset(np.array([0, 1])))
+    asked = []
+
+    def pooled() -> Problem:
+        asked.append(True)
+        return whole
+
+    def mask(problem: Problem, share: float) -> np.ndarray:
+        problem = problem.with_settings(learned_mask={"pooled": share})
+        return METHODS["learned-mask"].rank(problem).attributes["mask"]
+
+    alone = mask(few, 0.5)
+    assert (mask(replace(few, pooled=pooled), 0.0) == alone).all() and not asked
+    assert (mask(replace(whole, pooled=pooled), 1.0) == mask(whole, 0.0)).all() and asked
+    masks = [alone, *(mask(replace(few, pooled=pooled), share) for share in (0.25, 0.5, 1.0))]
+    assert all(not np.allclose(a, b) for number, a in enumerate(masks) for b in masks[:number])
+
+
 def test_other_dictionaries_need_no_other_runs(paired: tuple[Problem, list[TokenizedPrompt]]) -> None:
     """Those of a null, say."""
     problem, _ = paired

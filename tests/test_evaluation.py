@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from sfc.circuits.faithfulness import (
     Scores,
@@ -22,6 +23,7 @@ from sfc.circuits.faithfulness import (
     matching_strata,
     metrics_with_intervals,
     random_circuits,
+    random_scores,
     single_site_faithfulness,
     top_circuits,
 )
@@ -30,6 +32,7 @@ from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.problem import Problem, PromptRuns
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches
+from sfc.stats import mean_of_draws
 
 NODES = Nodes.of({"blocks.0.hook_resid_post": 20, "blocks.1.hook_resid_post": 30})
 
@@ -177,8 +180,31 @@ def test_a_curve_is_made_of_the_scores_of_its_circuits_one_at_a_time(problem: Pr
         for name, value in expected._asdict().items():
             assert row[name] == pytest.approx(value, abs=1e-3)
         draws = [(mean_score(draw[i]) - f_empty) / (f_model - f_empty) for draw in random]
-        found = row[["random_faithfulness", "random_low", "random_high"]].astype(float).tolist()
-        assert found == pytest.approx([np.mean(draws), min(draws), max(draws)], abs=1e-3)
+        found = row[["random_low", "random_faithfulness", "random_high"]].astype(float).tolist()
+        assert found == pytest.approx(mean_of_draws(draws), abs=1e-3)
+
+
+def test_random_circuits_are_drawn_until_their_mean_is_known_well_enough(problem: Problem) -> None:
+    nodes = problem.ablation.nodes
+    ranking = np.random.default_rng(0).permutation(nodes.n_nodes)
+    circuits = top_circuits(ranking, [20, nodes.n_nodes], nodes.n_nodes)
+
+    def draws(most: int, tolerance: float) -> list[int]:
+        found = random_scores(problem, problem.runs, circuits, most, tolerance, seed=7)
+        assert all(len(of.alone) == len(of.without) for of in found)
+        return [len(of.alone) for of in found]
+
+    assert draws(6, tolerance=1e9) == [3, 3], "three are enough where anything is"
+    assert draws(6, tolerance=1e-4) == [6, 3], "of all nodes there is one circuit only, and nothing more to learn"
+    assert draws(1, tolerance=1e-4) == [1, 1]
+
+
+def test_the_interval_of_a_mean_of_draws_is_students() -> None:
+    draws = np.random.default_rng(0).normal(2.0, 3.0, size=5).tolist()
+    low, mean, high = mean_of_draws(draws)
+    assert mean == pytest.approx(np.mean(draws))
+    assert (low, high) == pytest.approx(tuple(ttest_1samp(draws, 0).confidence_interval(0.95)))
+    assert mean_of_draws([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
 
 
 def test_faithfulness_for_choosing_is_that_of_the_curve(problem: Problem, curve: pd.DataFrame) -> None:

@@ -17,7 +17,7 @@ from sfc.saes.checkpoint import steps_done
 from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
 from sfc.saes.start import geometric_median, spherical_kmeans, start
-from sfc.saes.train import Progress, SiteStats, finish, sae_loss, schedule, train_saes, train_step
+from sfc.saes.train import Progress, SiteStats, dead_features, finish, sae_loss, schedule, train_saes, train_step
 
 D_IN, PLANTED = 32, 48
 CONFIG = SaeConfig.model_validate(
@@ -121,7 +121,7 @@ def test_the_auxiliary_loss_revives_dead_features(auxiliary_weight: float, reviv
     with torch.no_grad():
         training.parameters.encoder[D_IN:] *= 1e-3  # too faint to be among the k largest
     for (batch,) in batches(config):
-        train_step(training, batch, config, k=4, learning_rate=3e-3)
+        train_step(training, batch, config, k=4, learning_rate=3e-3, dead=dead_features(training, config))
     fired = (finish(training, 4).encode(rows(2000, 5)) > 0).any(dim=0)
     assert bool(fired[D_IN:].float().mean() > 0.5) is revived
 
@@ -172,17 +172,17 @@ def test_a_useless_sample(sample: Tensor, problem: str) -> None:
 
 def test_a_batch_that_is_not_finite() -> None:
     with pytest.raises(UserError, match=r"^a: .*diverged"):
-        train_saes(stream(iter([torch.full((1, 8, 32), math.inf)])), rows(9, 0)[None], short(), sites=["a"])
+        train_saes(stream(iter([torch.full((1, 8, 32), math.inf)] * 10)), rows(9, 0)[None], short(), sites=["a"])
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stops", [[7], [10, 11], [19]])
+@pytest.mark.parametrize("stops", [[12], [20, 21], [39]])
 def test_an_interrupted_training_goes_on_to_the_same_weights(stops: list[int], tmp_path: Path) -> None:
     """Killed after these steps, of which the checkpoint may miss the last; dead features and all."""
-    config = short(dead_after=100, checkpoint_seconds=1e-9)
+    config = short(steps=40, dead_after=100, checkpoint_seconds=1e-9)
     unbroken = train(config)
     checkpoint = tmp_path / "checkpoint.safetensors"
 

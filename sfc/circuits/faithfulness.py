@@ -32,7 +32,7 @@ from sfc.models.interventions import Interventions
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual
 from sfc.models.score import Score
-from sfc.stats import resampled_means
+from sfc.stats import mean_of_draws, resampled_means
 
 _TAILS = (0.025, 0.975)
 
@@ -243,33 +243,33 @@ def evaluation_curve(
     """One row per size: the four mean scores, the three ratios with 95 % intervals, and other circuits of that size.
 
     Columns: `size, faithfulness, completeness, completeness_normalised, f_model, f_circuit, f_complement, f_empty`, for
-    each ratio its `…_low` and `…_high` (bootstrap over prompts), `random_faithfulness` (mean over the draws),
-    `random_low, random_high` (their range), `random_completeness_normalised` (the mean of what is left without them),
-    and `last_site_faithfulness`, of the best nodes of the last site alone (missing where it has fewer). Scores in
-    nats, ratios without unit. A ratio whose denominator is small, or has zero within its interval, is missing.
+    each ratio its `…_low` and `…_high` (bootstrap over prompts), `random_faithfulness` (mean over the draws, see
+    `RandomCircuits`) with `random_low, random_high` (the 95 % interval of that mean), `random_completeness_normalised`
+    (the mean of what is left without them), and `last_site_faithfulness`, of the best nodes of the last site alone
+    (missing where it has fewer). Scores in nats, ratios without unit. A ratio whose denominator is small, or has zero
+    within its interval, is missing.
     """
     nodes = problem.ablation.nodes
     circuits = top_circuits(ranking, sizes, nodes.n_nodes)
     empty = np.zeros_like(circuits[:1])
-    random = random_circuits(circuits, matching_strata(nodes, problem.firing_rates), config.random_draws, seed)
     at_last_site = ranking[nodes.site_numbers[ranking] == len(nodes.sites) - 1]
     last_site = top_circuits(at_last_site, sizes, nodes.n_nodes)
-    packed = np.concatenate([empty, circuits, ~circuits, last_site, *random, *~random])
-    scores = _scores(problem, runs, packed, progress)
+    scores = _scores(problem, runs, np.concatenate([empty, circuits, ~circuits, last_site]), progress)
     full = full_scores(problem.model, problem.score, runs)
-    of_empty, of_circuits, of_complements, of_last_site, of_random, without_random = np.split(
-        scores, np.cumsum([1, *[len(sizes)] * 3, len(sizes) * config.random_draws])
-    )
+    of_empty, of_circuits, of_complements, of_last_site = np.split(scores, np.cumsum([1, *[len(sizes)] * 2]))
     f_model, f_empty = full.mean(), of_empty.mean()
+    tolerance = config.random_width * max(abs(f_model - f_empty), config.min_denominator)
+    random = random_scores(problem, runs, circuits, config.random_draws, tolerance, seed, progress)
     rows = []
     for i, size in enumerate(sizes):
         by_prompt = Scores(full, of_empty[0], of_circuits[i], of_complements[i])
         metrics = metrics_with_intervals(by_prompt, config.min_denominator, seed)
         measurable = metrics["faithfulness"] is not None
         span = f_model - f_empty if measurable else np.nan
-        others = (np.stack([of_last_site[i], *of_random[i :: len(sizes)]]).mean(1) - f_empty) / span
-        last, *draws = others.tolist()
-        left = (without_random[i :: len(sizes)].mean() - f_empty) / span
+        last = (of_last_site[i].mean() - f_empty) / span
+        low, mean, high = (np.array(mean_of_draws(random[i].alone)) - f_empty) / span
+        if span < 0:
+            low, high = high, low
         rows.append(
             {
                 "size": size,
@@ -278,14 +278,66 @@ def evaluation_curve(
                 "f_circuit": of_circuits[i].mean(),
                 "f_complement": of_complements[i].mean(),
                 "f_empty": f_empty,
-                "random_faithfulness": np.mean(draws) if measurable else None,
-                "random_low": min(draws) if measurable else None,
-                "random_high": max(draws) if measurable else None,
-                "random_completeness_normalised": left if measurable else None,
-                "last_site_faithfulness": last if measurable and size <= len(at_last_site) else None,
+                "random_faithfulness": mean,
+                "random_low": low,
+                "random_high": high,
+                "random_completeness_normalised": (np.mean(random[i].without) - f_empty) / span,
+                "last_site_faithfulness": last if size <= len(at_last_site) else None,
             }
         )
     return pd.DataFrame(rows)
+
+
+FEWEST_DRAWS = 3
+"""random circuits of every size: fewer say nothing of how far they lie apart"""
+
+
+class RandomCircuits(NamedTuple):
+    """Mean scores of the random circuits of one size, a number for each that was drawn."""
+
+    alone: list[float]
+    """with everything else ablated"""
+    without: list[float]
+    """with these nodes ablated"""
+
+
+def random_scores(
+    problem: Problem,
+    runs: PromptRuns,
+    circuits: Bool[np.ndarray, "circuits nodes"],
+    most: int,
+    tolerance: float,
+    seed: int,
+    progress: Progress = lambda _runs: None,
+) -> list[RandomCircuits]:
+    """For each circuit, random ones of its nodes' sites and firing rates, as many as it takes.
+
+    There are three of each; then one more, and again, of those for which the 95 % interval of the mean score is wider
+    than the tolerance.
+
+    Args:
+        most: random circuits of each.
+        tolerance: in nats.
+    """
+    strata = matching_strata(problem.ablation.nodes, problem.firing_rates)
+    drawn = random_circuits(circuits, strata, most, seed)
+    found = [RandomCircuits([], []) for _ in circuits]
+    fewest = min(FEWEST_DRAWS, most)
+    for draws in [range(fewest), *([draw] for draw in range(fewest, most))]:
+        wide = [i for i, of in enumerate(found) if not of.alone or _width(of.alone) > tolerance]
+        if not wide:
+            break
+        keep = drawn[draws][:, wide].reshape(-1, circuits.shape[1])
+        alone, without = _scores(problem, runs, np.concatenate([keep, ~keep]), progress).mean(1).reshape(2, -1)
+        for place, (kept, ablated) in enumerate(zip(alone.tolist(), without.tolist(), strict=True)):
+            found[wide[place % len(wide)]].alone.append(kept)
+            found[wide[place % len(wide)]].without.append(ablated)
+    return found
+
+
+def _width(values: Sequence[float]) -> float:
+    low, _, high = mean_of_draws(values)
+    return high - low
 
 
 def _scores(problem: Problem, runs: PromptRuns, keep: np.ndarray, progress: Progress) -> np.ndarray:

@@ -132,7 +132,12 @@ class EvaluationOptions(Options):
     sizes: list[Annotated[int, Field(ge=1)]] = Field(
         [5, 10, 20, 50, 100, 200, 500, 1000, 2000], min_length=1, description="circuit sizes of the curve"
     )
-    random_draws: int = Field(5, ge=1, description="random circuits per size, matched per layer and firing rate")
+    random_draws: int = Field(
+        10, ge=1, description="at most so many random circuits per size, matched per layer and firing rate"
+    )
+    random_width: float = Field(
+        0.2, gt=0, description="they are drawn until the 95 % interval of their mean faithfulness is no wider than this"
+    )
     null_draws: int = Field(
         1, ge=0, description="dictionaries of each null that the method is run on; 10 make p = 0.05 possible"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import Baseline
@@ -70,14 +71,20 @@ def aggregated_features(
     return result.cpu().numpy()
 
 
-def _each_prompt_once(model: Model, batch: Batch, layer: int) -> CachedResidual:
-    """The residual stream of a batch in which a prompt may be in several pairs: it is run once."""
-    if batch.pair is None:
-        return cached_residual_after(model, batch, layer)
+def distinct_prompts(batch: Batch) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " batch"]]:
+    """In a batch of pairs a prompt may be in several rows: the first of each, and which of these a row is."""
     prompts = torch.cat([batch.ids, batch.lengths[:, None]], dim=1)
     unique, row = prompts.unique(dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(row), device=row.device)
     first.scatter_reduce_(0, row, torch.arange(len(row), device=row.device), "amin")
+    return first, row
+
+
+def _each_prompt_once(model: Model, batch: Batch, layer: int) -> CachedResidual:
+    """The residual stream of a batch in which a prompt may be in several pairs: it is run once."""
+    if batch.pair is None:
+        return cached_residual_after(model, batch, layer)
+    first, row = distinct_prompts(batch)
     return cached_residual_after(model, batch.select(first), layer).select(row)
 
 
@@ -152,6 +159,9 @@ class Problem:
     pair_table: pd.DataFrame | None = None
     """with counterfactuals, a row per pair in the order of their numbers: `id` and `counterfactual`, the prompts' ids,
     and `kind`, what prompts like the explained one are called"""
+    pooled: "Callable[[], Problem] | None" = None
+    """the same question about the discovery prompts of all categories, for methods that would learn the few prompts of
+    one by heart; None where there are no others, or where the answer must come from these prompts alone"""
 
     @property
     def config(self) -> DiscoveryOptions:
@@ -180,7 +190,8 @@ class Problem:
             dictionaries=dictionaries,
             baseline=baseline.with_spaces(dictionaries),
         )
-        return replace(self, ablation=ablation)
+        pooled = self.pooled
+        return replace(self, ablation=ablation, pooled=pooled and (lambda: pooled().read_by(dictionaries)))
 
     @property
     def labels(self) -> Bool[np.ndarray, " prompts"]:

@@ -105,7 +105,8 @@ def agreement_of_halves(problem: Problem, size: int, seed: int) -> Halves:
         raise UserError("discovery.halves: one discovery prompt has no halves; leave it out, or take more prompts")
     nodes = problem.ablation.nodes
     rank = METHODS[problem.config.method].rank
-    found = [rank(replace(problem, runs=half)).ranking for half in problem.runs.halves(seed)]
+    # From their own prompts alone: what both halves learned from would make them alike.
+    found = [rank(replace(problem, runs=half, pooled=None)).ranking for half in problem.runs.halves(seed)]
     a, b = (set(ranking[:size].tolist()) for ranking in found)
     counts = np.bincount(nodes.site_numbers[[*a, *b]], minlength=len(nodes.sites)) / 2
     return Halves(len(a & b) / len(a | b), chance_overlap(counts, np.array(nodes.sizes)))

@@ -131,7 +131,7 @@ Numbers = dict[str, np.ndarray]
 
 
 def curve_figure(curve: pd.DataFrame, reported_size: int) -> go.Figure:
-    """Faithfulness, with its 95 % interval, and completeness against the circuit's size; random circuits as a band.
+    """Faithfulness, with its 95 % interval, and completeness against the circuit's size; beside them random circuits.
 
     Ratios outside -0.5 to 1.5 are out of sight at first; a double click shows them. Figures that are not measurable are
     gaps.
@@ -209,7 +209,7 @@ def _band(numbers: Numbers, low: str, high: str, colour: str) -> Iterator[go.Sca
 
 
 def _random(numbers: Numbers) -> Iterator[go.Scatter]:
-    """The range of the random circuits, and the line of their means."""
+    """The means of random circuits, and their intervals."""
     low, high = numbers["random_low"], numbers["random_high"]
     yield from _band(numbers, "random_low", "random_high", "rgba(122,130,140,0.22)")
     yield go.Scatter(

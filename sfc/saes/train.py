@@ -26,6 +26,7 @@ from sfc.saes.start import start
 
 MAX_GRADIENT_NORM = 1.0
 REPORT_EVERY = 10
+"""steps between which nothing is asked of the device, so that it never waits: reports, dead features, checkpoints"""
 CHECKPOINT_SHARE = 20  # at most one part in so many of the time goes into checkpoints
 
 
@@ -92,20 +93,29 @@ def train_saes(
     first = restore(checkpoint, trainings) if checkpoint is not None and checkpoint.exists() else 0
     k = config.active_features(len(trainings[0].parameters.b_enc))
     reported, reported_at, checkpoint_at = first, time.perf_counter(), time.perf_counter() + config.checkpoint_seconds
-    step = first
+    step, dead = first, [dead_features(training, config) for training in trainings]
+    largest_norms = torch.zeros(len(trainings), device=device)
     for step, batch in enumerate(islice(stream(first), config.steps - first), start=first + 1):
-        batch = batch.to(device, torch.float32, non_blocking=True)
+        batch = batch.to(torch.float32)
+        batch = batch.pin_memory().to(device, non_blocking=True) if largest_norms.is_cuda else batch.to(device)
         learning_rate = config.learning_rate * schedule(step, config)
-        losses = [
-            train_step(training, rows, config, k, learning_rate)
-            for training, rows in zip(trainings, batch, strict=True)
-        ]
-        if step % REPORT_EVERY == 0 or step == config.steps:
-            now = time.perf_counter()
-            speed = (step - reported) * batch.shape[0] * batch.shape[1] / (now - reported_at)
-            stats = [_stats(*pair, config) for pair in zip(trainings, losses, strict=True)]
-            report(Progress(step, config.steps, speed, stats))
-            reported, reported_at = step, now
+        losses, norms = zip(
+            *(
+                train_step(training, rows, config, k, learning_rate, silent)
+                for training, rows, silent in zip(trainings, batch, dead, strict=True)
+            ),
+            strict=True,
+        )
+        largest_norms = largest_norms.maximum(torch.stack(norms))
+        if step % REPORT_EVERY and step < config.steps:
+            continue
+        _check_finite(largest_norms, trainings, losses)
+        dead = [dead_features(training, config) for training in trainings]
+        now = time.perf_counter()
+        speed = (step - reported) * batch.shape[0] * batch.shape[1] / (now - reported_at)
+        stats = [_stats(*each) for each in zip(trainings, losses, dead, strict=True)]
+        report(Progress(step, config.steps, speed, stats))
+        reported, reported_at = step, now
         if checkpoint is not None and time.perf_counter() >= checkpoint_at and step < config.steps:
             seconds = save(checkpoint, trainings, step)
             checkpoint_at = time.perf_counter() + max(config.checkpoint_seconds, CHECKPOINT_SHARE * seconds)
@@ -115,15 +125,22 @@ def train_saes(
 
 
 def train_step(
-    training: Training, x: Float[Tensor, "batch d_in"], config: SaeConfig, k: int, learning_rate: float
-) -> Loss:
-    """One step of gradient descent; changes `training` and returns the loss before the step.
+    training: Training,
+    x: Float[Tensor, "batch d_in"],
+    config: SaeConfig,
+    k: int,
+    learning_rate: float,
+    dead: Int[Tensor, " dead"],
+) -> tuple[Loss, Float[Tensor, ""]]:
+    """One step of gradient descent, in which nothing waits for the device; changes `training`.
 
-    Raises:
-        UserError: the loss is not finite.
+    Args:
+        dead: the features that the auxiliary loss revives, see `dead_features`.
+
+    Returns:
+        the loss before the step, and the norm that the gradient had before it was clipped.
     """
     on_cuda = x.device.type == "cuda"  # on a CPU products in bfloat16 are slower than in float32
-    dead = (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
         loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
     loss = loss._replace(total=loss.total + config.anchor_weight * turned(training))
@@ -131,15 +148,29 @@ def train_step(
     loss.total.backward()
     remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, MAX_GRADIENT_NORM)
-    if not norm.isfinite():
-        raise UserError(
-            f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
-        )
     training.optimizer.param_groups[0]["lr"] = learning_rate
     training.optimizer.step()
     normalise_decoder(training.parameters.W_dec)
     _count_firings(training.tokens_since_fired, loss.active)
-    return loss
+    return loss, norm
+
+
+def dead_features(training: Training, config: SaeConfig) -> Int[Tensor, " dead"]:
+    """The features that have not fired for `config.dead_after` tokens."""
+    return (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
+
+
+def _check_finite(norms: Float[Tensor, " sites"], trainings: Sequence[Training], losses: Sequence[Loss]) -> None:
+    """Refuse to go on where a gradient was not finite.
+
+    Raises:
+        UserError: one was not.
+    """
+    for norm, training, loss in zip(norms.tolist(), trainings, losses, strict=True):
+        if not math.isfinite(norm):
+            raise UserError(
+                f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
+            )
 
 
 def sae_loss(
@@ -213,15 +244,14 @@ def turned(training: Training) -> Float[Tensor, ""]:
 def _count_firings(tokens_since_fired: Int[Tensor, " d_sae"], active: Sparse) -> None:
     fired = torch.zeros_like(tokens_since_fired)
     fired.scatter_add_(0, active.indices.flatten(), (active.values > 0).flatten().long())
-    tokens_since_fired += len(active.values)
-    tokens_since_fired[fired > 0] = 0
+    tokens_since_fired.add_(len(active.values)).masked_fill_(fired > 0, 0)
 
 
-def _stats(training: Training, loss: Loss, config: SaeConfig) -> SiteStats:
+def _stats(training: Training, loss: Loss, dead: Int[Tensor, " dead"]) -> SiteStats:
     return SiteStats(
         site=training.site,
         loss=loss.total.item(),
         fvu=loss.fvu.item(),
         l0=(loss.active.values > 0).sum(dim=1).double().mean().item(),
-        dead=int((training.tokens_since_fired >= config.dead_after).sum()),
+        dead=len(dead),
     )

@@ -73,6 +73,9 @@ class LearnedMaskOptions(Options):
     steps: int = Field(240, ge=1, description="steps of gradient descent")
     prompts: int = Field(10, ge=1, description="prompts per step")
     pairs: int = Field(24, ge=1, description="pairs per step, where prompts have counterfactuals")
+    pooled: float = Field(
+        0.5, ge=0, le=1, description="share of the steps that learn from pairs of all categories, not of its own alone"
+    )
     price: float = Field(2e-3, gt=0, description="price per node, in squares of F(M) - F(0)")
     last_price: float = Field(1e-2, gt=0, description="the price to which it rises at last")
     kl_weight: float = Field(

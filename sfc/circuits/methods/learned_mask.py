@@ -6,7 +6,8 @@ circuit for the price of that moment, so that one run goes through all sizes, an
 held out.
 
 A mask that sees one side only can learn to score high whatever the prompt. Where prompts have counterfactuals, those of
-both sides are learned from, each against the other, which no constant satisfies.
+both sides are learned from, each against the other, which no constant satisfies. A mask that sees few prompts learns
+them by heart, so that every other step takes pairs of all categories.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.circuits.methods import Effects, LearnedMaskOptions, attribution
-from sfc.circuits.problem import Problem, PromptRuns
+from sfc.circuits.problem import Problem, distinct_prompts
 from sfc.core.progress import progress_bar
 from sfc.models.batches import Batch
 from sfc.models.engine import kl
 from sfc.models.running import CachedResidual, last_logits
-from sfc.models.score import score_batch
+from sfc.models.score import DirectedScore, score_batch
 
 START_LOGIT = 1.0
 LEARNING_RATE = 0.15
@@ -56,12 +57,12 @@ def rank(problem: Problem) -> Effects:
 def learn_mask(
     problem: Problem, warm_start: Float[np.ndarray, " nodes"], progress: Callable[[int], None]
 ) -> LearnedMask:
-    """Learn a mask on the discovery prompts.
+    """Learn a mask on the discovery prompts, `pooled` of the steps on those of all categories.
 
     The loss is the mean squared difference between the masked model's score and the full model's, in units of
-    F(M) - F(0) (of pairs: of its root mean square), plus `kl_weight` times the divergence of their next-token
-    distributions, plus the price times the sum of the mask. The price rises to `price` linearly over the first 40 % of
-    the steps, and from there to `last_price` by a constant factor.
+    F(M) - F(0) of the problem's own prompts (of pairs: of its root mean square), plus `kl_weight` times the divergence
+    of their next-token distributions, plus the price times the sum of the mask. The price rises to `price` linearly
+    over the first 40 % of the steps, and from there to `last_price` by a constant factor.
 
     Args:
         warm_start: non-negative importances; each node's start logit is raised by its rank among them.
@@ -73,16 +74,18 @@ def learn_mask(
     held = torch.zeros_like(logits, requires_grad=False)
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     random = np.random.default_rng(options.seed)
-    with torch.no_grad():
-        full = [_score(problem, batch, cached, None) for batch, cached in problem.runs]
-        empty = [_score(problem, batch, cached, torch.zeros_like(logits)) for batch, cached in problem.runs]
-    span = _span(torch.cat(full), torch.cat(empty), problem.runs.are_pairs)
-    at_once = options.pairs if problem.runs.are_pairs else options.prompts
+    own = _Examples(problem, _full_scores(problem), options.pairs if problem.runs.are_pairs else options.prompts)
+    pooled = own
+    if problem.pooled and options.pooled:
+        pooled = _Examples(wider := problem.pooled(), _full_scores(wider), options.pairs)
+    span = _span(own)
     for step in range(1, options.steps + 1):
-        batch, cached, target = _draw(problem.runs, full, at_once, random)
+        # Steps of both kinds are spread evenly over all of them.
+        examples = pooled if step * options.pooled % 1 < options.pooled else own
+        batch, cached, target = examples.drawn(random)
         mask = logits.sigmoid()
-        last = _last_logits(problem, batch, cached, mask)
-        difference = (problem.score(last, batch) - target) / span
+        last = _last_logits(examples.problem, batch, cached, mask)
+        difference = (examples.problem.score(last, batch) - target) / span
         loss = difference.square().mean() + price(step, options) * mask.sum()
         if options.kl_weight:
             with torch.no_grad():
@@ -106,17 +109,47 @@ def price(step: int, options: LearnedMaskOptions) -> float:
     return options.price * (options.last_price / options.price) ** done
 
 
-def _span(full: Float[Tensor, " prompts"], empty: Float[Tensor, " prompts"], are_pairs: bool) -> float:
+class _Examples(NamedTuple):
+    """What a step learns from: some prompts of a problem, with their scores in the model."""
+
+    problem: Problem
+    full: list[Float[Tensor, " batch"]]
+    """by batch of the problem's runs"""
+    at_once: int
+
+    def drawn(self, random: np.random.Generator) -> tuple[Batch, CachedResidual, Float[Tensor, " drawn"]]:
+        """Some prompts of one batch (batches drawn by their size), with their full scores."""
+        runs = self.problem.runs
+        sizes = np.array([len(batch.prompts) for batch in runs.batches])
+        number = random.choice(len(sizes), p=sizes / sizes.sum())
+        batch, cached = runs.batches[number], runs.cached_residuals[number]
+        rows = torch.from_numpy(random.permutation(sizes[number])[: self.at_once]).to(batch.ids.device)
+        return batch.select(rows), cached.select(rows), self.full[number][rows]
+
+
+@torch.no_grad()
+def _full_scores(problem: Problem) -> list[Float[Tensor, " batch"]]:
+    """The model's scores of all prompts, by batch; a directed score goes by the prompt, which is run once."""
+    scores = []
+    for batch, cached in problem.runs:
+        first = row = torch.arange(len(batch.lengths), device=batch.lengths.device)
+        if isinstance(problem.score, DirectedScore):
+            first, row = distinct_prompts(batch)
+        runs = batch.select(first), cached.select(first)
+        scores.append(score_batch(problem.model, problem.score, runs[0], cached=runs[1])[row])
+    return scores
+
+
+@torch.no_grad()
+def _span(examples: _Examples) -> float:
     """What differences of scores are measured in, in nats."""
+    problem = examples.problem
+    nothing = torch.zeros(problem.ablation.nodes.n_nodes, device=problem.model.device)
+    empty = [problem.score(_last_logits(problem, batch, cached, nothing), batch) for batch, cached in problem.runs]
+    full, empty = torch.cat(examples.full), torch.cat(empty)
     lost = full - empty
-    size = lost.square().mean().sqrt() if are_pairs else (full.mean() - empty.mean()).abs()
+    size = lost.square().mean().sqrt() if problem.runs.are_pairs else (full.mean() - empty.mean()).abs()
     return max(float(size), SMALLEST_SPAN)
-
-
-def _score(problem: Problem, batch: Batch, cached: CachedResidual, mask: Tensor | None) -> Float[Tensor, " batch"]:
-    if mask is None:
-        return score_batch(problem.model, problem.score, batch, cached=cached)
-    return problem.score(_last_logits(problem, batch, cached, mask), batch)
 
 
 def _last_logits(problem: Problem, batch: Batch, cached: CachedResidual, mask: Tensor) -> Float[Tensor, "batch vocab"]:
@@ -124,14 +157,3 @@ def _last_logits(problem: Problem, batch: Batch, cached: CachedResidual, mask: T
     ablation = problem.ablation.for_batch(problem.model, batch, cached)
     interventions = ablation.interventions(mask[None], circuit, batch)
     return last_logits(problem.model, batch, interventions, cached)
-
-
-def _draw(
-    runs: PromptRuns, scores: list[Tensor], count: int, random: np.random.Generator
-) -> tuple[Batch, CachedResidual, Float[Tensor, " drawn"]]:
-    """Some prompts of one batch (batches drawn by their size), with their full scores."""
-    sizes = np.array([len(batch.prompts) for batch in runs.batches])
-    number = random.choice(len(sizes), p=sizes / sizes.sum())
-    batch, cached = runs.batches[number], runs.cached_residuals[number]
-    rows = torch.from_numpy(random.permutation(sizes[number])[:count]).to(batch.ids.device)
-    return batch.select(rows), cached.select(rows), scores[number][rows]

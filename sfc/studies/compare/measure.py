@@ -131,7 +131,9 @@ def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) 
     places = keyed_ranks(frame, ["category", "dataset_type", "split"], f"parts {seed}")
     elsewhere = is_own & (frame["split"] == "discovery") & (places % n_parts != number)
     named = frame["category"].mask(is_own, categories[0])
-    return run.with_prompts(frame.assign(category=named)[~elsewhere].reset_index(drop=True))
+    # No circuit is judged here: its test prompts need not be run.
+    left = frame.assign(category=named)[~elsewhere & (frame["split"] != "test")]
+    return run.with_prompts(left.reset_index(drop=True))
 
 
 def _averaged_problems(session: Session, group: tuple[str, ...], missing: set[str]) -> Iterator[tuple[str, Problem]]:
@@ -149,7 +151,11 @@ def _averaged_problems(session: Session, group: tuple[str, ...], missing: set[st
 
 
 def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
-    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution."""
+    """The best nodes by the problem's method, best first, and the strongest edges between them by attribution.
+
+    They come from the problem's own prompts alone: what circuits learned from in common would make them alike.
+    """
+    problem = replace(problem, pooled=None)
     effects, nodes = METHODS[problem.config.method].rank(problem), problem.ablation.nodes
     members = effects.ranking[: options.size].tolist()
     circuit = Circuit(nodes={nodes.name(node): float(abs(effects.effect[node])) for node in members})

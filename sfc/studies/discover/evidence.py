@@ -16,6 +16,7 @@ from sfc.behaviors.behavior import HARD, NEGATIVE, Words
 from sfc.circuits.baselines import BaselineTables
 from sfc.circuits.counterfactuals import Counterfactuals
 from sfc.circuits.faithfulness import (
+    FEWEST_DRAWS,
     Ablations,
     choose_size,
     evaluation_curve,
@@ -169,7 +170,8 @@ def judged_curve(
     """
     problem, runs = evidence.published
     config, seed = EvaluationOptions.of(problem.experiment), problem.experiment.seed
-    total = (1 + (3 + 2 * config.random_draws) * len(sizes)) * runs.n_prompts
+    # Random circuits are as many as it takes, of each size at least these.
+    total = (1 + (3 + 2 * min(FEWEST_DRAWS, config.random_draws)) * len(sizes)) * runs.n_prompts
     with progress_bar("evaluating", total, "runs") as progress:
         curve = evaluation_curve(problem, runs, ranking, sizes, config, seed, progress)
     judged = judge(evidence, top_circuits(ranking, sizes, problem.ablation.nodes.n_nodes), seed)

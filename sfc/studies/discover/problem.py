@@ -6,6 +6,8 @@ model. Against counterfactuals, prompts of both sides are explained.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -342,9 +344,9 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
     saes = session.dictionaries if kind.needs_saes else {}
     sources = Sources(model, activations.sites, activations.layers, saes, session.store)
     spaces = checked(kind.spaces(sources), model)
-    task = run.behavior.task(run.experiment, category, model, spaces)
-    if task is None:
-        task = (judged_task if config.contrast == "refused-complied" else sides_task)(session, category, spaces)
+    own = run.behavior.task(run.experiment, category, model, spaces)
+    by_replies = config.contrast == "refused-complied"
+    task = own or (judged_task if by_replies else sides_task)(session, category, spaces)
     nodes = Nodes.of_spaces(spaces)
     first = nodes.sites[0]
     problem = Problem(
@@ -358,7 +360,26 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
         judge=run.behavior.judge(),
         pair_table=task.pair_table,
     )
+    if own is None and not by_replies and category != ALL and config.baseline_choice == "counterfactual":
+        problem = replace(problem, pooled=cache(partial(_about_all, session, problem)))
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
+
+
+def _about_all(session: Session, problem: Problem) -> Problem:
+    """The problem on the discovery prompts of all categories, against counterfactuals."""
+    say("pairs of all categories, to learn from beside its own")
+    everyone = _everyone(session.run)
+    explained = everyone[everyone["split"] == "discovery"]
+    paired = against_counterfactuals(session, explained, explained, problem.ablation.dictionaries)
+    return replace(
+        problem,
+        score=paired.score,
+        ablation=replace(problem.ablation, baseline=paired.baseline),
+        runs=PromptRuns.of(problem.model, paired.discovery, problem.ablation.nodes.sites[0]),
+        prompts=with_store_index(session.run, paired.prompts),
+        pair_table=paired.pair_table,
+        pooled=None,
+    )
 
 
 def with_store_index(run: Run, prompts: pd.DataFrame) -> pd.DataFrame:
