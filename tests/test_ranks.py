@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from commands import sfc, sfc_ranks
+from safetensors.torch import load_file
 
 from sfc.core.artifacts import Artifact, locked
 from sfc.core.errors import UserError
@@ -63,8 +65,8 @@ def contents(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_three_processes_leave_to_the_byte_what_one_does(of_one: Path, lists: list[Path], tmp_path: Path) -> None:
-    processes = sfc_ranks(3, commands(lists), tmp_path)
+def test_two_processes_leave_to_the_byte_what_one_does(of_one: Path, lists: list[Path], tmp_path: Path) -> None:
+    processes = sfc_ranks(2, commands(lists), tmp_path)
     ends = [process.communicate() for process in processes]
     for process, (output, errors) in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
@@ -74,6 +76,26 @@ def test_three_processes_leave_to_the_byte_what_one_does(of_one: Path, lists: li
     assert len(list(tmp_path.glob("activations/*/shard-*.h5"))) > 5
     report = json.loads(ends[0][0].splitlines()[-1])
     assert Path(report["files"]["page"]).is_file() and "up to date" in ends[0][1]
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    files = root.glob("saes/*/*/sae_weights.safetensors")
+    return {f"{path.parent.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def test_three_processes_train_two_sites_as_one_does(of_one: Path, lists: list[Path], tmp_path: Path) -> None:
+    """Two of them train one SAE, each on its share of every batch's rows."""
+    processes = sfc_ranks(3, commands(lists)[:1], tmp_path)
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    stores = [{name: of for name, of in contents(root).items() if "activations" in name} for root in (tmp_path, of_one)]
+    assert stores[0] == stores[1]
+    ours, expected = weights(tmp_path), weights(of_one)
+    assert ours.keys() == expected.keys() and len(ours) == 8
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+    assert {len(path.read_text().splitlines()) for path in tmp_path.glob("saes/*/*/training.jsonl")} == {2}
 
 
 # What is not heard for 45 seconds is dead, which is long for a test.
@@ -94,7 +116,8 @@ def test_where_one_is_gone_the_others_end_and_the_work_goes_on_later(
     train = commands(lists)[:1]
     processes = sfc_ranks(3, train, tmp_path, HASTY)
     while not list(tmp_path.rglob("shard-*")):
-        assert all(process.poll() is None for process in processes)
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
     processes[gone].send_signal(how)
     began = time.monotonic()

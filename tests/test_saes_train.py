@@ -247,6 +247,26 @@ def test_the_l1_norm_of_the_loss_by_hand() -> None:
     torch.testing.assert_close(with_it.total, without.total + 0.5 * mean_norm)
 
 
+def test_the_losses_of_shares_of_the_rows_sum_to_the_loss_and_so_do_their_gradients() -> None:
+    config = SaeConfig(k=4, expansion=4, anchor_weight=0.1)
+    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
+    parameters = start("a", x, config, 0, "cpu").parameters
+    dead = torch.tensor([1, 5, 30])
+
+    def losses(*shares: slice) -> tuple[float, float, list[Tensor]]:
+        parts = [sae_loss(parameters, x, 4, dead, 0.5, 0.3, share) for share in shares]
+        gradients = torch.autograd.grad(sum((part.total for part in parts), torch.zeros(())), parameters)
+        return sum(float(part.total) for part in parts), sum(float(part.fvu) for part in parts), list(gradients)
+
+    shares = [Peers(number, 3).share(len(x)) for number in range(3)]
+    assert [row for share in shares for row in range(40)[share]] == list(range(40))
+    total, fvu, gradients = losses(slice(None))
+    of_parts = losses(*shares)
+    assert of_parts[:2] == pytest.approx((total, fvu), rel=1e-6)
+    for part, whole in zip(of_parts[2], gradients, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_the_decoder_bias_starts_at_the_median_or_the_mean() -> None:
     sample = torch.cat([rows(200, 1), torch.full((1, D_IN), 1e4)])
     by_median, by_mean = (start("a", sample, short(decoder_bias=name), 0, "cpu") for name in ("median", "mean"))

@@ -121,8 +121,7 @@ class Artifact:
         wrote into it is kept. Leftovers of processes that were killed are deleted. Where the block fails before
         anything is made, all is as it was before.
 
-        Of several processes the leader does all this, and the others' blocks begin when it is done; for all of them it
-        is over when the leader's block is.
+        Of several processes the leader does all this, before the others' blocks begin; all end when the leader's does.
 
         Raises:
             UserError: another process is making the same artifact, its folder is a link or has one to a folder in it,
@@ -132,8 +131,7 @@ class Artifact:
             wait_for_all()
             with locked(self._lock, shared=True):
                 yield self.folder
-            wait_for_all()
-            return
+            return wait_for_all()
         aside = self.folder.parent / _ASIDE / self.folder.name
         with writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)

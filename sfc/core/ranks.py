@@ -2,8 +2,9 @@
 
 Work is dealt out in items whose results are files: `dealt` gives each item to the process that asks first, `own_share`
 gives each process the same items every time, and `wait_for_all` returns when all are there. What does not divide is
-done by the first process, the leader, `alone`. Nothing but short messages goes from one to another, by way of the store
-of torch's rendezvous. Every process has to come to these calls in the same order.
+done by the first process, the leader, `alone`. Short messages go from one to another by way of the store of torch's
+rendezvous; only `Peers`, who work on one item together, sum tensors. Every process has to come to these calls in the
+same order.
 
 Where one is gone, the others end within a minute: one that fails says so, and one that was killed is no longer heard.
 
@@ -22,9 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from sfc.core.errors import UserError, is_count, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What its connections have to say comes with a traceback in C++. Set before torch is read.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -97,8 +101,52 @@ def by_leader(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
 
 def own_share(items: Sequence[Item]) -> list[Item]:
-    """The items that are this process's to work on, the same ones each time."""
+    """The items that are this process's to work on, the same ones each time; of fewer items than processes one."""
+    if world_size() > len(items):
+        return [items[rank() % len(items)]]
     return list(items[rank() :: world_size()])
+
+
+class Peers(NamedTuple):
+    """The processes that work on an item together."""
+
+    number: int = 0
+    """of this process among them"""
+    size: int = 1
+    sum: "Callable[[Tensor], None]" = lambda _: None
+    """replaces a tensor by its sum over them, the same bits on each"""
+
+    def share(self, n_rows: int) -> slice:
+        """The rows that are this one's of so many."""
+        return slice(n_rows * self.number // self.size, n_rows * (self.number + 1) // self.size)
+
+
+def peers(n_items: int, backend: str) -> Peers:
+    """Those that have the same item as this process in `own_share`.
+
+    Args:
+        backend: how they sum tensors: `nccl` on GPUs, `gloo` elsewhere.
+    """
+    size = world_size()
+    if size <= n_items:
+        return Peers()
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        _group().join(backend)
+    groups = [list(range(item, size, n_items)) for item in range(n_items)]
+    own = [torch.distributed.new_group(group) for group in groups][rank() % n_items]
+
+    def total(tensor: "Tensor") -> None:
+        try:
+            torch.distributed.all_reduce(tensor, group=own)
+        except RuntimeError as error:
+            raise UserError(
+                f"another process that trains the same SAE has ended ({one_line(error, 80)}); {_GO_ON}"
+            ) from None
+
+    group = groups[rank() % n_items]
+    return Peers(group.index(rank()), len(group), total if len(group) > 1 else lambda _: None)
 
 
 def dealt(items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
@@ -209,11 +257,18 @@ class _Group:
                 f"WORLD_SIZE={self.size} says that so many processes work together, and they cannot meet"
                 f" ({one_line(error)}): start all of them, with torchrun or as docs/cluster.md shows, or unset it"
             ) from None
-        self.store = PrefixStore("sfc", found)
+        self.store, self.store_of_sums = PrefixStore("sfc", found), PrefixStore("sums", found)
         self.set(f"host {self.rank}", socket.gethostname())
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
         atexit.register(self._leave)
+
+    def join(self, backend: str) -> None:
+        """Let all processes sum tensors."""
+        import torch.distributed
+
+        torch.distributed.init_process_group(backend, store=self.store_of_sums, rank=self.rank, world_size=self.size)
+        atexit.register(torch.distributed.destroy_process_group)
 
     def _name(self, number: int) -> str:
         return f"rank {number} of {self.size}"
