@@ -26,11 +26,13 @@ TINY = ("--preset", "tiny", *(word for setting in SETTINGS for word in ("--set",
 
 
 def commands(lists: Sequence[Path]) -> list[list[object]]:
+    *circuits, models = lists
     return [
         ["train", *TINY],
         ["compare", *TINY, "--categories", "violence,privacy"],
         ["nulls", *TINY],
-        ["evaluate", *TINY, *lists],
+        ["evaluate", *TINY, *circuits],
+        ["batch", *TINY, "--file", models, "--stages", "behaviour", "--limit", 4],
         ["behaviour", *TINY, "--limit", 12, "--json"],
         ["behaviour", *TINY, "--limit", 12, "--json"],
     ]
@@ -38,11 +40,15 @@ def commands(lists: Sequence[Path]) -> list[list[object]]:
 
 @pytest.fixture(scope="module")
 def lists(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three circuits to be evaluated."""
-    paths = [tmp_path_factory.mktemp("lists") / f"{name}.json" for name in "abc"]
+    """Three circuits to be evaluated, and models to be compared, one of which fails."""
+    folder = tmp_path_factory.mktemp("lists")
+    paths = [folder / f"{name}.json" for name in "abc"]
     for number, path in enumerate(paths):
         path.write_text(json.dumps([f"resid_post.{site}/F{number + 3 * site}" for site in (0, 1)]))
-    return paths
+    (models := folder / "models.yaml").write_text(
+        "models:\n- {preset: tiny, set: [name=first]}\n- {preset: tiny, set: [name=second, model.source=/nowhere]}\n"
+    )
+    return [*paths, models]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
+from sfc.core.ranks import Peers
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
@@ -248,10 +249,8 @@ def test_the_l1_norm_of_the_loss_by_hand() -> None:
 
 
 def test_the_losses_of_shares_of_the_rows_sum_to_the_loss_and_so_do_their_gradients() -> None:
-    config = SaeConfig(k=4, expansion=4, anchor_weight=0.1)
-    x = torch.randn(40, 12, generator=torch.Generator().manual_seed(1))
-    parameters = start("a", x, config, 0, "cpu").parameters
-    dead = torch.tensor([1, 5, 30])
+    x, dead = rows(40, 1), torch.tensor([1, 5, 30])
+    parameters = start("a", x, short(), 0, "cpu").parameters
 
     def losses(*shares: slice) -> tuple[float, float, list[Tensor]]:
         parts = [sae_loss(parameters, x, 4, dead, 0.5, 0.3, share) for share in shares]

@@ -247,9 +247,11 @@ class _Group:
         Raises:
             UserError: they cannot be found.
         """
-        from torch.distributed import PrefixStore, rendezvous
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         self.rank, self.size, self.calls, self.lost, self.is_leaving = rank(), world_size(), 0, False, False
+        self.sums = False
         try:
             found, *_ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=_START))))
         except (RuntimeError, ValueError) as error:
@@ -268,7 +270,7 @@ class _Group:
         import torch.distributed
 
         torch.distributed.init_process_group(backend, store=self.store_of_sums, rank=self.rank, world_size=self.size)
-        atexit.register(torch.distributed.destroy_process_group)
+        self.sums = True
 
     def _name(self, number: int) -> str:
         return f"rank {number} of {self.size}"
@@ -360,6 +362,10 @@ class _Group:
 
     def _leave(self) -> None:
         """Say good-bye; the leader, who may keep the store, goes last."""
+        if self.sums and not self.lost and not self.is_leaving:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
         self.is_leaving = True
         with suppress(UserError):
             self.set(f"left {self.rank}", True)

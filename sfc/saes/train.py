@@ -195,7 +195,7 @@ def sae_loss(
     dead: Int[Tensor, " dead"],
     auxiliary_weight: float,
     l1_weight: float = 0.0,
-    share: slice = _ALL_ROWS,
+    own: slice = _ALL_ROWS,
 ) -> Loss:
     """Squared error over the batch's variance, plus the auxiliary loss of Gao et al. 2024 where features are dead.
 
@@ -204,11 +204,11 @@ def sae_loss(
     over the rows, in units of their mean norm sqrt(d_in).
 
     Args:
-        share: the rows whose part of the loss is wanted. The parts of all rows sum to the loss.
+        own: the rows whose part of the loss is wanted. The parts of all rows sum to the loss.
     """
     encoder, b_enc, W_dec, b_dec = parameters
     variance = (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
-    n_rows, x = len(x), x[share]
+    n_rows, x = len(x), x[own]
     k_dead = min(len(dead), x.shape[1] // 2) if auxiliary_weight > 0 else 0
     if k_dead == 0:
         active, revived = sparse_encode(x - b_dec, encoder, b_enc, k), None
