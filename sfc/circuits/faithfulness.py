@@ -200,19 +200,20 @@ def top_circuits(
     return keep
 
 
-NEAR_BEST = 0.02
-"""a size that falls short of the best one by no more than this is as good"""
+NEAR_BEST = 0.9
+"""where no size reaches the target, this share of the best one's figure is enough"""
 
 
 def choose_size(sizes: Int[np.ndarray, " sizes"], figure: Float[np.ndarray, " sizes"], target: float) -> int:
-    """The smallest size whose figure reaches the target; where none does, the smallest within `NEAR_BEST` of the best.
+    """The smallest size whose figure reaches the target; where none does, `NEAR_BEST` of the best's.
 
     Args:
         figure: on discovery prompts; NaN where it is not measurable. Where it is nowhere, the smallest size is chosen.
     """
     if np.isnan(figure).all():
         return int(sizes.min())
-    return int(sizes[figure >= min(target, np.nanmax(figure) - NEAR_BEST)].min())
+    best = np.nanmax(figure)
+    return int(sizes[figure >= min(target, best - (1 - NEAR_BEST) * abs(best))].min())
 
 
 def faithfulness_of_sizes(

@@ -70,7 +70,7 @@ class LearnedMaskOptions(Options):
 
     section = "learned_mask"
 
-    steps: int = Field(240, ge=1, description="steps of gradient descent")
+    steps: int = Field(120, ge=1, description="steps of gradient descent")
     prompts: int = Field(10, ge=1, description="prompts per step")
     pairs: int = Field(24, ge=1, description="pairs per step, where prompts have counterfactuals")
     pooled: float = Field(
