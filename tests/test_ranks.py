@@ -104,8 +104,10 @@ def test_three_processes_train_two_sites_as_one_does(of_one: Path, lists: list[P
     assert {len(path.read_text().splitlines()) for path in tmp_path.glob("saes/*/*/training.jsonl")} == {2}
 
 
-# What is not heard for 45 seconds is dead, which is long for a test.
-HASTY = "import sfc.core.ranks as ranks; ranks._SILENCE = 15.0"
+# What is not heard for 45 seconds is dead, which is long for a test. Ctrl-C works although a job in the background,
+# as this test may be, hands on that it is ignored.
+HASTY = "import sfc.core.ranks as ranks; ranks._SILENCE = 15.0\n"
+HASTY += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 @pytest.mark.parametrize(

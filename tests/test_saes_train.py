@@ -255,7 +255,7 @@ def test_the_losses_of_shares_of_the_rows_sum_to_the_loss_and_so_do_their_gradie
     def losses(*shares: slice) -> tuple[float, float, list[Tensor]]:
         parts = [sae_loss(parameters, x, 4, dead, 0.5, 0.3, share) for share in shares]
         gradients = torch.autograd.grad(sum((part.total for part in parts), torch.zeros(())), parameters)
-        return sum(float(part.total) for part in parts), sum(float(part.fvu) for part in parts), list(gradients)
+        return sum(part.total.item() for part in parts), sum(part.fvu.item() for part in parts), list(gradients)
 
     shares = [Peers(number, 3).share(len(x)) for number in range(3)]
     assert [row for share in shares for row in range(40)[share]] == list(range(40))

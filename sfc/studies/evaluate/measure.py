@@ -76,11 +76,10 @@ def evaluate(
         for name, what in zip(circuit_names(paths), listed, strict=True)
     ]
     clock.lap("prepare")
-    by_name = {circuit.name: circuit for circuit in circuits}
-    parts = {f"{number:04d}": name for number, name in enumerate(by_name)}
+    parts = {f"{number:04d}": circuit for number, circuit in enumerate(circuits)}
 
     def judged(part: str) -> dict[str, Any]:
-        circuit = by_name[parts[part]]
+        circuit = parts[part]
         figures, *tables = _judged(run, evidence, circuit, nulls)
         for rows in tables:
             rows.insert(0, "circuit_name" if "circuit" in rows else "circuit", circuit.name)
