@@ -140,10 +140,8 @@ def peers(n_items: int, backend: str) -> Peers:
     def total(tensor: "Tensor") -> None:
         try:
             torch.distributed.all_reduce(tensor, group=own)
-        except RuntimeError as error:
-            raise UserError(
-                f"another process that trains the same SAE has ended ({one_line(error, 80)}); {_GO_ON}"
-            ) from None
+        except RuntimeError:
+            raise UserError(f"another process that trains the same SAE is gone; {_GO_ON}") from None
 
     group = groups[rank() % n_items]
     return Peers(group.index(rank()), len(group), total if len(group) > 1 else lambda _: None)
@@ -328,7 +326,8 @@ class _Group:
         if not self.lost and not self.is_leaving:
             self.is_leaving = True
             with suppress(UserError):
-                self.set("lost", f"{self._name(self.rank)} on {socket.gethostname()} has ended ({reason})")
+                where, reason = socket.gethostname(), reason.removesuffix(f"; {_GO_ON}")
+                self.set("lost", f"{self._name(self.rank)} on {where} has ended ({reason})")
 
     def _watch(self) -> None:
         """Give signs of life, see to those of the next process that is still there, and hear who is lost."""
@@ -362,14 +361,15 @@ class _Group:
 
     def _leave(self) -> None:
         """Say good-bye; the leader, who may keep the store, goes last."""
-        if self.sums and not self.lost and not self.is_leaving:
+        is_orderly = not self.lost and not self.is_leaving
+        if self.sums and is_orderly:
             import torch.distributed
 
             torch.distributed.destroy_process_group()
         self.is_leaving = True
         with suppress(UserError):
             self.set(f"left {self.rank}", True)
-            left, end = self.count("left"), time.monotonic() + (3 * _BEAT if self.lost else _GRACE)
+            left, end = self.count("left"), time.monotonic() + (_GRACE if is_orderly else 3 * _BEAT)
             while self.rank == 0 and left < self.size and time.monotonic() < end:
                 time.sleep(0.05)
                 left = self.count("left", 0)
