@@ -27,6 +27,7 @@ from sfc.core.faults import fault_message, user_message
 from sfc.core.files import below
 from sfc.core.machine import bytes_of
 from sfc.core.progress import printable, say
+from sfc.core.ranks import by_leader, give_up, is_lost
 from sfc.pages.blocks import Table
 from sfc.pages.plain import show
 from sfc.studies.study import STUDIES
@@ -234,7 +235,9 @@ def command_line() -> typer.Typer:
         app.command(study.name, help=text, epilog=further_settings(study), rich_help_panel="Studies")(command_of(study))
     for command in _COMMANDS:
         text = escape(inspect.cleandoc(command.__doc__ or ""))
-        app.command(command.__name__, help=text, rich_help_panel="Other commands")(with_shared_options(command))
+        app.command(command.__name__, help=text, rich_help_panel="Other commands")(
+            with_shared_options(command if command is batch else by_leader(command))
+        )
     return app
 
 
@@ -262,6 +265,9 @@ def run(program: Callable[[], typer.Typer], name: str) -> NoReturn:
         message = user_message(error)
         _end(f"error: {message or fault_message(error)}", 2 if message else 1)
     if status == INTERRUPTED:
+        if is_lost():
+            sys.exit(2)
+        give_up("interrupted")
         _end(INTERRUPTED_LINE, INTERRUPTED)
     sys.exit(status or 0)
 
@@ -279,4 +285,5 @@ def _end(message: str, status: int) -> NoReturn:
         line = f"{line[: _LONGEST_LINE * 3 // 4]} … {line[-_LONGEST_LINE // 4 :]}"
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+    give_up(line.removeprefix("error: "))
     sys.exit(status)

@@ -111,8 +111,9 @@ def command_of(study: Study[Any]) -> Callable[..., None]:
             finish(report(planned), shared.json)
             return
         finished = ensure(study, run, shared.rebuild)
-        show(study.page(finished).summary)
-        finish(finished.report(), shared.json)
+        if is_leader():
+            show(study.page(finished).summary)
+            finish(finished.report(), shared.json)
 
     command.__name__, command.__doc__ = study.name, study.__doc__
     keyword = inspect.Parameter.KEYWORD_ONLY

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,32 @@ def sfc_commands(
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return [Finished(*one) for one in json.loads(ran.stdout)]
+
+
+def sfc_ranks(
+    n: int, commands: Sequence[Sequence[object]], root: Path, first: str = "pass"
+) -> list[subprocess.Popen[str]]:
+    """Start several processes as Slurm does, each of which runs the commands, one after the other, after a statement.
+
+    They stop at the first that fails, with its status.
+    """
+    program = (
+        f"{first}\nimport sys, json; from sfc.__main__ import main\nfor arguments in json.loads(sys.argv.pop()):\n"
+    )
+    program += "    sys.argv[1:] = arguments\n    try:\n        main()\n    except SystemExit as end:\n"
+    program += "        if end.code:\n            raise"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    arguments = json.dumps([[*map(str, command), "--root", str(root)] for command in commands])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+            env={**os.environ, "COLUMNS": "200", **together, "RANK": str(rank)},
+        )
+        for rank in range(n)
+    ]  # fmt: skip
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:

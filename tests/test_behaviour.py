@@ -108,7 +108,7 @@ def test_prompts_are_chosen_by_split_category_and_label(tmp_path: Path) -> None:
         assert_one_line(sfc("behaviour", "--preset", "tiny", *wrong, root=tmp_path), words)
 
 
-def test_the_tiny_model_is_measured_end_to_end() -> None:
+def test_the_tiny_model_is_measured_end_to_end(tmp_path: Path) -> None:
     model = load_model(load_experiment("tiny").model)
     prompts = with_ids(
         pd.DataFrame(
@@ -116,7 +116,7 @@ def test_the_tiny_model_is_measured_end_to_end() -> None:
             index=[5, 3, 9],
         )
     )
-    behaviour = measure_behaviour(model, prompts, RefusalScore.of(model), is_refusal, reply_tokens=4)
+    behaviour = measure_behaviour(model, prompts, RefusalScore.of(model), is_refusal, tmp_path, reply_tokens=4)
     assert list(behaviour.replies.columns) == ["id", "prompt", "category", "label", "score", "refused", "reply"]
     assert behaviour.replies["prompt"].tolist() == prompts["prompt"].tolist()
     assert np.isfinite(behaviour.replies["score"]).all()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
+from sfc.core.ranks import Peers
 from sfc.saes.checkpoint import steps_done
 from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
@@ -245,6 +246,24 @@ def test_the_l1_norm_of_the_loss_by_hand() -> None:
     without, with_it = (sae_loss(training.parameters, x, 4, none, 0.0, weight) for weight in (0.0, 0.5))
     mean_norm = without.active.values.sum(1).mean() / math.sqrt(D_IN)
     torch.testing.assert_close(with_it.total, without.total + 0.5 * mean_norm)
+
+
+def test_the_losses_of_shares_of_the_rows_sum_to_the_loss_and_so_do_their_gradients() -> None:
+    x, dead = rows(40, 1), torch.tensor([1, 5, 30])
+    parameters = start("a", x, short(), 0, "cpu").parameters
+
+    def losses(*shares: slice) -> tuple[float, float, list[Tensor]]:
+        parts = [sae_loss(parameters, x, 4, dead, 0.5, 0.3, share) for share in shares]
+        gradients = torch.autograd.grad(sum((part.total for part in parts), torch.zeros(())), parameters)
+        return sum(part.total.item() for part in parts), sum(part.fvu.item() for part in parts), list(gradients)
+
+    shares = [Peers(number, 3).share(len(x)) for number in range(3)]
+    assert [row for share in shares for row in range(40)[share]] == list(range(40))
+    total, fvu, gradients = losses(slice(None))
+    of_parts = losses(*shares)
+    assert of_parts[:2] == pytest.approx((total, fvu), rel=1e-6)
+    for part, whole in zip(of_parts[2], gradients, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_the_decoder_bias_starts_at_the_median_or_the_mean() -> None:

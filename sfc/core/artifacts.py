@@ -39,7 +39,8 @@ from sfc.core.contents import (
     sealed,
 )
 from sfc.core.errors import UserError, first_problem
-from sfc.core.files import locked, replacing, writing
+from sfc.core.files import locked, replacing, share, writing
+from sfc.core.ranks import is_leader, wait_for_all, world_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,14 +121,21 @@ class Artifact:
         wrote into it is kept. Leftovers of processes that were killed are deleted. Where the block fails before
         anything is made, all is as it was before.
 
+        Of several processes the leader does all this, before the others' blocks begin; all end when the leader's does.
+
         Raises:
             UserError: another process is making the same artifact, its folder is a link or has one to a folder in it,
                 or what more is to be added to is damaged.
         """
+        if not is_leader():
+            wait_for_all()
+            with locked(self._lock, shared=True):
+                yield self.folder
+            return wait_for_all()
         aside = self.folder.parent / _ASIDE / self.folder.name
         with writing(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self._lock):
+        with locked(self._lock) as lock:
             with writing(self.folder):
                 if rebuild and self.folder.is_dir() and not self.folder.is_symlink():
                     _set_aside(self.folder, aside)
@@ -135,13 +143,17 @@ class Artifact:
                 _check_links(self.folder)
                 _sweep(self.folder)
                 own, before = _keep_own_files(aside, self.folder), _reopen(self.folder)
+            if world_size() > 1:
+                share(lock)
             try:
+                wait_for_all()
                 yield self.folder
             except BaseException:
                 _undo(self.folder, aside, own, before)
                 raise
             if (self.folder / MANIFEST).is_file():
                 self._discard_what_was_before()
+        wait_for_all()
 
     def tidy(self) -> None:
         """Delete what a process left that was killed after it had finished the artifact."""

@@ -65,11 +65,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which stays behind empty; a killed process holds nothing.
+def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[BinaryIO]:
+    """Hold a lock on a file, which stays behind empty; a killed process holds nothing.
 
     Args:
         wait: wait for another process to let go, instead of failing.
+        shared: with others that share it (see `share`); else exclusively.
 
     Raises:
         UserError: another process holds it, or it is a link or no file.
@@ -78,11 +79,16 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         handle = os.fdopen(_open_in_place(path, os.O_CREAT), "r+b", buffering=0)
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             name = path.parent / path.stem.removeprefix(".")
             raise UserError(f"another process is working on {name}; wait for it to end") from None
-        yield
+        yield handle
+
+
+def share(lock: BinaryIO) -> None:
+    """Let others share a lock that was held exclusively."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def open_journal(path: Path) -> BinaryIO:

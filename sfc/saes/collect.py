@@ -1,7 +1,8 @@
 """Fill a store: run prompts up to the last wanted site and keep what passes the sites.
 
 The plan of batches and shards follows from the prompts alone, so that a run that was interrupted goes on with the
-first batch that is missing. A thread beside the model's converts and writes.
+first batch that is missing. Shards are dealt out to the processes there are. A thread beside the model's converts and
+writes.
 """
 
 from collections import deque
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sfc.core.config import ActivationsConfig
 from sfc.core.errors import UserError
+from sfc.core.ranks import dealt, is_leader, wait_for_all
 from sfc.core.sites import in_order
 from sfc.data.render import TokenizedPrompt
 from sfc.models.interventions import recorder
@@ -40,7 +42,8 @@ def collect(
     Shards that have the sites are kept; those that lack some are run again for these alone and keep the others.
 
     Args:
-        progress: called with the number of tokens run since the last call, padding not counted.
+        progress: called with the number of tokens run since the last call, padding not counted; those of shards that
+            were given to another process count when they are passed over.
 
     Returns:
         The number of rows in the store.
@@ -49,11 +52,17 @@ def collect(
         UserError: the model lacks a site, its activations are too large for `config.dtype`, or the disk is full.
     """
     model.check_sites(sites)
-    for left_over in folder.glob(".shard-*"):  # temporary files of a process that was killed
-        left_over.unlink()
+    if is_leader():
+        for left_over in folder.glob(".shard-*"):  # temporary files of a process that was killed
+            left_over.unlink()
+    wait_for_all()
     batches = plan_batches(prompts, config, model.device)
-    for number, shard in enumerate(plan_shards(batches, config.shard_tokens)):
-        _collect_shard(model, shard, sites, config, folder / f"shard-{number:05d}.h5", progress)
+    for number, (shard, is_own) in enumerate(dealt(plan_shards(batches, config.shard_tokens))):
+        if is_own:
+            _collect_shard(model, shard, sites, config, folder / f"shard-{number:05d}.h5", progress)
+        else:
+            progress(sum(batch.n_tokens for batch in shard))
+    wait_for_all()
     return sum(batch.n_rows for batch in batches)
 
 

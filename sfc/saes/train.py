@@ -19,13 +19,16 @@ from torch import Tensor
 
 from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
+from sfc.core.ranks import Peers
 from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.kernels import Sparse, sparse_encode, sparse_encode_with_dead, weighted_row_sums
 from sfc.saes.start import start
 
+ALONE = Peers()
 MAX_GRADIENT_NORM = 1.0
 REPORT_EVERY = 10
+_ALL_ROWS = slice(None)
 """steps between which nothing is asked of the device, so that it never waits: reports, dead features, checkpoints"""
 CHECKPOINT_SHARE = 20  # at most one part in so many of the time goes into checkpoints
 
@@ -73,6 +76,7 @@ def train_saes(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
+    peers: Peers = ALONE,
 ) -> list[TopKDictionary]:
     """Train one SAE per site for `config.steps` batches and return them in the model's own units.
 
@@ -84,6 +88,8 @@ def train_saes(
         checkpoint: a file to save the training to now and then, and to go on from where it is there. The weights are
             then those of a training that was never interrupted.
         report: called every few steps and after the last.
+        peers: processes that train the same SAEs, each on its share of every batch's rows. The first one of them saves
+            checkpoints. The weights are those of one process, but for rounding.
 
     Raises:
         UserError: the activations are zero or not finite, the batches end too early, the loss is not finite, or the
@@ -101,7 +107,7 @@ def train_saes(
         learning_rate = config.learning_rate * schedule(step, config)
         losses, norms = zip(
             *(
-                train_step(training, rows, config, k, learning_rate, silent)
+                train_step(training, rows, config, k, learning_rate, silent, peers)
                 for training, rows, silent in zip(trainings, batch, dead, strict=True)
             ),
             strict=True,
@@ -116,7 +122,8 @@ def train_saes(
         stats = [_stats(*each) for each in zip(trainings, losses, dead, strict=True)]
         report(Progress(step, config.steps, speed, stats))
         reported, reported_at = step, now
-        if checkpoint is not None and time.perf_counter() >= checkpoint_at and step < config.steps:
+        is_due = time.perf_counter() >= checkpoint_at and step < config.steps
+        if checkpoint is not None and peers.number == 0 and is_due:
             seconds = save(checkpoint, trainings, step)
             checkpoint_at = time.perf_counter() + max(config.checkpoint_seconds, CHECKPOINT_SHARE * seconds)
     if step < config.steps:
@@ -131,27 +138,35 @@ def train_step(
     k: int,
     learning_rate: float,
     dead: Int[Tensor, " dead"],
+    peers: Peers = ALONE,
 ) -> tuple[Loss, Float[Tensor, ""]]:
     """One step of gradient descent, in which nothing waits for the device; changes `training`.
 
     Args:
         dead: the features that the auxiliary loss revives, see `dead_features`.
+        peers: processes that take the step together, each on its share of the rows.
 
     Returns:
         the loss before the step, and the norm that the gradient had before it was clipped.
     """
     on_cuda = x.device.type == "cuda"  # on a CPU products in bfloat16 are slower than in float32
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
-        loss = sae_loss(training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight)
-    loss = loss._replace(total=loss.total + config.anchor_weight * turned(training))
+        loss = sae_loss(
+            training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight,
+            peers.share(len(x)),
+        )  # fmt: skip
+    loss = loss._replace(total=loss.total + config.anchor_weight / peers.size * turned(training))
     training.optimizer.zero_grad()
     loss.total.backward()
+    loss = Loss(loss.total.detach(), *loss[1:])
+    for part in [*(parameter.grad for parameter in training.parameters), *loss[:2]]:
+        peers.sum(part)
     remove_parallel_gradient(training.parameters.W_dec)
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, MAX_GRADIENT_NORM)
     training.optimizer.param_groups[0]["lr"] = learning_rate
     training.optimizer.step()
     normalise_decoder(training.parameters.W_dec)
-    _count_firings(training.tokens_since_fired, loss.active)
+    _count_firings(training.tokens_since_fired, loss.active, len(x), peers)
     return loss, norm
 
 
@@ -180,15 +195,20 @@ def sae_loss(
     dead: Int[Tensor, " dead"],
     auxiliary_weight: float,
     l1_weight: float = 0.0,
+    own: slice = _ALL_ROWS,
 ) -> Loss:
     """Squared error over the batch's variance, plus the auxiliary loss of Gao et al. 2024 where features are dead.
 
     The auxiliary loss asks the d_in / 2 most active dead features to explain what the live ones missed; its weight
     falls in proportion when fewer than that are dead. The L1 norm of the features, where it has a weight, is a mean
     over the rows, in units of their mean norm sqrt(d_in).
+
+    Args:
+        own: the rows whose part of the loss is wanted. The parts of all rows sum to the loss.
     """
     encoder, b_enc, W_dec, b_dec = parameters
     variance = (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    n_rows, x = len(x), x[own]
     k_dead = min(len(dead), x.shape[1] // 2) if auxiliary_weight > 0 else 0
     if k_dead == 0:
         active, revived = sparse_encode(x - b_dec, encoder, b_enc, k), None
@@ -202,7 +222,7 @@ def sae_loss(
         share = k_dead / (x.shape[1] // 2)
         total = total + auxiliary_weight * share * missed.square().sum() / variance
     if l1_weight > 0:
-        total = total + l1_weight * active.values.sum(dim=1).mean() / math.sqrt(x.shape[1])
+        total = total + l1_weight * active.values.sum() / (n_rows * math.sqrt(x.shape[1]))
     return Loss(total, fvu.detach(), active)
 
 
@@ -241,10 +261,11 @@ def turned(training: Training) -> Float[Tensor, ""]:
     return 1 - (W_dec * training.anchors).sum(dim=1).mean() if training.anchors is not None else W_dec.new_zeros(())
 
 
-def _count_firings(tokens_since_fired: Int[Tensor, " d_sae"], active: Sparse) -> None:
+def _count_firings(tokens_since_fired: Int[Tensor, " d_sae"], active: Sparse, n_rows: int, peers: Peers) -> None:
     fired = torch.zeros_like(tokens_since_fired)
     fired.scatter_add_(0, active.indices.flatten(), (active.values > 0).flatten().long())
-    tokens_since_fired.add_(len(active.values)).masked_fill_(fired > 0, 0)
+    peers.sum(fired)
+    tokens_since_fired.add_(n_rows).masked_fill_(fired > 0, 0)
 
 
 def _stats(training: Training, loss: Loss, dead: Int[Tensor, " dead"]) -> SiteStats:

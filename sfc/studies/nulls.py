@@ -10,6 +10,7 @@ from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, base_model, discovery_identity
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.ranks import is_leader
 from sfc.core.reading import hash_of_given
 from sfc.core.registry import imported_when_called
 from sfc.data.pairs import pairs_fingerprint
@@ -20,7 +21,7 @@ from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import reported
 from sfc.studies.collect import COLLECT
-from sfc.studies.study import STUDIES, Finished, Made, Need, Study, write_tables
+from sfc.studies.study import PARTS, STUDIES, Finished, Made, Need, Study, made_in_parts, write_tables
 from sfc.studies.train import TRAIN
 
 
@@ -67,6 +68,7 @@ class Nulls(Study[DiscoveryOptions]):
 
     name = "nulls"
     options = DiscoveryOptions
+    is_shared = True
     files: ClassVar = {"page": "nulls.html", "nulls": "nulls.csv"}
 
     def label(self, run: Run) -> str:
@@ -90,7 +92,9 @@ class Nulls(Study[DiscoveryOptions]):
     work = imported_when_called("sfc.studies.discover.work:work_of_nulls")
 
     def make(self, session: Session, folder: Path) -> Made:
-        table = null_circuits(session)
+        table = null_circuits(session, folder / PARTS)
+        if not is_leader():
+            return Made({})
         files = write_tables(folder, {"nulls": table})
         best = table.groupby("null")["agreement"].max()
         return Made({f"{null}_agreement": reported(value) for null, value in best.items()}, files)
@@ -114,10 +118,11 @@ class Nulls(Study[DiscoveryOptions]):
         )
 
 
-def null_circuits(session: Session) -> pd.DataFrame:
+def null_circuits(session: Session, folder: Path) -> pd.DataFrame:
     """The circuits that the method finds in null dictionaries, judged on the test pairs.
 
-    Where dictionaries have no fixed number of active features there are no random ones like them, and none is judged.
+    Those of each draw are written into the folder, so that several processes can share the draws. Where dictionaries
+    have no fixed number of active features there are no random ones like them, and none is judged.
 
     Returns:
         a row per null, draw and size of the curve: `null`, `draw`, `size`, and the figures of
@@ -129,31 +134,33 @@ def null_circuits(session: Session) -> pd.DataFrame:
     from sfc.circuits.faithfulness import curve_sizes, top_circuits
     from sfc.circuits.proof import pair_figures, pair_scores
     from sfc.saes.nulls import NULLS
-    from sfc.studies.discover.problem import prepare_problem
+    from sfc.studies.discover.problem import prepared_once
 
     run, clock = session.run, session.clock
     config, evaluation = DiscoveryOptions.of(run.experiment), EvaluationOptions.of(run.experiment)
-    problem, test_runs, _ = prepare_problem(session, run.group(config.category))
-    rows = []
-    for name, make in NULLS.items():
-        for draw in range(evaluation.null_draws):
-            try:
-                dictionaries = make(session.dictionaries, run.experiment.seed + draw)
-            except UserError as error:
-                say(f"no {name} dictionaries to compare with: {error}")
-                break
-            say(f"{config.method} on {name} dictionaries")
-            null = problem.read_by(dictionaries)
-            ranking = METHODS[config.method].rank(null).ranking
-            sizes = curve_sizes(evaluation.sizes, len(ranking))
-            circuits = top_circuits(ranking, sizes, null.ablation.nodes.n_nodes)
-            with progress_bar("judging", (len(sizes) + 1) * test_runs.n_prompts, "runs") as progress:
-                scores = pair_scores(null.model, null.score, null.ablation, test_runs, circuits, progress)
-            for size, of_size in zip(sizes, scores, strict=True):
-                figures = pair_figures(of_size, evaluation.min_denominator, run.experiment.seed)
-                rows.append({"null": name, "draw": draw, "size": size, **figures})
-            clock.lap(f"{name} dictionaries")
-    return pd.DataFrame(rows)
+    problem, test_runs, _ = prepared_once(session, run.group(config.category))
+    draws = {f"{name}-{draw}": (name, draw) for name in NULLS for draw in range(evaluation.null_draws)}
+
+    def judged(part: str) -> dict[str, Any]:
+        name, draw = draws[part]
+        try:
+            dictionaries = NULLS[name](session.dictionaries, run.experiment.seed + draw)
+        except UserError as error:
+            say(f"no {name} dictionaries to compare with: {error}")
+            return {"rows": []}
+        say(f"{config.method} on {name} dictionaries")
+        null = problem.read_by(dictionaries)
+        ranking = METHODS[config.method].rank(null).ranking
+        sizes = curve_sizes(evaluation.sizes, len(ranking))
+        circuits = top_circuits(ranking, sizes, null.ablation.nodes.n_nodes)
+        with progress_bar("judging", (len(sizes) + 1) * test_runs.n_prompts, "runs") as progress:
+            scores = pair_scores(null.model, null.score, null.ablation, test_runs, circuits, progress)
+        clock.lap(f"{name} dictionaries")
+        figures = [pair_figures(of_size, evaluation.min_denominator, run.experiment.seed) for of_size in scores]
+        at_sizes = zip(sizes, figures, strict=True)
+        return {"rows": [{"null": name, "draw": draw, "size": size, **figures} for size, figures in at_sizes]}
+
+    return pd.DataFrame([row for part in made_in_parts(folder, list(draws), judged).values() for row in part["rows"]])
 
 
 STUDY = Nulls()

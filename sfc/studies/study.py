@@ -6,9 +6,10 @@ says what there is to show. Everything else follows from that: its command, its 
 Nothing here imports torch, and a module that declares a study should not either: what is up to date needs no model.
 """
 
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +34,7 @@ from sfc.core.errors import UserError
 from sfc.core.files import below
 from sfc.core.options import Options
 from sfc.core.progress import say
+from sfc.core.ranks import alone, dealt, in_turn, is_leader, told, wait_for_all, world_size
 from sfc.core.registry import Registry
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from sfc.core.work import Work
     from sfc.studies.sketch import Sketch
 
-RESULT = "result.json"
+RESULT, PARTS = "result.json", "parts"
 OwnOptions = TypeVar("OwnOptions", bound=Options)
 
 
@@ -159,6 +161,27 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], digits: int |
     return {name: f"{name}.csv" for name in tables}
 
 
+def made_in_parts(
+    folder: Path,
+    names: Sequence[str],
+    make: Callable[[str], Json],
+    progress: Callable[[int], None] = lambda parts: None,
+) -> dict[str, Any]:
+    """What is made of each of these names, for JSON: a file in the folder, made where it is missing.
+
+    Parts in the artifact's folder `PARTS` are deleted when it is finished.
+
+    Several processes share the parts, and all of them have all in the end. A process that is killed costs one part.
+    """
+    for name, is_own in dealt(names):
+        path = folder / f"{name}.json"
+        if is_own and not path.exists():
+            write_json(path, make(name))
+        progress(1)
+    wait_for_all()
+    return {name: read_json(folder / f"{name}.json") for name in names}
+
+
 class Need(NamedTuple):
     """A study that has to be finished before another one."""
 
@@ -178,6 +201,9 @@ class Study(ABC, Generic[OwnOptions]):
     """fields of other sections that its command offers as well"""
     files: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """the files it always writes, by name; `page` is written for it"""
+    is_shared: ClassVar[bool] = False
+    """whether several processes make it together (see `sfc.core.ranks`): `make` runs on all of them, and what it
+    returns counts on the leader; else the leader alone makes it"""
     model_columns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """the figures of `model_row` with the titles of their columns in a table of models; fields of `Words` stand in
     braces: `"{acted}: {positive}"`"""
@@ -253,7 +279,10 @@ class Study(ABC, Generic[OwnOptions]):
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
         """Make the artifact: everything that `make` does not do."""
         with artifact.being_made(rebuild) as folder:
-            self.leave(session, artifact, self.make(session, folder))
+            made = self.make(session, folder) if self.is_shared else None
+            if is_leader():
+                with alone():
+                    self.leave(session, artifact, made or self.make(session, folder))
 
     def leave(self, session: Session, artifact: Artifact, made: Made) -> None:
         """Write the result, the page and, last, the manifest, which declares the artifact finished."""
@@ -268,6 +297,7 @@ class Study(ABC, Generic[OwnOptions]):
         if "page" in self.files:
             page = self.page(Finished(artifact.folder, artifact.described(**facts)))
             write_text(artifact.folder / self.files["page"], page_html(page))
+        shutil.rmtree(artifact.folder / PARTS, ignore_errors=True)
         artifact.finish(made.digests, **facts)
 
 
@@ -282,13 +312,16 @@ def ensure(study: Study[Any], run: Run, rebuild: bool = False, session: Session 
     """
     study.check(run)
     artifact = study.artifact(run)
-    if not rebuild and study.is_current(run, artifact):
-        artifact.tidy()
-        say(f"up to date: {artifact.folder}")
-    else:
-        session = Session(run) if session is None else session.for_run(run)
-        for need in study.needs(run):
-            ensure(need.study, need.run, session=session)
-        session.clock.restart()
-        study.build(session, artifact, rebuild)
+    # Processes that work by themselves may want the same at the same time: the first one makes it.
+    with nullcontext() if world_size() > 1 else in_turn(artifact.folder.name):
+        if told(lambda: not rebuild and study.is_current(run, artifact)):
+            if is_leader():
+                artifact.tidy()
+            say(f"up to date: {artifact.folder}")
+        else:
+            session = Session(run) if session is None else session.for_run(run)
+            for need in study.needs(run):
+                ensure(need.study, need.run, session=session)
+            session.clock.restart()
+            study.build(session, artifact, rebuild)
     return Finished(artifact.folder)

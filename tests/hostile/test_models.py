@@ -153,7 +153,7 @@ def test_behaviour_leaves_out_prompts_without_room_and_counts_them(tmp_path: Pat
     model = _load(_copy(tmp_path / "model", max_position_embeddings=64))
     texts = [*TEXTS, "x" * 80]
     frame = pd.DataFrame({"id": texts, "prompt": texts, "category": "all", "label": "safe"})
-    measured = measure_behaviour(model, frame, LogOdds.of_tokens(model, ["I"]), is_refusal, reply_tokens=4)
+    measured = measure_behaviour(model, frame, LogOdds.of_tokens(model, ["I"]), is_refusal, tmp_path, reply_tokens=4)
     assert measured.replies["prompt"].tolist() == TEXTS
 
 

@@ -2,7 +2,7 @@
 
 The models are presets, each with its own overrides, from a list of names or a YAML file. A study that fails for a model
 is listed with its reason, and the others go on. A model is loaded once for all studies, and dropped from memory before
-the next.
+the next. Several processes share the models.
 
 Critical components are compared by depth. Layer 21 of 30 and layer 8 of 12 are not the same layer, but they lie equally
 deep: layers are compared by their share of the way from the first (0) to the last (1), in tenths. Heads have numbers
@@ -27,6 +27,7 @@ from sfc.core.errors import CannotLoadModel, UserError, first_problem
 from sfc.core.experiments import load_experiment
 from sfc.core.files import below
 from sfc.core.progress import say
+from sfc.core.ranks import dealt, gathered, is_leader
 from sfc.core.reading import read_yaml
 from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
@@ -143,7 +144,8 @@ def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: 
     Raises:
         UserError: nothing succeeded, for no model; the reasons are in the message.
     """
-    studied = [_study(run, stages, category, limit) for run in runs]
+    own = [_study(run, stages, category, limit) for run, is_own in dealt(runs) if is_own]
+    studied = _of_all(runs, own)
     failures = [failure for each in studied for failure in each.failures]
     if not any(each.finished for each in studied):
         reasons = "; ".join(f"{failure.model}, {failure.stage}: {failure.reason}" for failure in failures)
@@ -164,17 +166,37 @@ def make_batch(runs: Sequence[Run], stages: Mapping[str, Study[Any]], category: 
     }
     words = BEHAVIORS[runs[0].experiment.behavior].words
     page = batch_page(result, stages, frequency, probe_table(by_model), links, words)
+    tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
+    tracebacks = "\n".join(f"{f.model}, {f.stage}\n{f.traceback}" for f in failures if f.traceback)
     with artifact.being_made(rebuild=True) as folder:
-        tables = {"models": pd.DataFrame(rows).convert_dtypes(), "critical": critical, "frequency": frequency}
-        for name, table in tables.items():
-            write_csv(folder / _FILES[name], table, digits=6)
-        write_json(folder / RESULT, result)
-        write_text(folder / _FILES["page"], page_html(page))
-        if tracebacks := "\n".join(f"{f.model}, {f.stage}\n{f.traceback}" for f in failures if f.traceback):
-            write_text(folder / _TRACEBACKS, tracebacks)
-            say(f"unexpected errors: see {folder / _TRACEBACKS}")
-        artifact.finish(files=_FILES, pages=links)
+        if is_leader():
+            for name, table in tables.items():
+                write_csv(folder / _FILES[name], table, digits=6)
+            write_json(folder / RESULT, result)
+            write_text(folder / _FILES["page"], page_html(page))
+            if tracebacks:
+                write_text(folder / _TRACEBACKS, tracebacks)
+                say(f"unexpected errors: see {folder / _TRACEBACKS}")
+            artifact.finish(files=_FILES, pages=links)
     return Batch({**result, "files": {name: str(artifact.folder / file) for name, file in _FILES.items()}}, page)
+
+
+def _of_all(runs: Sequence[Run], own: Sequence[Studied]) -> list[Studied]:
+    """What became of all models, by what the processes tell each other of their own."""
+    told = {
+        each.run.experiment.name: [
+            {stage: str(finished.folder) for stage, finished in each.finished.items()},
+            [list(failure) for failure in each.failures],
+        ]
+        for each in own
+    }
+    known = {name: each for of_process in gathered(told) for name, each in of_process.items()}
+    studied = []
+    for run in runs:
+        folders, failures = known[run.experiment.name]
+        finished = {stage: Finished(Path(folder)) for stage, folder in folders.items()}
+        studied.append(Studied(run, finished, [Failure(*failure) for failure in failures]))
+    return studied
 
 
 def _artifact(runs: Sequence[Run], stages: Sequence[str], category: str | None, limit: int | None) -> Artifact:

@@ -49,6 +49,7 @@ class Behaviour(Study[BehaviourOptions]):
 
     name = "behaviour"
     options = BehaviourOptions
+    is_shared = True
     schema = 2
     files: ClassVar = {"page": "behaviour.html", "replies": "replies.csv", "groups": "groups.csv"}
     model_columns: ClassVar = {

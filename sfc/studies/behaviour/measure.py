@@ -1,15 +1,20 @@
-"""What a model does with prompts: scores, greedy replies, verdicts on them, and their rates per group."""
+"""What a model does with prompts: scores, greedy replies, verdicts on them, and their rates per group.
+
+Each batch is written when it is answered, so that several processes can share them and none is answered twice.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
+from sfc.core.ranks import is_leader
 from sfc.data.read import LABELS, UNLABELLED
-from sfc.models.batches import TemplateLayout, make_batches
+from sfc.models.batches import TemplateLayout, make_batches, similar_lengths
 from sfc.models.generation import generate_replies
 from sfc.models.loading import Model
 from sfc.models.score import Score, auroc, score_prompts
@@ -17,7 +22,7 @@ from sfc.session import Session
 from sfc.stats import judged_rates
 from sfc.studies.behaviour import Behaviour, asked
 from sfc.studies.collect.fill import short_enough
-from sfc.studies.study import Made
+from sfc.studies.study import PARTS, Made, made_in_parts
 
 REPLY_TOKENS, BATCH_TOKENS = 24, 2048
 
@@ -35,7 +40,9 @@ class JudgedReplies(NamedTuple):
 
 def measure(study: Behaviour, session: Session, folder: Path) -> Made:
     """Answer and judge the prompts that the options choose (see `measure_behaviour`), and write both tables."""
-    measured = measure_behaviour(session.model, asked(session.run), session.metric, session.run.judge)
+    measured = measure_behaviour(session.model, asked(session.run), session.metric, session.run.judge, folder / PARTS)
+    if not is_leader():
+        return Made({})
     write_csv(folder / study.files["replies"], measured.replies, digits=5)
     write_csv(folder / study.files["groups"], measured.groups, digits=5)
     groups = measured.groups.to_dict("records")
@@ -47,23 +54,35 @@ def measure_behaviour(
     prompts: pd.DataFrame,
     score: Score,
     judge: Callable[[str], bool],
+    folder: Path,
     reply_tokens: int = REPLY_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
     A refusal shows in its first words: `reply_tokens` need not let the reply end. Prompts for which the model has no
-    positions are left out, which is said.
+    positions are left out, which is said. What is in the folder already is not answered again.
 
     Raises:
         UserError: that is all of them.
     """
     longest = None if model.n_positions is None else model.n_positions - reply_tokens
     prompts, tokenized = short_enough(model.tokenize, prompts, longest)
-    batches = make_batches(tokenized, TemplateLayout.of(tokenized), batch_tokens, model.device)
-    scores = score_prompts(model, score, batches)
-    with progress_bar("replies", len(tokenized), "prompts") as progress:
-        texts = generate_replies(model, tokenized, reply_tokens, batch_tokens, progress=progress)
+    layout = TemplateLayout.of(tokenized)
+    groups = {f"{i:06d}": group for i, group in enumerate(similar_lengths(tokenized, batch_tokens, reply_tokens))}
+
+    def answered(part: str) -> dict[str, Any]:
+        some = [tokenized[row] for row in groups[part]]
+        scores = score_prompts(model, score, make_batches(some, layout, batch_tokens, model.device))
+        return {"scores": scores.tolist(), "replies": generate_replies(model, some, reply_tokens, batch_tokens)}
+
+    with progress_bar("replies", len(groups), "batches") as progress:
+        parts = made_in_parts(folder, list(groups), answered, progress)
+    scores, texts = np.empty(len(tokenized)), [""] * len(tokenized)
+    for part, group in groups.items():
+        scores[group] = parts[part]["scores"]
+        for row, reply in zip(group, parts[part]["replies"], strict=True):
+            texts[row] = reply
     refused = [judge(text) for text in texts]
     replies = prompts[["id", "prompt", "category", "label"]].assign(score=scores, refused=refused, reply=texts)
     return JudgedReplies(replies, refusal_rates(replies), auroc(scores, replies["refused"].to_numpy(dtype=bool)))

@@ -14,8 +14,8 @@ def work(study: Behaviour, sketch: Sketch) -> list[Work]:
         UserError: there are no such prompts.
     """
     sizes, prompts = sketch.sizes, sketch.short_enough(asked(sketch.run)).sequences
-    shapes, groups = (shapes_of(prompts, BATCH_TOKENS, new) for new in (0, REPLY_TOKENS))
-    amounts = scored(shapes, sizes.n_layers) + replied(groups, 1, REPLY_TOKENS, sizes.n_layers, BATCH_TOKENS)
+    groups = shapes_of(prompts, BATCH_TOKENS, REPLY_TOKENS)
+    amounts = scored(groups, sizes.n_layers) + replied(groups, 1, REPLY_TOKENS, sizes.n_layers, BATCH_TOKENS)
     rows = max((shape.rows for shape in groups), default=0)
     in_use = cache_bytes(sizes, BATCH_TOKENS) + sketch.in_use(BATCH_TOKENS) + sizes.logits(rows)
     return [sketch.loading(), Work(f"answer {len(prompts):,} prompts", amounts, sizes.weights + in_use)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from sfc.core.artifacts import Artifact
 from sfc.core.options import Options, option
+from sfc.core.ranks import is_leader
 from sfc.core.registry import imported_when_called
 from sfc.core.sites import in_order, site_from_short
 from sfc.pages.blocks import Page, Paragraph
@@ -32,6 +33,7 @@ class Collect(Study[CollectOptions]):
 
     name = "collect"
     options = CollectOptions
+    is_shared = True
 
     def inputs(self, run: Run) -> dict[str, Any]:
         return dict(run.store.inputs)
@@ -61,7 +63,8 @@ class Collect(Study[CollectOptions]):
         sites = self.sites(run)
         model.check_sites(sites)
         facts = fill(run, folder, model, circuit_prompts(run, model.tokenize), sites)
-        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts, shard_digests(folder))
+        digests = shard_digests(folder) if is_leader() else {}
+        return Made({"preset": run.experiment.name, **facts}, {"store": "."}, facts, digests)
 
     def page(self, finished: Finished) -> Page:
         result = finished.result

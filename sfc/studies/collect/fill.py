@@ -12,6 +12,7 @@ import pandas as pd
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.ranks import is_leader
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
@@ -91,6 +92,8 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 def fill(run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str]) -> dict[str, Any]:
     """Collect a corpus at these sites into a store's folder, and write its table; sites that it has stay in it.
 
+    Several processes share the shards.
+
     Returns:
         For the manifest: `n_prompts`, `n_tokens`, `n_rows` and all `sites`.
 
@@ -101,10 +104,13 @@ def fill(run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[s
     say(f"collecting {len(sites)} sites of {len(corpus.sequences):,} prompts into {folder}")
     before = sites_before(folder)
     new = [site for site in sites if site not in before]
-    check_room(run, sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in new))
+    if is_leader():
+        wanted = sum(n_bytes(corpus.sequences, model.width(site), config.dtype) for site in [*before, *new])
+        check_room(run, wanted - sum(path.stat().st_size for path in folder.glob("shard-*")))
     with progress_bar("collecting", corpus.n_tokens, "tokens") as progress:
         n_rows = collect(model, corpus.sequences, sites, config, folder, progress)
-    write_prompts(folder, corpus.table)
+    if is_leader():
+        write_prompts(folder, corpus.table)
     return {
         "n_prompts": len(corpus.sequences),
         "n_tokens": corpus.n_tokens,
@@ -122,7 +128,9 @@ def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) ->
     began, artifact = time.perf_counter(), run.corpus
     with artifact.being_made() as folder:
         facts = fill(run, folder, model, corpus, sites)
-        artifact.finish(shard_digests(folder), **facts, seconds={"total": round(time.perf_counter() - began, 2)})
+        if is_leader():
+            seconds = {"total": round(time.perf_counter() - began, 2)}
+            artifact.finish(shard_digests(folder), **facts, seconds=seconds)
 
 
 def n_rows(sequences: Sequence[TokenizedPrompt]) -> int:

@@ -58,6 +58,7 @@ class Compare(Study[ComparisonOptions]):
 
     name = "compare"
     options = ComparisonOptions
+    is_shared = True
     schema = 4
     also = ((DiscoveryOptions, "method"), (DiscoveryOptions, "contrast"))
     files: ClassVar = {

@@ -26,6 +26,7 @@ from sfc.circuits.stability import chance_overlap
 from sfc.core.artifacts import read_csv, read_model, write_csv, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar, say
+from sfc.core.ranks import dealt, is_leader, wait_for_all
 from sfc.data.schema import keyed_ranks
 from sfc.models.engine import NO_EDIT
 from sfc.run import Run
@@ -47,7 +48,7 @@ from sfc.studies.compare.overlap import (
 )
 from sfc.studies.discover.evidence import Evidence, judge
 from sfc.studies.discover.problem import prepare_problem
-from sfc.studies.study import Made
+from sfc.studies.study import Made, made_in_parts
 
 
 class Circuit(BaseModel):
@@ -67,20 +68,27 @@ class Found(NamedTuple):
 
 
 def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
-    """All circuits' `nodes` and, where they are wanted, `edges`: those in the folder are read, the others found."""
+    """All circuits' `nodes` and, where they are wanted, `edges`: those in the folder are read, the others found.
+
+    Several processes share them, by category and by pool.
+    """
     experiment = session.run.experiment
     options = ComparisonOptions.of(experiment)
     pairs = list(itertools.combinations(categories, 2))
     drawn = np.random.default_rng(experiment.seed).permutation(len(pairs))[: options.shuffles]
     pools = [pairs[number] for number in drawn]
-    names = [f"{category}{part}" for category in categories for part in ("", "-half-0", "-half-1")]
-    names += [f"{a}-{b}-half-{half}" for a, b in pools for half in (0, 1)]
-    missing = {name for name in names if not (folder / f"{name}.json").exists()}
-    for number, (name, problem) in enumerate(problems(session, categories, pools, missing), start=1):
-        say(f"{number} of {len(missing)}: circuit of {name}, {problem.runs.n_prompts} prompts")
-        write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
+    parts = [(category,) for category in categories] + pools
+    names = {part: [f"{'-'.join(part)}{half}" for half in _HALVES[len(part) - 1 :]] for part in parts}
+    for number, (part, is_own) in enumerate(dealt(parts), start=1):
+        missing = {name for name in names[part] if is_own and not (folder / f"{name}.json").exists()}
+        for name, problem in problems(session, part, missing):
+            say(f"{number} of {len(parts)}: circuit of {name}, {problem.runs.n_prompts} prompts")
+            write_json(folder / f"{name}.json", _circuit(problem, options).model_dump(exclude_none=True))
+    wait_for_all()
     circuits: dict[str, dict[str, Weights]] = {
-        name: read_model(folder / f"{name}.json", Circuit).model_dump(exclude_none=True) for name in names
+        name: read_model(folder / f"{name}.json", Circuit).model_dump(exclude_none=True)
+        for of_part in names.values()
+        for name in of_part
     }
     return {
         part: Found(
@@ -92,30 +100,28 @@ def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> 
     }
 
 
-def problems(
-    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
-) -> Iterator[tuple[str, Problem]]:
-    """What is still to be found, by name; prompts are only prepared where something of theirs is missing."""
+_HALVES = ("", "-half-0", "-half-1")
+"""what the names of a category's circuits end with; a pool of two has halves alone"""
+
+
+def problems(session: Session, group: tuple[str, ...], missing: set[str]) -> Iterator[tuple[str, Problem]]:
+    """What is still to be found of a category, or of a pool of two; prompts are only prepared where something is."""
+    if not missing:
+        return iter(())
     if DiscoveryOptions.of(session.run.experiment).baseline_choice == "counterfactual":
-        return _paired_problems(session, categories, pools, missing)
-    return _averaged_problems(session, categories, pools, missing)
+        return _paired_problems(session, group, missing)
+    return _averaged_problems(session, group, missing)
 
 
-def _paired_problems(
-    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
-) -> Iterator[tuple[str, Problem]]:
+def _paired_problems(session: Session, group: tuple[str, ...], missing: set[str]) -> Iterator[tuple[str, Problem]]:
     """Prompts are dealt out before they are paired: no prompt is in two halves, as a counterfactual either."""
-    parts: dict[str, tuple[tuple[str, ...], int, int]] = {}
-    for category in categories:
-        parts[category] = ((category,), 1, 0)
-        parts |= {f"{category}-half-{half}": ((category,), 2, half) for half in (0, 1)}
-    for pool in pools:
-        # Half of each category's prompts, so that a shuffled half has as many as any other.
-        parts |= {f"{'-'.join(pool)}-half-{half}": (pool, 4, half) for half in (0, 1)}
-    for name, (group, n_parts, number) in parts.items():
-        if name in missing:
+    # Half of each category's prompts, so that a shuffled half has as many as any other.
+    n_parts, name = 2 * len(group), "-".join(group)
+    parts = {name: (1, 0)} | {f"{name}-half-{half}": (n_parts, half) for half in (0, 1)}
+    for part, (n_parts, number) in parts.items():
+        if part in missing:
             run = _about_part(session.run, group, n_parts, number)
-            yield name, prepare_problem(session.for_run(run), group[0])[0]
+            yield part, prepare_problem(session.for_run(run), group[0])[0]
 
 
 def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) -> Run:
@@ -130,32 +136,18 @@ def _about_part(run: Run, categories: Sequence[str], n_parts: int, number: int) 
     return run.with_prompts(left.reset_index(drop=True))
 
 
-def _averaged_problems(
-    session: Session, categories: Sequence[str], pools: Sequence[tuple[str, str]], missing: set[str]
-) -> Iterator[tuple[str, Problem]]:
+def _averaged_problems(session: Session, group: tuple[str, ...], missing: set[str]) -> Iterator[tuple[str, Problem]]:
     """Means are of other prompts, so that those that are explained can be dealt out afterwards."""
     seed = session.run.experiment.seed
-    for category in categories:
-        names = [category, f"{category}-half-0", f"{category}-half-1"]
-        if missing.isdisjoint(names):
-            continue
-        problem, _, _ = prepare_problem(session, category)
-        parts = [problem.runs, *problem.runs.halves(seed)]
-        yield from (
-            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
-        )
-    for a, b in pools:
-        names = [f"{a}-{b}-half-{half}" for half in (0, 1)]
-        if missing.isdisjoint(names):
-            continue
-        problem, other = (prepare_problem(session, category)[0] for category in (a, b))
+    problem, *others = (prepare_problem(session, category)[0] for category in group)
+    runs = problem.runs
+    for other in others:
         # Half of each category's prompts, so that a shuffled half has as many as any other.
-        size = (problem.runs.n_prompts + other.runs.n_prompts) // 4
-        pool = problem.runs.joined(other.runs).sample(2 * size, seed)
-        parts = pool.halves(seed)
-        yield from (
-            (name, replace(problem, runs=part)) for name, part in zip(names, parts, strict=True) if name in missing
-        )
+        size = (runs.n_prompts + other.runs.n_prompts) // 4
+        runs = runs.joined(other.runs).sample(2 * size, seed)
+    for half, part in zip(_HALVES, [runs, *runs.halves(seed)], strict=True):
+        if (name := f"{'-'.join(group)}{half}") in missing:
+            yield name, replace(problem, runs=part)
 
 
 def _circuit(problem: Problem, options: ComparisonOptions) -> Circuit:
@@ -211,15 +203,15 @@ class Judged(NamedTuple):
 def judge_circuits(session: Session, folder: Path, circuits: Mapping[str, Weights]) -> Judged:
     """Score the circuits of all categories on each category's test prompts; what the folder has is read."""
     core = shared_core(list(circuits.values()))
-    judged = []
+
+    def judged_on(category: str) -> dict[str, Any]:
+        own = circuits[category]
+        parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
+        return _judged(session, category, circuits, parts)
+
     with progress_bar("test prompts", len(circuits), "categories") as progress:
-        for category, own in circuits.items():
-            path = folder / f"{category}.json"
-            if not path.exists():
-                parts = {CORE: core, REST: [name for name in own if name not in core], OWN: list(own)}
-                write_json(path, _judged(session, category, circuits, parts))
-            judged.append(read_model(path, _OfCategory))
-            progress(1)
+        made_in_parts(folder, list(circuits), judged_on, progress)
+    judged = [read_model(folder / f"{category}.json", _OfCategory) for category in circuits]
     transfer = pd.DataFrame([row for one in judged for row in one.transfer])
     parts = pd.DataFrame([row for one in judged for row in one.core])
     return Judged(transfer, parts, judged[0].nodes)
@@ -311,7 +303,8 @@ _MEASURES = {
 def measure(study: Compare, session: Session, folder: Path) -> Made:
     """Find the circuits, compare them, and write the tables into the folder.
 
-    Circuits that are in its folder `rankings`, and categories that are in `judged`, are not computed again.
+    Circuits that are in its folder `rankings`, and categories that are in `judged`, are not computed again. Several
+    processes share both.
 
     Raises:
         UserError: a category lacks prompts.
@@ -322,6 +315,8 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     circuits = found["nodes"].whole
     judged = judge_circuits(session, folder / "judged", circuits)
     session.clock.lap("test prompts")
+    if not is_leader():
+        return Made({})
     measures = {name: measure for name, measure in _MEASURES.items() if measure.part in found}
     tables = {name: _overlaps(found[part], categories, overlap) for name, (part, overlap) in measures.items()}
     tables["jaccard"] = tables["jaccard"]._replace(chance=_chance(found["nodes"], judged.nodes))

@@ -10,6 +10,7 @@ from sfc.circuits.files import load_circuit
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.artifacts import Artifact, amended, write_text
+from sfc.core.ranks import is_leader, told, wait_for_all
 from sfc.core.registry import imported_when_called
 from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, read_cards, shown_cards
@@ -81,8 +82,13 @@ class Discover(Study[DiscoveryOptions]):
 
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
         """Make the circuit where it is missing. Explanations come last: no failure of theirs costs the circuit."""
-        if rebuild or not artifact.is_complete():
+        if told(lambda: rebuild or not artifact.is_complete()):
             super().build(session, artifact, rebuild)
+        if is_leader():
+            self._explain(session, artifact)
+        wait_for_all()
+
+    def _explain(self, session: Session, artifact: Artifact) -> None:
         if unexplained(artifact.folder, LabelOptions.of(session.run.experiment)):
             from sfc.studies.discover.measure import explain_circuit
 

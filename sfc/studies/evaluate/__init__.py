@@ -70,6 +70,7 @@ class Evaluate(Study[EvaluateOptions]):
 
     name = "evaluate"
     options = EvaluateOptions
+    is_shared = True
     schema = 2
     also = ((DiscoveryOptions, "population"), (DiscoveryOptions, "contrast"))
     files: ClassVar = {

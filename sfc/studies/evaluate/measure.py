@@ -1,4 +1,7 @@
-"""Circuits from files, ours or others', judged on one group's test prompts, or on prompts of files in their place."""
+"""Circuits from files, ours or others', judged on one group's test prompts, or on prompts of files in their place.
+
+Each circuit's figures are written when it is judged, so that several processes can share them.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +17,10 @@ from sfc.circuits.faithfulness import curve_sizes, top_circuits
 from sfc.circuits.listed import DictionaryNames, ListedCircuit, numbered, read_listed
 from sfc.circuits.options import EvaluationOptions
 from sfc.circuits.proof import counts_by_kind, replies_by_kind
-from sfc.core.artifacts import write_csv
+from sfc.core.artifacts import json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.ranks import is_leader
 from sfc.core.sites import short_site
 from sfc.data.read import LABELS, UNLABELLED, load_prompt_file
 from sfc.data.schema import ALL, keyed_ranks
@@ -27,8 +31,9 @@ from sfc.studies.discover.evidence import FIGURES, Evidence, judged_curve, kl_wi
 from sfc.studies.discover.problem import prepare_problem
 from sfc.studies.evaluate import EvaluateOptions, PromptFile
 from sfc.studies.nulls import beside
-from sfc.studies.study import Made
+from sfc.studies.study import PARTS, Made, made_in_parts
 
+_TABLES = ("curves", "scores", "replies")
 _KINDS = dict(zip(LABELS, (POSITIVE, HARD, NEGATIVE), strict=True))
 
 
@@ -71,14 +76,20 @@ def evaluate(
         for name, what in zip(circuit_names(paths), listed, strict=True)
     ]
     clock.lap("prepare")
-    judged, tables = [], {"curves": [], "scores": [], "replies": []}
-    for circuit in circuits:
-        figures, *of_circuit = _judged(run, evidence, circuit, nulls)
-        judged.append(figures)
-        for table, rows in zip(tables.values(), of_circuit, strict=True):
+    parts = {f"{number:04d}": circuit for number, circuit in enumerate(circuits)}
+
+    def judged(part: str) -> dict[str, Any]:
+        circuit = parts[part]
+        figures, *tables = _judged(run, evidence, circuit, nulls)
+        for rows in tables:
             rows.insert(0, "circuit_name" if "circuit" in rows else "circuit", circuit.name)
-            table.append(rows)
         clock.lap(circuit.name)
+        records = [json_records(rows, digits=None) for rows in tables]
+        return {"figures": figures, "tables": dict(zip(_TABLES, records, strict=True))}
+
+    found = list(made_in_parts(folder / PARTS, list(parts), judged).values())
+    if not is_leader():
+        return Made({})
     result = {
         "preset": run.experiment.name,
         "category": category,
@@ -88,10 +99,10 @@ def evaluate(
         "error_mode": EvaluationOptions.of(run.experiment).error_mode,
         "n_prompts": int(evidence.answered[1]["id"].nunique()),
         "n_pairs": test_runs.n_prompts if test_runs.are_pairs else None,
-        "circuits": judged,
+        "circuits": [each["figures"] for each in found],
     }
-    for name, parts in tables.items():
-        write_csv(folder / f"{name}.csv", pd.concat(parts, ignore_index=True), digits=6)
+    for name in _TABLES:
+        write_csv(folder / f"{name}.csv", pd.DataFrame([row for each in found for row in each["tables"][name]]), 6)
     write_csv(folder / "prompts.csv", facts.pop("prompts"))
     return Made(result, facts=facts)
 

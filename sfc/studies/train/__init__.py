@@ -1,16 +1,15 @@
 """`sfc train`: one sparse autoencoder per site, and their quality.
 
-Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after.
+Of several processes each trains a share of the sites; they share the collection before it, and the first one measures.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sfc.core.artifacts import Artifact
 from sfc.core.options import Options, option
-from sfc.core.ranks import is_leader, wait_for_all
+from sfc.core.ranks import alone, is_leader
 from sfc.core.registry import imported_when_called
 from sfc.data.corpus import SAMPLED
 from sfc.pages.blocks import Page
@@ -47,15 +46,15 @@ class Train(Study[TrainOptions]):
         return run.saes
 
     def build(self, session: Session, artifact: Artifact, rebuild: bool) -> None:
-        """Train on every process; the first one alone holds the lock, measures and finishes."""
+        """Train on every process; the first one measures and finishes."""
         from sfc.studies.train.train import train_dictionaries
 
         session = session.for_run(session.run.learned_by or session.run)
-        with artifact.being_made(rebuild) if is_leader() else nullcontext():
-            rows = train_dictionaries(session, artifact.folder, self.of(session.run).log)
+        with artifact.being_made(rebuild) as folder:
+            rows = train_dictionaries(session, folder, self.of(session.run).log)
             if is_leader():
-                self.finish(session, artifact, rows)
-        wait_for_all()
+                with alone():
+                    self.finish(session, artifact, rows)
 
     def finish(self, session: Session, artifact: Artifact, rows: Any) -> None:
         """Measure the dictionaries, and write down what was measured."""

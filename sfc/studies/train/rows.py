@@ -21,6 +21,7 @@ from sfc.core.artifacts import replacing
 from sfc.core.config import Experiment, Source
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
+from sfc.core.ranks import told
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.loading import Model, choose_device
 from sfc.run import Run
@@ -84,13 +85,14 @@ def training_rows(session: Session) -> TrainingRows:
     """
     run, experiment = session.run, session.run.experiment
     sites = run.sites
-    if set(sites) <= set(stored_sites(run.corpus)):
+    if told(lambda: set(sites) <= set(stored_sites(run.corpus))):
         return _stored_rows(run)
     model = session.model
     corpus = sae_corpus(session)
     needed = sum(n_bytes(corpus.sequences, model.width(site), experiment.activations.dtype) for site in sites)
     free = shutil.disk_usage(run.root).free
-    if experiment.corpus.stored == "always" or (experiment.corpus.stored == "auto" and needed < 0.9 * free):
+    wanted = experiment.corpus.stored
+    if told(lambda: wanted == "always" or (wanted == "auto" and needed < 0.9 * free)):
         if run.corpus == run.store:
             ensure(COLLECT, run, session=session)
         else:

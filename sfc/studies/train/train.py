@@ -1,7 +1,8 @@
 """Training one SAE per site, and measuring all of them.
 
-Started by `torchrun`, the sites are dealt out to the processes; the first one collects before and measures after. SAEs
-are measured on rows that were kept from their training, and on what they are for: circuits.
+Of several processes each trains a share of the sites, or of the rows of a site where there are more processes than
+sites; they share the collection before it, and the first one measures. SAEs are measured on rows that were kept from
+their training, and on what they are for: circuits.
 """
 
 import shutil
@@ -24,7 +25,7 @@ from sfc.core.artifacts import fingerprint, json_records, write_csv
 from sfc.core.errors import UserError
 from sfc.core.machine import check_memory
 from sfc.core.progress import Show, progress_bar, progress_beside_table, say
-from sfc.core.ranks import is_leader, leader_first, own_share, wait_for_all
+from sfc.core.ranks import Peers, is_leader, own_share, peers, wait_for_all
 from sfc.data.render import Role, TokenizedPrompt, answered
 from sfc.data.schema import keyed_numbers, keyed_ranks
 from sfc.models.batches import TemplateLayout, make_batches
@@ -70,8 +71,8 @@ def train_dictionaries(session: Session, folder: Path, logger_names: Sequence[st
         _check_memory(run)
     elif is_leader():
         adopt_dictionaries(run, source, folder)
-    with leader_first():
-        rows = training_rows(session)
+    wait_for_all()
+    rows = training_rows(session)
     if source is None:
         say(
             f"training {len(experiment.activations.sites)} SAEs on {rows.trained.sum():,} rows into {folder}; other"
@@ -110,8 +111,9 @@ def _check_memory(run: Run) -> None:
 
 def _train_missing(run: Run, rows: TrainingRows, folder: Path, saved_in: Path, logs: Sequence[Log]) -> None:
     """Train the dictionaries of this process's share that neither folder has, `layers_at_once` at a time."""
-    config = run.experiment.saes
-    share = own_share(run.experiment.activations.sites)
+    config, all_sites = run.experiment.saes, run.experiment.activations.sites
+    share = own_share(all_sites)
+    together = peers(len(all_sites), "nccl" if choose_device(run.device).type == "cuda" else "gloo")
     # Groups are those of all sites: their checkpoints keep their names when some of the sites are done.
     groups = [share[i : i + config.layers_at_once] for i in range(0, len(share), config.layers_at_once)]
     done = {site for site in share if _has_all(folder, [site]) or _has_all(saved_in, [site])}
@@ -122,11 +124,13 @@ def _train_missing(run: Run, rows: TrainingRows, folder: Path, saved_in: Path, l
             if sites:
                 first = steps_done(checkpoint)
                 advance(first * len(sites))
-                log_lines = json_lines(folder, sites, first)
-                report = _reporting(advance, show, [log_lines, *logs], first)
-                for dictionary in _train_group(run, rows, sites, checkpoint, report):
+                own_logs = [json_lines(folder, sites, first), *logs] if together.number == 0 else []
+                report = _reporting(advance, show, own_logs, first)
+                trained = _train_group(run, rows, sites, checkpoint, report, together)
+                for dictionary in trained if together.number == 0 else []:
                     save_dictionary(dictionary, saved_in / dictionary.site, _metadata(run))
-            checkpoint.unlink(missing_ok=True)
+            if together.number == 0:
+                checkpoint.unlink(missing_ok=True)
 
 
 def _has_all(folder: Path, sites: Sequence[str]) -> bool:
@@ -164,7 +168,12 @@ def _chats(model: Model, rows: TrainingRows) -> list[TokenizedPrompt]:
 
 
 def _train_group(
-    run: Run, rows: TrainingRows, sites: list[str], checkpoint: Path, report: Callable[[Progress], None]
+    run: Run,
+    rows: TrainingRows,
+    sites: list[str],
+    checkpoint: Path,
+    report: Callable[[Progress], None],
+    together: Peers,
 ) -> list[TopKDictionary]:
     config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
     source = rows.source(sites)
@@ -179,6 +188,7 @@ def _train_group(
         device=choose_device(run.device),
         checkpoint=checkpoint,
         report=report,
+        peers=together,
     )
 
 
