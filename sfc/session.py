@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfc.core.config import Experiment, ModelConfig
 from sfc.core.machine import check_memory, size
@@ -27,6 +27,8 @@ class Session:
     def __init__(self, run: Run, models: "dict[str, Model] | None" = None) -> None:
         self.run = run
         self.clock = Clock()
+        self.prepared: dict[str, Any] = {}
+        """what `sfc.studies.discover.problem.prepared_once` keeps, by group of prompts"""
         self._models = {} if models is None else models
 
     def for_run(self, run: Run) -> "Session":
@@ -37,6 +39,7 @@ class Session:
         """Let go of every loaded model, also of those that sessions of other runs share."""
         for name in ("model", "metric", "dictionaries", "store"):
             self.__dict__.pop(name, None)
+        self.prepared.clear()
         if self._models:
             import torch
 

@@ -131,11 +131,11 @@ def null_circuits(session: Session, folder: Path) -> pd.DataFrame:
     from sfc.circuits.faithfulness import curve_sizes, top_circuits
     from sfc.circuits.proof import pair_figures, pair_scores
     from sfc.saes.nulls import NULLS
-    from sfc.studies.discover.problem import prepare_problem
+    from sfc.studies.discover.problem import prepared_once
 
     run, clock = session.run, session.clock
     config, evaluation = DiscoveryOptions.of(run.experiment), EvaluationOptions.of(run.experiment)
-    problem, test_runs, _ = prepare_problem(session, run.group(config.category))
+    problem, test_runs, _ = prepared_once(session, run.group(config.category))
     draws = {f"{name}-{draw}": (name, draw) for name in NULLS for draw in range(evaluation.null_draws)}
 
     def judged(part: str) -> dict[str, Any]:

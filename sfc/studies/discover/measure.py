@@ -41,7 +41,7 @@ from sfc.session import Session
 from sfc.stats import reported
 from sfc.studies.discover.base import BASE_FILE, base_changes
 from sfc.studies.discover.evidence import FIGURES, Evidence, all_features, chosen_size, judged_curve, kl_without, told
-from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.discover.problem import prepared_once
 from sfc.studies.nulls import beside, nulls_of
 from sfc.studies.study import Made
 
@@ -87,7 +87,7 @@ def discover(session: Session, folder: Path, fingerprint: str) -> Made:
     """
     run, clock, seed = session.run, session.clock, session.run.experiment.seed
     config, evaluation = DiscoveryOptions.of(run.experiment), EvaluationOptions.of(run.experiment)
-    problem, test_runs, facts = prepare_problem(session, run.group(config.category))
+    problem, test_runs, facts = prepared_once(session, run.group(config.category))
     nodes, evidence = problem.ablation.nodes, Evidence.of(session, problem, test_runs)
     clock.lap("prepare")
     say(f"scoring {nodes.n_nodes:,} nodes by {config.method}")

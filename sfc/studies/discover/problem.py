@@ -365,6 +365,14 @@ def prepare_problem(session: Session, category: str) -> tuple[Problem, PromptRun
     return problem, PromptRuns.of(model, task.test, first), {**task.facts, "population": task.population}
 
 
+def prepared_once(session: Session, category: str) -> tuple[Problem, PromptRuns, dict[str, Any]]:
+    """`prepare_problem`, once for all studies of the session: a circuit and its nulls are asked the same question."""
+    if category not in session.prepared:
+        session.prepared[category] = prepare_problem(session, category)
+    problem, test_runs, facts = session.prepared[category]
+    return problem, test_runs, dict(facts)
+
+
 def _about_all(session: Session, problem: Problem) -> Problem:
     """The problem on the discovery prompts of all categories, against counterfactuals."""
     say("pairs of all categories, to learn from beside its own")
