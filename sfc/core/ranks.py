@@ -29,6 +29,7 @@ from sfc.core.errors import UserError, is_count, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed.distributed_c10d import PrefixStore
 
 # What its connections have to say comes with a traceback in C++. Set before torch is read.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -132,6 +133,7 @@ def peers(n_items: int, backend: str) -> Peers:
         return Peers()
     import torch.distributed
 
+    wait_for_all()
     if not torch.distributed.is_initialized():
         _group().join(backend)
     groups = [list(range(item, size, n_items)) for item in range(n_items)]
@@ -245,29 +247,33 @@ class _Group:
         Raises:
             UserError: they cannot be found.
         """
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
-
         self.rank, self.size, self.calls, self.lost, self.is_leaving = rank(), world_size(), 0, False, False
         self.sums = False
         try:
-            found, *_ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=_START))))
+            self.store = self._met("sfc")
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"WORLD_SIZE={self.size} says that so many processes work together, and they cannot meet"
                 f" ({one_line(error)}): start all of them, with torchrun or as docs/cluster.md shows, or unset it"
             ) from None
-        self.store, self.store_of_sums = PrefixStore("sfc", found), PrefixStore("sums", found)
         self.set(f"host {self.rank}", socket.gethostname())
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
         atexit.register(self._leave)
 
+    def _met(self, prefix: str) -> "PrefixStore":
+        """The store where all meet, by a connection of its own: while one waits for something, others can go on."""
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        found, *_ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=_START))))
+        return PrefixStore(prefix, found)
+
     def join(self, backend: str) -> None:
         """Let all processes sum tensors."""
         import torch.distributed
 
-        torch.distributed.init_process_group(backend, store=self.store_of_sums, rank=self.rank, world_size=self.size)
+        torch.distributed.init_process_group(backend, store=self._met("sums"), rank=self.rank, world_size=self.size)
         self.sums = True
 
     def _name(self, number: int) -> str:
@@ -305,7 +311,7 @@ class _Group:
             yield
         except RuntimeError:
             if threading.current_thread() is not self.watch and not self.is_leaving:
-                time.sleep(5 * _BEAT)  # the watching thread says so, and interrupts
+                time.sleep(5 * _BEAT)  # as in `wait`
             keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._name(0)
             raise UserError(f"{keeper}, where all processes meet, is gone") from None
 
@@ -318,6 +324,7 @@ class _Group:
         pause = 0.005
         while not is_done():
             if self.count("left", 0) and not is_done():
+                time.sleep(5 * _BEAT)  # the watching thread may know why, and interrupts
                 raise UserError(f"another of the {self.size} processes has ended before its work was done; {_GO_ON}")
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
