@@ -25,6 +25,7 @@ from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.faults import fault_message, user_message
 from sfc.core.files import below
+from sfc.core.machine import bytes_of
 from sfc.core.progress import printable, say
 from sfc.core.ranks import by_leader, give_up, is_lost
 from sfc.pages.blocks import Table
@@ -184,9 +185,38 @@ def doctor(shared: Shared) -> None:
         raise UserError("sfc doctor found problems: see the lines marked 'no'")
 
 
+def plan(
+    shared: Shared,
+    command: Annotated[str, typer.Option(help="Of which command, such as train or compare.")] = "discover",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Say whether it fits into so much memory where the model is (24GB), and what makes it fit."),
+    ] = None,
+) -> None:
+    """Say what a command would make on this machine, step by step: time, memory, disk. Nothing is made or loaded.
+
+    The same as --dry-run of that command, which takes the command's own options. With --device cuda also where there is
+    no such device: then without times.
+
+    Example: sfc plan --preset gemma2-2b-it --device cuda --memory 24GB
+    """
+    from sfc.studies.plan import blocks, fitted, memory_blocks, report
+    from sfc.studies.plan import plan as plan_of
+
+    wanted, study = memory and bytes_of(memory), STUDIES[command]
+    planned = plan_of(study, shared.run(), shared.rebuild)
+    result = report(planned)
+    show(blocks(planned))
+    if wanted and planned.steps:
+        settings = fitted(planned, study, wanted)
+        show(memory_blocks(planned, wanted, settings))
+        result["memory"] = {"wanted_bytes": wanted, "fits": settings == [], "settings": settings}
+    finish(result, shared.json)
+
+
 _LONGEST_LINE = 1000
 """characters of a message"""
-_COMMANDS = (batch, draw, export, explore, data, download, presets, doctor)
+_COMMANDS = (plan, batch, draw, export, explore, data, download, presets, doctor)
 
 
 def command_line() -> typer.Typer:

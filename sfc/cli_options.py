@@ -16,10 +16,10 @@ from sfc.core.experiments import load_experiment
 from sfc.core.options import Flag, Options, flags_of, overrides_of
 from sfc.core.progress import printable, say
 from sfc.core.ranks import is_leader
-from sfc.pages.blocks import Table
 from sfc.pages.plain import show
 from sfc.run import Run
 from sfc.studies.batch import load_study
+from sfc.studies.plan import blocks, plan, report
 from sfc.studies.study import Study, ensure
 
 _SHARED = "Options of every command"
@@ -106,9 +106,9 @@ def command_of(study: Study[Any]) -> Callable[..., None]:
             overrides += overrides_of(section, of_section)
         run = shared.run(overrides)
         if dry_run:
-            estimate = study.estimate(run)
-            show([_estimate_table(study.name, estimate)])
-            finish({"preset": run.experiment.name, **estimate, "files": {}}, shared.json)
+            planned = plan(study, run, shared.rebuild)
+            show(blocks(planned))
+            finish(report(planned), shared.json)
             return
         finished = ensure(study, run, shared.rebuild)
         if is_leader():
@@ -118,8 +118,8 @@ def command_of(study: Study[Any]) -> Callable[..., None]:
     command.__name__, command.__doc__ = study.name, study.__doc__
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("shared", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Shared)]
-    if type(study).estimate is not Study.estimate:
-        help_text = "Only say what it will take; no weights are loaded."
+    if type(study).work is not Study.work:
+        help_text = "Only say what it would make, and what that takes: as `sfc plan`."
         annotation = Annotated[bool, typer.Option("--dry-run", help=help_text)]
         parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=annotation))
     for section, flag in offered:
@@ -154,15 +154,6 @@ def _annotation(flag: Flag, panel: str | None) -> Any:
         return Annotated[bool, typer.Option(flag.name, help=text, rich_help_panel=panel)]
     kind = list[str] if flag.is_list else flag.kind
     return Annotated[kind | None, typer.Option(flag.name, help=text, rich_help_panel=panel, show_default=False)]
-
-
-def _estimate_table(name: str, estimate: dict[str, Any]) -> Table:
-    names = {key: key.removeprefix("n_").replace("bytes", "disk").replace("_", " ") for key in estimate}
-    rows = [
-        (names[key], f"{number / 1e9:,.2f} GB" if key.startswith("bytes") else f"{number:,}")
-        for key, number in estimate.items()
-    ]
-    return Table(f"What sfc {name} takes", ("what", "how much"), rows)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

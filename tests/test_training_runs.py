@@ -118,13 +118,3 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     (log,) = loggers(["tensorboard"], tmp_path, {"seed": 0})
     log(Progress(10, 40, 1000.0, [SiteStats("blocks.0.hook_resid_post", 0.5, 0.4, 8.0, 3)]))
     assert any(path.stat().st_size > 100 for path in (tmp_path / "tensorboard").iterdir())
-
-
-def test_what_a_collection_will_take_is_said_without_the_weights(undisturbed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sfc", "collect", *SMALL, "--root", str(tmp_path), "--dry-run", "--json"]
-    command += ["--site", "hook_z.1"]
-    takes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    (manifest,) = (json.loads(path.read_text()) for path in undisturbed.glob("activations/tiny-*/manifest.json"))
-    assert (takes["n_rows"], takes["n_tokens"]) == (manifest["n_rows"], manifest["n_tokens"])
-    assert takes["n_sites"] == 3 and takes["bytes"] == takes["n_rows"] * (3 * 32 * 2 + 16)
-    assert not list(tmp_path.glob("activations"))

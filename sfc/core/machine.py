@@ -1,6 +1,9 @@
 """What the machine has, and whether what is asked for fits into it."""
 
 import os
+import re
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,3 +43,27 @@ def size(n_bytes: int) -> str:
     """Bytes as people read them."""
     gigabytes = n_bytes / 2**30
     return f"{gigabytes:.1f} GiB" if gigabytes < 1e6 else f"{gigabytes:.0e} GiB"
+
+
+def resident_memory() -> int:
+    """Bytes of main memory that this process has in use now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError):  # no Linux: the most it ever had
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+_UNITS = {"": 30, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def bytes_of(text: str) -> int:
+    """What a size such as `24GB`, `24 GiB` or `24` (gigabytes) says, a gigabyte being 2**30 bytes.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"{text[:100]!r} is not a size of memory: write for example 24GB")
+    return round(float(match[1]) * 2 ** _UNITS[match[2].upper()])

@@ -31,6 +31,8 @@ class Outline(NamedTuple):
     """of the heads' outputs side by side"""
     n_positions: int | None
     """as `Model.n_positions`"""
+    config: Any
+    """as transformers has it"""
 
     def width(self, site: str) -> int:
         """Dimensions of the activation at a site, as `Model.width`."""
@@ -109,7 +111,7 @@ def load_outline(config: ModelConfig) -> Outline:
         sizes = whole.get_text_config()
         head = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
         heads_width = head * sizes.num_attention_heads
-        return Outline(tokenizer, sizes.num_hidden_layers, sizes.hidden_size, heads_width, n_positions(whole))
+        return Outline(tokenizer, sizes.num_hidden_layers, sizes.hidden_size, heads_width, n_positions(whole), whole)
     except Exception as error:  # of whatever the file makes transformers run
         raise _cannot_load(config, error) from None
 

@@ -22,7 +22,7 @@ ADAM_EPSILON = 6.25e-10  # Gao et al. 2024: rare features have tiny gradients
 MEDIAN_ITERATIONS = 20
 KMEANS_ROUNDS = 8
 KMEANS_BLOCK = 4096
-_ENCODED_ROWS = 4096
+ENCODED_ROWS = 4096
 
 
 def start(
@@ -48,7 +48,7 @@ def start(
         rows = spherical_kmeans(centred, d_sae, random)
     else:
         rows = normalize(torch.randn(d_sae, d_in, generator=random)).to(device)
-    strength = _best_strength(centred[:_ENCODED_ROWS], rows, config.active_features(d_sae))
+    strength = _best_strength(centred[:ENCODED_ROWS], rows, config.active_features(d_sae))
     parameters = Parameters(encoder=strength * rows, b_enc=torch.zeros(d_sae, device=device), W_dec=rows, b_dec=b_dec)
     for parameter in parameters:
         parameter.requires_grad_()

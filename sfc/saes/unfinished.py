@@ -185,7 +185,7 @@ def _start(
     with replacing(_partial(path)) as temporary:
         # What the disk or a limit refuses must be refused before HDF5 writes, which cannot close a file that is cut.
         with temporary.open("r+b") as handle:
-            os.posix_fallocate(handle.fileno(), 0, _bytes_of(sum(n_rows), widths, dtype))
+            os.posix_fallocate(handle.fileno(), 0, bytes_of_shard(sum(n_rows), widths, dtype))
         with h5py.File(temporary, "w") as file:
             file.create_dataset("batches", data=np.cumsum([0, *n_rows])[:-1])
             for name, column in tokens._asdict().items():
@@ -198,7 +198,7 @@ def _start(
             os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
 
 
-def _bytes_of(n_rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> int:
+def bytes_of_shard(n_rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> int:
     """Bytes that a shard takes at most: its rows, what they are, and HDF5's own tables."""
     chunks = [_chunk_rows(n_rows, width * dtype.itemsize) for width in widths.values()]
     rows = [-(-n_rows // chunk) * chunk for chunk in chunks]

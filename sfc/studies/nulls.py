@@ -12,6 +12,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.ranks import is_leader
 from sfc.core.reading import hash_of_given
+from sfc.core.registry import imported_when_called
 from sfc.data.pairs import pairs_fingerprint
 from sfc.data.schema import TOPICS_FILE
 from sfc.models.sources import model_identity
@@ -87,6 +88,8 @@ class Nulls(Study[DiscoveryOptions]):
 
     def needs(self, run: Run) -> list[Need]:
         return needs_of_circuits(run)
+
+    work = imported_when_called("sfc.studies.discover.work:work_of_nulls")
 
     def make(self, session: Session, folder: Path) -> Made:
         table = null_circuits(session, folder / PARTS)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import pandas as pd
 from pydantic import RootModel
@@ -40,6 +40,10 @@ from sfc.pages.blocks import Page
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
+
+if TYPE_CHECKING:
+    from sfc.core.work import Work
+    from sfc.studies.sketch import Sketch
 
 RESULT, PARTS = "result.json", "parts"
 OwnOptions = TypeVar("OwnOptions", bound=Options)
@@ -229,12 +233,19 @@ class Study(ABC, Generic[OwnOptions]):
         """What has to be finished before."""
         return ()
 
-    def estimate(self, run: Run) -> dict[str, float]:
-        """What making the artifact takes, without making it; commands of studies that define it have `--dry-run`.
+    def makes(self, run: Run) -> "Sequence[Need]":
+        """What is finished on the way where it is missing: plans count it before this study."""
+        return ()
 
-        Numbers of bytes have names that begin with `bytes`.
+    def work(self, sketch: "Sketch") -> "Sequence[Work] | None":
+        """What making the artifact takes, step by step, without making it; None where a study does not say so.
+
+        Commands of studies that say it have `--dry-run`.
+
+        Raises:
+            UserError: what it would be made from cannot be read.
         """
-        raise NotImplementedError
+        return None
 
     @abstractmethod
     def make(self, session: Session, folder: Path) -> Made:

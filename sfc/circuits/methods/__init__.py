@@ -17,6 +17,8 @@ from sfc.core.registry import Registry, imported_when_called
 
 if TYPE_CHECKING:
     from sfc.circuits.problem import Problem
+    from sfc.circuits.work import Asked
+    from sfc.core.work import Amounts
 
 NATS = "nats"
 """the unit of causal effects: that of the problem's score"""
@@ -57,6 +59,8 @@ class Method:
     """whether the ranking is that of the |effects| alone, so that it can be resampled with them"""
     reads_topics: bool = False
     """whether the result depends on the topics of the prompts"""
+    work: "Callable[[Asked], Amounts] | None" = None
+    """what ranking takes, for plans; None where a search takes as long as it takes"""
     signs: tuple[str, str, str] | None = None
     """what an effect above, below and equal to 0 means, unless it is a change of the score; `{positive}` and
     `{negative}` stand for the two sides of the prompts"""
@@ -139,23 +143,34 @@ def _rank(module: str, function: str = "rank") -> "Callable[[Problem], Effects]"
     return imported_when_called(f"{__name__}.{module}:{function}")
 
 
-METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOptions))
-METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True))
+def _work(function: str) -> "Callable[[Asked], Amounts]":
+    return imported_when_called(f"sfc.circuits.work:{function}")
+
+
+METHODS.register(Method("learned-mask", _rank("learned_mask"), LearnedMaskOptions, work=_work("learned_mask")))
+METHODS.register(Method("attribution", _rank("attribution"), ranked_by_effect=True, work=_work("attribution")))
 _INTEGRATED = _rank("attribution", "rank_integrated")
-METHODS.register(Method("integrated-gradients", _INTEGRATED, IntegratedGradientsOptions, ranked_by_effect=True))
-METHODS.register(Method("relevance", _rank("relevance"), ranked_by_effect=True))
-METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True))
+METHODS.register(
+    Method(
+        "integrated-gradients", _INTEGRATED, IntegratedGradientsOptions, ranked_by_effect=True,
+        work=_work("integrated_gradients"),
+    )
+)  # fmt: skip
+METHODS.register(Method("relevance", _rank("relevance"), ranked_by_effect=True, work=_work("attribution")))
+METHODS.register(Method("exact", _rank("exact"), ExactOptions, ranked_by_effect=True, work=_work("exact")))
 METHODS.register(Method("refusal-direction", _rank("refusal_direction"), RefusalDirectionOptions))
 METHODS.register(Method("greedy-filtering", _rank("greedy"), GreedyFilteringOptions))
 METHODS.register(
     Method(
         "correlation", _rank("correlation"), CorrelationOptions, causal=False, per_prompt=False, reads_topics=True,
+        work=_work("from_store"),
         signs=("fires more on {positive} prompts", "fires more on {negative} prompts", "no correlation"),
     )
 )  # fmt: skip
 METHODS.register(
     Method(
         "magnitude", _rank("correlation", "rank_by_magnitude"), causal=False, per_prompt=False,
+        work=_work("from_store"),
         signs=("fires", "negative", "silent"),
     )
 )  # fmt: skip

@@ -84,6 +84,7 @@ class Behaviour(Study[BehaviourOptions]):
         }
 
     make = imported_when_called(f"{__name__}.measure:measure")
+    work = imported_when_called(f"{__name__}.work:work")
 
     def page(self, finished: Finished) -> Page:
         words, name = finished.words, finished.name.partition("-")[2]

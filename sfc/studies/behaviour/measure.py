@@ -24,6 +24,8 @@ from sfc.studies.behaviour import Behaviour, asked
 from sfc.studies.collect.fill import short_enough
 from sfc.studies.study import PARTS, Made, made_in_parts
 
+REPLY_TOKENS, BATCH_TOKENS = 24, 2048
+
 
 class JudgedReplies(NamedTuple):
     """What a model did with a set of prompts."""
@@ -53,8 +55,8 @@ def measure_behaviour(
     score: Score,
     judge: Callable[[str], bool],
     folder: Path,
-    reply_tokens: int = 24,
-    batch_tokens: int = 2048,
+    reply_tokens: int = REPLY_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 

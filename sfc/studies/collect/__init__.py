@@ -6,6 +6,7 @@ from typing import Any
 from sfc.core.artifacts import Artifact
 from sfc.core.options import Options, option
 from sfc.core.ranks import is_leader
+from sfc.core.registry import imported_when_called
 from sfc.core.sites import in_order, site_from_short
 from sfc.pages.blocks import Page, Paragraph
 from sfc.run import Run
@@ -52,11 +53,7 @@ class Collect(Study[CollectOptions]):
         """Whether the store holds every site that is wanted."""
         return artifact.is_complete() and set(self.sites(run)) <= set(artifact.manifest()["sites"])
 
-    def estimate(self, run: Run) -> dict[str, float]:
-        """Prompts, rows, bytes and free disk of the collection; only the tokenizer is loaded."""
-        from sfc.studies.collect.fill import what_it_takes
-
-        return what_it_takes(run, self.sites(run))
+    work = imported_when_called(f"{__name__}.work:work")
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.saes.store import shard_digests

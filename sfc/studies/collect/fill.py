@@ -15,7 +15,7 @@ from sfc.core.progress import progress_bar, say
 from sfc.core.ranks import is_leader
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.models.batches import Batch, TemplateLayout, make_batches
-from sfc.models.loading import Model, load_outline
+from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.saes.collect import collect
 from sfc.saes.store import shard_digests, sites_before, write_prompts
@@ -87,8 +87,6 @@ def tokenizing(tokenizer: Any, config: ModelConfig) -> Tokenize:
 
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_TABLE_BYTES = 16
-"""four 32-bit columns say what a row is"""
 
 
 def fill(run: Run, folder: Path, model: Model, corpus: Corpus, sites: Sequence[str]) -> dict[str, Any]:
@@ -133,27 +131,6 @@ def fill_corpus(run: Run, model: Model, corpus: Corpus, sites: Sequence[str]) ->
         if is_leader():
             seconds = {"total": round(time.perf_counter() - began, 2)}
             artifact.finish(shard_digests(folder), **facts, seconds=seconds)
-
-
-def what_it_takes(run: Run, sites: Sequence[str]) -> dict[str, Any]:
-    """Prompts, rows, bytes and free disk of a collection that is not run; only the tokenizer is loaded.
-
-    Raises:
-        UserError: the tokenizer or the data cannot be read.
-    """
-    outline = load_outline(run.experiment.model)
-    corpus = circuit_prompts(run, tokenizing(outline.tokenizer, run.experiment.model))
-    widths = {site: outline.width(site) for site in sites}
-    dtype = run.experiment.activations.dtype
-    per_site = {site: n_bytes(corpus.sequences, width, dtype) for site, width in widths.items()}
-    return {
-        "n_prompts": len(corpus.sequences),
-        "n_tokens": corpus.n_tokens,
-        "n_rows": n_rows(corpus.sequences),
-        "n_sites": len(sites),
-        "bytes": sum(per_site.values()) + _TABLE_BYTES * n_rows(corpus.sequences),
-        "bytes_free": shutil.disk_usage(run.root).free,
-    }
 
 
 def n_rows(sequences: Sequence[TokenizedPrompt]) -> int:

@@ -109,6 +109,7 @@ class Compare(Study[ComparisonOptions]):
         return needs_of_circuits(run)
 
     make = imported_when_called(f"{__name__}.measure:measure")
+    work = imported_when_called(f"{__name__}.work:work")
 
     def page(self, finished: Finished) -> Page:
         result, words = finished.result, finished.words

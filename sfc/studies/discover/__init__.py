@@ -11,6 +11,7 @@ from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions, discovery_identity
 from sfc.core.artifacts import Artifact, amended, write_text
 from sfc.core.ranks import is_leader, told, wait_for_all
+from sfc.core.registry import imported_when_called
 from sfc.features.explainer import LabelOptions, unexplained
 from sfc.features.labels import CARDS_FILE, read_cards, shown_cards
 from sfc.features.neuronpedia import fetch_explanations, unfetched
@@ -102,6 +103,8 @@ class Discover(Study[DiscoveryOptions]):
 
     def _draw(self, folder: Path) -> None:
         write_text(folder / self.files["page"], page_html(self.page(Finished(folder))))
+
+    work = imported_when_called(f"{__name__}.work:work")
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.discover.measure import discover

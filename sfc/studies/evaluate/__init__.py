@@ -130,6 +130,8 @@ class Evaluate(Study[EvaluateOptions]):
         own = [] if self.of(run).circuits else [Need(DISCOVER, self._own(run))]
         return [*needs_of_circuits(run), *own]
 
+    work = imported_when_called("sfc.studies.discover.work:work_of_evaluation")
+
     def make(self, session: Session, folder: Path) -> Made:
         evaluate = imported_when_called(f"{__name__}.measure:evaluate")
         # Whoever reads the category from the run's options reads the one whose prompts judge.

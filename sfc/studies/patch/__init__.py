@@ -260,6 +260,7 @@ class Patching(Study[PatchingOptions]):
         }
 
     make = imported_when_called(f"{__name__}.measure:measure")
+    work = imported_when_called(f"{__name__}.work:work")
 
     page = imported_when_called(f"{__name__}.page:page")
 

@@ -49,7 +49,7 @@ def measure(study: Patching, session: Session, folder: Path) -> Made:
     """
     experiment, model, clock = session.run.experiment, session.model, session.clock
     options = study.of(session.run)
-    candidates, patches = _candidates(session.run), _patches(model, options)
+    candidates, patches = candidates_of(session.run), _patches(model, options)
     clock.lap("loading")
     selection = select_pairs(model, candidates, experiment)
     positions = expand(options.position_sets, selection.pairs)
@@ -87,7 +87,12 @@ def measure(study: Patching, session: Session, folder: Path) -> Made:
     )
 
 
-def _candidates(run: Run) -> list[Candidates]:
+def candidates_of(run: Run) -> list[Candidates]:
+    """The pairs that are tried, by clean prompt.
+
+    Raises:
+        UserError: their file, or that of the wrappers, cannot be read.
+    """
     options, seed = PatchingOptions.of(run.experiment), run.experiment.seed
     path = pairs_file(run)
     if path is not None:

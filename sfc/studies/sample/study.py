@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from sfc.core.artifacts import Artifact
 from sfc.core.config import SampleOptions
+from sfc.core.registry import imported_when_called
 from sfc.pages.blocks import Page, Paragraph, Table, cell
 from sfc.run import Run
 from sfc.session import Session
@@ -32,6 +33,8 @@ class Sample(Study[SampleOptions]):
     def is_current(self, run: Run, artifact: Artifact) -> bool:
         """Whether there are as many tokens as are wanted."""
         return artifact.is_complete() and artifact.manifest()["n_tokens"] >= self.of(run).tokens
+
+    work = imported_when_called("sfc.studies.sample.work:work")
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.studies.sample.write import write_sample

@@ -41,7 +41,7 @@ from sfc.studies.steer.directions import (
 )
 from sfc.studies.steer.prompts import discovery_prompts
 
-_SPREAD_LAYERS = 10
+SPREAD_LAYERS = 10
 _FEWEST = 4
 
 
@@ -239,7 +239,7 @@ def _fixed_directions(session: Session, circuit: Path | None) -> dict[str, Vecto
 
 
 def _layers(model: Model, options: SteeringOptions) -> list[int]:
-    spread = np.linspace(0, model.n_layers - 1, _SPREAD_LAYERS).round().astype(int).tolist()
+    spread = np.linspace(0, model.n_layers - 1, SPREAD_LAYERS).round().astype(int).tolist()
     layers = sorted(set(options.layers or spread))
     if not 0 <= layers[0] <= layers[-1] < model.n_layers:
         raise UserError(f"steering.layers names layers that the model does not have: it has 0 to {model.n_layers - 1}")

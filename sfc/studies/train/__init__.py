@@ -3,16 +3,21 @@
 Of several processes each trains a share of the sites; they share the collection before it, and the first one measures.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sfc.core.artifacts import Artifact
 from sfc.core.options import Options, option
 from sfc.core.ranks import alone, is_leader
+from sfc.core.registry import imported_when_called
+from sfc.data.corpus import SAMPLED
 from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
-from sfc.studies.study import STUDIES, Finished, Made, Study
+from sfc.studies.collect import COLLECT
+from sfc.studies.sample.study import SAMPLE
+from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 
 class TrainOptions(Options):
@@ -64,6 +69,14 @@ class Train(Study[TrainOptions]):
             facts={"source": session.run.experiment.saes.source or "trained"},
         )
         self.leave(session, artifact, made)
+
+    def makes(self, run: Run) -> Sequence[Need]:
+        """Conversations to learn from, and the store where it is the circuits' prompts that are learned from."""
+        run, corpus = run.learned_by or run, (run.learned_by or run).experiment.corpus
+        conversations = [Need(SAMPLE, run)] if SAMPLED in corpus.sources else []
+        return [*conversations, *([Need(COLLECT, run)] if corpus.is_prompts_alone else [])]
+
+    work = imported_when_called(f"{__name__}.work:work")
 
     def make(self, session: Session, folder: Path) -> Made:
         raise NotImplementedError("training is made by `build`, on several processes")

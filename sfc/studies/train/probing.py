@@ -34,7 +34,7 @@ COLUMNS = [
     for end in ("dense", *SIZES, *(f"{size}_random" for size in SIZES))
 ]  # fmt: skip
 """of `quality.csv`"""
-_PROMPTS = 150
+PROBED_PROMPTS = 150
 _ROWS_AT_ONCE = 4096
 
 
@@ -123,7 +123,7 @@ def _some(prompts: pd.DataFrame, seed: int) -> pd.DataFrame:
     prompts = prompts[prompts["split"].isin(["discovery", "test"])]
     ranks = keyed_ranks(prompts, ["split", "category", "refusal_label"], f"probed {seed}").to_numpy()
     order = prompts.assign(rank=ranks).sort_values("rank", kind="stable")
-    return order.groupby("split", sort=True).head(_PROMPTS).reset_index(drop=True)
+    return order.groupby("split", sort=True).head(PROBED_PROMPTS).reset_index(drop=True)
 
 
 def _targets(prompts: pd.DataFrame) -> dict[str, list[Bool[np.ndarray, " prompts"]]]:

@@ -220,8 +220,8 @@ def _metadata(run: Run) -> dict[str, str]:
 QUALITY_FILE, DENSITY_FILE = "quality.csv", "density.csv"
 IN_SERIES = "in series"
 """the role in the row of `quality.csv` that is of all sites at once"""
-_SPLICED_PROMPTS = 32
-_RESTORED_PROMPTS = 64
+SPLICED_PROMPTS = 32
+RESTORED_PROMPTS = 64
 _RESTORED = {
     f"{ours}{end}": f"{name}{end}"
     for ours, name in (("restored_toxic", "recovered_toxic"), ("restored_safe", "recovered_safe"), ("agreement",) * 2)
@@ -287,7 +287,7 @@ def restored(
     run, model = session.run.having(DiscoveryOptions, pairs_per_prompt=1), session.model
     groups = {site: {site: dictionary} for site, dictionary in dictionaries.items()} | {IN_SERIES: dictionaries}
     explained = prompts[prompts["split"] == "discovery"]
-    few = keyed_ranks(explained, ["refusal_label"], f"restored {run.experiment.seed}") < _RESTORED_PROMPTS
+    few = keyed_ranks(explained, ["refusal_label"], f"restored {run.experiment.seed}") < RESTORED_PROMPTS
     others = run.prompts.frame[run.prompts.frame["split"] == "discovery"]
     try:
         pairs = against_counterfactuals(session.for_run(run), explained[few], others, dictionaries)
@@ -331,7 +331,7 @@ def _matched(run: Run, dictionary: Dictionary, live: Bool[Tensor, " d_sae"]) -> 
 def _run_some(run: Run, model: Model, score: Score, prompts: pd.Series, sites: list[str]) -> CleanRuns:
     """Run some of the prompts, chosen by hash and so from all categories, as they are."""
     order = np.argsort(keyed_numbers(prompts, f"spliced {run.experiment.seed}"), kind="stable")
-    tokenized = model.tokenize(prompts.iloc[order[:_SPLICED_PROMPTS]].tolist())
+    tokenized = model.tokenize(prompts.iloc[order[:SPLICED_PROMPTS]].tolist())
     batches = make_batches(
         tokenized, TemplateLayout.of(tokenized), run.experiment.activations.batch_tokens, model.device
     )
