@@ -289,6 +289,11 @@ def test_all_edges_between_neighbours_are_as_faithful_as_the_nodes(circuit: dict
     finished = sfc(*EVALUATE, write(root, "backwards.json", backwards), root=root)
     assert finished.result["circuits"][0]["edge_faithfulness"] is None
     assert "edges are not judged" in finished.stderr
+    few = ("--set", f"discovery.edge_nodes={len(layer) - 1}")
+    finished = sfc(*EVALUATE, *few, root / "all.json", root=root)
+    row = finished.result["circuits"][0]
+    assert (row["f_edges"], row["random_edge_faithfulness"]) == (None, None) and row["n_edges"] == len(edges)
+    assert "edges are not judged: they are looked for between" in finished.stderr
 
 
 def test_what_cannot_be_judged_ends_with_one_line(discovered: dict, root: Path) -> None:

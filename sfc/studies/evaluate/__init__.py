@@ -121,6 +121,7 @@ class Evaluate(Study[EvaluateOptions]):
             "contrast": discovery.contrast,
             "baseline": discovery.baseline_choice,
             "pairs_per_prompt": discovery.pairs_per_prompt,
+            "edge_nodes": discovery.edge_nodes,
             "evaluation": EvaluationOptions.of(experiment).model_dump(),
             "circuits": listed or DISCOVER.artifact(self._own(run)).inputs,
             "asked": [*asked, options.limit] if asked else None,

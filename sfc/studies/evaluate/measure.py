@@ -194,18 +194,24 @@ def _judged(
 
 
 def _edge_figures(run: Run, evidence: Evidence, circuit: _Circuit) -> dict[str, float | None]:
-    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges."""
+    """How faithful the circuit's edges are, and as many random ones into each node; None without such edges, and where
+    a circuit has more nodes than edges are looked for between.
+    """
     problem, runs = evidence.problem, evidence.runs
     nodes, smallest = problem.ablation.nodes, EvaluationOptions.of(run.experiment).min_denominator
     seed = run.experiment.seed
     reason = why_not_ablatable(nodes, circuit.members, circuit.edges)
+    looked_at = problem.config.edge_nodes
+    if reason is None and circuit.edges and len(circuit.members) > looked_at:
+        reason = f"they are looked for between {looked_at} nodes; raise discovery.edge_nodes to have them ablated"
     if reason is not None:
         say(f"{circuit.name}: edges are not judged: {reason}")
-    drawn = random_edges(nodes, circuit.members, circuit.edges, seed) if reason is None else []
+    edges = circuit.edges if reason is None else []
+    drawn = random_edges(nodes, circuit.members, edges, seed)
     with progress_bar("ablating edges", 2 * len(nodes.sites) * len(runs.batches), "sites") as progress:
         figures, at_random = (
             edge_faithfulness(problem, runs, circuit.members, edges, smallest, seed, progress)
-            for edges in (circuit.edges, drawn)
+            for edges in (edges, drawn)
         )
     figures["random_edge_faithfulness"] = at_random["edge_faithfulness"]
     return {name: reported(value) for name, value in figures.items()}
