@@ -65,6 +65,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def device() -> str:
+    """What `tests/cuda` compares with the CPU. Without a GPU these tests are skipped; SFC_TEST_DEVICE=cpu runs them on
+    the CPU, which says that the tests work, and nothing of CUDA.
+    """
+    name = os.environ.get("SFC_TEST_DEVICE", "cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    return name
+
+
+@pytest.fixture(scope="session")
 def model() -> Model:
     return load_model(load_experiment("tiny").model)
 

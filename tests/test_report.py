@@ -98,6 +98,8 @@ def test_every_number_in_a_table_is_an_artifacts(root: Path) -> None:
     nodes = dict(graph.nodes(data=True)).values()
     allowed |= {cell(n) for n in pd.Series([node["layer"] for node in nodes]).value_counts()}
     allowed |= {cell(math.fsum(node.get(role, 0) for node in nodes)) for role in graph.graph["roles"]}
+    [quality] = (pd.read_csv(path).set_index("role") for path in (root / "saes").glob("*/quality.csv"))
+    allowed |= {cell(float(quality.loc["all", "fvu"].mean()))}
     assert [number for number in numbers if number not in allowed] == []
 
 

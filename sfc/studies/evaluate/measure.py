@@ -84,8 +84,9 @@ def evaluate(
         for rows in tables:
             rows.insert(0, "circuit_name" if "circuit" in rows else "circuit", circuit.name)
         clock.lap(circuit.name)
-        records = [json_records(rows, digits=None) for rows in tables]
-        return {"figures": figures, "tables": dict(zip(_TABLES, records, strict=True))}
+        # With their columns: a table may have no rows.
+        written = [[list(rows.columns), json_records(rows, digits=None)] for rows in tables]
+        return {"figures": figures, "tables": dict(zip(_TABLES, written, strict=True))}
 
     found = list(made_in_parts(folder / PARTS, list(parts), judged).values())
     if not is_leader():
@@ -102,7 +103,10 @@ def evaluate(
         "circuits": [each["figures"] for each in found],
     }
     for name in _TABLES:
-        write_csv(folder / f"{name}.csv", pd.DataFrame([row for each in found for row in each["tables"][name]]), 6)
+        tables = [
+            pd.DataFrame(records, columns=columns) for columns, records in (each["tables"][name] for each in found)
+        ]
+        write_csv(folder / f"{name}.csv", pd.concat(tables, ignore_index=True), digits=6)
     write_csv(folder / "prompts.csv", facts.pop("prompts"))
     return Made(result, facts=facts)
 
