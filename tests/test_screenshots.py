@@ -7,6 +7,7 @@ import pytest
 
 import sfc
 from sfc.api import Discovered
+from sfc.studies.discover.measure import SHOWN_NODES
 
 pytest.importorskip("dash", reason="dash is not installed: pip install 'sfc[explorer]'")
 from test_explorer import CHROMIUM, opened, serving, until
@@ -40,8 +41,13 @@ def written(page: Any, path: Path) -> None:
 def test_the_circuit(circuit: Discovered, folder: Path) -> None:
     with opened(f"file://{circuit.folder / 'circuit.html'}", "#circuit .scatterlayer") as page:
         assert page.inner_text("h1").startswith("violence · learned-mask · smollm2")
-        assert f"{len(circuit.graph)} of {len(circuit.graph)} nodes" in page.inner_text("#shown")
+        shown = min(len(circuit.graph), SHOWN_NODES)
+        assert f"{shown} of {shown} nodes" in page.inner_text("#shown")
         page.set_viewport_size({"width": 1366, "height": 960})
+        page.wait_for_timeout(500)
+        for name in ("both-sides", "proof"):
+            page.locator(f"#{name}").screenshot(path=folder / f"{name}.png")
+        page.evaluate("document.querySelector('#proof').scrollIntoView()")
         page.wait_for_timeout(500)
         written(page, folder / "circuit-violence.png")
 
