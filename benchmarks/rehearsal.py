@@ -3,9 +3,9 @@
 The model is random, and has the preset's architecture and sizes. Its tokenizer is made from the prompts, which are the
 package's, and cuts them about as finely as such models' do. Dictionaries that a preset takes from elsewhere are random
 too, of the width given. Every stage is the very command, in a process of its own, so that its peak of memory is its
-own. `--layers`, `--sites` and `--scale` make it small enough for a small machine; the last column is for all layers,
-sites, steps, and as many prompts as OR-Bench has when it is balanced, in proportion. What a random model does means
-nothing; what it takes does.
+own, or in several that share it (`--processes`), whose peaks are added up. `--layers`, `--sites` and `--scale` make it
+small enough for a small machine; the last column is for all layers, sites, steps, and as many prompts as OR-Bench has
+when it is balanced, in proportion. What a random model does means nothing; what it takes does.
 
 Example: rehearsal.py --preset llama2-7b-chat --layers 4 --sites 2 --scale 0.01
 """
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--width", type=int, default=16384, help="features where a preset takes dictionaries")
     options.add_argument("--dtype", help="of the model: by default float32 on a CPU, the preset's on a GPU")
     options.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="only these")
+    options.add_argument("--processes", type=int, default=1, help="that share each stage, as torchrun starts them")
     options.add_argument("--device", default="cpu")
     options.add_argument("--scratch", type=Path, help="where model and artifacts lie while it runs; deleted at the end")
     return options
@@ -119,7 +122,7 @@ def rehearse(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     experiment = _small(published, options, scratch, layers, dtype)
     write_json(preset := scratch / "rehearsal.yaml", experiment.model_dump(mode="json"))
     shared = ("--preset", str(preset), "--root", str(scratch), "--device", options.device)
-    stages = {name: _measured([name, *STAGES[name][0], *shared], scratch) for name in options.stages}
+    stages = {name: _measured([name, *STAGES[name][0], *shared], scratch, options.processes) for name in options.stages}
     collected = stages.get("collect", {}).get("result") or {}
     shares = Shares(
         layers / n_layers,
@@ -240,34 +243,52 @@ def _write_dictionary(folder: Path, site: str, d_in: int, width: int) -> None:
     save_dictionary(TopKDictionary(weights, k=min(64, width), site=site), folder, {})
 
 
-def _measured(arguments: list[str], root: Path) -> dict[str, Any]:
-    """Run a command in a process of its own: seconds without imports, peaks of memory, bytes written, its result."""
+def _measured(arguments: list[str], root: Path, n_processes: int) -> dict[str, Any]:
+    """Run a command in processes of its own: seconds without imports, peaks of memory, bytes written, its result."""
     before = _bytes_below(root)
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_run_stage, args=(arguments, there))
-    process.start()
-    there.close()
-    try:
-        stage = here.recv()
-    except EOFError:
-        stage = {
-            "seconds": 0.0,
-            "host_bytes": None,
-            "device_bytes": None,
-            "error": "the process was killed",
-            "result": None,
-        }
-    process.join()
+    meeting = {"WORLD_SIZE": str(n_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    started = [
+        _started(arguments, meeting | {"RANK": str(number), "LOCAL_RANK": str(number)}) for number in range(n_processes)
+    ]
+    stage, *others = [_outcome(process, results) for process, results in started]
+    stage["error"] = stage["error"] or next((other["error"] for other in others if other["error"]), None)
+    if stage["host_bytes"] is not None:
+        stage["host_bytes"] += sum(other["host_bytes"] or 0 for other in others)
     stage["written_bytes"] = _bytes_below(root) - before
     say(f"{arguments[0]}: {stage['seconds']:.0f} s{', ' + stage['error'] if stage['error'] else ''}")
     return stage
 
 
-def _run_stage(arguments: list[str], results: Connection) -> None:
-    """What the process of a stage does."""
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def _started(arguments: list[str], variables: dict[str, str]) -> tuple[BaseProcess, Connection]:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_run_stage, args=(arguments, variables, there))
+    process.start()
+    there.close()
+    return process, here
+
+
+def _outcome(process: BaseProcess, results: Connection) -> dict[str, Any]:
+    try:
+        return results.recv()
+    except EOFError:
+        killed = "the process was killed"
+        return {"seconds": 0.0, "host_bytes": None, "device_bytes": None, "error": killed, "result": None}
+    finally:
+        process.join()
+
+
+def _run_stage(arguments: list[str], variables: dict[str, str], results: Connection) -> None:
+    """What a process of a stage does."""
     from sfc.cli import main as command
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(variables)
     sys.argv = ["sfc", *arguments, "--json"]
     out, error, status = StringIO(), StringIO(), 0
     began = time.perf_counter()
@@ -277,13 +298,14 @@ def _run_stage(arguments: list[str], results: Connection) -> None:
         except SystemExit as end:
             status = int(end.code or 0)
     on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    said = out.getvalue().splitlines()
     results.send(
         {
             "seconds": time.perf_counter() - began,
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "device_bytes": on_device,
             "error": error.getvalue().splitlines()[-1] if status else None,
-            "result": None if status else json.loads(out.getvalue().splitlines()[-1]),
+            "result": json.loads(said[-1]) if said and not status else None,
         }
     )
 
