@@ -35,6 +35,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import sfc
+from sfc.circuits.methods import LearnedMaskOptions
 from sfc.core.artifacts import write_json
 from sfc.core.config import Experiment
 from sfc.core.experiments import experiment_of, load_experiment, preset_names
@@ -57,6 +58,8 @@ _TEMPLATE = "<|begin|><|user|>\n{prompt}<|end|>\n<|assistant|>\n"
 _VOCABULARY = 4000
 _FEWEST = 12
 """prompts of each category and kind: fewer are too few for pairs of equal length, and for a batch of rows"""
+_FEWEST_STEPS = 10
+"""of a dictionary's or a mask's training, of which the first ones take longer"""
 _ANY_DIRECTION = ("--set", "steering.min_induced=-1000", "--set", "steering.max_kl=1000", "--set", "steering.latest=1")
 """a random model has none that induces a refusal"""
 
@@ -68,18 +71,26 @@ class Shares(NamedTuple):
     sites: float
     prompts: float
     steps: float
+    mask_steps: float
+
+    @property
+    def blocks(self) -> float:
+        """Of the blocks from the first site on, and the sites among them: circuits take as long as both together."""
+        return min(self.layers, self.sites)
 
 
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "collect": ((), ("layers", "prompts")),
     "train": ((), ("sites", "steps")),
-    "discover": (("--category", "violence"), ("layers", "sites", "prompts")),
-    "evaluate": (("--category", "violence"), ("layers", "sites", "prompts")),
+    "nulls": (("--category", "violence"), ("blocks", "mask_steps")),
+    "discover": (("--category", "violence"), ("blocks", "prompts")),
+    "evaluate": (("--category", "violence"), ("blocks", "prompts")),
     "patch": (("--category", "violence", "--component", "resid", "--require", "score"), ("layers", "prompts")),
     "steer": (_ANY_DIRECTION, ("layers", "prompts")),
     "behaviour": ((), ("layers", "prompts")),
 }
-"""the commands with their options, and with which shares the time of each grows"""
+"""the commands with their options, and with which shares the time of each grows; that of learning a mask, which is most
+of `nulls`, grows with its steps and not with the prompts"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--layers", type=int, help="layers of the model; the preset's by default")
     options.add_argument("--sites", type=int, help="layers with sites, evenly spaced; the preset's by default")
-    options.add_argument("--scale", type=float, default=1.0, help="share of OR-Bench's prompts and of all SAE steps")
+    options.add_argument(
+        "--scale", type=float, default=1.0, help="share of OR-Bench's prompts and of the steps of SAEs and masks"
+    )
     options.add_argument("--width", type=int, default=16384, help="features where a preset takes dictionaries")
     options.add_argument("--dtype", help="of the model: by default float32 on a CPU, the preset's on a GPU")
     options.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="only these")
@@ -129,20 +142,27 @@ def rehearse(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         len(experiment.activations.layers) / len(published.activations.layers),
         collected.get("n_prompts", OR_BENCH) / OR_BENCH,
         experiment.saes.steps / published.saes.steps,
+        LearnedMaskOptions.of(experiment).steps / LearnedMaskOptions.of(published).steps,
     )
     floors = _floors(experiment, model, collected.get("n_tokens", 0), options.device)
     rows = []
     for name, stage in stages.items():
-        grows_with = [getattr(shares, share) for share in STAGES[name][1]]
         rows.append(
             {
                 "stage": name,
                 **{key: value for key, value in stage.items() if key != "result"},
                 "of_floor": floors[name] / stage["seconds"] if name in floors and not stage["error"] else None,
-                "whole_seconds": None if stage["error"] else stage["seconds"] / float(np.prod(grows_with)),
+                "whole_seconds": None if stage["error"] else _whole(stage, shares, STAGES[name][1]),
             }
         )
     return {"preset": options.preset, "shares": shares._asdict(), **model._asdict(), "stages": rows}
+
+
+def _whole(stage: dict[str, Any], shares: Shares, grows_with: Sequence[str]) -> float:
+    """Seconds that the whole would take."""
+    of_whole = float(np.prod([getattr(shares, share) for share in grows_with]))
+    ranking = (stage["result"]["seconds"] or {}).get("effects", 0.0)
+    return (stage["seconds"] - ranking) / of_whole + ranking / (shares.blocks * shares.mask_steps)
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -214,9 +234,11 @@ def _small(published: Experiment, options: argparse.Namespace, scratch: Path, la
     values["model"] = {"source": str(scratch / "model"), "dtype": dtype, "template": _TEMPLATE, "refusal_tokens": ["I"]}
     values["prompts"]["limit"] = max(round(options.scale * OR_BENCH / 2 / CATEGORIES), _FEWEST)
     values["activations"]["layers"] = _spaced(published.activations.layers, options.sites, layers)
+    mask = LearnedMaskOptions.of(published)
+    values[mask.section] = mask.model_dump() | {"steps": max(round(mask.steps * min(options.scale, 1)), _FEWEST_STEPS)}
     saes = values["saes"]
     if published.saes.source is None:
-        saes["steps"] = max(round(published.saes.steps * options.scale), 10)
+        saes["steps"] = max(round(published.saes.steps * options.scale), _FEWEST_STEPS)
         saes["warmup_steps"] = min(saes["warmup_steps"], saes["steps"] // 10)
         return experiment_of(values)
     saes |= {"source": str(scratch / "dictionaries"), "min_variance_explained": -1e9}
