@@ -23,7 +23,7 @@ from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.sample.conversations import Start, Writer, first_words, is_plain_request
-from sfc.studies.sample.study import SAMPLE
+from sfc.studies.sample import SAMPLE
 from sfc.studies.sample.write import EVERYDAY, Starts, read_sample
 from sfc.studies.study import ensure
 from sfc.studies.train import TRAIN

@@ -14,7 +14,7 @@ from sfc.data.schema import with_ids
 from sfc.models.generation import with_replies
 from sfc.session import Session
 from sfc.studies.collect.fill import Corpus, circuit_prompts, short_enough
-from sfc.studies.sample.study import SAMPLE
+from sfc.studies.sample import SAMPLE
 from sfc.studies.sample.write import read_sample
 from sfc.studies.study import ensure
 
