@@ -21,9 +21,7 @@ from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, TemplateLayout, make_batches
-from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
 from sfc.models.score import AnswerDifference, DirectedScore, auroc, score_prompts
 from sfc.saes.dictionary import Dictionary, reconstruction
 
@@ -192,9 +190,7 @@ def _variance_explained(
     sites = sites_of(dictionaries)
     rows: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in batches:
-        seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
-        for site, x in seen.items():
+        for site, x in activations_at(model, batch, sites).items():
             rows[site].append(x[batch.touchable].float())
     explained = {}
     for site, dictionary in dictionaries.items():

@@ -97,8 +97,7 @@ def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, cached: Cach
     """A batch at each of these sites, which come in the order of the run; no block is run twice to get there."""
     for site in sites:
         cached = cached_residual_after(problem.model, batch, layer_before(site), cached)
-        seen: dict[str, Tensor] = {}
         space = problem.ablation.dictionaries[site]
         with torch.no_grad():
-            run_to(problem.model, batch, {each: recorder(seen, each) for each in sites_of({site: space})}, site, cached)
+            seen = activations_at(problem.model, batch, sites_of({site: space}), cached)
         yield SiteRun(problem, site, batch, cached, seen[site], seen[space.reads])

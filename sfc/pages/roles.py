@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 import plotly.graph_objects as go
 
+from sfc.circuits.nodes import role_part
 from sfc.features.labels import caption
 from sfc.pages.blocks import Block, Figure, Table
 from sfc.pages.graph import columns_of
@@ -61,8 +62,7 @@ class _Cell(NamedTuple):
 
 def _passing(graph: nx.DiGraph, roles: Mapping[str, str]) -> Iterator[tuple[_Cell, _Cell, str, str, float]]:
     """The parts of all edges: from which cell to which, between which nodes, and how much."""
-    # As `sfc.circuits.edge_kinds.role_part` names them, which cannot be asked without torch.
-    names = {f"weight_{source}_to_{target}": (source, target) for source in roles for target in roles}
+    names = {role_part(source, target): (source, target) for source in roles for target in roles}
     for source, target, data in graph.edges(data=True):
         for name in sorted(names.keys() & data.keys()):
             from_role, to_role = names[name]
