@@ -6,6 +6,7 @@
 - Pearson correlations of many columns at once.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, friedmanchisquare, rankdata, wilcoxon
+from scipy.stats import binomtest, friedmanchisquare, rankdata, ttest_ind, wilcoxon
 from scipy.stats import t as student
 
 
@@ -201,6 +202,14 @@ def bootstrap_auroc(
     rows, columns = (resampled_counts(n, draws, random) / n for n in wins.shape)
     drawn = ((rows @ wins) * columns).sum(1)
     return Estimate(float(wins.mean()), *np.quantile(drawn, _TAILS).tolist())
+
+
+def welch(a: Float[np.ndarray, "a n"], b: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " n"]:
+    """p-values, two-sided, of equal means of each column; 1 where there is nothing to tell: constants, or one row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's words for those columns
+        p_values = np.asarray(ttest_ind(a, b, equal_var=False)[1])
+    return np.nan_to_num(p_values, nan=1.0)
 
 
 class Friedman(NamedTuple):

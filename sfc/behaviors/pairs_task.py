@@ -48,7 +48,11 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     is_aligned = np.array([pair is not None for pair in roles])
     both_ways = DiscoveryOptions.of(experiment).baseline_choice == "counterfactual"
     if both_ways:
-        is_aligned &= [_correspond(a, b) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
+        is_aligned &= [
+            # Each may be the other's counterfactual: as many tokens, and the same first one, a sink.
+            len(a.ids) == len(b.ids) and a.ids[0] == b.ids[0]
+            for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)
+        ]
     counts = _counts(pairs, is_short, is_aligned)
     pairs = pairs[is_short & is_aligned].reset_index(drop=True)
     if set(pairs["split"]) != {"discovery", "test"}:
@@ -117,11 +121,6 @@ def _pair_table(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     kinds = both["refusal_label"].map({True: "clean", False: "patch"})
     against = pd.concat([theirs, ours])["id"].to_numpy()
     return pd.DataFrame({"id": both["id"].to_numpy(), "counterfactual": against, "kind": kinds.to_numpy()})
-
-
-def _correspond(a: TokenizedPrompt, b: TokenizedPrompt) -> bool:
-    """Whether each may be the other's counterfactual: as many tokens, and the same first one, a sink."""
-    return len(a.ids) == len(b.ids) and a.ids[0] == b.ids[0]
 
 
 def _answer_ids(

@@ -229,7 +229,8 @@ def digests_of(folder: Path) -> dict[str, str] | None:
 def keep(folder: Path) -> None:
     """Write down what a folder of a cache holds, and since when."""
     with replacing(folder / MANIFEST) as temporary:
-        told = sealed({"contents": contents_of(folder, {}), "times": _times(folder)})
+        times = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in _files_below(folder)}
+        told = sealed({"contents": contents_of(folder, {}), "times": times})
         temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -272,10 +273,6 @@ def check_kept(folder: Path, fully: bool = False) -> int:
 
 def _delete(folder: Path) -> str:
     return f"delete {folder} and run the same command, which makes it again"
-
-
-def _times(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in _files_below(folder)}
 
 
 def own_files(folder: Path) -> list[Path]:

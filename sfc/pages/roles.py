@@ -66,12 +66,10 @@ def _passing(graph: nx.DiGraph, roles: Mapping[str, str]) -> Iterator[tuple[_Cel
     for source, target, data in graph.edges(data=True):
         for name in sorted(names.keys() & data.keys()):
             from_role, to_role = names[name]
-            from_cell, to_cell = _Cell(from_role, _site(graph, source)), _Cell(to_role, _site(graph, target))
+            from_cell, to_cell = (
+                _Cell(role, graph.nodes[node]["site"]) for role, node in ((from_role, source), (to_role, target))
+            )
             yield from_cell, to_cell, source, target, data[name]
-
-
-def _site(graph: nx.DiGraph, node: str) -> str:
-    return graph.nodes[node]["site"]
 
 
 def roles_figure(graph: nx.DiGraph) -> go.Figure:

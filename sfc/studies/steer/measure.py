@@ -63,7 +63,9 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
     learned = learn(session, study.circuit(session.run))
     folds = folds_of(session, learned)
     clock.lap("learning")
-    tables = {"candidates": _tried(dial, learned, folds)}
+    runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
+    with progress_bar("trying directions", runs, "runs") as progress:
+        tables = {"candidates": candidate_table(dial, learned.candidates, folds, progress)}
     write_csv(folder / "candidates.csv", tables["candidates"].round(6))
     kept = ranked(tables["candidates"])
     swept = [learned.candidates[i] for i in best_per_layer(kept, options.swept_layers)]
@@ -88,7 +90,9 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
     generalised = None
     if options.xstest is not None:
         generalised = _along(dial, xstest_prompts(session), [chosen])
-        at_random = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
+        settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
+        fewer = xstest_prompts(session, options.test_prompts).values()
+        at_random = _swept(dial, "chance", [(side, settings) for side in fewer])
         tables["xstest"] = pd.concat([generalised, at_random])
         tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
         tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(at_random)])
@@ -103,7 +107,12 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
         clock.lap("condition")
     vectors = {name: learned.vector(contrast, chosen) for name, contrast in learned.contrasts.items()}
     tables["directions"] = subspace_table(dial, vectors, chosen, folds)
-    tables["writers"] = _writers(session, chosen)
+    # What writes the direction where it was read, on test prompts; at the last token elsewhere.
+    prompts, tokenized = test_corpus(session)
+    toxic, token = prompts["refusal_label"].to_numpy(dtype=bool), chosen.token or -1
+    tables["writers"] = writers_table(
+        session.model, session.metric, tokenized, toxic, chosen.site, token, chosen.vector, options.ablated_writers
+    )
     if options.features:
         tables["features"] = feature_cosines(chosen.vector, session.dictionaries)
     clock.lap("circuit")
@@ -115,12 +124,6 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
         "conditional": conditional,
     }
     return Made(result, write_tables(folder, tables))
-
-
-def _tried(dial: Dial, learned: Learned, folds: list[Fold]) -> pd.DataFrame:
-    runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
-    with progress_bar("trying directions", runs, "runs") as progress:
-        return candidate_table(dial, learned.candidates, folds, progress)
 
 
 def _held_out(dial: Dial, chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts) -> pd.DataFrame:
@@ -167,24 +170,6 @@ def _controlled(
         for intent, alpha in alphas.items()
     ]
     return _swept(dial, "controls", tries)
-
-
-def _generalised_chance(
-    dial: Dial, fewer: Tested, chosen: Candidate, alphas: Mapping[str, float], seed: int
-) -> pd.DataFrame:
-    """Random directions at the chosen alphas, on some prompts of both kinds."""
-    settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
-    return _swept(dial, "chance", [(side, settings) for side in fewer.values()])
-
-
-def _writers(session: Session, chosen: Candidate) -> pd.DataFrame:
-    """Which heads and MLPs write the direction where it was read, on test prompts; at the last token elsewhere."""
-    prompts, tokenized = test_corpus(session)
-    toxic = prompts["refusal_label"].to_numpy(dtype=bool)
-    n_ablated = SteeringOptions.of(session.run.experiment).ablated_writers
-    return writers_table(
-        session.model, session.metric, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated
-    )
 
 
 def _shuffled(learned: Learned, chosen: Candidate, options: SteeringOptions, seed: int) -> list[Vector]:
