@@ -22,6 +22,7 @@ from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
+from sfc.models.running import activations_at
 from sfc.models.score import AnswerDifference, DirectedScore, auroc, score_prompts
 from sfc.saes.dictionary import Dictionary, reconstruction
 

@@ -13,7 +13,7 @@ from sfc.circuits.problem import Problem
 from sfc.circuits.spaces import sites_of
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, recorder
-from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
+from sfc.models.running import CachedResidual, activations_at, cached_residual_after, layer_before, run_to
 from sfc.models.score import score_batch
 
 

@@ -18,6 +18,7 @@ from sfc.models.edits import Steering
 from sfc.models.engine import Alike, Edits, PreparedPrompts
 from sfc.models.interventions import Intervention, Interventions, chained, recorder
 from sfc.models.loading import Model
+from sfc.models.running import activations_at
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 
