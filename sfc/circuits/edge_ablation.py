@@ -254,6 +254,9 @@ class _Batch:
         return _Values([*found.features, *features], torch.cat(moved), of_parts)
 
 
+EDGE_FIGURES = ("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high")
+
+
 def edge_faithfulness(
     problem: Problem,
     runs: PromptRuns,
@@ -272,7 +275,7 @@ def edge_faithfulness(
         progress: called with the number of pairs of a batch and a site that are done since the last call.
     """
     if not edges or why_not_ablatable(problem.ablation.nodes, members, edges) is not None:
-        return dict.fromkeys(("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high"))
+        return dict.fromkeys(EDGE_FIGURES)
     of_edges = edge_ablated_scores(problem, runs, members, edges, progress)
     full = full_scores(problem.model, problem.score, runs)
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)

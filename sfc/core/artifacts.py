@@ -205,13 +205,12 @@ def amended(folder: Path, *names: str) -> Iterator[None]:
 
 def _set_aside(folder: Path, aside: Path) -> None:
     """Move a folder out of the way, unless a rebuild that was killed has done so and is to be gone on with."""
-    if not aside.exists():
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
-    elif (folder / MANIFEST).exists():  # killed after it was finished
-        _discard(aside)
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
+    if aside.exists():
+        if not (folder / MANIFEST).exists():
+            return
+        _discard(aside)  # killed after it was finished
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
 
 
 def _discard(aside: Path) -> None:

@@ -107,8 +107,11 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> str | None:
     """Compare a file of a finished artifact with what was written; of any other, see that it is a file.
+
+    Returns:
+        Its SHA-256, in hexadecimal, where that is listed.
 
     Raises:
         UserError: it is missing, cannot be read, or is damaged.
@@ -116,10 +119,11 @@ def check(path: Path) -> None:
     expected = _listed(path)
     with opened(path) as file:
         if expected is None:
-            return
+            return None
         is_right = os.fstat(file.fileno()).st_size == expected.bytes
         if not is_right or (expected.sha256 is not None and hash_of(file) != expected.sha256):
             raise _damaged(path)
+    return expected.sha256
 
 
 def contents_of(folder: Path, known: Mapping[str, str], only: Collection[str] | None = None) -> dict[str, Any]:
