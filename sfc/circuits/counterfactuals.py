@@ -29,7 +29,7 @@ from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import activations_at
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.kernels import row_dots
+from sfc.saes.kernels import row_dots, values_of
 
 _BLOCK_ROWS = 4096
 
@@ -143,9 +143,7 @@ class Counterfactuals:
     ) -> Float[Tensor, "tokens features"]:
         """The values of some features on the counterfactuals."""
         *_, values, indices = self._at(space, batch)
-        column = torch.full((space.d_sae,), len(features), device=values.device)
-        column[features] = torch.arange(len(features), device=values.device)
-        return values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
+        return values_of(features, values, indices, space.d_sae)
 
     def ablated_part(
         self,

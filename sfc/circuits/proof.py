@@ -33,7 +33,7 @@ from sfc.models.batches import PACKED_TOKENS
 from sfc.models.engine import NO_EDIT, Edits, Progress
 from sfc.models.loading import Model
 from sfc.models.score import DirectedScore, Score
-from sfc.stats import UNMEASURABLE, Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, wilson
+from sfc.stats import UNMEASURABLE, Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, judged_rate
 
 SMALL = 0.1
 """figures below this are called none"""
@@ -319,8 +319,7 @@ def replies_by_kind(
     table = []
     for kind in dict.fromkeys(kinds):
         for under, refused in zip(("model", EMPTY, CIRCUIT, WITHOUT), by_edit[:, kinds == kind], strict=True):
-            count, n = int(refused.sum()), len(refused)
-            table.append((kind, under, n, count, count / n, *wilson(count, n)))
+            table.append((kind, under, *judged_rate(refused).values()))
     return pd.DataFrame(table, columns=list(REPLY_COLUMNS))
 
 

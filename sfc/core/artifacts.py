@@ -385,8 +385,7 @@ def rounded(table: "pd.DataFrame", digits: int) -> "pd.DataFrame":
 def json_records(table: "pd.DataFrame", digits: int | None = 4) -> list[dict[str, Any]]:
     """The rows of a table for JSON, floats rounded to so many decimals (None: not at all); what is missing is None."""
     table = table if digits is None else table.round(digits)
-    records = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in record.items()} for record in records]
+    return table.astype(object).where(table.notna(), None).to_dict("records")  # pyright: ignore[reportReturnType]
 
 
 def hash_of_file(path: Path) -> str:
