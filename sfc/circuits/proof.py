@@ -150,10 +150,10 @@ def pair_figures(scores: PairScores, min_denominator: float, seed: int) -> dict[
         moved, whole = of_side.circuit - of_side.empty, of_side.model - of_side.empty
         estimates[f"recovered_{name}"] = bootstrap_ratio(moved, whole, of_side.prompt, seed, min_denominator)
         lost = bootstrap_ratio(of_side.kl_circuit, of_side.kl_empty, of_side.prompt, seed)
-        estimates[f"kl_recovered_{name}"] = lost.affine(1, -1)
+        estimates[f"kl_recovered_{name}"] = lost.complement
     missed, whole = np.square(scores.circuit - scores.model), np.square(scores.empty - scores.model)
     unlike = bootstrap_ratio(missed, whole, scores.prompt, seed, min_denominator**2)
-    return _flat(estimates | {"agreement": unlike.affine(1, -1)})
+    return _flat(estimates | {"agreement": unlike.complement})
 
 
 def side_figures(scores: SideScores, min_denominator: float, seed: int) -> dict[str, float | None]:

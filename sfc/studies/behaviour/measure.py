@@ -59,7 +59,6 @@ def measure_behaviour(
     judge: Callable[[str], bool],
     folder: Path,
     reply_tokens: int = REPLY_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
@@ -72,12 +71,12 @@ def measure_behaviour(
     longest = None if model.n_positions is None else model.n_positions - reply_tokens
     prompts, tokenized = short_enough(model.tokenize, prompts, longest)
     layout = TemplateLayout.of(tokenized)
-    groups = {f"{i:06d}": group for i, group in enumerate(similar_lengths(tokenized, batch_tokens, reply_tokens))}
+    groups = {f"{i:06d}": group for i, group in enumerate(similar_lengths(tokenized, BATCH_TOKENS, reply_tokens))}
 
     def answered(part: str) -> dict[str, Any]:
         some = [tokenized[row] for row in groups[part]]
-        scores = score_prompts(model, score, make_batches(some, layout, batch_tokens, model.device))
-        return {"scores": scores.tolist(), "replies": generate_replies(model, some, reply_tokens, batch_tokens)}
+        scores = score_prompts(model, score, make_batches(some, layout, BATCH_TOKENS, model.device))
+        return {"scores": scores.tolist(), "replies": generate_replies(model, some, reply_tokens, BATCH_TOKENS)}
 
     with progress_bar("replies", len(groups), "batches") as progress:
         parts = made_in_parts(folder, list(groups), answered, progress)

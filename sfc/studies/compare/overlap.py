@@ -20,12 +20,11 @@ from jaxtyping import Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from sfc.stats import bootstrap_means
+from sfc.stats import DRAWS, bootstrap_means
 
 Weights = Mapping[str, float]
 """a circuit: its nodes, or edges, with the size of their effects"""
 
-DRAWS = 2000
 CHANCES = 2.0
 """halves of one category must overlap by this many times what random circuits do, or nothing can be said"""
 SHARED = 0.5
