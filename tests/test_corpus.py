@@ -132,6 +132,14 @@ def test_a_writer_writes_no_copy_and_no_test_prompt(model: Model) -> None:
     assert left == prompts[1:] and fates["test"] == 1
 
 
+def test_instructions_are_written_alone_where_no_reply_is_wanted(model: Model) -> None:
+    options = SampleOptions(unfiltered=True, instruction_tokens=40, reply_tokens=0)  # pyright: ignore
+    starts = [Start(word, EVERYDAY) for word in ("How do", "Why", "List", "Tell", "When", "Is it", "Name", "Where")]
+    made, _ = Writer(model, options, set()).write(starts, np.random.default_rng(1))
+    assert made and all(each.reply == "" for each in made)
+    assert [each.n_tokens for each in made] == [len(each.ids) for each in model.tokenize([m.prompt for m in made])]
+
+
 def test_starts_are_not_of_test_prompts_and_as_often_positive_as_is_wanted(tmp_path: Path) -> None:
     run = tiny(tmp_path, "sample.positive_share=0.25")
     known = run.prompts.frame[run.prompts.frame["split"] != "test"]

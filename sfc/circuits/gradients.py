@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfc.circuits.problem import Problem
 from sfc.circuits.spaces import sites_of
-from sfc.models.batches import Batch
+from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.interventions import Intervention, recorder
 from sfc.models.running import CachedResidual, activations_at, cached_residual_after, layer_before, run_to
 from sfc.models.score import score_batch
@@ -28,8 +28,24 @@ class SiteGradient(NamedTuple):
     """the activation that is encoded: x itself, but for transcoders"""
 
 
+GRADIENT_TOKENS = PACKED_TOKENS
+"""tokens, padding included, of which all blocks keep what the way back needs at once"""
+
+
 def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
-    """Activations and gradients at the sites of all dictionaries, from one backward pass. Nothing is spliced in."""
+    """Activations and gradients at the sites of all dictionaries. Nothing is spliced in.
+
+    One pass forward and back, or as many as it takes for each to have at most `GRADIENT_TOKENS`.
+    """
+    n_rows, width = batch.ids.shape
+    groups = torch.arange(n_rows, device=batch.ids.device).split(max(1, GRADIENT_TOKENS // width))
+    if len(groups) == 1:
+        return _in_one_pass(problem, batch, cached)
+    passes = [_in_one_pass(problem, batch.select(rows), cached.select(rows)) for rows in groups]
+    return {site: _stacked([each[site] for each in passes]) for site in passes[0]}
+
+
+def _in_one_pass(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
     seen: dict[str, Tensor] = {}
     spaces, read = problem.ablation.dictionaries, {}
     interventions = {site: _leaf(seen, site) for site in spaces}
@@ -39,6 +55,12 @@ def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> d
     gradients = torch.autograd.grad(total, list(seen.values()))
     x = {site: activation.detach() for site, activation in (read | seen).items()}
     return {site: SiteGradient(x[site], g, x[spaces[site].reads]) for site, g in zip(seen, gradients, strict=True)}
+
+
+def _stacked(parts: Sequence[SiteGradient]) -> SiteGradient:
+    x = torch.cat([part.x for part in parts])
+    read = x if parts[0].read is parts[0].x else torch.cat([part.read for part in parts])
+    return SiteGradient(x, torch.cat([part.g for part in parts]), read)
 
 
 def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:

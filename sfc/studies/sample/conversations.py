@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
 
     prompt: str
     reply: str
-    """as the model wrote it, its end-of-turn token included where it ended"""
+    """as the model wrote it, its end-of-turn token included where it ended; empty where none is wanted"""
     start: str
     kind: str
     n_tokens: int
@@ -110,7 +110,9 @@ class Writer:
                 self.remember(text)
                 kept.append((start, text))
         asked = self._model.tokenize([text for _, text in kept]) if kept else []
-        replies = self._continued(asked, random.random((len(kept), options.reply_tokens)), set())
+        replies: list[list[int]] = [[] for _ in asked]
+        if options.reply_tokens:
+            replies = self._continued(asked, random.random((len(kept), options.reply_tokens)), set())
         return [
             Conversation(text, tokenizer.decode(reply), start.text, start.kind, len(prompt.ids) + len(reply))
             for (start, text), prompt, reply in zip(kept, asked, replies, strict=True)

@@ -183,7 +183,8 @@ def work(study: Sample, sketch: Sketch) -> list[Work]:
     asked = Shape(max(round(options.batch * KEPT), 1), round(instruction))
     tokens = options.batch * (options.instruction_tokens + options.reply_tokens)
     of_one = replied([begun], 1, options.instruction_tokens, sizes.n_layers, 4096)
-    of_one += replied([asked], 1, options.reply_tokens, sizes.n_layers, 4096)
+    if options.reply_tokens:
+        of_one += replied([asked], 1, options.reply_tokens, sizes.n_layers, 4096)
     in_use = cache_bytes(sizes, tokens) + sketch.in_use(begun.tokens) + sizes.logits(options.batch)
     kept = round(_LINE_BYTES * wanted)
     return [sketch.loading(), Work(f"write {wanted:,} tokens", of_one * batches, sizes.weights + in_use, kept=kept)]
