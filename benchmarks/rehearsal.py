@@ -39,6 +39,7 @@ from sfc.circuits.methods import LearnedMaskOptions
 from sfc.core.artifacts import write_json
 from sfc.core.config import Experiment
 from sfc.core.experiments import experiment_of, load_experiment, preset_names
+from sfc.core.machine import seconds_of
 from sfc.core.progress import say
 from sfc.core.reading import read_yaml
 from sfc.core.sites import layer_of
@@ -58,6 +59,8 @@ _TEMPLATE = "<|begin|><|user|>\n{prompt}<|end|>\n<|assistant|>\n"
 _VOCABULARY = 4000
 _FEWEST = 12
 """prompts of each category and kind: fewer are too few for pairs of equal length, and for a batch of rows"""
+_SQUARE = 2048
+"""rows and columns of the matrices by whose product the machine's rate is measured"""
 _FEWEST_STEPS = 10
 """of a dictionary's or a mask's training, of which the first ones take longer"""
 _ANY_DIRECTION = ("--set", "steering.min_induced=-1000", "--set", "steering.max_kl=1000", "--set", "steering.latest=1")
@@ -345,20 +348,14 @@ def _bytes_below(folder: Path) -> int:
 
 def _floors(experiment: Experiment, model: RandomModel, n_tokens: int, device: str) -> dict[str, float]:
     """Seconds that the products alone take at the measured matrix rate: of all blocks run, and of all encoders."""
-    rate = _matrix_rate(device, experiment.model.dtype)
+    square = torch.randn(_SQUARE, _SQUARE, device=device, dtype=getattr(torch, experiment.model.dtype))
+    rate = 2 * _SQUARE**3 / seconds_of(lambda: linear(square, square), torch.device(device))
     sites, saes = experiment.activations.sites, experiment.saes
     floors = {"collect": 2 * model.per_layer * (layer_of(sites[-1]) + 1) * n_tokens / rate}
     if saes.source is None:
         d_in = load_outline(experiment.model).width(sites[0])
         floors["train"] = 2 * d_in * saes.expansion * d_in * saes.batch_size * saes.steps * len(sites) / rate
     return floors
-
-
-def _matrix_rate(device: str, dtype: str, size: int = 2048) -> float:
-    """Operations per second of a product of square matrices of the model's type, as our own code makes it."""
-    square = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
-    seconds = harness.interleaved({"product": lambda: linear(square, square)}, rounds=3, burst=3, device=device)
-    return 2 * size**3 / min(seconds["product"])
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from sfc.models.generation import continue_tails, end_tokens, sampled
 from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session
+from sfc.studies.sample import SAMPLE
 from sfc.studies.sample.conversations import Start, Writer, first_words, is_plain_request
-from sfc.studies.sample.study import SAMPLE
 from sfc.studies.sample.write import EVERYDAY, Starts, read_sample
 from sfc.studies.study import ensure
 from sfc.studies.train import TRAIN
-from sfc.studies.train.corpus import sae_corpus
+from sfc.studies.train.rows import sae_corpus
 
 SMALL = ("prompts.limit=8", "sample.unfiltered=true", "sample.batch=6", "sample.tokens=400")
 

@@ -13,7 +13,7 @@ from sfc.circuits.problem import Problem
 from sfc.circuits.spaces import sites_of
 from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.interventions import Intervention, recorder
-from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
+from sfc.models.running import CachedResidual, activations_at, cached_residual_after, layer_before, run_to
 from sfc.models.score import score_batch
 
 
@@ -119,8 +119,7 @@ def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, cached: Cach
     """A batch at each of these sites, which come in the order of the run; no block is run twice to get there."""
     for site in sites:
         cached = cached_residual_after(problem.model, batch, layer_before(site), cached)
-        seen: dict[str, Tensor] = {}
         space = problem.ablation.dictionaries[site]
         with torch.no_grad():
-            run_to(problem.model, batch, {each: recorder(seen, each) for each in sites_of({site: space})}, site, cached)
+            seen = activations_at(problem.model, batch, sites_of({site: space}), cached)
         yield SiteRun(problem, site, batch, cached, seen[site], seen[space.reads])

@@ -97,7 +97,8 @@ class Writer:
     def write(self, starts: Sequence[Start], random: np.random.Generator) -> tuple[list[Conversation], dict[str, int]]:
         """Conversations with these starts, where they are kept, and how many instructions met which of the `FATES`."""
         options, tokenizer = self._options, self._model.tokenizer
-        begun = [_without_suffix(prompt) for prompt in self._model.tokenize([start.text for start in starts])]
+        whole = self._model.tokenize([start.text for start in starts])
+        begun = [TokenizedPrompt(*(part[prompt.roles != Role.SUFFIX] for part in prompt)) for prompt in whole]
         uniforms = random.random((len(starts), options.instruction_tokens))
         counts, kept = Counter[str](), list[tuple[Start, str]]()
         for start, prompt, ids in zip(starts, begun, self._continued(begun, uniforms, self._ends), strict=True):
@@ -140,8 +141,3 @@ class Writer:
             ):
                 said[row] = ids
         return said
-
-
-def _without_suffix(prompt: TokenizedPrompt) -> TokenizedPrompt:
-    before = prompt.roles != Role.SUFFIX
-    return TokenizedPrompt(prompt.ids[before], prompt.roles[before])
