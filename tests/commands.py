@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import signal
 import socket
 import subprocess
 import sys
@@ -127,10 +128,10 @@ class Forked:
         os.kill(self.pid, number)
 
     def communicate(self, seconds: float | None = None) -> tuple[str, str]:
-        """Wait until it ends, or kill it after so many seconds; what it printed to standard output and error."""
+        """Wait until it ends, or end it by SIGALRM after so many seconds; what it printed to standard output and error."""
         self._process.join(seconds)
         if self.returncode is None:
-            self._process.kill()
+            self.send_signal(signal.SIGALRM)
             self._process.join()
         out, err = ((self._told / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
         return out, err
