@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import signal
 import socket
 import subprocess
@@ -128,7 +129,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def communicate(self, seconds: float | None = None) -> tuple[str, str]:
-        """Wait until it ends, or end it by SIGALRM after so many seconds; what it printed to standard output and error."""
+        """What it printed to standard output and error, once it ends; after so many seconds SIGALRM ends it."""
         self._process.join(seconds)
         if self.returncode is None:
             self.send_signal(signal.SIGALRM)
@@ -162,14 +163,16 @@ def _forked(
     os._exit(status or 0)
 
 
-def run_commands(commands: Sequence[Sequence[str]], first: str = "pass") -> None:
-    """Run the command line for each, after a statement; it ends with the first that fails, with its status."""
+def run_commands(commands: Sequence[Sequence[str]], first: str = "pass", script: Path | None = None) -> None:
+    """Run the command line, or a script, for each, after a statement; it ends with the first that fails."""
     exec(first)
-    program = importlib.import_module("sfc.__main__")
     for arguments in commands:
         sys.argv = ["sfc", *arguments]
         try:
-            program.main()
+            if script:
+                runpy.run_path(str(script), run_name="__main__")
+            else:
+                importlib.import_module("sfc.__main__").main()
         except SystemExit as end:
             if end.code:
                 raise
@@ -180,16 +183,43 @@ def sfc_forked(*arguments: object, root: Path, **environment: str) -> Forked:
     return Forked(run_commands, [[*map(str, arguments), "--root", str(root)]], cwd=root, **environment)
 
 
-def sfc_ranks(n: int, commands: Sequence[Sequence[object]], root: Path, first: str = "pass") -> list[Forked]:
+def sfc_ranks(
+    n: int, commands: Sequence[Sequence[object]], root: Path, first: str = "pass", fresh: int = 0
+) -> "list[Forked | subprocess.Popen[str]]":
     """Start several processes as Slurm does, each of which runs the commands, one after the other, after a statement.
 
-    They stop at the first that fails, with its status.
+    They stop at the first that fails, with its status. The last `fresh` of them are no forks: their sets, for example,
+    have an order of their own.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
     lines = [[*map(str, command), "--root", str(root)] for command in commands]
-    return [Forked(run_commands, lines, first, cwd=root, **together, RANK=str(rank)) for rank in range(n)]
+    program = f"import sys, json, commands; commands.run_commands(json.loads(sys.argv.pop()), {first!r})"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    return [
+        Forked(run_commands, lines, first, cwd=root, **together, RANK=str(rank))
+        if rank < n - fresh
+        else subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(lines)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+            env={**os.environ, "COLUMNS": "200", **together, "RANK": str(rank), "PYTHONPATH": path},
+        )
+        for rank in range(n)
+    ]  # fmt: skip
+
+
+def sfc_commands_forked(commands: Sequence[Sequence[object]], root: Path) -> list[Finished]:
+    """Run several commands, one after the other, in one process of their own, and count what they load."""
+    told = Path(tempfile.mkdtemp(prefix="sfc-told-")) / "told"
+    process = Forked(_run_and_tell, [[*map(str, arguments)] for arguments in commands], root, told, cwd=root)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return [Finished(*one) for one in json.loads(told.read_text(encoding="utf-8"))]
+
+
+def _run_and_tell(commands: Sequence[Sequence[str]], root: Path, told: Path) -> None:
+    told.write_text(json.dumps([sfc(*arguments, root=root) for arguments in commands]), encoding="utf-8")
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:

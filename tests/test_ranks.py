@@ -72,7 +72,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_leave_to_the_byte_what_one_does(of_one: Path, lists: list[Path], tmp_path: Path) -> None:
-    processes = sfc_ranks(2, commands(lists), tmp_path)
+    processes = sfc_ranks(2, commands(lists), tmp_path, fresh=1)
     ends = [process.communicate() for process in processes]
     for process, (output, errors) in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
