@@ -41,8 +41,8 @@ PROMPT = "Bake bread? <script>alert(1)</script>"
 
 
 def by(method: str, root: Path) -> Run:
-    settings = ["evaluation.sizes=[16, 64]", "evaluation.target=-100"]
-    fewer = ["comparison.size=20", "comparison.shuffles=1"]
+    settings = ["evaluation.sizes=[16, 64]", "evaluation.target=-100", "evaluation.null_draws=0"]
+    fewer = ["comparison.size=20", "comparison.shuffles=1", "comparison.replies=2"]
     return sfc.load_preset("tiny", [f"discovery.method={method}", *settings, *fewer], root=root)
 
 

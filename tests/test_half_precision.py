@@ -19,7 +19,7 @@ from sfc.studies.study import STUDIES
 
 MINI = Path(__file__).parents[1] / "sfc" / "data" / "mini"
 SETTINGS = (
-    "prompts.limit=20", "prompts.max_tokens=100", "saes.steps=6", "saes.batch_size=64", "evaluation.sizes=[4,16]",
+    "prompts.limit=12", "prompts.max_tokens=100", "saes.steps=6", "saes.batch_size=64", "evaluation.sizes=[4,16]",
     "evaluation.random_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3", "learned_mask.steps=3",
     "discovery.checked_nodes=2", "discovery.checked_prompts=4", "comparison.size=8", "comparison.shuffles=1",
     "comparison.replies=2", "comparison.reply_tokens=3", "steering.min_induced=-99", "steering.max_kl=99",
@@ -57,6 +57,8 @@ def run(name: str, half: tuple[str, Path], *further: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", STUDIES.names())
 def test_a_study_runs_in_half_precision(name: str, half: tuple[str, Path]) -> None:
+    if half[0] == "float16" and name in ("compare", "replicate", "report"):
+        pytest.skip("it runs nothing of the model but what discover and nulls do, which are tried in float16")
     circuit = run("discover", half)["files"]["circuit"]
     result = run(name, half, *(option.format(circuit=circuit) for option in OPTIONS.get(name, ())))
     assert result["files"]

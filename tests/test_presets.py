@@ -1,7 +1,7 @@
 """Presets of models whose weights are elsewhere: they fit the models' shapes, and the whole study runs on small ones.
 
-Each small model has the real configuration class and as many layers as the real model, random weights, and a tokenizer
-that knows the family's special tokens and writes its chat template.
+Each small model has the real configuration class, random weights, and a tokenizer that knows the family's special
+tokens and writes its chat template.
 """
 
 import json
@@ -13,7 +13,7 @@ import dictionary_repositories as repositories
 import pytest
 import torch
 import transformers
-from commands import sfc, sfc_process
+from commands import assert_one_line, sfc
 from hub import hub
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -24,6 +24,7 @@ from sfc.models.loading import load_model, load_outline
 from sfc.models.score import RefusalScore
 from sfc.run import Run
 from sfc.saes.format import Dictionaries
+from sfc.saes.published import fetch_pretrained
 from sfc.saes.source import source_of
 
 
@@ -159,9 +160,9 @@ def _tokenizer(family: Family) -> Any:
     return wrapped
 
 
-def small_model(preset: str, folder: Path) -> Path:
-    """Save a small model of the preset's family, with as many layers as the real one."""
-    family, n_layers = FOREIGN[preset]
+def small_model(preset: str, folder: Path, n_layers: int) -> Path:
+    """Save a small model of the preset's family."""
+    family, _ = FOREIGN[preset]
     tokenizer = _tokenizer(family)
     kind = getattr(transformers, family.architecture)
     layers = "n_layer" if family.architecture.startswith("GPT2") else "num_hidden_layers"
@@ -234,35 +235,44 @@ def published_dictionary(root: Path, source: str, site: str, d_in: int, seed: in
         repositories.sae_lens(folder, tensors, "standard", site)
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        # Twice as many layers, for twice the time, of what the others have too.
-        pytest.param(name, marks=pytest.mark.slow) if FOREIGN[name][1] > 32 else name
-        for name in PUBLISHED
-    ],
-)
-def test_a_circuit_of_published_dictionaries_is_found(preset: str, tmp_path: Path) -> None:
-    """On a small model of the real class with as many layers, by way of a hub with the real repositories' layout."""
-    source, layers = small_model(preset, tmp_path / "model"), load_experiment(preset).activations.layers[:2]
+KINDS = (
+    "gemma3-270m-it", "gemma3-270m-it-transcoders", "gemma3-4b-it-all", "gemma2-2b-it", "llama3.1-8b-instruct", "gpt2",
+    "pythia-70m",
+)  # fmt: skip
+"""presets of which each has a class of models, a layout of dictionaries or sites that no other of them has"""
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_dictionaries_are_fetched_and_a_circuit_of_them_is_found(preset: str, tmp_path: Path) -> None:
+    """On a small model of the real class, a layer deeper than the sites, by way of a hub with the real repositories'
+    layout; circuits, of two layers, for one preset of each kind.
+    """
+    layers = load_experiment(preset).activations.layers[: 2 if preset in KINDS else 1]
+    source = small_model(preset, tmp_path / "model", layers[-1] + 2)
     values = {
         "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "activations.layers": layers,
         "activations.dtype": "float32", "saes.min_variance_explained": -1e9, "learned_mask.steps": 2,
         "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6, "evaluation.replies": 0,
+        "evaluation.random_draws": 2, "evaluation.null_draws": 0, "discovery.checked_nodes": 2,
     }  # fmt: skip
     experiment = load_experiment(preset, [f"{key}={value}" for key, value in values.items()])
     assert experiment.saes.source is not None
     outline = load_outline(experiment.model)
-    for number, site in enumerate(experiment.activations.sites):
-        told = source_of(experiment.saes.source, site)
+    sources = {site: source_of(experiment.saes.source, site) for site in experiment.activations.sites}
+    for number, (site, told) in enumerate(sources.items()):
         published_dictionary(tmp_path / "hub", told, site, outline.width(site), number)
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    folder = Run(experiment, tmp_path).saes.folder
     with hub(tmp_path / "hub"):
-        finished = sfc("discover", "--preset", preset, "--category", "violence", "--json", *overrides, root=tmp_path)
-    result = finished.result
-    assert result["preset"] == preset and result["n_nodes"] > 0
-    run = Run(experiment, tmp_path)
-    for site, dictionary in Dictionaries(run.saes.folder, experiment.activations.sites).items():
+        if preset in KINDS:
+            asked = ("discover", "--category", "violence")
+            result = sfc(*asked, "--preset", preset, "--json", *overrides, root=tmp_path).result
+            assert result["preset"] == preset and result["n_nodes"] > 0
+        else:
+            assert sfc("collect", "--preset", preset, *overrides, root=tmp_path).status == 0
+            for site, told in sources.items():
+                fetch_pretrained(told, folder / site)
+    for site, dictionary in Dictionaries(folder, experiment.activations.sites).items():
         assert (dictionary.site, dictionary.d_in) == (site, outline.width(site))
 
 
@@ -271,16 +281,16 @@ def test_every_preset_is_known_here_or_needs_no_network() -> None:
 
 
 def test_weights_that_are_not_here_and_cannot_be_fetched_are_one_line(tmp_path: Path) -> None:
-    finished = sfc_process("behaviour", "--preset", "gpt2", root=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert finished.status == 2 and "Traceback" not in finished.stderr
-    assert "cannot load model 'openai-community/gpt2'" in finished.stderr.strip().splitlines()[-1]
+    with hub(tmp_path / "empty"):
+        finished = sfc("behaviour", "--preset", "gpt2", root=tmp_path)
+    assert_one_line(finished, "cannot load model 'openai-community/gpt2'")
 
 
 @pytest.mark.parametrize("preset", RENDERED)
 def test_prompts_are_rendered_as_the_model_wants_them_and_refusal_tokens_are_single(
     preset: str, tmp_path: Path
 ) -> None:
-    overrides = [f"model.source={small_model(preset, tmp_path)}", "model.dtype=float32"]
+    overrides = [f"model.source={small_model(preset, tmp_path, 1)}", "model.dtype=float32"]
     model = load_model(load_experiment(preset, overrides).model)
     prompt = model.tokenize(["Bake bread?"])[0]
     assert model.tokenizer.decode(prompt.ids) == RENDERED[preset], "and nothing twice, such as a first token"
@@ -291,15 +301,16 @@ def test_prompts_are_rendered_as_the_model_wants_them_and_refusal_tokens_are_sin
 
 @pytest.mark.parametrize("preset", ["pythia-70m", "gpt2", "qwen2.5-0.5b-instruct", "llama3.1-8b-instruct"])
 def test_the_whole_study_runs_on_the_architecture(preset: str, tmp_path: Path) -> None:
-    n_layers = FOREIGN[preset][1]
-    source = small_model(preset, tmp_path / "model")
+    n_layers = 4
+    source = small_model(preset, tmp_path / "model", n_layers)
     values = {
-        "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "patching.limit": 4,
+        "model.source": source, "model.dtype": "float32", "prompts.limit": 6, "patching.limit": 12,
         "patching.require": "score", "patching.components": "[head, mlp]", "patching.layers": [n_layers - 1],
         "activations.layers": [n_layers - 2, n_layers - 1], "activations.dtype": "float32",
         "saes.source": "null", "saes.dtype": "float32", "saes.steps": 20,
         "saes.k": 4, "saes.expansion": 2, "saes.batch_size": 128, "learned_mask.steps": 3,
-        "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6,
+        "evaluation.sizes": [4, 16], "evaluation.min_denominator": 1e-6, "evaluation.random_draws": 2,
+        "evaluation.replies": 2, "evaluation.reply_tokens": 4, "discovery.checked_nodes": 4,
     }  # fmt: skip
     overrides = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     stages = "behaviour,probe,attribute-logits,patch,discover"

@@ -72,7 +72,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_leave_to_the_byte_what_one_does(of_one: Path, lists: list[Path], tmp_path: Path) -> None:
-    processes = sfc_ranks(2, commands(lists), tmp_path)
+    processes = sfc_ranks(2, commands(lists), tmp_path, fresh=1)
     ends = [process.communicate() for process in processes]
     for process, (output, errors) in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors
@@ -106,7 +106,7 @@ def test_three_processes_train_two_sites_as_one_does(of_one: Path, lists: list[P
 
 # What is not heard for 45 seconds is dead, which is long for a test. Ctrl-C works although a job in the background,
 # as this test may be, hands on that it is ignored.
-HASTY = "import sfc.core.ranks as ranks; ranks._SILENCE = 15.0\n"
+HASTY = "import sfc.core.ranks as ranks; ranks._SILENCE = 8.0\n"
 HASTY += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 

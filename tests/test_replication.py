@@ -47,7 +47,7 @@ from sfc.studies.train.rows import training_rows
 
 SITE, SECOND_SITE = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SMALL = (
-    "prompts.limit=14", "saes.steps=60", "evaluation.min_denominator=1e-6", "evaluation.random_draws=2",
+    "prompts.limit=14", "saes.steps=30", "evaluation.min_denominator=1e-6", "evaluation.random_draws=2",
     "discovery.checked_nodes=2", "discovery.method=attribution",
     "discovery.baseline=safe-mean", "evaluation.error_mode=node", "evaluation.sizes=[32]",
 )  # fmt: skip

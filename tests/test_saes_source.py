@@ -1,16 +1,15 @@
 """`saes.source`: dictionaries that others trained, in place of our own, from the command line to the circuit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import Finished
 from safetensors.torch import load_file, save_file
 
 from sfc.circuits.options import DiscoveryOptions
@@ -34,10 +33,13 @@ SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 D_IN = 32
 
 
-def sfc(*arguments: object, root: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sfc", *map(str, arguments), "--preset", "tiny", "--root", str(root), "--json"]
-    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+def sfc(*arguments: object, root: Path) -> Finished:
+    """Run a command in this process, without the hub."""
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return commands.sfc(*arguments, "--preset", "tiny", "--json", root=root)
 
 
 def run_with(root: Path, source: Path | str, *overrides: str) -> Run:
@@ -83,7 +85,7 @@ def save_perfect(folder: Path, site: str, normalisation: str) -> None:
 
 def test_the_command_gives_the_circuit_of_dictionaries_trained_in_place(trained: Run, copied: Path, root: Path) -> None:
     finished = sfc("discover", "--category", "violence", "--set", f"saes.source={copied}", root=root)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.status == 0, finished.stderr
     assert "training" not in finished.stderr
     result = json.loads(finished.stdout)
     before = circuit_of(trained, "violence")
@@ -190,7 +192,7 @@ def test_a_dictionary_that_does_not_fit_is_refused_with_its_variance_explained(
     spoil_scale(copied / SITES[1])
     before = sorted((root / "saes").glob("tiny-*"))
     finished = sfc("train", "--set", f"saes.source={copied}", root=root)
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.status == 2 and "Traceback" not in finished.stderr
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: {SITES[1]}: the dictionary explains -")
     assert "less than saes.min_variance_explained=0.5" in last
@@ -212,7 +214,7 @@ def test_the_fit_is_one_minus_the_variance_unexplained(tmp_path: Path) -> None:
 def test_a_release_that_cannot_be_fetched_is_one_clear_line(trained: Run, root: Path) -> None:
     source = "gpt2-small-res-jb/blocks.{layer}.hook_resid_pre"
     finished = sfc("train", "--set", f"saes.source={source}", root=root)
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    assert finished.status == 2 and "Traceback" not in finished.stderr
     last = finished.stderr.strip().splitlines()[-1]
     assert "SAELens cannot fetch 'blocks.0.hook_resid_pre' of 'gpt2-small-res-jb' (" in last
 

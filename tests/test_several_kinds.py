@@ -11,7 +11,8 @@ from commands import sfc
 from sfc.circuits.edges import downstream
 
 KINDS = "activations.kind=[attn_out,mlp_out,resid_post]"
-OPTIONS = ("--preset", "tiny", "--json", "--category", "violence", "--set", KINDS, "--set", "evaluation.sizes=[96]")
+SETTINGS = (KINDS, "evaluation.sizes=[96]", "evaluation.null_draws=0", "learned_mask.steps=4", "saes.steps=20")
+OPTIONS = ("--preset", "tiny", "--json", "--category", "violence", *(p for s in SETTINGS for p in ("--set", s)))
 SITES = [f"blocks.{layer}.hook_{kind}" for layer in (0, 1) for kind in ("attn_out", "mlp_out", "resid_post")]
 
 

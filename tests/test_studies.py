@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from commands import Finished, assert_one_line, sfc, sfc_commands
+from commands import Finished, assert_one_line, sfc, sfc_commands, sfc_commands_forked
 from markdown_it import MarkdownIt
 from test_formats import BYTES
 
@@ -30,7 +30,7 @@ NAME = f"<u>[red]{MARK}"
 
 LABELS = {"Bake": "safe", "Break": "toxic"}
 SETTINGS = (
-    "prompts.limit=30", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
+    "prompts.limit=16", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
     "evaluation.random_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3",
     "discovery.method=attribution", "discovery.checked_nodes=2", "discovery.checked_prompts=4", "comparison.size=8",
     "comparison.shuffles=1", "comparison.replies=2", "comparison.reply_tokens=3", "steering.min_induced=-99",
@@ -109,15 +109,13 @@ class Ran(NamedTuple):
         return {kind: self.root / path for kind, path in self.result(name)["files"].items()}
 
 
-def run_all(root: Path) -> Ran:
-    make_data(root)
-    ended = sfc_commands([command(name, "--json") for name in NAMES], root, first="import torch")
-    return Ran(root, dict(zip(NAMES, ended, strict=True)))
+COMMANDS = [command(name, "--json") for name in NAMES]
 
 
 @pytest.fixture(scope="module")
 def ran(root: Path) -> Ran:
-    return run_all(root)
+    make_data(root)
+    return Ran(root, dict(zip(NAMES, sfc_commands_forked(COMMANDS, root), strict=True)))
 
 
 @studies
@@ -190,7 +188,7 @@ def test_the_terminal_shows_text_as_it_is(ran: Ran, name: str) -> None:
 def again(ran: Ran) -> tuple[dict[str, Finished], set[Path]]:
     """A second run of everything in a process of its own, and the files that it wrote."""
     before = {path: path.stat().st_mtime_ns for path in files_below(ran.root)}
-    ended = sfc_commands([command(name, "--json") for name in NAMES], ran.root)
+    ended = sfc_commands(COMMANDS, ran.root)
     after = {path: path.stat().st_mtime_ns for path in files_below(ran.root)}
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     return dict(zip(NAMES, ended, strict=True)), changed
@@ -213,7 +211,9 @@ def test_a_second_run_makes_nothing_and_imports_no_torch(
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return run_all(tmp_path_factory.mktemp("twin"))
+    """The same in another root, in a process whose sets have another order."""
+    make_data(root := tmp_path_factory.mktemp("twin"))
+    return Ran(root, dict(zip(NAMES, sfc_commands(COMMANDS, root), strict=True)))
 
 
 TIME = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[^ \"<|]*")

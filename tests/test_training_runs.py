@@ -1,7 +1,6 @@
 """`sfc train` as a whole: killed and gone on with, in several processes, from any corpus, stored or not."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import Forked, sfc_forked
 from safetensors.torch import load_file
 
 from sfc.core.artifacts import locked
@@ -22,16 +22,14 @@ from sfc.saes.train import Progress, SiteStats
 SMALL = ("--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40", "--set", "saes.batch_size=32")
 
 
-def start(root: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, *(launcher or ("-m", "sfc", "train")), *SMALL, "--root", str(root), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(root: Path, *options: str) -> Forked:
+    return sfc_forked("train", *SMALL, *options, root=root)
 
 
-def train(root: Path, *options: str, launcher: tuple[str, ...] = ()) -> str:
-    process = start(root, *options, launcher=launcher)
-    output, errors = process.communicate()
+def train(root: Path, *options: str) -> None:
+    process = start(root, *options)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
-    return output
 
 
 def weights(root: Path) -> dict[str, bytes]:
@@ -68,9 +66,9 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(
     options = ("--set", "saes.checkpoint_seconds=0.000001", "--set", "saes.layers_at_once=1")
     process = start(tmp_path, *options)
     while not list(tmp_path.rglob(moment)):
-        assert process.poll() is None, process.stderr
+        assert process.poll() is None, process.communicate()
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not list(tmp_path.glob("saes/*/manifest.json"))
     train(tmp_path, *options)
@@ -93,7 +91,10 @@ def test_a_second_process_is_told_and_stops(busy: str, tmp_path: Path) -> None:
 
 def test_two_ranks_share_the_sites_and_give_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
     script = str(Path(__file__).parents[1] / "scripts" / "train_saes.py")
-    output = train(tmp_path, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", script))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script)
+    ended = subprocess.run([*launcher, *SMALL, "--root", tmp_path], capture_output=True, text=True)
+    output = ended.stdout
+    assert ended.returncode == 0, ended.stderr
     assert weights(tmp_path) == weights(undisturbed)
     assert output.count("quality.csv") == 1, "only one of them reports"
 

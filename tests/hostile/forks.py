@@ -1,28 +1,23 @@
 """Commands in forked processes, which start within milliseconds, with everything imported, and may be killed.
 
-A server (this module as a program) imports the package and runs nothing itself, so that its children are as good as
-fresh processes. A child that is to be killed counts what it does to the disk (writes in place, fsyncs, renames,
+A child that is to be killed counts what it does to the disk (writes in place, fsyncs, renames,
 deletions, new folders) and dies by SIGKILL in the middle of the N-th of these: a write is half done, and a line that
 was appended but not synced is torn.
 """
 
-import functools
 import hashlib
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
-from commands import Finished, sfc
+from commands import Finished, Forked, sfc
 
 TESTS = Path(__file__).parents[1]
 POINTS = ("pwrite", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
@@ -38,77 +33,28 @@ class Ended(NamedTuple):
     """how often it changed the disk"""
 
 
-class Server:
-    """The process whose children run commands, one after the other."""
-
-    def __init__(self, **environment: str) -> None:
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hostile.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-        )  # fmt: skip
-
-    def sfc(self, *arguments: object, root: Path, kill_at: int = 0, seconds: float = 300) -> Ended:
-        """Run a command; with `kill_at` until it changes the disk for that time. One that hangs is killed and fails."""
-        asked = {"arguments": list(map(str, arguments)), "root": str(root), "kill_at": kill_at, "seconds": seconds}
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        told = json.loads(self._process.stdout.readline())
-        assert told["signal"] in (0, signal.SIGKILL if kill_at else 0), f"{arguments}: signal {told['signal']}"
-        return Ended(Finished(*told["finished"]) if told["finished"] else None, told["points"])
+def forked(*arguments: object, root: Path, kill_at: int = 0, seconds: float = 300, **environment: str) -> Ended:
+    """Run a command; with `kill_at` until it changes the disk for that time. One that hangs is killed and fails."""
+    told = Path(mkdtemp(prefix="sfc-forks-")) / "told"
+    process = Forked(_run, list(map(str, arguments)), root, kill_at, told, cwd=TESTS, **environment)
+    process.communicate(seconds)
+    allowed = (0, -signal.SIGKILL) if kill_at else (0,)
+    assert process.returncode in allowed, f"{arguments}: status {process.returncode}"
+    if not told.exists():
+        return Ended(None, 0)
+    finished, points = json.loads(told.read_text())
+    return Ended(Finished(*finished), points)
 
 
-@functools.cache
-def server(cache: Path | None = None) -> Server:
-    """The server of this process, with the usual cache of models or one of its own."""
-    return Server(**({"SFC_CACHE": str(cache)} if cache else {}))
-
-
-def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
-    _import_everything()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            _run(asked, writing)
-        os.close(writing)
-        alarm = threading.Timer(asked["seconds"], os.kill, [child, signal.SIGALRM])
-        alarm.start()
-        with os.fdopen(reading, "rb") as pipe:
-            told = pipe.read().decode().splitlines()
-        _, status = os.waitpid(child, 0)
-        alarm.cancel()
-        alarm.join()
-        points = max((int(each) for each in told if each.isdecimal()), default=0)
-        finished = json.loads(told[-1]) if told and told[-1].startswith("[") else None
-        of_signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        answers.write(json.dumps({"signal": of_signal, "finished": finished, "points": points}) + "\n")
-        answers.flush()
-
-
-def _import_everything() -> None:
-    import sfc as package
-
-    for module in pkgutil.walk_packages(package.__path__, "sfc."):
-        if not module.name.startswith("sfc.explorer"):
-            importlib.import_module(module.name)
-
-
-def _run(asked: dict[str, Any], pipe: int) -> None:
-    """What a child does; it never returns."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+def _run(arguments: list[str], root: Path, kill_at: int, told: Path) -> None:
+    """What a child does."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    counter = _Counter(asked["kill_at"])
+    counter = _Counter(kill_at)
     for name in POINTS:
         setattr(os, name, counter.counted(getattr(os, name)))
     os.open = counter.opened
-    finished = sfc(*asked["arguments"], root=Path(asked["root"]))
-    os.write(pipe, f"{counter.count}\n{json.dumps(finished)}\n".encode())
+    finished, points = sfc(*arguments, root=root), counter.count
+    told.write_text(json.dumps([finished, points]))
     os._exit(0)
 
 
@@ -187,7 +133,3 @@ def said_below(root: Path, *names: str) -> dict[str, Any]:
         for place, path in files.items()
         if not path.name.endswith(".lock") and (not names or place.startswith(names))
     }
-
-
-if __name__ == "__main__":
-    _serve()

@@ -75,7 +75,7 @@ FILES = {
 DAMAGED = [(name, damage) for name, kinds in FILES.items() for _, damage in spread((name,), damages(*kinds), 60)]
 
 
-@pytest.mark.parametrize(("name", "damage"), sample(DAMAGED, keep=10))
+@pytest.mark.parametrize(("name", "damage"), sample(DAMAGED, keep=5))
 def test_a_damaged_artifact_is_skipped_with_a_note(home: Home, tmp_path: Path, name: str, damage: str) -> None:
     root = tmp_path / "root"
     shutil.copytree(home.root / "circuits", root / "circuits")
@@ -119,7 +119,7 @@ ADDRESSES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("address", "body"), sample(spread(ADDRESSES, (None, *BODIES), 6), keep=8))
+@pytest.mark.parametrize(("address", "body"), sample(spread(ADDRESSES, (None, *BODIES), 6), keep=4))
 def test_a_request_that_nobody_means(home: Home, address: str, body: bytes | None) -> None:
     client = explorer(home.root, "cpu").server.test_client()
     with at_most(60):

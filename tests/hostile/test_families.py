@@ -44,7 +44,7 @@ def _load(folder: Path) -> Model:
     return load_model(ModelConfig(source=str(folder), template="plain", refusal_tokens=["I"]))  # pyright: ignore
 
 
-@pytest.mark.parametrize("family", sample([family for family in FAMILIES if family not in NOT_MADE], keep=10))
+@pytest.mark.parametrize("family", sample([family for family in FAMILIES if family not in NOT_MADE], keep=5))
 def test_a_family_works_as_the_docs_say(family: str, tmp_path: Path) -> None:
     network = tiny_network(family, tmp_path)
     if family not in WORKING:

@@ -108,7 +108,7 @@ CASES = [
     ("given", "place", "damage"),
     [
         pytest.param(*case, id=f"{case[0].name}-{case[0].commands[case[1]][0]}-{case[2]}")
-        for case in sample(CASES, keep=24)
+        for case in sample(CASES, keep=12)
     ],
 )
 def test_a_damaged_file(home: Home, given: Given, place: int, damage: str) -> None:
@@ -136,7 +136,7 @@ READERS = (
 
 @pytest.mark.parametrize(
     ("command", "damage"),
-    sample(spread(READERS, REFUSED, 4), keep=12),
+    sample(spread(READERS, REFUSED, 4), keep=6),
 )
 def test_a_data_set_that_is_refused(home: Home, command: str, damage: str) -> None:
     home.empty()
@@ -164,7 +164,7 @@ _READ = {
                 [(command, name) for command, names in _READ.items() for name in names], damages(TABLE), 13
             )
         ],
-        keep=6,
+        keep=3,
     ),
 )  # fmt: skip
 def test_a_data_set_that_is_odd(home: Home, command: str, name: str, damage: str) -> None:
@@ -181,7 +181,7 @@ def test_a_data_set_that_is_odd(home: Home, command: str, name: str, damage: str
 
 @pytest.mark.parametrize(
     ("command", "damage"),
-    sample(spread(("draw", "export"), damages(OBJECT), 26), keep=3),
+    sample(spread(("draw", "export"), damages(OBJECT), 26), keep=2),
 )
 def test_damaged_labels_of_a_reader(home: Home, command: str, damage: str) -> None:
     home.empty()
@@ -222,7 +222,7 @@ FOLDER_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("folder", "command", "name", "damage"), sample(FOLDER_CASES, keep=8))
+@pytest.mark.parametrize(("folder", "command", "name", "damage"), sample(FOLDER_CASES, keep=4))
 def test_a_damaged_file_in_a_folder_that_is_given(
     home: Home, folder: str, command: str, name: str, damage: str
 ) -> None:
@@ -253,7 +253,7 @@ NAMES = (
     ("command", "name"),
     sample(
         spread(("behaviour", "formats", "evaluate", "patch"), NAMES, 6),
-        keep=2,
+        keep=1,
     ),
 )
 def test_a_file_with_an_odd_name(home: Home, command: str, name: str) -> None:

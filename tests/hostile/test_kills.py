@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from hostile.forks import Server, copied, said_below, server
+from hostile.forks import copied, forked, said_below
 from hostile.sampling import sample
 
 SETTINGS = (
@@ -88,7 +88,7 @@ def root_with(steps: tuple[Step, ...]) -> Path:
     if steps:
         shutil.rmtree(target)
         copied(root_with(steps[:-1]), target)
-        _run(server(), steps[-1], target)
+        _run(steps[-1], target)
     return target
 
 
@@ -98,11 +98,11 @@ def undisturbed(name: str) -> Undisturbed:
     before = copied(root_with(case.before), Path(mkdtemp(prefix="sfc-kills-")) / "before")
     case.prepare(before)
     after = copied(before, before.with_name("after"))
-    return Undisturbed(before, (points := _run(server(), case.command, after)) and said_below(after), points)
+    return Undisturbed(before, (points := _run(case.command, after)) and said_below(after), points)
 
 
-def _run(forks: Server, command: Step, root: Path) -> int:
-    finished, points = forks.sfc(*command, *SHARED, root=root)
+def _run(command: Step, root: Path) -> int:
+    finished, points = forked(*command, *SHARED, root=root)
     assert finished is not None and finished.status == 0, finished
     return points
 
@@ -110,14 +110,14 @@ def _run(forks: Server, command: Step, root: Path) -> int:
 KILLS = [(name, number) for name, case in CASES.items() for number in range(case.kills)]
 
 
-@pytest.mark.parametrize(("name", "number"), sample(KILLS, keep=6))
+@pytest.mark.parametrize(("name", "number"), sample(KILLS, keep=3))
 def test_a_killed_command_goes_on_to_the_same_files(name: str, number: int, tmp_path: Path) -> None:
     case, expected = CASES[name], undisturbed(name)
     kill_at = 1 + number * expected.points // case.kills
     root = copied(expected.before, tmp_path / "root")
-    finished, _ = server().sfc(*case.command, *SHARED, root=root, kill_at=kill_at)
+    finished, _ = forked(*case.command, *SHARED, root=root, kill_at=kill_at)
     assert finished is None, f"it was to be killed at {kill_at} of {expected.points}"
-    _run(server(), case.command, root)
+    _run(case.command, root)
     left = said_below(root)
     assert left.keys() == expected.after.keys(), f"killed at {kill_at} of {expected.points}"
     differ = [place for place in left if left[place] != expected.after[place]]

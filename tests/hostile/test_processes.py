@@ -60,7 +60,7 @@ MOMENTS = [round(0.1 * 1.5**n, 1) for n in range(14)]
 """seconds after the start: the first while modules are imported, the last when it is done"""
 
 
-@pytest.mark.parametrize("moment", sample(MOMENTS, keep=2))
+@pytest.mark.parametrize("moment", sample(MOMENTS, keep=1))
 def test_ctrl_c_at_any_moment_is_one_line_and_status_130(root: Path, moment: float) -> None:
     process = started(DISCOVER, root, program=[sys.executable, "-c", UP])
     assert process.stdout.readline() == "up\n"
@@ -122,7 +122,7 @@ COLLECTED = ("no-home", "cache-is-nowhere", "no-temporary-folder", "small-files"
 @pytest.mark.parametrize(
     ("surroundings", "command"),
     sample(
-        [*spread(SURROUNDINGS, ("presets", "data", "wrong"), 1), *((name, "collect") for name in COLLECTED)], keep=3
+        [*spread(SURROUNDINGS, ("presets", "data", "wrong"), 1), *((name, "collect") for name in COLLECTED)], keep=2
     ),
 )
 def test_odd_surroundings(root: Path, surroundings: str, command: str) -> None:

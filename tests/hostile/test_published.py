@@ -64,7 +64,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name", "damage"), sample(CASES, keep=8))
+@pytest.mark.parametrize(("layout", "name", "damage"), sample(CASES, keep=4))
 def test_a_damaged_file_of_a_published_dictionary_is_one_line(
     layout: str, name: str, damage: str, tmp_path: Path
 ) -> None:
