@@ -20,7 +20,6 @@ import typer
 from rich.markup import escape
 
 from sfc.cli_options import Shared, command_of, finish, further_settings, with_shared_options
-from sfc.core.config import ActivationsConfig
 from sfc.core.errors import INTERRUPTED, INTERRUPTED_LINE, UserError
 from sfc.core.experiments import load_experiment, preset_names
 from sfc.core.faults import fault_message, user_message
@@ -160,14 +159,11 @@ def presets(shared: Shared) -> None:
     Example: sfc presets --json
     """
     experiments = [load_experiment(name) for name in preset_names()]
-    rows = [(e.name, e.model.source, _sites_text(e.activations), e.description) for e in experiments]
+    sites = [f"{a.kind} {a.layers[0]}–{a.layers[-1]}" for a in (e.activations for e in experiments)]
+    rows = [(e.name, e.model.source, at, e.description) for e, at in zip(experiments, sites, strict=True)]
     titles = ("preset", "model", "sites", "what it is")
     show([Table("Presets", titles, rows, texts=titles)])
     finish({"presets": {e.name: e.model_dump(mode="json") for e in experiments}, "files": {}}, shared.json)
-
-
-def _sites_text(activations: ActivationsConfig) -> str:
-    return f"{activations.kind} {activations.layers[0]}–{activations.layers[-1]}"
 
 
 def doctor(shared: Shared) -> None:

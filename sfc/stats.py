@@ -6,6 +6,7 @@
 - Pearson correlations of many columns at once.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -13,8 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, friedmanchisquare, rankdata, wilcoxon
+from scipy.stats import binomtest, friedmanchisquare, rankdata, ttest_ind, wilcoxon
 from scipy.stats import t as student
+
+_TAILS = (0.025, 0.975)
+DRAWS = 2000
+"""of what is drawn again with replacement"""
 
 
 class Interval(NamedTuple):
@@ -53,12 +58,12 @@ def judged_rates(replies: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     )
 
 
-def mean_of_draws(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Low end, mean and high end of Student's interval of the mean of independent draws; one draw has no interval."""
+def mean_of_draws(values: Sequence[float]) -> tuple[float, float, float]:
+    """Low end, mean, high end of Student's 95 % interval of the mean of independent draws; one draw has no interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return np.nan, mean, np.nan
-    half = float(student.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(student.ppf(_TAILS[1], len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean - half, mean, mean + half
 
 
@@ -71,7 +76,7 @@ class MeanIntervals(NamedTuple):
 
 
 def bootstrap_means(
-    values: Float[np.ndarray, "n quantities"], seed: int, confidence: float = 0.95, draws: int = 2000
+    values: Float[np.ndarray, "n quantities"], seed: int, confidence: float = 0.95, draws: int = DRAWS
 ) -> MeanIntervals:
     """Means of the columns, with percentile intervals over rows drawn again with replacement (Efron 1979).
 
@@ -87,7 +92,7 @@ def bootstrap_means(
 
 
 def resampled_means(
-    values: Float[np.ndarray, "n quantities"], seed: int, draws: int = 2000
+    values: Float[np.ndarray, "n quantities"], seed: int, draws: int = DRAWS
 ) -> Float[np.ndarray, "draws quantities"]:
     """The means of the columns over as many rows, drawn with replacement, again and again.
 
@@ -111,12 +116,12 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
 
-    def affine(self, offset: float, factor: float) -> "Estimate":
-        """`offset + factor * figure`, ends in order."""
+    @property
+    def complement(self) -> "Estimate":
+        """`1 - figure`, ends in order."""
         if self.value is None or self.low is None or self.high is None:
             return self
-        low, high = sorted((offset + factor * self.low, offset + factor * self.high))
-        return Estimate(offset + factor * self.value, low, high)
+        return Estimate(1 - self.value, 1 - self.high, 1 - self.low)
 
 
 UNMEASURABLE = Estimate(None, None, None)
@@ -127,16 +132,12 @@ def reported(value: float | None) -> float | None:
     return None if value is None or np.isnan(value) else round(float(value), 4)
 
 
-_TAILS = (0.025, 0.975)
-
-
 def bootstrap_ratio(
     numerator: Float[np.ndarray, " n"],
     denominator: Float[np.ndarray, " n"],
     subjects: Int[np.ndarray, " n"],
     seed: int,
     smallest: float = 0.0,
-    draws: int = 2000,
 ) -> Estimate:
     """`sum(numerator) / sum(denominator)`, with a percentile interval over subjects drawn again with replacement.
 
@@ -150,7 +151,7 @@ def bootstrap_ratio(
         return UNMEASURABLE
     names, of_row = np.unique(subjects, return_inverse=True)
     sums = np.stack([np.bincount(of_row, values) for values in (numerator, denominator)], axis=1)
-    above, below = (resampled_counts(len(names), draws, np.random.default_rng(seed)) @ sums).T
+    above, below = (resampled_counts(len(names), DRAWS, np.random.default_rng(seed)) @ sums).T
     if abs(denominator.mean()) <= smallest:
         return UNMEASURABLE
     return _quotient(numerator.sum(), denominator.sum(), above, below)
@@ -162,7 +163,6 @@ def bootstrap_gap(
     positive: Bool[np.ndarray, " n"],
     seed: int,
     smallest: float = 0.0,
-    draws: int = 2000,
 ) -> Estimate:
     """The difference of the two sides' means of `values`, over that of `reference`; each side is drawn by itself.
 
@@ -171,7 +171,7 @@ def bootstrap_gap(
     if positive.all() or not positive.any():
         return UNMEASURABLE
     both = np.stack([values, reference], axis=1)
-    drawn = [resampled_means(both[side], seed + number, draws) for number, side in enumerate((positive, ~positive))]
+    drawn = [resampled_means(both[side], seed + number) for number, side in enumerate((positive, ~positive))]
     gap, of_reference = both[positive].mean(0) - both[~positive].mean(0)
     above, below = (drawn[0] - drawn[1]).T
     if abs(of_reference) <= smallest:
@@ -189,18 +189,24 @@ def _quotient(
     return Estimate(float(numerator / denominator), *np.quantile(above / below, _TAILS).tolist())
 
 
-def bootstrap_auroc(
-    values: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], seed: int, draws: int = 2000
-) -> Estimate:
+def bootstrap_auroc(values: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], seed: int) -> Estimate:
     """The chance that a positive is above a negative, ties counted half; each side is drawn by itself."""
     if positive.all() or not positive.any():
         return UNMEASURABLE
     above = values[positive][:, None] - values[~positive]
     wins = (above > 0) + 0.5 * (above == 0)
     random = np.random.default_rng(seed)
-    rows, columns = (resampled_counts(n, draws, random) / n for n in wins.shape)
+    rows, columns = (resampled_counts(n, DRAWS, random) / n for n in wins.shape)
     drawn = ((rows @ wins) * columns).sum(1)
     return Estimate(float(wins.mean()), *np.quantile(drawn, _TAILS).tolist())
+
+
+def welch(a: Float[np.ndarray, "a n"], b: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " n"]:
+    """p-values, two-sided, of equal means of each column; 1 where there is nothing to tell: constants, or one row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's words for those columns
+        p_values = np.asarray(ttest_ind(a, b, equal_var=False)[1])
+    return np.nan_to_num(p_values, nan=1.0)
 
 
 class Friedman(NamedTuple):

@@ -152,7 +152,7 @@ def test_methods_are_judged_by_one_proof(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_preset_is_rehearsed_on_its_real_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shrunk = ["--preset", "pythia-70m", "--layers", "1", "--sites", "1", "--scale", "0.0001", "--width", "64"]
-    rehearsal.main([*shrunk, "--stages", "collect", "train", "--scratch", str(tmp_path), "--json"])
+    rehearsal.main([*shrunk, "--stages", "collect", "train", "--processes", "2", "--scratch", str(tmp_path), "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["parameters"] > 2 * 50304 * 512 and figures["shares"]["layers"] == pytest.approx(1 / 6)
     for stage in figures["stages"]:

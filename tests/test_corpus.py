@@ -22,12 +22,12 @@ from sfc.models.generation import continue_tails, end_tokens, sampled
 from sfc.models.loading import Model
 from sfc.run import Run
 from sfc.session import Session
+from sfc.studies.sample import SAMPLE
 from sfc.studies.sample.conversations import Start, Writer, first_words, is_plain_request
-from sfc.studies.sample.study import SAMPLE
 from sfc.studies.sample.write import EVERYDAY, Starts, read_sample
 from sfc.studies.study import ensure
 from sfc.studies.train import TRAIN
-from sfc.studies.train.corpus import sae_corpus
+from sfc.studies.train.rows import sae_corpus
 
 SMALL = ("prompts.limit=8", "sample.unfiltered=true", "sample.batch=6", "sample.tokens=400")
 
@@ -130,6 +130,14 @@ def test_a_writer_writes_no_copy_and_no_test_prompt(model: Model) -> None:
     assert write(plain) == ([], {**fates, "kept": 0, "copies": len(prompts)})
     left, fates = write(Writer(model, options, set(prompt_ids(prompts[:1]))))
     assert left == prompts[1:] and fates["test"] == 1
+
+
+def test_instructions_are_written_alone_where_no_reply_is_wanted(model: Model) -> None:
+    options = SampleOptions(unfiltered=True, instruction_tokens=40, reply_tokens=0)  # pyright: ignore
+    starts = [Start(word, EVERYDAY) for word in ("How do", "Why", "List", "Tell", "When", "Is it", "Name", "Where")]
+    made, _ = Writer(model, options, set()).write(starts, np.random.default_rng(1))
+    assert made and all(each.reply == "" for each in made)
+    assert [each.n_tokens for each in made] == [len(each.ids) for each in model.tokenize([m.prompt for m in made])]
 
 
 def test_starts_are_not_of_test_prompts_and_as_often_positive_as_is_wanted(tmp_path: Path) -> None:

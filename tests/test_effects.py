@@ -8,6 +8,7 @@ import torch
 from scipy.stats import pearsonr
 from torch import Tensor
 
+from sfc.circuits import gradients
 from sfc.circuits.ablation import Ablation
 from sfc.circuits.baselines import mean_baseline
 from sfc.circuits.edge_kinds import correlation_edges
@@ -106,6 +107,17 @@ def test_gradients_are_of_what_an_intervention_at_the_site_changes(elsewhere: Pr
         moved = [{site: lambda _, x=x + d: x} for d in (step, -step)]
         above, below = (score_batch(elsewhere.model, elsewhere.score, batch, act, prefix).sum() for act in moved)
         assert float(above - below) / 2 == pytest.approx(float((g * step).sum()), rel=0.02)
+
+
+def test_gradients_do_not_depend_on_how_many_prompts_go_through_at_once(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, prefix = next(iter(problem.runs))
+    together = score_gradients(problem, batch, prefix)
+    monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 2 * batch.width)
+    for site, (x, g, read) in score_gradients(problem, batch, prefix).items():
+        torch.testing.assert_close((x, g), together[site][:2], atol=1e-6, rtol=1e-4)
+        assert read is x
 
 
 @pytest.mark.parametrize("mode", ["keep-current", "ablate"])

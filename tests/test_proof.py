@@ -102,7 +102,7 @@ def test_ratios_are_drawn_by_subject() -> None:
     assert once == pytest.approx(thrice) and once.low < once.value < once.high
     assert once.value == pytest.approx(numerator.sum() / denominator.sum())
     assert bootstrap_ratio(numerator, numerator - numerator.mean(), np.arange(40), 0).value is None
-    assert once.affine(1, -1).low == pytest.approx(1 - once.high)
+    assert once.complement.low == pytest.approx(1 - once.high)
 
 
 def test_gaps_and_separations_by_hand() -> None:

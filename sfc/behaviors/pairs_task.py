@@ -21,9 +21,8 @@ from sfc.data.pairs import aligned, load_counterfactuals
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import with_ids
 from sfc.models.batches import Batch, TemplateLayout, make_batches
-from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.models.score import AnswerDifference, DirectedScore, auroc, score_prompts
 from sfc.saes.dictionary import Dictionary, reconstruction
 
@@ -50,7 +49,11 @@ def pairs_task(experiment: Experiment, path: Path, model: Model, dictionaries: M
     is_aligned = np.array([pair is not None for pair in roles])
     both_ways = DiscoveryOptions.of(experiment).baseline_choice == "counterfactual"
     if both_ways:
-        is_aligned &= [_correspond(a, b) for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)]
+        is_aligned &= [
+            # Each may be the other's counterfactual: as many tokens, and the same first one, a sink.
+            len(a.ids) == len(b.ids) and a.ids[0] == b.ids[0]
+            for a, b in zip(tokenized[ours], tokenized[theirs], strict=True)
+        ]
     counts = _counts(pairs, is_short, is_aligned)
     pairs = pairs[is_short & is_aligned].reset_index(drop=True)
     if set(pairs["split"]) != {"discovery", "test"}:
@@ -121,11 +124,6 @@ def _pair_table(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"id": both["id"].to_numpy(), "counterfactual": against, "kind": kinds.to_numpy()})
 
 
-def _correspond(a: TokenizedPrompt, b: TokenizedPrompt) -> bool:
-    """Whether each may be the other's counterfactual: as many tokens, and the same first one, a sink."""
-    return len(a.ids) == len(b.ids) and a.ids[0] == b.ids[0]
-
-
 def _answer_ids(
     model: Model, path: Path, pairs: pd.DataFrame, answer: str, prompts: Mapping[str, Sequence[TokenizedPrompt]]
 ) -> Int[np.ndarray, " pairs"]:
@@ -192,9 +190,7 @@ def _variance_explained(
     sites = sites_of(dictionaries)
     rows: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in batches:
-        seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
-        for site, x in seen.items():
+        for site, x in activations_at(model, batch, sites).items():
             rows[site].append(x[batch.touchable].float())
     explained = {}
     for site, dictionary in dictionaries.items():

@@ -25,7 +25,7 @@ from sfc.circuits.spaces import NodeSpace, by_coordinate, left_over, sites_of, t
 from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, chained, recorder
 from sfc.models.loading import Model
-from sfc.models.running import CachedResidual, run_to
+from sfc.models.running import CachedResidual, activations_at
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Ablation:
         """What this ablation is for one batch: itself, or with `keep-clean` one that has the batch's clean errors."""
         if self.error_mode != "keep-clean":
             return self
-        seen: dict[str, Tensor] = {}
         spaces = {site: space for site, space in self.dictionaries.items() if ERROR in space.part_kinds}
-        run_to(model, batch, {site: recorder(seen, site) for site in sites_of(spaces)}, self.nodes.sites[-1], cached)
+        seen = activations_at(model, batch, sites_of(spaces), cached) if spaces else {}
         return replace(
             self,
             clean_errors={
@@ -80,7 +79,10 @@ class Ablation:
         """
         if self.error_mode == "keep-clean" and self.clean_errors is None:
             raise ValueError("keep-clean needs the errors of the batch: use for_batch")
-        masks = self.nodes.split(self._with_error_mode(keep))
+        if self.error_mode != "node":
+            is_error = torch.from_numpy(self.nodes.is_error).to(keep.device)
+            keep = torch.where(is_error, 1.0 if self.error_mode == "keep-current" else 0.0, keep)
+        masks = self.nodes.split(keep)
         acting: dict[str, Intervention] = {}
         read: dict[str, Tensor] = {}
         for site, mask in masks.items():
@@ -95,12 +97,6 @@ class Ablation:
     def ablated_activation(self, site: str, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """The activation that ablating all of a site's nodes leaves at the touchable tokens of a batch."""
         return self.baseline.activations(self.dictionaries[site], batch)
-
-    def _with_error_mode(self, keep: Tensor) -> Tensor:
-        if self.error_mode == "node":
-            return keep
-        is_error = torch.from_numpy(self.nodes.is_error).to(keep.device)
-        return torch.where(is_error, 1.0 if self.error_mode == "keep-current" else 0.0, keep)
 
     def _at_site(
         self, site: str, mask: Tensor, circuit: Tensor, batch: Batch, read: Mapping[str, Tensor]

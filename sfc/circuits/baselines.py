@@ -19,10 +19,9 @@ from torch import Tensor
 from sfc.circuits.spaces import by_coordinate, sites_of, together
 from sfc.core.errors import UserError
 from sfc.models.batches import NO_POSITION, Batch, TemplateLayout
-from sfc.models.interventions import recorder
 from sfc.models.linear import linear
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.saes.dictionary import Dictionary
 
 
@@ -156,13 +155,8 @@ def mean_baseline(
     Raises:
         UserError: a template position of the layout occurs in none of the prompts.
     """
-    baseline = _means(
-        model,
-        dictionaries,
-        [(batch, batch.template_positions) for batch in batches],
-        layout,
-        layout.n_template_positions,
-    )
+    rows = [(batch, batch.template_positions) for batch in batches]
+    baseline = _means(model, dictionaries, rows, layout, layout.n_template_positions)
     if not _known(baseline).all():
         raise UserError("the reference prompts do not cover every position of the template; use more of them")
     return baseline
@@ -176,9 +170,8 @@ def paired_baseline(
     The partner of prompt p finds its values through the template positions that `Batch.with_tables` gives it. Where a
     prompt lacks a template position of the layout, its values are not numbers: see `check_covered`.
     """
-    return baseline_in_tables(
-        model, dictionaries, [batch.with_tables(batch.prompts, layout) for batch in batches], layout
-    )
+    with_tables = [batch.with_tables(batch.prompts, layout) for batch in batches]
+    return baseline_in_tables(model, dictionaries, with_tables, layout)
 
 
 def baseline_in_tables(
@@ -220,12 +213,11 @@ def _means(
     of_parts = {site: torch.zeros(n_rows, d.d_parts, device=model.device) for site, d in dictionaries.items()}
     prompts_in_row = torch.zeros(n_rows, device=model.device)
     for batch, rows in rows_of_batches:
-        seen: dict[str, Tensor] = {}
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
-        if missed := [site for site in sites if site not in seen]:
-            raise UserError(f"this model has the site {missed[0]!r} by name, but never passes it: it cannot be ablated")
-        counted = _counted(batch, layout)
-        weights = _weights_within_prompts(batch, layout)
+        seen, counted = activations_at(model, batch, sites), _counted(batch, layout)
+        counts = torch.zeros(len(batch.lengths), layout.n_template_positions, device=model.device)
+        counts.scatter_add_(1, batch.template_positions.clamp(min=0), counted.float())
+        # One over the number of such tokens of the prompt in the token's template position.
+        weights = (1 / counts).gather(1, batch.template_positions.clamp(min=0))[counted]
         prompts_in_row.index_add_(0, rows[counted], weights)
         for site, dictionary in dictionaries.items():
             read, x = (seen[each][counted].float() for each in (dictionary.reads, site))
@@ -255,11 +247,3 @@ def _counted(batch: Batch, layout: TemplateLayout) -> Bool[Tensor, "batch pos"]:
     counted = batch.template_positions != NO_POSITION
     counted[:, 0] &= batch.template_positions[:, 0] != layout.n_prefix
     return counted
-
-
-def _weights_within_prompts(batch: Batch, layout: TemplateLayout) -> Float[Tensor, " tokens"]:
-    """For each token that counts, one over the number of such tokens of its prompt in its template position."""
-    counted = _counted(batch, layout)
-    counts = torch.zeros(len(batch.lengths), layout.n_template_positions, device=batch.ids.device)
-    counts.scatter_add_(1, batch.template_positions.clamp(min=0), counted.float())
-    return (1 / counts).gather(1, batch.template_positions.clamp(min=0))[counted]

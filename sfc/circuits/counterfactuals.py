@@ -26,11 +26,10 @@ from sfc.circuits.spaces import by_coordinate, left_over, sites_of, together
 from sfc.core.errors import UserError
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import Batch, TemplateLayout, make_batches
-from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.kernels import row_dots
+from sfc.saes.kernels import row_dots, values_of
 
 _BLOCK_ROWS = 4096
 
@@ -98,14 +97,7 @@ class Counterfactuals:
         parts: dict[str, list[Recorded]] = {site: [] for site in spaces}
         n_tokens = 0
         for batch in make_batches([prompts[i] for i in served], layout, batch_tokens, model.device):
-            seen: dict[str, Tensor] = {}
-            sites = sites_of(spaces)
-            run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
-            if missed := [site for site in sites if site not in seen]:
-                raise UserError(
-                    f"this model has the site {missed[0]!r} by name, but never passes it: it cannot be ablated"
-                )
-            touchable = batch.touchable
+            seen, touchable = activations_at(model, batch, sites_of(spaces)), batch.touchable
             numbers = torch.tensor(served, device=model.device)[batch.prompts]
             ends[numbers] = n_tokens + touchable.sum(1).cumsum(0)
             n_tokens += int(touchable.sum())
@@ -151,9 +143,7 @@ class Counterfactuals:
     ) -> Float[Tensor, "tokens features"]:
         """The values of some features on the counterfactuals."""
         *_, values, indices = self._at(space, batch)
-        column = torch.full((space.d_sae,), len(features), device=values.device)
-        column[features] = torch.arange(len(features), device=values.device)
-        return values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
+        return values_of(features, values, indices, space.d_sae)
 
     def ablated_part(
         self,

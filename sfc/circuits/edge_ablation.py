@@ -36,6 +36,7 @@ from sfc.models.engine import PreparedPrompts
 from sfc.models.interventions import Intervention, chained, recorder
 from sfc.models.running import run_to
 from sfc.models.score import score_batch
+from sfc.saes.kernels import values_of
 
 
 class _Group(NamedTuple):
@@ -240,10 +241,8 @@ class _Batch:
         values, indices = space.encode_sparse(read)
         features = [node for node in targets if node < space.d_sae]
         numbers = torch.tensor(features, dtype=torch.long, device=x.device)
-        f = torch.stack([torch.where(indices == node, values, 0).sum(-1) for node in features]) if features else None
-        moved = [found.of_features]
-        if f is not None:
-            moved.append(f - baseline.features_at(space, self.batch, numbers).t())
+        f = values_of(numbers, values, indices, space.d_sae)
+        moved = (f - baseline.features_at(space, self.batch, numbers)).t()
         of_parts = found.of_parts
         if parts := [node - space.d_sae for node in targets if node >= space.d_sae]:
             rest = left_over(space, read, x, values, indices) - baseline.errors_at(space, self.batch)
@@ -251,7 +250,10 @@ class _Batch:
                 torch.arange(space.d_parts, device=x.device) // width, torch.tensor(parts).to(x.device)
             )
             of_parts = torch.where(is_target, rest, of_parts)
-        return _Values([*found.features, *features], torch.cat(moved), of_parts)
+        return _Values([*found.features, *features], torch.cat([found.of_features, moved]), of_parts)
+
+
+EDGE_FIGURES = ("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high")
 
 
 def edge_faithfulness(
@@ -272,7 +274,7 @@ def edge_faithfulness(
         progress: called with the number of pairs of a batch and a site that are done since the last call.
     """
     if not edges or why_not_ablatable(problem.ablation.nodes, members, edges) is not None:
-        return dict.fromkeys(("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high"))
+        return dict.fromkeys(EDGE_FIGURES)
     of_edges = edge_ablated_scores(problem, runs, members, edges, progress)
     full = full_scores(problem.model, problem.score, runs)
     nothing = np.zeros((1, problem.ablation.nodes.n_nodes), dtype=bool)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.circuits.edges import Pair, Stops, all_tokens, downstream, edge_parts, ways
-from sfc.circuits.nodes import Nodes
+from sfc.circuits.nodes import Nodes, role_part
 from sfc.circuits.problem import Problem
 from sfc.models.batches import Batch, TemplateLayout
 from sfc.stats import pearson
@@ -32,11 +32,6 @@ class Edge(NamedTuple):
     """mean over prompts of the absolute weight where there is a weight per prompt, else |weight|"""
     by_role: Mapping[str, float] = {}
     """attribution: the parts of the weight that are not 0, by the roles between which they pass (see `role_part`)"""
-
-
-def role_part(source: str, target: str) -> str:
-    """What the part of an edge's weight is called that passes from tokens of one role to tokens of another."""
-    return f"weight_{source}_to_{target}"
 
 
 class Weights(NamedTuple):

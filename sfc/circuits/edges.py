@@ -48,7 +48,7 @@ from sfc.models.batches import Batch
 from sfc.models.interventions import Intervention, chained, recorder
 from sfc.models.loading import Model
 from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
-from sfc.saes.kernels import row_dots
+from sfc.saes.kernels import columns_of, row_dots, values_of
 
 Stops = tuple[str, ...]
 """sites in use between two others: what passes through them does not pass directly"""
@@ -255,12 +255,11 @@ def _run_between(
 def _displacements(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> _Side:
     """What ablating each source takes away from the activation."""
     dictionary, baseline = problem.ablation.dictionaries[pair.upstream], problem.ablation.baseline
-    features, column = _columns(pair.sources, dictionary.d_sae)
+    features = pair.sources[pair.sources < dictionary.d_sae]
     prompt = prompt_of_token(batch)
     x, read = (each[batch.touchable].float() for each in (at.x, at.read))
     values, indices = dictionary.encode_sparse(read)
-    f = values.new_zeros(len(values), len(features) + 1).scatter_add_(1, column[indices], values)[:, :-1]
-    moved = f - baseline.features_at(dictionary, batch, features)
+    moved = values_of(features, values, indices, dictionary.d_sae) - baseline.features_at(dictionary, batch, features)
     moved_parts = left_over(dictionary, read, x, values, indices) - baseline.errors_at(dictionary, batch)
     directions = dictionary.W_dec[features].float()
 
@@ -280,7 +279,8 @@ def _covectors(problem: Problem, batch: Batch, pair: Pair, at: SiteGradient) -> 
     with what is written as it does, and with what is read by minus what goes through the features and the skip.
     """
     dictionary = problem.ablation.dictionaries[pair.downstream]
-    features, column = _columns(pair.targets, dictionary.d_sae)
+    features = pair.targets[pair.targets < dictionary.d_sae]
+    column = columns_of(features, dictionary.d_sae)
     prompt = prompt_of_token(batch)
     read, g = at.read[batch.touchable].float().requires_grad_(), at.g[batch.touchable].float()
     with torch.enable_grad():
@@ -320,11 +320,3 @@ def _side(
     wanted = [*range(len(features_move)), *parts.tolist()]
     moving = [*features_move.nonzero()[:, 0].tolist(), *parts.tolist()]
     return _Side(spread, like, wanted, moving)
-
-
-def _columns(numbers: Int[Tensor, " nodes"], d_sae: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " d_sae"]]:
-    """The features among the nodes, and the place of each of the d_sae features in them; past the end: not in them."""
-    features = numbers[numbers < d_sae]
-    column = torch.full((d_sae,), len(features), device=numbers.device)
-    column[features] = torch.arange(len(features), device=numbers.device)
-    return features, column

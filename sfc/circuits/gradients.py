@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sfc.circuits.problem import Problem
 from sfc.circuits.spaces import sites_of
-from sfc.models.batches import Batch
+from sfc.models.batches import PACKED_TOKENS, Batch
 from sfc.models.interventions import Intervention, recorder
-from sfc.models.running import CachedResidual, cached_residual_after, layer_before, run_to
+from sfc.models.running import CachedResidual, activations_at, cached_residual_after, layer_before, run_to
 from sfc.models.score import score_batch
 
 
@@ -28,8 +28,24 @@ class SiteGradient(NamedTuple):
     """the activation that is encoded: x itself, but for transcoders"""
 
 
+GRADIENT_TOKENS = PACKED_TOKENS
+"""tokens, padding included, of which all blocks keep what the way back needs at once"""
+
+
 def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
-    """Activations and gradients at the sites of all dictionaries, from one backward pass. Nothing is spliced in."""
+    """Activations and gradients at the sites of all dictionaries. Nothing is spliced in.
+
+    One pass forward and back, or as many as it takes for each to have at most `GRADIENT_TOKENS`.
+    """
+    n_rows, width = batch.ids.shape
+    groups = torch.arange(n_rows, device=batch.ids.device).split(max(1, GRADIENT_TOKENS // width))
+    if len(groups) == 1:
+        return _in_one_pass(problem, batch, cached)
+    passes = [_in_one_pass(problem, batch.select(rows), cached.select(rows)) for rows in groups]
+    return {site: _stacked([each[site] for each in passes]) for site in passes[0]}
+
+
+def _in_one_pass(problem: Problem, batch: Batch, cached: CachedResidual) -> dict[str, SiteGradient]:
     seen: dict[str, Tensor] = {}
     spaces, read = problem.ablation.dictionaries, {}
     interventions = {site: _leaf(seen, site) for site in spaces}
@@ -39,6 +55,12 @@ def score_gradients(problem: Problem, batch: Batch, cached: CachedResidual) -> d
     gradients = torch.autograd.grad(total, list(seen.values()))
     x = {site: activation.detach() for site, activation in (read | seen).items()}
     return {site: SiteGradient(x[site], g, x[spaces[site].reads]) for site, g in zip(seen, gradients, strict=True)}
+
+
+def _stacked(parts: Sequence[SiteGradient]) -> SiteGradient:
+    x = torch.cat([part.x for part in parts])
+    read = x if parts[0].read is parts[0].x else torch.cat([part.read for part in parts])
+    return SiteGradient(x, torch.cat([part.g for part in parts]), read)
 
 
 def _leaf(seen: dict[str, Tensor], site: str) -> Intervention:
@@ -97,8 +119,7 @@ def site_runs(problem: Problem, sites: Sequence[str], batch: Batch, cached: Cach
     """A batch at each of these sites, which come in the order of the run; no block is run twice to get there."""
     for site in sites:
         cached = cached_residual_after(problem.model, batch, layer_before(site), cached)
-        seen: dict[str, Tensor] = {}
         space = problem.ablation.dictionaries[site]
         with torch.no_grad():
-            run_to(problem.model, batch, {each: recorder(seen, each) for each in sites_of({site: space})}, site, cached)
+            seen = activations_at(problem.model, batch, sites_of({site: space}), cached)
         yield SiteRun(problem, site, batch, cached, seen[site], seen[space.reads])

@@ -62,7 +62,7 @@ def read_listed(path: Path) -> ListedCircuit:
         UserError: the file is missing, of no known form, names no nodes, or names one twice.
     """
     if path.suffix.lower() == ".csv":
-        listed = _from_records("list of nodes", _csv_records(path), path)
+        listed = _from_records(_csv_records(path), path)
     elif path.suffix.lower() == ".json":
         listed = _from_json(path)
     else:
@@ -75,7 +75,7 @@ def read_listed(path: Path) -> ListedCircuit:
 def _from_json(path: Path) -> ListedCircuit:
     data = read_json(path)
     if isinstance(data, list):
-        return _from_records("list of nodes", data, path)
+        return _from_records(data, path)
     nodes = data.get("nodes") if isinstance(data, dict) else None
     if not isinstance(nodes, list):
         raise UserError(f"{path} is not a circuit: expected a list of nodes, or an object with 'nodes'")
@@ -86,7 +86,7 @@ def _from_json(path: Path) -> ListedCircuit:
         return ListedCircuit("circuit of sfc", tuple(names), ranked, tuple(graph.edges))
     if any(isinstance(node, dict) and "feature_type" in node for node in nodes):
         return _from_tracer(data, nodes, path)
-    return _from_records("list of nodes", nodes, path)._replace(edges=_pairs(data.get("edges", []), path))
+    return _from_records(nodes, path)._replace(edges=_pairs(data.get("edges", []), path))
 
 
 def _csv_records(path: Path) -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ def _csv_records(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is not CSV ({error})") from None
 
 
-def _from_records(form: str, records: Sequence[Any], path: Path) -> ListedCircuit:
+def _from_records(records: Sequence[Any], path: Path) -> ListedCircuit:
     names, importances = [], []
     for number, record in enumerate(records, 1):
         where = f"{path}, node {number}"
@@ -107,7 +107,7 @@ def _from_records(form: str, records: Sequence[Any], path: Path) -> ListedCircui
         importances.append(_importance(fields, where))
     if len(set(names)) < len(names):
         raise UserError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice")
-    return _ranked(form, names, importances, path)
+    return _ranked("list of nodes", names, importances, path)
 
 
 def _name(fields: Mapping[str, Any], where: str) -> str:

@@ -159,6 +159,11 @@ class Nodes:
         return f"SITE/F0 … SITE/F{max(self.widths) - 1} and {', '.join(parts)}, SITE of {with_features}"
 
 
+def role_part(source: str, target: str) -> str:
+    """What the part of an edge's weight is called that passes from tokens of one role to tokens of another."""
+    return f"weight_{source}_to_{target}"
+
+
 def error_name(site: str) -> str:
     """The name of the error node of a dictionary."""
     return f"{short_site(site)}/{ERROR}"

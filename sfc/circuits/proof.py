@@ -33,7 +33,7 @@ from sfc.models.batches import PACKED_TOKENS
 from sfc.models.engine import NO_EDIT, Edits, Progress
 from sfc.models.loading import Model
 from sfc.models.score import DirectedScore, Score
-from sfc.stats import UNMEASURABLE, Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, wilson
+from sfc.stats import UNMEASURABLE, Estimate, bootstrap_auroc, bootstrap_gap, bootstrap_ratio, judged_rate
 
 SMALL = 0.1
 """figures below this are called none"""
@@ -150,10 +150,10 @@ def pair_figures(scores: PairScores, min_denominator: float, seed: int) -> dict[
         moved, whole = of_side.circuit - of_side.empty, of_side.model - of_side.empty
         estimates[f"recovered_{name}"] = bootstrap_ratio(moved, whole, of_side.prompt, seed, min_denominator)
         lost = bootstrap_ratio(of_side.kl_circuit, of_side.kl_empty, of_side.prompt, seed)
-        estimates[f"kl_recovered_{name}"] = lost.affine(1, -1)
+        estimates[f"kl_recovered_{name}"] = lost.complement
     missed, whole = np.square(scores.circuit - scores.model), np.square(scores.empty - scores.model)
     unlike = bootstrap_ratio(missed, whole, scores.prompt, seed, min_denominator**2)
-    return _flat(estimates | {"agreement": unlike.affine(1, -1)})
+    return _flat(estimates | {"agreement": unlike.complement})
 
 
 def side_figures(scores: SideScores, min_denominator: float, seed: int) -> dict[str, float | None]:
@@ -319,8 +319,7 @@ def replies_by_kind(
     table = []
     for kind in dict.fromkeys(kinds):
         for under, refused in zip(("model", EMPTY, CIRCUIT, WITHOUT), by_edit[:, kinds == kind], strict=True):
-            count, n = int(refused.sum()), len(refused)
-            table.append((kind, under, n, count, count / n, *wilson(count, n)))
+            table.append((kind, under, *judged_rate(refused).values()))
     return pd.DataFrame(table, columns=list(REPLY_COLUMNS))
 
 

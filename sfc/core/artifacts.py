@@ -205,13 +205,12 @@ def amended(folder: Path, *names: str) -> Iterator[None]:
 
 def _set_aside(folder: Path, aside: Path) -> None:
     """Move a folder out of the way, unless a rebuild that was killed has done so and is to be gone on with."""
-    if not aside.exists():
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
-    elif (folder / MANIFEST).exists():  # killed after it was finished
-        _discard(aside)
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
+    if aside.exists():
+        if not (folder / MANIFEST).exists():
+            return
+        _discard(aside)  # killed after it was finished
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
 
 
 def _discard(aside: Path) -> None:
@@ -386,8 +385,7 @@ def rounded(table: "pd.DataFrame", digits: int) -> "pd.DataFrame":
 def json_records(table: "pd.DataFrame", digits: int | None = 4) -> list[dict[str, Any]]:
     """The rows of a table for JSON, floats rounded to so many decimals (None: not at all); what is missing is None."""
     table = table if digits is None else table.round(digits)
-    records = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in record.items()} for record in records]
+    return table.astype(object).where(table.notna(), None).to_dict("records")  # pyright: ignore[reportReturnType]
 
 
 def hash_of_file(path: Path) -> str:

@@ -126,7 +126,7 @@ class SampleOptions(Options):
     section = "sample"
     tokens: int = option(2_000_000, ge=1, description="write at least this many: instructions, template and replies")
     instruction_tokens: int = option(48, ge=4, description="leave out instructions that do not end within so many")
-    reply_tokens: int = option(48, ge=1, description="cut replies after so many")
+    reply_tokens: int = option(48, ge=0, description="cut replies after so many; 0: write instructions alone")
     positive_share: Share = option(
         1 / 3, description="share of conversations begun with the first words of prompts that call for the behavior"
     )

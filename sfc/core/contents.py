@@ -107,8 +107,11 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> str | None:
     """Compare a file of a finished artifact with what was written; of any other, see that it is a file.
+
+    Returns:
+        Its SHA-256, in hexadecimal, where that is listed.
 
     Raises:
         UserError: it is missing, cannot be read, or is damaged.
@@ -116,10 +119,11 @@ def check(path: Path) -> None:
     expected = _listed(path)
     with opened(path) as file:
         if expected is None:
-            return
+            return None
         is_right = os.fstat(file.fileno()).st_size == expected.bytes
         if not is_right or (expected.sha256 is not None and hash_of(file) != expected.sha256):
             raise _damaged(path)
+    return expected.sha256
 
 
 def contents_of(folder: Path, known: Mapping[str, str], only: Collection[str] | None = None) -> dict[str, Any]:
@@ -229,7 +233,8 @@ def digests_of(folder: Path) -> dict[str, str] | None:
 def keep(folder: Path) -> None:
     """Write down what a folder of a cache holds, and since when."""
     with replacing(folder / MANIFEST) as temporary:
-        told = sealed({"contents": contents_of(folder, {}), "times": _times(folder)})
+        times = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in _files_below(folder)}
+        told = sealed({"contents": contents_of(folder, {}), "times": times})
         temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -272,10 +277,6 @@ def check_kept(folder: Path, fully: bool = False) -> int:
 
 def _delete(folder: Path) -> str:
     return f"delete {folder} and run the same command, which makes it again"
-
-
-def _times(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in _files_below(folder)}
 
 
 def own_files(folder: Path) -> list[Path]:

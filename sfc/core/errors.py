@@ -25,10 +25,10 @@ class CannotLoadModel(UserError):
     """A model's weights or tokenizer cannot be had, so that nothing can be done with it."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException) -> str:
     """What a foreign error says, in one line without control characters."""
     text = "".join(char if char.isprintable() else " " for char in str(error))
-    return " ".join(text.split())[:limit] or type(error).__name__
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

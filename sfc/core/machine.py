@@ -1,13 +1,20 @@
-"""What the machine has, and whether what is asked for fits into it."""
+"""What the machine has, whether what is asked for fits into it, and how long a call takes on it."""
 
 import os
 import re
 import resource
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfc.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -52,6 +59,29 @@ def resident_memory() -> int:
     except (OSError, ValueError):  # no Linux: the most it ever had
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+_PATIENCE = 0.4
+"""seconds after which one thing has been measured long enough"""
+
+
+def seconds_of(call: Callable[[], object], device: "torch.device", rounds: int = 12) -> float:
+    """The shortest of a few rounds after a first one, which counts only where it takes so long that it is enough.
+
+    On a CPU with one thread these are seconds of that thread, so that what else runs on the machine does not count.
+    """
+    import torch
+
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    while not times or (len(times) <= rounds and sum(times) < _PATIENCE):
+        wait()
+        began = clock()
+        call()
+        wait()
+        times.append(clock() - began)
+    return min(times[1:] or times)
 
 
 _UNITS = {"": 30, "K": 10, "M": 20, "G": 30, "T": 40}

@@ -27,7 +27,7 @@ BUILT_IN = (
     "sfc.circuits.options",
     "sfc.behaviors.refusal",
     "sfc.behaviors.pairs",
-    "sfc.studies.sample.study",
+    "sfc.studies.sample",
     "sfc.studies.collect",
     "sfc.studies.train",
     "sfc.studies.nulls",

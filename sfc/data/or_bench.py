@@ -110,9 +110,10 @@ def clean(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, CleaningRep
     kept: dict[str, pd.DataFrame] = {}
     counts: dict[str, FileCounts] = {}
     for kind in (kind for kind in _PRECEDENCE if kind in tables):
-        table = _tidied(tables[kind])
+        table = with_ids(tables[kind].assign(prompt=[normalise(text) for text in tables[kind]["prompt"]]))
         filled = table[table["prompt"] != ""]
-        unique = _without_copies(filled)
+        copies = filled[filled["id"].duplicated(keep=False)].sort_values(["id", "category", "prompt"], kind="stable")
+        unique = filled.drop(index=copies.index[copies["id"].duplicated()])
         in_toxic = _is_in(unique, kept.get("toxic"))
         in_hard = _is_in(unique, kept.get("hard")) & ~in_toxic
         rest = unique[~(in_toxic | in_hard)]
@@ -129,15 +130,6 @@ def clean(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, CleaningRep
     order = [kind for kind in FILES if kind in kept]
     frame = pd.concat([kept[kind] for kind in order], ignore_index=True)[list(COLUMNS)]
     return frame, CleaningReport(tuple(counts[kind] for kind in order))
-
-
-def _tidied(table: pd.DataFrame) -> pd.DataFrame:
-    return with_ids(table.assign(prompt=[normalise(text) for text in table["prompt"]]))
-
-
-def _without_copies(table: pd.DataFrame) -> pd.DataFrame:
-    copies = table[table["id"].duplicated(keep=False)].sort_values(["id", "category", "prompt"], kind="stable")
-    return table.drop(index=copies.index[copies["id"].duplicated()])
 
 
 def _is_in(table: pd.DataFrame, other: pd.DataFrame | None) -> "pd.Series[bool]":

@@ -103,7 +103,8 @@ def token_effects(
         values, tokens = (sign * logits).topk(count, dim=1)
         first = values[:, 0] / logits.std(dim=1)
         least = first[len(features) :].quantile(_STANDING_OUT)
-        named.append([_texts(model, ids) if z > least else [] for z, ids in zip(first, tokens, strict=True)])
+        texts = [[model.tokenizer.decode([token]) for token in ids] for ids in tokens.tolist()]
+        named.append([of_row if z > least else [] for z, of_row in zip(first, texts, strict=True)])
     return [TokenEffects(*pair) for pair in zip(*named, strict=True)][: len(features)]
 
 
@@ -114,11 +115,6 @@ def _logits(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tenso
         directions = directions * norm_weight.to(directions)
     unembedding = model.hf.get_output_embeddings().weight.float()
     return directions.float() @ (unembedding - unembedding.mean(0)).T
-
-
-def _texts(model: Model, ids: Tensor) -> list[str]:
-    tokens: Sequence[int] = ids.tolist()
-    return [model.tokenizer.decode([token]) for token in tokens]
 
 
 _PREFERENCE = 2.0

@@ -18,7 +18,7 @@ from sfc.models.edits import Steering
 from sfc.models.engine import Alike, Edits, PreparedPrompts
 from sfc.models.interventions import Intervention, Interventions, chained, recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
 
@@ -54,13 +54,11 @@ class PromptSession:
         """
         prepared = self._prepared(prompt)
         [batch] = prepared.batches
-        activations: dict[str, Tensor] = {}
         by_site = self._by_site(dict.fromkeys(features, 1.0))
-        values = {}
+        values, activations = {}, {}
         if by_site:
             sites = sites_of({site: self.dictionaries[site] for site in by_site})
-            recorders = {site: recorder(activations, site) for site in sites}
-            run_to(self.model, batch, recorders, sites[-1], prepared.start(0, next(iter(by_site))))
+            activations = activations_at(self.model, batch, sites, prepared.start(0, next(iter(by_site))))
         for site, of_site in by_site.items():
             dictionary = self.dictionaries[site]
             dense = dictionary.encode(activations[dictionary.reads][0].float())

@@ -108,21 +108,13 @@ class Batch:
 
     def with_tables(self, tables: Int[Tensor, " batch"], layout: TemplateLayout) -> "Batch":
         """The same prompts with template positions of their own: those of the n-th of several tables."""
-        shifted = self.template_positions + tables[:, None] * layout.n_template_positions
-        return replace(
-            self, template_positions=torch.where(self.template_positions == NO_POSITION, NO_POSITION, shifted)
-        )
+        own, first = self.template_positions, tables[:, None] * layout.n_template_positions
+        return replace(self, template_positions=torch.where(own == NO_POSITION, NO_POSITION, own + first))
 
     def without_tables(self, layout: TemplateLayout) -> "Batch":
         """The same prompts with the template positions of the layout, as they were before `with_tables`."""
-        return replace(
-            self,
-            template_positions=torch.where(
-                self.template_positions == NO_POSITION,
-                NO_POSITION,
-                self.template_positions % layout.n_template_positions,
-            ),
-        )
+        own, n = self.template_positions, layout.n_template_positions
+        return replace(self, template_positions=torch.where(own == NO_POSITION, NO_POSITION, own % n))
 
     def with_pairs(self, pair: Int[Tensor, " batch"]) -> Self:
         """The same prompts, each of them that of a pair."""
@@ -169,18 +161,11 @@ def similar_lengths(prompts: Sequence[TokenizedPrompt], batch_tokens: int, new_t
 def pad(prompts: Sequence[TokenizedPrompt], layout: TemplateLayout, device: torch.device, width: int = 0) -> Batch:
     """All prompts in one batch, in the order given, as wide as the longest or as `width`."""
     shape = len(prompts), max(width, *(len(prompt.ids) for prompt in prompts))
-    ids, template_positions, roles = (
-        np.zeros(shape, dtype=np.int64),
-        np.full(shape, NO_POSITION),
-        np.full(shape, PAD_ROLE),
-    )
+    ids, template_positions, roles = (np.full(shape, empty) for empty in (0, NO_POSITION, PAD_ROLE))
     for row, prompt in enumerate(prompts):
-        real = slice(len(prompt.ids))
-        ids[row, real], template_positions[row, real], roles[row, real] = (
-            prompt.ids,
-            layout.template_positions(prompt),
-            prompt.roles,
-        )
+        of_prompt = (prompt.ids, layout.template_positions(prompt), prompt.roles)
+        for values, given in zip((ids, template_positions, roles), of_prompt, strict=True):
+            values[row, : len(prompt.ids)] = given
     lengths = np.array([len(prompt.ids) for prompt in prompts])
     rows = (np.arange(len(prompts)), ids, lengths, template_positions, roles)
     return Batch(*(torch.from_numpy(values).to(device) for values in rows))

@@ -5,7 +5,7 @@ attention mask, because it pads on the right and attention is causal; `KVCachedS
 alone, brings both along.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +15,10 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sfc.core.errors import UserError
 from sfc.core.sites import layer_of
 from sfc.models.batches import Batch
-from sfc.models.interventions import Intervention, intervening
+from sfc.models.interventions import Intervention, intervening, recorder
 from sfc.models.model import Model
 
 
@@ -139,6 +140,24 @@ def run_to(
         _starting_from(model, batch, cached) as inputs,
     ):
         model.hf.base_model(**inputs)
+
+
+def activations_at(
+    model: Model, batch: Batch, sites: Sequence[str], cached: CachedResidual | None = None
+) -> dict[str, Tensor]:
+    """The activations [batch, pos, …] at sites that come in the order of the run, which goes no further than the last.
+
+    Args:
+        cached: as for `last_logits`.
+
+    Raises:
+        UserError: the model never passes one of the sites.
+    """
+    seen: dict[str, Tensor] = {}
+    run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1], cached)
+    if missed := [site for site in sites if site not in seen]:
+        raise UserError(f"this model has the site {missed[0]!r} by name, but never passes it: take another one")
+    return seen
 
 
 def layer_before(site: str) -> int:

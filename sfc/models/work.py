@@ -6,7 +6,6 @@ at two batch sizes, because a small batch costs little less than reading the wei
 """
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sfc.core.machine import seconds_of
 from sfc.core.work import Amounts
 from sfc.data.render import TokenizedPrompt
 from sfc.models.batches import PACKED_TOKENS, similar_lengths
@@ -214,28 +214,3 @@ def saved_bytes(outline: Outline, dtype: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // (
         min(_BLOCKS, outline.n_layers) * _WIDTH
     )
-
-
-_PATIENCE = 0.4
-"""seconds after which one thing has been measured long enough"""
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device, rounds: int = 12) -> float:
-    """The shortest of a few rounds after a first one, which counts only where it takes so long that it is enough.
-
-    On a CPU with one thread these are seconds of that thread, so that what else runs on the machine does not count.
-    """
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    times: list[float] = []
-    while not times or (len(times) <= rounds and sum(times) < _PATIENCE):
-        _wait(device)
-        began = clock()
-        call()
-        _wait(device)
-        times.append(clock() - began)
-    return min(times[1:] or times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from sfc.pages.text import NOT_MEASURABLE, number_text
@@ -153,6 +154,11 @@ def estimate_cell(value: object, low: object, high: object) -> str:
 def figure_cell(result: Mapping[str, Any], name: str) -> str:
     """A figure of a result with its 95 % interval behind it, where there is one."""
     return estimate_cell(result.get(name), result.get(f"{name}_low"), result.get(f"{name}_high"))
+
+
+def records_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return table.to_dict("records")  # pyright: ignore[reportReturnType]
 
 
 def records_table(

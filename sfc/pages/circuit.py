@@ -24,6 +24,7 @@ from sfc.pages.blocks import (
     cell,
     figure_cell,
     interval_cell,
+    records_of,
     records_table,
 )
 from sfc.pages.explorable import explorable_html, nodes_html
@@ -219,8 +220,7 @@ def _curve_table(curve: pd.DataFrame) -> Table:
         "random circuits": "random_faithfulness", "random from": "random_low", "random to": "random_high",
     }  # fmt: skip
     present = {title: field for title, field in fields.items() if field in curve}
-    records = [{str(name): value for name, value in row.items()} for row in curve.to_dict("records")]
-    return records_table("Evaluation by circuit size", present, records)
+    return records_table("Evaluation by circuit size", present, records_of(curve))
 
 
 def _layers_table(graph: nx.DiGraph) -> Table:

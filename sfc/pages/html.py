@@ -114,7 +114,9 @@ def page_html(page: Page) -> str:
         )
     if page.foot:
         body.append(f"<footer>{''.join(f'<p>{_marked(line)}</p>' for line in page.foot)}</footer>")
-    return document_html(page.title, "\n".join(body), _scripts(page))
+    blocks = [*page.summary, *(block for section in page.sections for block in section.blocks)]
+    scripts = dict.fromkeys(script for block in blocks for script in _scripts_of(block))
+    return document_html(page.title, "\n".join(body), list(scripts))
 
 
 def _card(name: str, section: Section, taken: set[str]) -> str:
@@ -196,11 +198,6 @@ def _marked(text: str) -> str:
 
 def _text(text: str) -> str:
     return escape(printable(text))
-
-
-def _scripts(page: Page) -> list[str]:
-    blocks = [*page.summary, *(block for section in page.sections for block in section.blocks)]
-    return list(dict.fromkeys(script for block in blocks for script in _scripts_of(block)))
 
 
 def _scripts_of(block: Block) -> Iterator[str]:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from sfc.behaviors.behavior import Words
 from sfc.circuits.options import LARGE_PROMPT_FREE
-from sfc.pages.blocks import Block, Figure, Paragraph, Section, Table, cell, figure_cell
+from sfc.pages.blocks import Block, Figure, Paragraph, Section, Table, cell, figure_cell, records_of
 from sfc.pages.style import AMBER, BLUE, GREEN, INK, QUIET, VERMILION, axis, remark, styled_figure
 from sfc.pages.text import hover_text
 
@@ -87,8 +87,7 @@ def proof_by_size(curve: pd.DataFrame, reported: int, words: Words) -> list[Sect
     shown = [name for name in _LINES if name in curve]
     sides = {"positive": words.positive, "negative": words.negative}
     titles = {name: _LINES[name][0].format(**sides) for name in shown}
-    records = [{str(name): value for name, value in row.items()} for row in curve.to_dict("records")]
-    rows = [(cell(int(row["size"])), *(figure_cell(row, name) for name in shown)) for row in records]
+    rows = [(cell(int(row["size"])), *(figure_cell(row, name) for name in shown)) for row in records_of(curve)]
     table = Table("Under counterfactual ablation, test pairs", ("nodes", *titles.values()), rows)
     return [Section("", [Figure("proof", lambda: _proof_figure(curve, reported, titles), table)])]
 

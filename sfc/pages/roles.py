@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 import plotly.graph_objects as go
 
+from sfc.circuits.nodes import role_part
 from sfc.features.labels import caption
 from sfc.pages.blocks import Block, Figure, Table
 from sfc.pages.graph import columns_of
@@ -61,17 +62,14 @@ class _Cell(NamedTuple):
 
 def _passing(graph: nx.DiGraph, roles: Mapping[str, str]) -> Iterator[tuple[_Cell, _Cell, str, str, float]]:
     """The parts of all edges: from which cell to which, between which nodes, and how much."""
-    # As `sfc.circuits.edge_kinds.role_part` names them, which cannot be asked without torch.
-    names = {f"weight_{source}_to_{target}": (source, target) for source in roles for target in roles}
+    names = {role_part(source, target): (source, target) for source in roles for target in roles}
     for source, target, data in graph.edges(data=True):
         for name in sorted(names.keys() & data.keys()):
             from_role, to_role = names[name]
-            from_cell, to_cell = _Cell(from_role, _site(graph, source)), _Cell(to_role, _site(graph, target))
+            from_cell, to_cell = (
+                _Cell(role, graph.nodes[node]["site"]) for role, node in ((from_role, source), (to_role, target))
+            )
             yield from_cell, to_cell, source, target, data[name]
-
-
-def _site(graph: nx.DiGraph, node: str) -> str:
-    return graph.nodes[node]["site"]
 
 
 def roles_figure(graph: nx.DiGraph) -> go.Figure:

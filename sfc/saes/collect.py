@@ -19,9 +19,8 @@ from sfc.core.errors import UserError
 from sfc.core.ranks import dealt, is_leader, wait_for_all
 from sfc.core.sites import in_order
 from sfc.data.render import TokenizedPrompt
-from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.saes.plan import PlannedBatch, plan_batches, plan_shards
 from sfc.saes.shard import finished_sites
 from sfc.saes.unfinished import discard_unfinished, unfinished_shard
@@ -69,8 +68,7 @@ def collect(
 @torch.no_grad()
 def activations_of(model: Model, planned: PlannedBatch, sites: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Run one batch; the activations [rows, d] of its planned rows at each site, on the model's device."""
-    seen: dict[str, Tensor] = {}
-    run_to(model, planned.batch, {site: recorder(seen, site) for site in sites}, in_order(list(sites))[-1])
+    seen = activations_at(model, planned.batch, in_order(list(sites)))
     row_of = {int(prompt): row for row, prompt in enumerate(planned.batch.prompts)}
     rows = torch.tensor([row_of[int(prompt)] for prompt in planned.tokens.prompt], device=model.device)
     positions = torch.from_numpy(planned.tokens.position).to(model.device)

@@ -89,7 +89,8 @@ def finetune(
     comes_again = config.finetune_steps > len(batches)
     checkpoint_at = time.perf_counter() + config.checkpoint_seconds
     for step in range(first, config.finetune_steps):
-        number = _order(len(batches), step // len(batches), seed)[step % len(batches)]
+        epoch, place = divmod(step, len(batches))
+        number = int(np.random.default_rng([seed, epoch, len(batches)]).permutation(len(batches))[place])
         batch = batches[number]
         start = cached[number] if number in cached else cached_residual_after(model, batch, layer)
         if comes_again:
@@ -208,10 +209,6 @@ def _scales(model: Model, batch: Batch, sites: Sequence[str]) -> list[float]:
     logits_at(model, batch, torch.zeros_like(batch.touchable), {site: recorder(seen, site) for site in sites})
     norms = [seen[site][batch.touchable].float().norm(dim=-1).mean().item() for site in sites]
     return [math.sqrt(model.width(site)) / norm for site, norm in zip(sites, norms, strict=True)]
-
-
-def _order(n_batches: int, epoch: int, seed: int) -> list[int]:
-    return np.random.default_rng([seed, epoch, n_batches]).permutation(n_batches).tolist()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -41,6 +41,24 @@ class Sparse(NamedTuple):
     indices: Int[Tensor, "rows entries"]
 
 
+def columns_of(features: Int[Tensor, " features"], d_sae: int) -> Int[Tensor, " d_sae"]:
+    """The place of each of the d_sae features among some of them; past the end: it is not among them."""
+    column = torch.full((d_sae,), len(features), device=features.device)
+    column[features] = torch.arange(len(features), device=features.device)
+    return column
+
+
+def values_of(
+    features: Int[Tensor, " features"],
+    values: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+    d_sae: int,
+) -> Float[Tensor, "rows features"]:
+    """The values of some features, dense."""
+    place = columns_of(features, d_sae)[indices]
+    return values.new_zeros(len(values), len(features) + 1).scatter_add_(1, place, values)[:, :-1]
+
+
 def sparse_encode(
     x: Float[Tensor, "rows d_in"], encoder: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], k: int
 ) -> Sparse:

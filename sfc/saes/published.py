@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sfc.core.artifacts import read_json, replacing, write_json
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, one_line
 from sfc.saes.architectures import CONFIG_FILE, WEIGHTS_FILE, Weights
 from sfc.saes.format import read_tensors
 from sfc.saes.source import LAYOUTS, Layout, layout_of
@@ -73,7 +73,7 @@ def fetch_pretrained(name: str, target: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever its many loaders and the network raise, the user has to know
-        raise UserError(f"saes.source: SAELens cannot fetch {sae_id!r} of {release!r} ({_reason(error)})") from error
+        raise UserError(f"saes.source: SAELens cannot fetch {sae_id!r} of {release!r} ({one_line(error)})") from error
     layout = layout_of(folder)
     if layout is None:
         raise UserError(f"saes.source: {release} has no dictionary {sae_id!r} in a layout that is known")
@@ -107,7 +107,7 @@ def convert_folder(folder: Path, layout: Layout, target: Path) -> None:
         raise
     except Exception as error:  # as above
         raise UserError(
-            f"saes.source: SAELens cannot read the dictionary in {folder} ({_reason(error)}); folders have to be named"
+            f"saes.source: SAELens cannot read the dictionary in {folder} ({one_line(error)}); folders have to be named"
             " as in the repository that they are from"
         ) from error
 
@@ -208,7 +208,3 @@ def _write(config: dict[str, Any], weights: Weights, factor: float | None, targe
     with replacing(target / WEIGHTS_FILE) as temporary:
         save_file({name: weight.float().contiguous() for name, weight in weights.items()}, temporary)
     write_json(target / CONFIG_FILE, config)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

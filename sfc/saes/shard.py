@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfc.core.contents import check
-from sfc.core.errors import UserError
+from sfc.core.errors import UserError, one_line
 from sfc.saes.plan import TokenTable
 
 _REBUILD = "run `sfc collect --rebuild`"
@@ -65,15 +65,11 @@ def opened_shard(path: Path, remedy: str) -> h5py.File:
             _check_shapes(file, site)
         return file
     except _HDF5_ERRORS as error:
-        raise UserError(f"{path} is corrupt or not a shard ({_in_one_line(error)}); {remedy}") from None
+        raise UserError(f"{path} is corrupt or not a shard ({one_line(error)}); {remedy}") from None
 
 
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, UnicodeDecodeError)
 """what h5py raises where a file is not as HDF5 has it"""
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _check_shapes(file: h5py.File, site: str) -> None:
@@ -134,7 +130,7 @@ def _as_stored(file: h5py.File, site: str, start: int, stop: int) -> Float[Tenso
     try:
         values = torch.from_numpy(data[start:stop])
     except _HDF5_ERRORS as error:
-        raise UserError(f"{file.filename} is corrupt ({_in_one_line(error)}); {_REBUILD}") from None
+        raise UserError(f"{file.filename} is corrupt ({one_line(error)}); {_REBUILD}") from None
     return values.view(torch.bfloat16) if data.attrs["dtype"] == "bfloat16" else values
 
 

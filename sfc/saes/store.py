@@ -91,7 +91,7 @@ class Store:
         self._files = [open_shard(path) for path in paths]
         _check_digests(folder, self._files)
         self.tokens = joined([_tokens(file) for file in self._files])
-        self._starts = np.cumsum([0, *(_n_rows(file) for file in self._files)])
+        self._starts = np.cumsum([0, *(len(file["tokens/prompt"]) for file in self._files)])  # pyright: ignore
         in_all = set.intersection(*(set(file["activations"]) for file in self._files))  # pyright: ignore
         self.sites = in_order(list(in_all))
         """sites that every shard has"""
@@ -113,7 +113,11 @@ class Store:
 
     def blocks(self, block_rows: int) -> list[tuple[int, int]]:
         """Row ranges that cover the store, none across two shards, each of at most `block_rows` rows."""
-        return [block for shard in self.ranges(0, self.n_tokens) for block in _pieces(*shard, block_rows)]
+        return [
+            (first, min(first + block_rows, stop))
+            for start, stop in self.ranges(0, self.n_tokens)
+            for first in range(start, stop, block_rows)
+        ]
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows `start` to `stop` as ranges none of which goes across two shards."""
@@ -155,14 +159,6 @@ def _check_digests(folder: Path, files: Sequence[Any]) -> None:
         path = Path(file.filename)
         if expected.get(path.name) != shard_digest(file):
             raise UserError(f"{path} is damaged (it is not what was written); {remedy(path)}")
-
-
-def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-def _n_rows(file: Any) -> int:
-    return len(file["tokens/prompt"])
 
 
 def _tokens(file: Any) -> TokenTable:

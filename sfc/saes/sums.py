@@ -11,7 +11,6 @@ well (`measured`).
 """
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sfc.core.artifacts import read_json, write_json
 from sfc.core.errors import UserError
+from sfc.core.machine import seconds_of
 from sfc.core.progress import say
 from sfc.models.sources import cache_folder
 
@@ -124,28 +124,11 @@ def _measured(
     key = f"{device}: {name} of {entries} of {table[0]} features, {table[1]} wide, {1 << rows.bit_length()} rows"
     choices = known()
     if key not in choices:
-        of_sparse, of_dense = _seconds(sparse, indices.device), _seconds(dense, indices.device)
+        of_sparse, of_dense = (seconds_of(way, indices.device, _ROUNDS) for way in (sparse, dense))
         choices[key] = _SPARSE if of_sparse <= of_dense else _DENSE
         say(f"{key}: {choices[key]} ({_SPARSE} {1000 * of_sparse:.2g} ms, {_DENSE} {1000 * of_dense:.2g} ms)")
         write_json(_remembered(), choices)
     return choices[key]
-
-
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """The least of some rounds, after one that does not count."""
-    rounds = []
-    for _ in range(_ROUNDS + 1):
-        _synchronise(device)
-        began = time.perf_counter()
-        call()
-        _synchronise(device)
-        rounds.append(time.perf_counter() - began)
-    return min(rounds[1:])
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _remembered() -> Path:

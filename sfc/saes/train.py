@@ -115,7 +115,11 @@ def train_saes(
         largest_norms = largest_norms.maximum(torch.stack(norms))
         if step % REPORT_EVERY and step < config.steps:
             continue
-        _check_finite(largest_norms, trainings, losses)
+        for norm, training, loss in zip(largest_norms.tolist(), trainings, losses, strict=True):
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
+                )
         dead = [dead_features(training, config) for training in trainings]
         now = time.perf_counter()
         speed = (step - reported) * batch.shape[0] * batch.shape[1] / (now - reported_at)
@@ -173,19 +177,6 @@ def train_step(
 def dead_features(training: Training, config: SaeConfig) -> Int[Tensor, " dead"]:
     """The features that have not fired for `config.dead_after` tokens."""
     return (training.tokens_since_fired >= config.dead_after).nonzero().squeeze(1)
-
-
-def _check_finite(norms: Float[Tensor, " sites"], trainings: Sequence[Training], losses: Sequence[Loss]) -> None:
-    """Refuse to go on where a gradient was not finite.
-
-    Raises:
-        UserError: one was not.
-    """
-    for norm, training, loss in zip(norms.tolist(), trainings, losses, strict=True):
-        if not math.isfinite(norm):
-            raise UserError(
-                f"{training.site}: SAE training diverged (loss {loss.total.item():g}); lower saes.learning_rate"
-            )
 
 
 def sae_loss(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
+from sfc.core.machine import seconds_of
 from sfc.core.work import Amounts, Work
-from sfc.models.work import seconds_of
 from sfc.saes.architectures import CONFIG_FILE, read_config
 from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.source import local_dictionaries, source_of

@@ -17,6 +17,8 @@ from sfc.pages.text import count_text
 from sfc.run import Run
 
 _KINDS = list(FILES)
+_ALIKE = 0.5
+"""the similarity from which on two prompts count as near-duplicates"""
 _UNITS = ("words", "characters")
 ALL = "all"  # the name of the row that sums up the categories
 
@@ -35,12 +37,12 @@ class Analysis(NamedTuple):
     cleaning: CleaningReport
 
 
-def analyse(frame: pd.DataFrame, report: CleaningReport, threshold: float = 0.5) -> Analysis:
-    """Describe prompts as `load_prompts` gives them; pairs count as near-duplicates from `threshold` on.
+def analyse(frame: pd.DataFrame, report: CleaningReport) -> Analysis:
+    """Describe prompts as `load_prompts` gives them.
 
     Eighty thousand prompts take about a quarter of a minute, nearly all of it for the near-duplicates.
     """
-    return Analysis(_counts(frame), _lengths(frame), _near_duplicates(frame, threshold), report)
+    return Analysis(_counts(frame), _lengths(frame), _near_duplicates(frame), report)
 
 
 def _counts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -68,8 +70,8 @@ def _lengths(frame: pd.DataFrame) -> pd.DataFrame:
     return lengths.round(2).reset_index()
 
 
-def _near_duplicates(frame: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    pairs = near_duplicates(list(frame["prompt"]), threshold)
+def _near_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
+    pairs = near_duplicates(list(frame["prompt"]), _ALIKE)
     table = pd.DataFrame({"similarity": [round(pair.similarity, 3) for pair in pairs]})
     for side, places in (("first", [pair.first for pair in pairs]), ("second", [pair.second for pair in pairs])):
         rows = frame.iloc[places]

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from sfc.models.sources import embedded_model_folder, tiny_model_folder
 from sfc.run import Run
 from sfc.studies.study import Finished
 
+_LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens")
 _WANTED_DISK = 3 << 30
 _WANTED_MEMORY = 6 << 30
 
@@ -31,8 +33,8 @@ class Check(NamedTuple):
 def examine(run: Run) -> list[Check]:
     """Look at Python, libraries, device, memory, disk, model, prompts and the artifacts of this run."""
     checks = {
-        "python": _python,
-        "libraries": _libraries,
+        "python": lambda: f"{sys.version.split()[0]} at {sys.prefix}",
+        "libraries": lambda: ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
         "device": lambda: _device(run.device),
         "memory": _memory,
         "disk": lambda: _disk(run),
@@ -50,16 +52,6 @@ def _checked(what: str, check: Callable[[], str]) -> Check:
         return Check(what, True, check())
     except UserError as error:
         return Check(what, False, str(error))
-
-
-def _python() -> str:
-    return f"{sys.version.split()[0]} at {sys.prefix}"
-
-
-def _libraries() -> str:
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens", "sae-lens"))
 
 
 def _device(name: str) -> str:

@@ -86,6 +86,16 @@ class Plan:
         return max(found, default=(0, ""))
 
     @property
+    def most_host(self) -> int:
+        """The most bytes of main memory during any step."""
+        return max((self.host(step) for _, step in self.steps), default=0)
+
+    @property
+    def most_device(self) -> int | None:
+        """The most bytes of the GPU; None where none is used."""
+        return None if self.device == "cpu" else max((step.device for _, step in self.steps), default=0)
+
+    @property
     def seconds(self) -> float | None:
         """Of all stages; None where those of one are not known."""
         totals = [stage.total for stage in self.stages]
@@ -235,15 +245,14 @@ def report(plan: Plan) -> dict[str, Any]:
         for stage in plan.stages
     ]
     speed = next((stage.speed for stage in plan.stages if stage.steps and stage.speed), None)
-    steps = [step for _, step in plan.steps]
     return {
         "preset": plan.run.experiment.name,
         "command": plan.command,
         "device": plan.device,
         "stages": stages,
         "seconds": _rounded(plan.seconds),
-        "host_bytes": max((plan.host(step) for step in steps), default=0),
-        "device_bytes": max((step.device for step in steps), default=0) if on_gpu else None,
+        "host_bytes": plan.most_host,
+        "device_bytes": plan.most_device,
         "disk_bytes": plan.kept,
         "disk_needed": plan.disk,
         "disk_free": shutil.disk_usage(plan.run.root).free,
@@ -272,26 +281,18 @@ def blocks(plan: Plan) -> list[Block]:
             disk = _disk(step.kept) if step.kept else ""
             rows.append([f"  {step.step}", _duration(stage.seconds(step)), size(plan.host(step)), device, disk])
     peak, step = plan.peak
-    rows.append(["all", _duration(plan.seconds), *_peaks(plan), _disk(plan.kept)])
+    on_device = "" if plan.most_device is None else size(plan.most_device)
+    rows.append(["all", _duration(plan.seconds), size(plan.most_host), on_device, _disk(plan.kept)])
     where = "main memory" if plan.device == "cpu" else "the device's memory"
     free = shutil.disk_usage(plan.run.root).free
-    told = f"The peak of {where} is {size(peak)}, in {step}. The disk has {_disk(free)} free."
-    warnings = [f"**{warning}**" for warning in _warnings(plan, free)]
+    told = [f"The peak of {where} is {size(peak)}, in {step}. The disk has {_disk(free)} free."]
+    if plan.disk > free:
+        told.append(f"**With checkpoints {_disk(plan.disk)} are needed.**")
+    if plan.most_host > (available := available_memory() + plan.base):
+        told.append(f"**That is more main memory than is available now ({size(available)}).**")
     columns = ("stage", "time", "host memory", "device memory", "disk")
     table = Table(f"What sfc {plan.command} would do", columns, rows)
-    return [table, Paragraph(" ".join([told, *warnings])), *(Paragraph(f"Not known: {note}.") for note in plan.notes)]
-
-
-def _peaks(plan: Plan) -> tuple[str, str]:
-    host = size(max(plan.host(step) for _, step in plan.steps))
-    return host, "" if plan.device == "cpu" else size(max(step.device for _, step in plan.steps))
-
-
-def _warnings(plan: Plan, free: int) -> Iterator[str]:
-    if plan.disk > free:
-        yield f"With checkpoints {_disk(plan.disk)} are needed."
-    if max(plan.host(step) for _, step in plan.steps) > available_memory() + plan.base:
-        yield f"That is more main memory than is available now ({size(available_memory() + plan.base)})."
+    return [table, Paragraph(" ".join(told)), *(Paragraph(f"Not known: {note}.") for note in plan.notes)]
 
 
 def _duration(seconds: float | None) -> str:

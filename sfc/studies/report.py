@@ -141,9 +141,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     """
     check_sizes(folder)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".csv") and path.is_file()]
-    for path in files:
-        check(path)
-    return {path.name: hash_of_file(path) for path in files}
+    return {path.name: check(path) or hash_of_file(path) for path in files}
 
 
 def _model(finished: Finished) -> Mapping[str, Any] | None:

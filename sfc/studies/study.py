@@ -36,7 +36,7 @@ from sfc.core.options import Options
 from sfc.core.progress import say
 from sfc.core.ranks import alone, dealt, in_turn, is_leader, told, wait_for_all, world_size
 from sfc.core.registry import Registry
-from sfc.pages.blocks import Page
+from sfc.pages.blocks import Page, records_of
 from sfc.pages.html import page_html
 from sfc.run import Run
 from sfc.session import Session
@@ -114,7 +114,7 @@ class Finished:
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The rows of one of its CSV files."""
-        return [{str(column): value for column, value in row.items()} for row in self.table(name).to_dict("records")]
+        return records_of(self.table(name))
 
     def report(self) -> dict[str, Any]:
         """What a command ends with: the figures, the seconds they took, and the paths of the files."""

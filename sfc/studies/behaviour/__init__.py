@@ -84,7 +84,7 @@ class Behaviour(Study[BehaviourOptions]):
         }
 
     make = imported_when_called(f"{__name__}.measure:measure")
-    work = imported_when_called(f"{__name__}.work:work")
+    work = imported_when_called(f"{__name__}.measure:work")
 
     def page(self, finished: Finished) -> Page:
         words, name = finished.words, finished.name.partition("-")[2]

@@ -13,15 +13,18 @@ import pandas as pd
 from sfc.core.artifacts import write_csv
 from sfc.core.progress import progress_bar
 from sfc.core.ranks import is_leader
+from sfc.core.work import Work
 from sfc.data.read import LABELS, UNLABELLED
 from sfc.models.batches import TemplateLayout, make_batches, similar_lengths
 from sfc.models.generation import generate_replies
 from sfc.models.loading import Model
 from sfc.models.score import Score, auroc, score_prompts
+from sfc.models.work import cache_bytes, replied, scored, shapes_of
 from sfc.session import Session
 from sfc.stats import judged_rates
 from sfc.studies.behaviour import Behaviour, asked
 from sfc.studies.collect.fill import short_enough
+from sfc.studies.sketch import Sketch
 from sfc.studies.study import PARTS, Made, made_in_parts
 
 REPLY_TOKENS, BATCH_TOKENS = 24, 2048
@@ -56,7 +59,6 @@ def measure_behaviour(
     judge: Callable[[str], bool],
     folder: Path,
     reply_tokens: int = REPLY_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
 ) -> JudgedReplies:
     """Score, answer and judge each prompt of a frame with columns `id`, `prompt`, `category` and `label`.
 
@@ -69,12 +71,12 @@ def measure_behaviour(
     longest = None if model.n_positions is None else model.n_positions - reply_tokens
     prompts, tokenized = short_enough(model.tokenize, prompts, longest)
     layout = TemplateLayout.of(tokenized)
-    groups = {f"{i:06d}": group for i, group in enumerate(similar_lengths(tokenized, batch_tokens, reply_tokens))}
+    groups = {f"{i:06d}": group for i, group in enumerate(similar_lengths(tokenized, BATCH_TOKENS, reply_tokens))}
 
     def answered(part: str) -> dict[str, Any]:
         some = [tokenized[row] for row in groups[part]]
-        scores = score_prompts(model, score, make_batches(some, layout, batch_tokens, model.device))
-        return {"scores": scores.tolist(), "replies": generate_replies(model, some, reply_tokens, batch_tokens)}
+        scores = score_prompts(model, score, make_batches(some, layout, BATCH_TOKENS, model.device))
+        return {"scores": scores.tolist(), "replies": generate_replies(model, some, reply_tokens, BATCH_TOKENS)}
 
     with progress_bar("replies", len(groups), "batches") as progress:
         parts = made_in_parts(folder, list(groups), answered, progress)
@@ -98,3 +100,17 @@ def refusal_rates(replies: pd.DataFrame) -> pd.DataFrame:
         )
         .reset_index(drop=True)
     )
+
+
+def work(study: Behaviour, sketch: Sketch) -> list[Work]:
+    """The steps of `sfc behaviour`: a score and a short reply for every prompt.
+
+    Raises:
+        UserError: there are no such prompts.
+    """
+    sizes, prompts = sketch.sizes, sketch.short_enough(asked(sketch.run)).sequences
+    groups = shapes_of(prompts, BATCH_TOKENS, REPLY_TOKENS)
+    amounts = scored(groups, sizes.n_layers) + replied(groups, 1, REPLY_TOKENS, sizes.n_layers, BATCH_TOKENS)
+    rows = max((shape.rows for shape in groups), default=0)
+    in_use = cache_bytes(sizes, BATCH_TOKENS) + sketch.in_use(BATCH_TOKENS) + sizes.logits(rows)
+    return [sketch.loading(), Work(f"answer {len(prompts):,} prompts", amounts, sizes.weights + in_use)]

@@ -53,7 +53,7 @@ class Collect(Study[CollectOptions]):
         """Whether the store holds every site that is wanted."""
         return artifact.is_complete() and set(self.sites(run)) <= set(artifact.manifest()["sites"])
 
-    work = imported_when_called(f"{__name__}.work:work")
+    work = imported_when_called(f"{__name__}.fill:work")
 
     def make(self, session: Session, folder: Path) -> Made:
         from sfc.saes.store import shard_digests

@@ -4,22 +4,32 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
 from sfc.core.config import ModelConfig
 from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.ranks import is_leader
+from sfc.core.sites import layer_of
+from sfc.core.work import Amounts, Work
 from sfc.data.render import Role, TokenizedPrompt, tokenize_prompts
 from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
+from sfc.models.work import Shape, passed
 from sfc.run import Run
 from sfc.saes.collect import collect
+from sfc.saes.plan import plan_batches, plan_shards
 from sfc.saes.store import shard_digests, sites_before, write_prompts
+from sfc.saes.unfinished import bytes_of_shard
 from sfc.session import Session
+
+if TYPE_CHECKING:
+    from sfc.studies.collect import Collect
+    from sfc.studies.sketch import Sketch
 
 
 class Corpus(NamedTuple):
@@ -151,3 +161,34 @@ def check_room(run: Run, needed: int) -> None:
             f"the activations take {needed / 1e9:,.1f} GB, {run.root.resolve()} has {free / 1e9:,.1f} GB free: choose"
             " another --root, fewer layers or prompts (--set activations.layers=[…], prompts.limit=…)"
         )
+
+
+_IN_FLIGHT = 3
+"""batches of activations that are there at once: one that runs and those that wait to be written"""
+
+
+def work(study: "Collect", sketch: "Sketch") -> list[Work]:
+    """The steps of `sfc collect`: every prompt through the blocks up to the last site, and the files of the store.
+
+    Raises:
+        UserError: the prompts or the tokenizer cannot be read.
+    """
+    config, sizes = sketch.run.experiment.activations, sketch.sizes
+    sequences, sites = sketch.circuit_prompts, study.sites(sketch.run)
+    batches = plan_batches(sequences, config, torch.device("cpu"))
+    shapes = [Shape(*batch.batch.ids.shape) for batch in batches]
+    largest = max(shape.tokens for shape in shapes)
+    widths, dtype = {site: sketch.known.outline.width(site) for site in sites}, getattr(torch, config.dtype)
+    kept = sum(
+        bytes_of_shard(sum(batch.n_rows for batch in shard), widths, dtype)
+        for shard in plan_shards(batches, config.shard_tokens)
+    )
+    rows = largest * sum(widths.values())
+    filling = Work(
+        f"run {len(sequences):,} prompts, {sum(batch.n_rows for batch in batches):,} rows",
+        passed(shapes, layer_of(sites[-1]) + 1) + Amounts(written=kept),
+        device=sizes.weights + sketch.in_use(largest) + rows * (sizes.itemsize + dtype.itemsize),
+        host=_IN_FLIGHT * rows * dtype.itemsize,
+        kept=kept,
+    )
+    return [sketch.loading(), filling]

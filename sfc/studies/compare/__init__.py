@@ -109,7 +109,7 @@ class Compare(Study[ComparisonOptions]):
         return needs_of_circuits(run)
 
     make = imported_when_called(f"{__name__}.measure:measure")
-    work = imported_when_called(f"{__name__}.work:work")
+    work = imported_when_called(f"{__name__}.measure:work")
 
     def page(self, finished: Finished) -> Page:
         result, words = finished.result, finished.words
@@ -252,7 +252,7 @@ def _overlap_table(result: Mapping[str, Any]) -> Table:
     )  # fmt: skip
     rows = [
         (
-            OVERLAP_MEASURES[name],
+            OVERLAP_MEASURES[name].title,
             cell(found["within"]),
             cell(found["between"]),
             "" if found["shuffled"] is None else cell(found["shuffled"]),

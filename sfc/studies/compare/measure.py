@@ -4,7 +4,7 @@ Circuits come from discovery prompts, overlaps from circuits, and all scores and
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,31 +23,37 @@ from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
 from sfc.circuits.problem import Problem
 from sfc.circuits.proof import judged_replies
 from sfc.circuits.stability import chance_overlap
+from sfc.circuits.work import ablated, edges
 from sfc.core.artifacts import read_csv, read_model, write_csv, write_json
 from sfc.core.config import Experiment
 from sfc.core.progress import progress_bar, say
 from sfc.core.ranks import dealt, is_leader, wait_for_all
+from sfc.core.work import Amounts, Work, total
 from sfc.data.schema import keyed_ranks
 from sfc.models.engine import NO_EDIT
+from sfc.models.work import rows_of, some_of
 from sfc.run import Run
 from sfc.session import Session
 from sfc.stats import judged_rate
 from sfc.studies.compare import Compare, ComparisonOptions
 from sfc.studies.compare.overlap import (
-    Overlaps,
+    OVERLAP_MEASURES,
+    Found,
     Weights,
     between_halves,
     cluster,
-    jaccard,
     measured_transfer,
     overlap_in_words,
+    overlap_table,
+    overlaps_of,
     shared_core,
     transfer_in_words,
     verdict,
-    weighted_overlap,
 )
 from sfc.studies.discover.evidence import Evidence, judge
 from sfc.studies.discover.problem import prepare_problem
+from sfc.studies.discover.work import preparing, question, ranking, replying, running
+from sfc.studies.sketch import Sketch
 from sfc.studies.study import Made, made_in_parts
 
 
@@ -57,14 +63,6 @@ class Circuit(BaseModel):
     nodes: dict[str, float]
     edges: dict[str, float] | None = None
     """None where edges are not compared"""
-
-
-class Found(NamedTuple):
-    """The circuits of a comparison: of each its nodes, or its edges, with the sizes of their effects."""
-
-    whole: dict[str, Weights]
-    halves: dict[str, list[Weights]]
-    shuffled: list[list[Weights]]
 
 
 def find_circuits(session: Session, folder: Path, categories: Sequence[str]) -> dict[str, Found]:
@@ -285,21 +283,6 @@ def _replied(
     return rows
 
 
-class _Measure(NamedTuple):
-    """Of what the overlap is taken, and how."""
-
-    part: str
-    overlap: Callable[[Weights, Weights], float]
-
-
-_MEASURES = {
-    "jaccard": _Measure("nodes", jaccard),
-    "weighted": _Measure("nodes", weighted_overlap),
-    "edge_jaccard": _Measure("edges", jaccard),
-    "edge_weighted": _Measure("edges", weighted_overlap),
-}
-
-
 def measure(study: Compare, session: Session, folder: Path) -> Made:
     """Find the circuits, compare them, and write the tables into the folder.
 
@@ -317,12 +300,12 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     session.clock.lap("test prompts")
     if not is_leader():
         return Made({})
-    measures = {name: measure for name, measure in _MEASURES.items() if measure.part in found}
-    tables = {name: _overlaps(found[part], categories, overlap) for name, (part, overlap) in measures.items()}
+    measures = {name: measure for name, measure in OVERLAP_MEASURES.items() if measure.part in found}
+    tables = {name: overlaps_of(found[part], categories, overlap) for name, (_, part, overlap) in measures.items()}
     tables["jaccard"] = tables["jaccard"]._replace(chance=_chance(found["nodes"], judged.nodes))
     verdicts = {name: verdict(table, experiment.seed) for name, table in tables.items()}
     transfer = measured_transfer(judged.transfer, experiment.seed)
-    overlap = _long_table(tables, found, measures, categories)
+    overlap = overlap_table(tables, found, measures, categories)
     for name, table in {"overlap": overlap, "transfer": judged.transfer, "core": judged.core}.items():
         write_csv(folder / f"{name}.csv", table)
     # From the file, as the page reads it: a last digit may decide which of two pairs the tree joins first.
@@ -342,35 +325,50 @@ def measure(study: Compare, session: Session, folder: Path) -> Made:
     )
 
 
-def _overlaps(found: Found, categories: Sequence[str], measure: Callable[[Weights, Weights], float]) -> Overlaps:
-    halves = [found.halves[category] for category in categories]
-    within = np.array([measure(*pair) for pair in halves])
-    between = np.diag(within)
-    for i, j in itertools.permutations(range(len(categories)), 2):
-        between[i, j] = np.mean([measure(a, b) for a in halves[i] for b in halves[j]])
-    return Overlaps(within, between, np.array([measure(*pair) for pair in found.shuffled]))
-
-
-def _long_table(
-    tables: Mapping[str, Overlaps],
-    found: Mapping[str, Found],
-    measures: Mapping[str, _Measure],
-    categories: Sequence[str],
-) -> pd.DataFrame:
-    """One row per pair of categories: overlaps of halves (`…_halves`) and of the whole circuits."""
-    rows = []
-    for (i, a), (j, b) in itertools.combinations_with_replacement(enumerate(categories), 2):
-        row: dict[str, Any] = {"a": a, "b": b}
-        for name, (part, overlap) in measures.items():
-            row[f"{name}_halves"] = tables[name].between[i, j]
-            row[name] = overlap(found[part].whole[a], found[part].whole[b])
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def _chance(found: Found, nodes: Nodes) -> float:
     """The overlap of random circuits with as many nodes per site as halves have on average."""
     circuits = [list(half) for halves in found.halves.values() for half in halves]
     numbers = [nodes.number(name) for circuit in circuits for name in circuit]
     counts = np.bincount(nodes.site_numbers[numbers], minlength=len(nodes.sites)) / len(circuits)
     return chance_overlap(counts, np.array(nodes.sizes))
+
+
+_OF_HALVES, _RESTS = 2, 3
+"""circuits of a category beside its own; and those judged on its prompts beside those of all categories"""
+_FILES = 6_000_000
+"""bytes of its page and tables, most of them plotly's own script"""
+
+
+def work(study: Compare, sketch: Sketch) -> list[Work]:
+    """The steps of `sfc compare`: circuits of all categories, of their halves and of pools, on every one's prompts.
+
+    Raises:
+        UserError: a category lacks prompts.
+    """
+    options, categories = study.of(sketch.run), study.categories(sketch.run)
+    asked = [question(sketch, category) for category in categories]
+    # Circuits to be compared come from their own prompts alone.
+    asked = [asks._replace(asked=asks.asked._replace(pooled=())) for asks in asked]
+    n_pools = min(options.shuffles, len(list(itertools.combinations(categories, 2))))
+    n_judged, prompts = len(categories) + _RESTS, sketch.run.experiment.prompts
+    of_discovery = prompts.discovery / (prompts.discovery + prompts.test)  # circuits are found without test prompts
+    # A pool's two halves have as many prompts as a category's.
+    halves = _OF_HALVES * (1 + n_pools / len(categories))
+    found, judged = [], []
+    for asks in asked:
+        prepared, discovery = preparing(sketch, asks).amounts, asks.asked.discovery
+        found += [(prepared * of_discovery + ranking(sketch, asks).amounts) * (1 + halves)]
+        if options.edges:
+            half = some_of(discovery, rows_of(discovery) // 2)
+            found += [edges(asks.asked, discovery, options.size), edges(asks.asked, half, options.size) * halves]
+        judged += [prepared, ablated(asks.asked, asks.by_means, 2 * n_judged + 1)]
+        judged += [ablated(asks.asked, asks.test, n_judged + 1), ablated(asks.asked, asks.positives, 2 * n_judged + 1)]
+        if options.replies:
+            judged += [replying(sketch, asks, 2 * options.replies, _RESTS, options.reply_tokens).amounts]
+    largest = max(asked, key=lambda asks: rows_of(asks.asked.discovery))
+    rank, scoring = ranking(sketch, largest), running(sketch, largest, "", largest.test, Amounts())
+    return [
+        sketch.loading(),
+        Work("circuits", total(found), rank.device, rank.host, note=rank.note),
+        Work("test prompts", total(judged), scoring.device, kept=_FILES),
+    ]

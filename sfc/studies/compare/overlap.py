@@ -9,8 +9,10 @@ transfer is compared by what those lack: the share of the score that comes back 
 of the gap, on their own category's test prompts and on those of the others.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,18 +20,11 @@ from jaxtyping import Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from sfc.stats import bootstrap_means
+from sfc.stats import DRAWS, bootstrap_means
 
 Weights = Mapping[str, float]
 """a circuit: its nodes, or edges, with the size of their effects"""
 
-OVERLAP_MEASURES = {
-    "jaccard": "nodes, Jaccard",
-    "weighted": "nodes, weighted by their effects",
-    "edge_jaccard": "edges, Jaccard",
-    "edge_weighted": "edges, weighted by their effects",
-}
-DRAWS = 2000
 CHANCES = 2.0
 """halves of one category must overlap by this many times what random circuits do, or nothing can be said"""
 SHARED = 0.5
@@ -53,6 +48,31 @@ def weighted_overlap(a: Weights, b: Weights) -> float:
     return sum(min(pair) for pair in pairs) / sum(max(pair) for pair in pairs)
 
 
+class Measure(NamedTuple):
+    """A measure of overlap."""
+
+    title: str
+    part: str
+    """of circuits: `nodes` or `edges`"""
+    overlap: Callable[[Weights, Weights], float]
+
+
+OVERLAP_MEASURES = {
+    "jaccard": Measure("nodes, Jaccard", "nodes", jaccard),
+    "weighted": Measure("nodes, weighted by their effects", "nodes", weighted_overlap),
+    "edge_jaccard": Measure("edges, Jaccard", "edges", jaccard),
+    "edge_weighted": Measure("edges, weighted by their effects", "edges", weighted_overlap),
+}
+
+
+class Found(NamedTuple):
+    """The circuits of a comparison: of each its nodes, or its edges, with the sizes of their effects."""
+
+    whole: dict[str, Weights]
+    halves: dict[str, list[Weights]]
+    shuffled: list[list[Weights]]
+
+
 class Overlaps(NamedTuple):
     """Mean overlap of pairs of half-circuits, with 95 % intervals over categories (Efron 1979)."""
 
@@ -66,6 +86,33 @@ class Overlaps(NamedTuple):
     """what random circuits with as many nodes per site would give"""
 
 
+def overlaps_of(found: Found, categories: Sequence[str], measure: Callable[[Weights, Weights], float]) -> Overlaps:
+    """What pairs of halves have in common, and pairs of halves of shuffled pools."""
+    halves = [found.halves[category] for category in categories]
+    within = np.array([measure(*pair) for pair in halves])
+    between = np.diag(within)
+    for i, j in itertools.permutations(range(len(categories)), 2):
+        between[i, j] = np.mean([measure(a, b) for a in halves[i] for b in halves[j]])
+    return Overlaps(within, between, np.array([measure(*pair) for pair in found.shuffled]))
+
+
+def overlap_table(
+    tables: Mapping[str, Overlaps],
+    found: Mapping[str, Found],
+    measures: Mapping[str, Measure],
+    categories: Sequence[str],
+) -> pd.DataFrame:
+    """One row per pair of categories: overlaps of halves (`…_halves`) and of the whole circuits."""
+    rows = []
+    for (i, a), (j, b) in itertools.combinations_with_replacement(enumerate(categories), 2):
+        row: dict[str, Any] = {"a": a, "b": b}
+        for name, (_, part, overlap) in measures.items():
+            row[f"{name}_halves"] = tables[name].between[i, j]
+            row[name] = overlap(found[part].whole[a], found[part].whole[b])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 class Verdict(NamedTuple):
     """The answer in numbers and in words."""
 
@@ -77,7 +124,7 @@ class Verdict(NamedTuple):
     """within - between: 0 where circuits of one category are as far apart as circuits of two"""
     difference_low: float
     difference_high: float
-    words: str
+    words: str = ""
 
 
 def verdict(overlaps: Overlaps, seed: int) -> Verdict:
@@ -88,8 +135,8 @@ def verdict(overlaps: Overlaps, seed: int) -> Verdict:
     low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
     within, between = float(overlaps.within.mean()), float(overlaps.between[~np.eye(n, dtype=bool)].mean())
     shuffled = float(overlaps.shuffled.mean()) if len(overlaps.shuffled) else None
-    figures = (within, between, shuffled, overlaps.chance, within - between, low, high)
-    return Verdict(*figures, _words(*figures))
+    found = Verdict(within, between, shuffled, overlaps.chance, within - between, low, high)
+    return found._replace(words=_words(found))
 
 
 def overlap_in_words(verdicts: Mapping[str, Verdict]) -> str:
@@ -100,8 +147,8 @@ def overlap_in_words(verdicts: Mapping[str, Verdict]) -> str:
     """
     (_, first), *others = verdicts.items()
     beside = [
-        f"{OVERLAP_MEASURES[name]} {other.within:.2f} and {other.between:.2f} (difference {other.difference_low:.2f} to"
-        f" {other.difference_high:.2f})"
+        f"{OVERLAP_MEASURES[name].title} {other.within:.2f} and {other.between:.2f} (difference"
+        f" {other.difference_low:.2f} to {other.difference_high:.2f})"
         for name, other in others
     ]
     return f"{first.words} The same by other measures: {'; '.join(beside)}." if beside else first.words
@@ -113,29 +160,21 @@ def _difference(overlaps: Overlaps, drawn: np.ndarray) -> float:
     return float(overlaps.within[drawn].mean() - pairs[different].mean()) if different.any() else np.nan
 
 
-def _words(
-    within: float,
-    between: float,
-    shuffled: float | None,
-    chance: float | None,
-    difference: float,
-    low: float,
-    high: float,
-) -> str:
-    if chance is not None and within < CHANCES * chance:
+def _words(of: Verdict) -> str:
+    if of.chance is not None and of.within < CHANCES * of.chance:
         answer = "Not answerable here: circuits found on two halves of one category are hardly more alike than random."
-    elif low <= 0:
+    elif of.difference_low <= 0:
         answer = "Nothing here tells the categories' circuits apart: those of two overlap as those of one do."
-    elif between >= SHARED * within:
+    elif of.between >= SHARED * of.within:
         answer = "The circuits of two categories share most of what those of one share; the latter are more alike."
     else:
         answer = "The circuits of two categories share less than half of what those of one share."
-    pools = "" if shuffled is None else f"; two halves of shuffled pools of two categories {shuffled:.2f}"
-    at_random = "" if chance is None else f", random ones by {chance:.3f}"
+    pools = "" if of.shuffled is None else f"; two halves of shuffled pools of two categories {of.shuffled:.2f}"
+    at_random = "" if of.chance is None else f", random ones by {of.chance:.3f}"
     return (
-        f"{answer} Circuits found on two halves of one category overlap by {within:.2f}, on halves of two categories by"
-        f" {between:.2f}{pools}{at_random}. The difference of the first two is {difference:.2f}"
-        f" (95 % interval over categories {low:.2f} to {high:.2f})."
+        f"{answer} Circuits found on two halves of one category overlap by {of.within:.2f}, on halves of two categories"
+        f" by {of.between:.2f}{pools}{at_random}. The difference of the first two is {of.difference:.2f}"
+        f" (95 % interval over categories {of.difference_low:.2f} to {of.difference_high:.2f})."
     )
 
 
@@ -157,10 +196,7 @@ def cluster(overlap: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "merges 4"]:
 
 def shared_core(circuits: Sequence[Weights]) -> list[str]:
     """Nodes of more than half of the circuits, most shared first."""
-    counts: dict[str, int] = {}
-    for circuit in circuits:
-        for name in circuit:
-            counts[name] = counts.get(name, 0) + 1
+    counts = Counter(itertools.chain.from_iterable(circuits))
     core = [name for name, count in counts.items() if 2 * count > len(circuits)]
     return sorted(core, key=lambda name: (-counts[name], name))
 

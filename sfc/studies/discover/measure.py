@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from sfc.circuits.circuit import build_circuit, effects_by_role, role_names
-from sfc.circuits.edge_ablation import edge_faithfulness
+from sfc.circuits.edge_ablation import EDGE_FIGURES, edge_faithfulness
 from sfc.circuits.edge_kinds import EDGES, Edge, without_dead_ends
 from sfc.circuits.faithfulness import curve_areas, curve_sizes, single_site_faithfulness, top_circuits
 from sfc.circuits.files import load_circuit, save_circuit
@@ -257,14 +257,11 @@ def _faithfulness_of_edges(
 ) -> dict[str, float | None]:
     """Of the edges that are drawn, on the test split; None where they were not looked for between all nodes."""
     if len(members) > problem.config.edge_nodes:
-        return dict.fromkeys(("f_edges", "edge_faithfulness", "edge_faithfulness_low", "edge_faithfulness_high"))
-    config, ends = EvaluationOptions.of(run.experiment), [(edge.source, edge.target) for edge in edges]
-    with progress_bar(
-        "ablating edges", len(problem.ablation.nodes.sites) * len(test_runs.batches), "sites"
-    ) as progress:
-        figures = edge_faithfulness(
-            problem, test_runs, members, ends, config.min_denominator, run.experiment.seed, progress
-        )
+        return dict.fromkeys(EDGE_FIGURES)
+    smallest, ends = EvaluationOptions.of(run.experiment).min_denominator, [edge[:2] for edge in edges]
+    n_sites = len(problem.ablation.nodes.sites) * len(test_runs.batches)
+    with progress_bar("ablating edges", n_sites, "sites") as progress:
+        figures = edge_faithfulness(problem, test_runs, members, ends, smallest, run.experiment.seed, progress)
     return {name: reported(value) for name, value in figures.items()}
 
 

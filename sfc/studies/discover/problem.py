@@ -195,7 +195,6 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
 
     explained = used["refusal_label"] == population
     discovery, test = used["split"] == "discovery", used["split"] == "test"
-    in_reference = used["split"] == "reference"
     to_explain = [batches(discovery & explained), batches(test & explained)]
     facts = {"prompts": used, "contrast": config.contrast, "balance": [row._asdict() for row in report.rows]}
     explained_side, task_score, pair_table = words.said(config.population), session.metric, None
@@ -216,7 +215,7 @@ def sides_task(session: Session, category: str, spaces: Mapping[str, NodeSpace])
     elif config.baseline_choice == "zero":
         baseline = zero_baseline(spaces, layout)
     else:
-        baseline = mean_baseline(model, spaces, batches(in_reference), layout)
+        baseline = mean_baseline(model, spaces, batches(used["split"] == "reference"), layout)
     score = session.metric
     separation = auroc(score_prompts(model, score, batches(discovery)), used["refusal_label"][discovery].to_numpy(bool))
     facts["score_auroc"] = None if separation is None else round(separation, 4)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sfc.circuits.faithfulness import FEWEST_DRAWS, curve_sizes
+from sfc.circuits.gradients import GRADIENT_TOKENS
 from sfc.circuits.methods import METHODS, LearnedMaskOptions
 from sfc.circuits.nodes import NODES
 from sfc.circuits.options import DiscoveryOptions, EvaluationOptions
@@ -254,6 +255,7 @@ def replying(sketch: Sketch, asks: Question, prompts: int, circuits: int, new_to
 
 
 def _gradients(sketch: Sketch, shapes: Sequence[Shape]) -> int:
-    """Bytes that the backward pass of the largest batch needs."""
-    largest = max((shape.tokens for shape in shapes), default=0)
-    return sketch.gradients(largest, sketch.suffix) + sketch.encoding(largest)
+    """Bytes that the largest backward pass needs."""
+    largest = max(shapes, key=lambda shape: shape.tokens, default=Shape(0, 0))
+    at_once = min(largest.tokens, max(GRADIENT_TOKENS, largest.width))
+    return sketch.gradients(at_once, sketch.suffix) + sketch.encoding(largest.tokens)

@@ -107,7 +107,11 @@ def measure(study: PromptFormats, session: Session, folder: Path) -> Made:
     frame = _instructions(session.run, options.prompts, category, options.limit)
     frame = short_enough(model.tokenize, frame, experiment.prompts.max_tokens).table
     harmful = (frame["label"] == "toxic").to_numpy(dtype=bool)
-    _check_sides(harmful)
+    for side, count in (("harmful", harmful.sum()), ("harmless", (~harmful).sum())):
+        if count < 2:
+            raise UserError(
+                f"comparing formats needs two {side} instructions or more that are short enough, not {count}"
+            )
     with progress_bar("asking", len(frame) * sum(map(len, formats.values())), "prompts") as progress:
         versions = version_scores(
             model, formats, frame["prompt"].tolist(), experiment.activations.batch_tokens, progress
@@ -149,14 +153,6 @@ def _instructions(run: Run, prompts: Path | None, category: str, limit: int | No
     frame = pd.concat([harmful, harmless], ignore_index=True)
     chosen = keyed_ranks(frame, ["label"], f"formats {run.experiment.seed}") < most
     return frame.loc[chosen, ["id", "prompt", "category", "label"]].reset_index(drop=True)
-
-
-def _check_sides(harmful: Bool[np.ndarray, " n"]) -> None:
-    for side, count in (("harmful", harmful.sum()), ("harmless", (~harmful).sum())):
-        if count < 2:
-            raise UserError(
-                f"comparing formats needs two {side} instructions or more that are short enough, not {count}"
-            )
 
 
 def _summary(

@@ -6,15 +6,14 @@ its mirror image: below zero on toxic prompts, and lower there than on safe ones
 those that push every prompt alike. q-values control the false discovery rate over all heads of the model.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, ttest_ind
+from jaxtyping import Bool
+from scipy.stats import false_discovery_control
 
 from sfc.behaviors.behavior import Words
 from sfc.core.artifacts import json_records
@@ -36,7 +35,7 @@ from sfc.pages.blocks import (
 from sfc.pages.style import GREEN, INK, PINK, Panel, axis, error_bars, heat_map, panels_figure, styled_figure
 from sfc.pages.text import hover_text, tokens_text
 from sfc.run import Run
-from sfc.stats import bootstrap_means
+from sfc.stats import bootstrap_means, welch
 from sfc.studies.study import STUDIES, Finished, Study
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def component_table(attribution: "LogitAttribution", toxic: Bool[np.ndarray, " p
             table[f"{side}_{name}"] = values
     table["difference"] = table["toxic_mean"] - table["safe_mean"]
     is_head = (table["kind"] == "head").to_numpy(dtype=bool)
-    p_values = _welch(sides["toxic"][:, is_head], sides["safe"][:, is_head])
+    p_values = welch(sides["toxic"][:, is_head], sides["safe"][:, is_head])
     table.loc[is_head, "p_value"] = p_values
     table.loc[is_head, "q_value"] = false_discovery_control(p_values)
     table.loc[is_head, "role"] = _roles(table[is_head])
@@ -88,14 +87,6 @@ def group_table(attribution: "LogitAttribution", prompts: pd.DataFrame, seed: in
         facts = {"category": category, "label": label, "n": len(rows), "component": names}
         tables.append(pd.DataFrame(facts | means._asdict()))
     return pd.concat(tables, ignore_index=True)
-
-
-def _welch(toxic: Float[np.ndarray, "t heads"], safe: Float[np.ndarray, "s heads"]) -> Float[np.ndarray, " heads"]:
-    """p-values of equal means; 1 where there is nothing to tell, as for a head that never writes or a lone prompt."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's words for those heads
-        p_values = np.asarray(ttest_ind(toxic, safe, equal_var=False)[1])
-    return np.nan_to_num(p_values, nan=1.0)
 
 
 def _roles(heads: pd.DataFrame) -> list[str]:
@@ -177,7 +168,12 @@ class LogitAttributions(Study[LogitsOptions]):
                 Section("", [records_table("Other parts, the largest differences first", columns, of_others)]),
             ],
             guide=_guide(result, words),
-            findings=_findings(result),
+            findings=[
+                ("AUROC of the logit difference", cell(result["auroc"])),
+                ("correlation with the score", cell(result["score_correlation"])),
+                ("heads", cell(result["n_heads"])),
+                *((f"{role} heads", cell(len(result[role]))) for role in _MARKS),
+            ],
             methods=_methods(words),
             limits=["Direct logit attribution sees what a part writes itself, not what it makes later parts write."],
         )
@@ -277,15 +273,6 @@ def _tiles(result: Mapping[str, Any], words: Words) -> Tiles:
             Tile("heads", cell(result["n_heads"]), ", ".join(f"{cell(len(result[role]))} {role}" for role in _MARKS)),
         ]
     )
-
-
-def _findings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        ("AUROC of the logit difference", cell(result["auroc"])),
-        ("correlation with the score", cell(result["score_correlation"])),
-        ("heads", cell(result["n_heads"])),
-        *((f"{role} heads", cell(len(result[role]))) for role in _MARKS),
-    ]
 
 
 def _guide(result: Mapping[str, Any], words: Words) -> tuple[str, ...]:

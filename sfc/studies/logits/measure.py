@@ -35,7 +35,7 @@ from sfc.models.loading import Model
 from sfc.models.running import last_logits
 from sfc.models.score import LogOdds, auroc
 from sfc.session import Session
-from sfc.stats import bootstrap_means
+from sfc.stats import bootstrap_means, reported
 from sfc.studies.collect.fill import batched
 from sfc.studies.logits import COMPLIANCE, GUARDRAIL, LogitAttributions, component_table, group_table, strongest
 from sfc.studies.study import Made, write_tables
@@ -308,8 +308,8 @@ def _figures(attribution: LogitAttribution, toxic: Bool[np.ndarray, " prompts"],
             for side, interval in means.items()
         },
         "reconstruction_error": attribution.error,
-        "auroc": _rounded(auroc(attribution.logit_difference, toxic)),
-        "score_correlation": _rounded(correlation),
+        "auroc": reported(auroc(attribution.logit_difference, toxic)),
+        "score_correlation": reported(correlation),
     }
 
 
@@ -319,7 +319,3 @@ def _heads(components: pd.DataFrame) -> dict[str, Any]:
     columns = ["component", "role", "toxic_mean", "toxic_low", "toxic_high", "safe_mean", "difference", "q_value"]
     names = {role: heads.loc[heads["role"] == role, "component"].tolist() for role in (GUARDRAIL, COMPLIANCE)}
     return {"n_heads": len(heads), **names, "heads": heads[columns].head(_LISTED_HEADS).to_dict("records")}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else round(float(value), 4)

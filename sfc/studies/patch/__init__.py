@@ -260,7 +260,7 @@ class Patching(Study[PatchingOptions]):
         }
 
     make = imported_when_called(f"{__name__}.measure:measure")
-    work = imported_when_called(f"{__name__}.work:work")
+    work = imported_when_called(f"{__name__}.measure:work")
 
     page = imported_when_called(f"{__name__}.page:page")
 

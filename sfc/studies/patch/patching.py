@@ -39,7 +39,7 @@ from sfc.core.config import Experiment
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import prompt_ids
 from sfc.models import engine
-from sfc.models.batches import TemplateLayout, cache_suffixes, make_batches
+from sfc.models.batches import TemplateLayout, cache_suffixes, make_batches, similar_lengths
 from sfc.models.edits import Replacement, Replacements
 from sfc.models.engine import PreparedPrompts, Progress
 from sfc.models.generation import generate_replies
@@ -341,13 +341,15 @@ def patch_pairs(
         progress: called with the number of patched runs done since the last call, one per patch and pair.
     """
     usable = [number for number, pair in enumerate(pairs) if unaligned(positions, pair) is None]
-    order = sorted(usable, key=lambda number: max(len(prompt.ids) for prompt in pairs[number]))
+    longer = [max(pairs[number], key=lambda prompt: len(prompt.ids)) for number in usable]
+    groups = [[usable[place] for place in group] for group in similar_lengths(longer, batch_tokens)]
+    order = [number for group in groups for number in group]
     sites = list(dict.fromkeys(site for patch in patches for site in patch.sites))
     base, source = np.empty(len(order)), np.empty(len(order))
     patched, attribution = np.empty((len(patches), len(order))), np.empty((len(patches), len(order)))
     done = 0
-    for group in _groups([pairs[number] for number in order], batch_tokens):
-        both = [pair if direction == "noise" else (pair.corrupted, pair.clean) for pair in group]
+    for group in groups:
+        both = [pairs[number] if direction == "noise" else pairs[number][::-1] for number in group]
         transplant = make_transplant(model, score, both, positions, sites)
         columns = slice(done, done := done + len(group))
         base[columns] = transplant.base_score.cpu().numpy()
@@ -355,15 +357,3 @@ def patch_pairs(
         patched[:, columns] = patched_scores(model, score, transplant, patches, batch_tokens, progress)
         attribution[:, columns] = attribution_patching(model, score, transplant, patches)
     return PatchRuns(direction, positions, patches, order, base, source, patched, attribution)
-
-
-def _groups(pairs: Sequence[TokenizedPair], batch_tokens: int) -> list[list[TokenizedPair]]:
-    """Pairs, sorted by length, in batches of at most `batch_tokens` tokens; a longer pair is a batch of its own."""
-    groups: list[list[TokenizedPair]] = []
-    for pair in pairs:
-        longest = max(len(prompt.ids) for prompt in pair)
-        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return groups

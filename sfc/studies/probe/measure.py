@@ -27,13 +27,13 @@ from sfc.models.loading import Model
 from sfc.models.running import run_to
 from sfc.models.score import auroc
 from sfc.session import Session
-from sfc.stats import Interval, resampled_counts, wilson
+from sfc.stats import DRAWS, Interval, resampled_counts, wilson
 from sfc.studies.collect.fill import batched
 from sfc.studies.probe import Probe
 from sfc.studies.study import Made
 
 SHUFFLES = 200
-_FOLDS, _DRAWS = 5, 2000
+_FOLDS = 5
 _PENALTY = 1.0
 """of the ridge regression, in units of a row's mean square"""
 
@@ -170,7 +170,7 @@ def separation_interval(projections: Float[np.ndarray, " n"], positive: Bool[np.
     random = np.random.default_rng(seed)
     means, squares = [], 0.0
     for side in (projections[positive], projections[~positive]):
-        weights = resampled_counts(len(side), _DRAWS, random)
+        weights = resampled_counts(len(side), DRAWS, random)
         centred = side - side.mean()
         means.append(weights @ centred / len(side))
         squares = squares + weights @ centred**2 - len(side) * means[-1] ** 2

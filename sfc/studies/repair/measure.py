@@ -178,7 +178,9 @@ def measure(study: Repair, session: Session, folder: Path) -> Made:
     clock.lap("choice")
     by_chance = _random_settings(inputs, best, sizes, options.random_draws, experiment.seed)
     replies, losses = _measured(session, inputs, [UNEDITED, *settings, *by_chance])
-    rates = _rates(replies).merge(losses, on=["kind", "size", "draw"])
+    by = ["kind", "size", "draw", "group"]  # the draw is -1 for the chosen features
+    rates = judged_rates(replies, by).assign(score=replies.groupby(by, sort=False)["score"].mean().to_numpy())
+    rates = rates.merge(losses, on=by[:3])
     clock.lap("test prompts")
     features = _features(inputs, on_hard, on_toxic, ranking)
     if chosen[HOOK]:
@@ -215,16 +217,11 @@ Masks = Bool[np.ndarray, "edits nodes"]
 """the features of each edit"""
 
 
-def _hooks(inputs: RepairInputs, features: Masks) -> Edits:
-    return Ablations(inputs.problem.ablation, ~features)
-
-
-def _projections(inputs: RepairInputs, features: Masks) -> Edits:
-    """The projections that changed weights would do: what many edits can be tried by."""
-    return Projections([_subspaces(inputs, np.flatnonzero(mask)) for mask in features])
-
-
-_EDITS: Mapping[str, Callable[[RepairInputs, np.ndarray], Edits]] = {HOOK: _hooks, WEIGHTS: _projections}
+_EDITS: Mapping[str, Callable[[RepairInputs, Masks], Edits]] = {
+    HOOK: lambda inputs, features: Ablations(inputs.problem.ablation, ~features),
+    # The projections that changed weights would do: what many edits can be tried by.
+    WEIGHTS: lambda inputs, features: Projections([_subspaces(inputs, np.flatnonzero(mask)) for mask in features]),
+}
 
 
 def _random_settings(
@@ -287,12 +284,6 @@ def _measured(
                     tables.append(table.assign(**about, **of_group))
     table = pd.DataFrame(losses)
     return pd.concat(tables, ignore_index=True), table.assign(loss_rise=table["loss"] / table["loss"].iloc[0] - 1)
-
-
-def _rates(replies: pd.DataFrame) -> pd.DataFrame:
-    """Judged replies per edit and group, with Wilson intervals of 95 %; `draw` is -1 for the chosen features."""
-    by = ["kind", "size", "draw", "group"]
-    return judged_rates(replies, by).assign(score=replies.groupby(by, sort=False)["score"].mean().to_numpy())
 
 
 def _features(inputs: RepairInputs, on_hard: np.ndarray, on_toxic: np.ndarray, ranking: np.ndarray) -> pd.DataFrame:

@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
 
     prompt: str
     reply: str
-    """as the model wrote it, its end-of-turn token included where it ended"""
+    """as the model wrote it, its end-of-turn token included where it ended; empty where none is wanted"""
     start: str
     kind: str
     n_tokens: int
@@ -97,7 +97,8 @@ class Writer:
     def write(self, starts: Sequence[Start], random: np.random.Generator) -> tuple[list[Conversation], dict[str, int]]:
         """Conversations with these starts, where they are kept, and how many instructions met which of the `FATES`."""
         options, tokenizer = self._options, self._model.tokenizer
-        begun = [_without_suffix(prompt) for prompt in self._model.tokenize([start.text for start in starts])]
+        whole = self._model.tokenize([start.text for start in starts])
+        begun = [TokenizedPrompt(*(part[prompt.roles != Role.SUFFIX] for part in prompt)) for prompt in whole]
         uniforms = random.random((len(starts), options.instruction_tokens))
         counts, kept = Counter[str](), list[tuple[Start, str]]()
         for start, prompt, ids in zip(starts, begun, self._continued(begun, uniforms, self._ends), strict=True):
@@ -109,7 +110,9 @@ class Writer:
                 self.remember(text)
                 kept.append((start, text))
         asked = self._model.tokenize([text for _, text in kept]) if kept else []
-        replies = self._continued(asked, random.random((len(kept), options.reply_tokens)), set())
+        replies: list[list[int]] = [[] for _ in asked]
+        if options.reply_tokens:
+            replies = self._continued(asked, random.random((len(kept), options.reply_tokens)), set())
         return [
             Conversation(text, tokenizer.decode(reply), start.text, start.kind, len(prompt.ids) + len(reply))
             for (start, text), prompt, reply in zip(kept, asked, replies, strict=True)
@@ -138,8 +141,3 @@ class Writer:
             ):
                 said[row] = ids
         return said
-
-
-def _without_suffix(prompt: TokenizedPrompt) -> TokenizedPrompt:
-    before = prompt.roles != Role.SUFFIX
-    return TokenizedPrompt(prompt.ids[before], prompt.roles[before])

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
@@ -21,9 +21,14 @@ from sfc.core.errors import UserError
 from sfc.core.files import open_journal, writing
 from sfc.core.progress import progress_bar
 from sfc.core.reading import read_text
+from sfc.core.work import Work
+from sfc.models.work import Shape, cache_bytes, replied
 from sfc.run import EVERYDAY_STARTS, Run
 from sfc.session import Session
+from sfc.studies.sample import Sample
 from sfc.studies.sample.conversations import FATES, Start, Writer, first_words
+from sfc.studies.sketch import Sketch
+from sfc.studies.study import Made
 
 CONVERSATIONS, BATCHES = "sampled.jsonl", "batches.jsonl"
 EVERYDAY = "everyday"
@@ -76,16 +81,15 @@ class Starts:
         return Start(text if kind == EVERYDAY else first_words(text, words), kind)
 
 
-def write_sample(session: Session, folder: Path) -> dict[str, Any]:
+def write_sample(study: Sample, session: Session, folder: Path) -> Made:
     """Write conversations until there are as many tokens as are wanted.
 
-    Returns:
-        Their numbers by kind of start, and what became of all instructions.
+    The result has their numbers by kind of start, and what became of all instructions.
 
     Raises:
         UserError: what was written before is damaged, or the model writes nothing that can be kept.
     """
-    run, options, prompts = session.run, SampleOptions.of(session.run.experiment), session.run.prompts.frame
+    run, options, prompts = session.run, study.of(session.run), session.run.prompts.frame
     batches = _written(folder / BATCHES, Fates)
     all_written = _written(folder / CONVERSATIONS, Written)
     conversations = [line for line in all_written if line.batch < len(batches)]
@@ -114,12 +118,14 @@ def write_sample(session: Session, folder: Path) -> dict[str, Any]:
             written = sum(conversation.n_tokens for conversation in made)
             n_tokens += written
             progress(written)
-    return {
+    result = {
+        "preset": run.experiment.name,
         "n_conversations": len(conversations),
         "n_tokens": n_tokens,
         "kinds": dict(sorted(Counter(line.kind for line in conversations).items())),
         "fates": {name: sum(getattr(line, name) for line in batches) for name in FATES},
     }
+    return Made(result, facts={"n_tokens": n_tokens})
 
 
 def read_sample(folder: Path, tokens: int) -> Iterator[tuple[str, str]]:
@@ -153,3 +159,32 @@ def _written(path: Path, kind: type[Line]) -> list[Line]:
     """
     open_journal(path).close()
     return read_lines(path, kind)
+
+
+KEPT = 0.5
+"""share of the instructions that are kept, taken without a measurement: models write more or fewer plain ones"""
+_LINE_BYTES = 5.5
+"""a token has in `sampled.jsonl`"""
+
+
+def work(study: Sample, sketch: Sketch) -> list[Work]:
+    """The steps of `sfc sample`: batches until there are as many tokens as are wanted; what there is, is not written
+    again.
+    """
+    run, sizes, options = sketch.run, sketch.sizes, study.of(sketch.run)
+    artifact = run.sampled
+    written = artifact.manifest()["n_tokens"] if artifact.is_complete() else 0
+    lengths = [len(prompt.ids) for prompt in sketch.circuit_prompts]
+    instruction = min(float(np.mean(lengths)), float(options.instruction_tokens))
+    per_conversation = instruction + options.reply_tokens
+    wanted = max(options.tokens - written, 0)
+    batches = -(-wanted // max(int(options.batch * KEPT * per_conversation), 1))
+    begun = Shape(options.batch, round(instruction / 2))
+    asked = Shape(max(round(options.batch * KEPT), 1), round(instruction))
+    tokens = options.batch * (options.instruction_tokens + options.reply_tokens)
+    of_one = replied([begun], 1, options.instruction_tokens, sizes.n_layers, 4096)
+    if options.reply_tokens:
+        of_one += replied([asked], 1, options.reply_tokens, sizes.n_layers, 4096)
+    in_use = cache_bytes(sizes, tokens) + sketch.in_use(begun.tokens) + sizes.logits(options.batch)
+    kept = round(_LINE_BYTES * wanted)
+    return [sketch.loading(), Work(f"write {wanted:,} tokens", of_one * batches, sizes.weights + in_use, kept=kept)]

@@ -223,7 +223,7 @@ class Steer(Study[SteeringOptions]):
         return DISCOVER.artifact(self._discovering(run)).folder / DISCOVER.files["circuit"]
 
     make = imported_when_called(f"{__name__}.measure:measure")
-    work = imported_when_called(f"{__name__}.work:work")
+    work = imported_when_called(f"{__name__}.measure:work")
 
     page = imported_when_called(f"{__name__}.page:page")
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
 
 from sfc.behaviors.behavior import HARD
 from sfc.circuits.spaces import sites_of
@@ -22,9 +21,8 @@ from sfc.core.sites import in_order, short_site
 from sfc.data.render import TokenizedPrompt
 from sfc.data.schema import looked_up
 from sfc.models.batches import PACKED_TOKENS, TemplateLayout, make_batches
-from sfc.models.interventions import recorder
 from sfc.models.loading import Model
-from sfc.models.running import run_to
+from sfc.models.running import activations_at
 from sfc.saes.dictionary import Dictionary
 from sfc.session import Session
 from sfc.stats import judged_rate
@@ -61,9 +59,7 @@ def largest_values(
     layout = TemplateLayout.of(prompts)
     largest = {site: np.zeros((len(prompts), each.d_sae), dtype=np.float32) for site, each in dictionaries.items()}
     for batch in make_batches(prompts, layout, PACKED_TOKENS, model.device):
-        seen: dict[str, Tensor] = {}
-        sites = sites_of(dictionaries)
-        run_to(model, batch, {site: recorder(seen, site) for site in sites}, sites[-1])
+        seen = activations_at(model, batch, sites_of(dictionaries))
         content = (batch.template_positions == layout.n_prefix) & batch.touchable
         row = torch.arange(len(content), device=content.device)[:, None].expand_as(content)[content]
         for site, dictionary in dictionaries.items():

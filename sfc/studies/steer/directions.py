@@ -48,13 +48,11 @@ def difference_of_means(rows: Float[Tensor, "prompts d_model"], positive: Bool[n
     return rows[chosen].double().mean(0) - rows[~chosen].double().mean(0)
 
 
-def probe_direction(
-    rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"], ridge: float = 1.0
-) -> Vector:
+def probe_direction(rows: Float[Tensor, "prompts d_model"], positive: Bool[np.ndarray, " prompts"]) -> Vector:
     """The direction along which a logistic regression's log-odds grow, scaled as the difference of means along it.
 
-    The columns are standardised for the fit, so that the penalty, `ridge / 2 |w|^2` on a sum of losses, weighs all
-    alike. The length is the difference of the sides' mean components, which makes raw amounts comparable.
+    The columns are standardised for the fit, so that the penalty, `|w|^2 / 2` on a sum of losses, weighs all alike. The
+    length is the difference of the sides' mean components, which makes raw amounts comparable.
 
     Raises:
         ValueError: one side is empty.
@@ -68,8 +66,8 @@ def probe_direction(
         weights, bias = parameters[:-1], parameters[-1]
         margins = signs * (standard @ weights + bias)
         pull = -signs * expit(-margins)
-        gradient = np.append(standard.T @ pull + ridge * weights, pull.sum())
-        return float(np.logaddexp(0, -margins).sum() + ridge / 2 * weights @ weights), gradient
+        gradient = np.append(standard.T @ pull + weights, pull.sum())
+        return float(np.logaddexp(0, -margins).sum() + weights @ weights / 2), gradient
 
     fitted = minimize(loss, np.zeros(values.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 500})
     weights = torch.from_numpy(fitted.x[:-1] / spread)

@@ -10,13 +10,17 @@ from safetensors.torch import save_file
 from sfc.core.artifacts import replacing, write_csv
 from sfc.core.progress import progress_bar, say
 from sfc.core.sites import layer_of, short_site
+from sfc.core.work import Amounts, Work
+from sfc.data.render import Role
 from sfc.models.engine import PreparedPrompts
+from sfc.models.work import Shape, cache_bytes, packed, passed, replied, rows_of, scored, shapes_of
 from sfc.session import Session
 from sfc.stats import reported
+from sfc.studies.sketch import Sketch
 from sfc.studies.steer import BEST, FORCE, INTENDED_LABEL, SUPPRESS, Steer, SteeringOptions
 from sfc.studies.steer.conditional import both_dials, found_condition, grouped, named_condition
 from sfc.studies.steer.directions import Candidate, Dial, Setting, Vector
-from sfc.studies.steer.learning import Learned, learn
+from sfc.studies.steer.learning import SPREAD_LAYERS, Learned, learn
 from sfc.studies.steer.prompts import (
     Side,
     Tested,
@@ -59,7 +63,9 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
     learned = learn(session, study.circuit(session.run))
     folds = folds_of(session, learned)
     clock.lap("learning")
-    tables = {"candidates": _tried(dial, learned, folds)}
+    runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
+    with progress_bar("trying directions", runs, "runs") as progress:
+        tables = {"candidates": candidate_table(dial, learned.candidates, folds, progress)}
     write_csv(folder / "candidates.csv", tables["candidates"].round(6))
     kept = ranked(tables["candidates"])
     swept = [learned.candidates[i] for i in best_per_layer(kept, options.swept_layers)]
@@ -84,7 +90,9 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
     generalised = None
     if options.xstest is not None:
         generalised = _along(dial, xstest_prompts(session), [chosen])
-        at_random = _generalised_chance(dial, xstest_prompts(session, options.test_prompts), chosen, alphas, seed)
+        settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
+        fewer = xstest_prompts(session, options.test_prompts).values()
+        at_random = _swept(dial, "chance", [(side, settings) for side in fewer])
         tables["xstest"] = pd.concat([generalised, at_random])
         tables["xstest_rates"] = rates(generalised, ["label", "category", "alpha", "intent"])
         tables["trade_off"] = pd.concat([trade_off(generalised), trade_off(at_random)])
@@ -99,7 +107,12 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
         clock.lap("condition")
     vectors = {name: learned.vector(contrast, chosen) for name, contrast in learned.contrasts.items()}
     tables["directions"] = subspace_table(dial, vectors, chosen, folds)
-    tables["writers"] = _writers(session, chosen)
+    # What writes the direction where it was read, on test prompts; at the last token elsewhere.
+    prompts, tokenized = test_corpus(session)
+    toxic, token = prompts["refusal_label"].to_numpy(dtype=bool), chosen.token or -1
+    tables["writers"] = writers_table(
+        session.model, session.metric, tokenized, toxic, chosen.site, token, chosen.vector, options.ablated_writers
+    )
     if options.features:
         tables["features"] = feature_cosines(chosen.vector, session.dictionaries)
     clock.lap("circuit")
@@ -111,12 +124,6 @@ def measure(study: Steer, session: Session, folder: Path) -> Made:
         "conditional": conditional,
     }
     return Made(result, write_tables(folder, tables))
-
-
-def _tried(dial: Dial, learned: Learned, folds: list[Fold]) -> pd.DataFrame:
-    runs = len(learned.candidates) * sum(2 * fold.safe.n_prompts + fold.toxic.n_prompts for fold in folds)
-    with progress_bar("trying directions", runs, "runs") as progress:
-        return candidate_table(dial, learned.candidates, folds, progress)
 
 
 def _held_out(dial: Dial, chosen: Candidate, folds: list[Fold], ordinary: PreparedPrompts) -> pd.DataFrame:
@@ -163,24 +170,6 @@ def _controlled(
         for intent, alpha in alphas.items()
     ]
     return _swept(dial, "controls", tries)
-
-
-def _generalised_chance(
-    dial: Dial, fewer: Tested, chosen: Candidate, alphas: Mapping[str, float], seed: int
-) -> pd.DataFrame:
-    """Random directions at the chosen alphas, on some prompts of both kinds."""
-    settings = control_settings(dial, chosen, [], list(alphas.values()), seed)
-    return _swept(dial, "chance", [(side, settings) for side in fewer.values()])
-
-
-def _writers(session: Session, chosen: Candidate) -> pd.DataFrame:
-    """Which heads and MLPs write the direction where it was read, on test prompts; at the last token elsewhere."""
-    prompts, tokenized = test_corpus(session)
-    toxic = prompts["refusal_label"].to_numpy(dtype=bool)
-    n_ablated = SteeringOptions.of(session.run.experiment).ablated_writers
-    return writers_table(
-        session.model, session.metric, tokenized, toxic, chosen.site, chosen.token or -1, chosen.vector, n_ablated
-    )
 
 
 def _shuffled(learned: Learned, chosen: Candidate, options: SteeringOptions, seed: int) -> list[Vector]:
@@ -268,3 +257,54 @@ def _xstest_figures(points: pd.DataFrame, options: SteeringOptions) -> dict[str,
         if best is None
         else {"alpha": best, **{side: reported(there[side].iloc[0]) for side in ("unsafe", "safe")}},
     }
+
+
+_PACKED = 2048
+_FILES = 12_000_000
+"""bytes of its page and tables, about, with default options"""
+
+
+def work(study: Steer, sketch: Sketch) -> list[Work]:
+    """The steps of `sfc steer`, without XSTest's prompts and without conditions.
+
+    Raises:
+        UserError: the group lacks prompts.
+    """
+    run, sizes, options = sketch.run, sketch.sizes, study.of(sketch.run)
+    n_layers, half = sizes.n_layers, max(sizes.n_layers // 2, 1)
+    frame = run.balanced(run.group(options.category))
+    n_sides = frame["refusal_label"].value_counts()
+    prompts = sketch.short_enough(frame).sequences
+    suffix = max(int((prompts[0].roles == Role.SUFFIX).sum()), 1)
+
+    def some(per_side: int) -> Sequence[Shape]:
+        return shapes_of(prompts[: 2 * min(per_side, int(n_sides.min()))], _PACKED)
+
+    def suffixes(shapes: Sequence[Shape]) -> list[Shape]:
+        return [Shape(shape.rows, min(suffix, shape.width)) for shape in shapes]
+
+    def answered(shapes: Sequence[Shape], settings: int) -> Amounts:
+        """Every prompt as it is, and under every setting; what stands before the suffix is run once."""
+        steered = replied(suffixes(shapes), settings + 1, options.reply_tokens, n_layers, _PACKED)
+        return passed(shapes, n_layers) + steered
+
+    n_dial, n_sites = len(options.dial), len(options.kinds) * (len(options.layers) or min(SPREAD_LAYERS, n_layers))
+    learned, tried, tested = (some(n) for n in (options.prompts, options.tried_prompts, options.test_prompts))
+    learning = scored(learned, n_layers)
+    if "refused-complied" in options.wanted_contrasts:
+        learning += replied(learned, 1, options.reply_tokens, n_layers, 2 * _PACKED)
+    # Both sides once, and the safe one again for the divergence.
+    trying = packed(suffixes(tried), n_sites * suffix, half) * 1.5
+    ordinary = [Shape(options.ordinary_prompts, shape.width) for shape in tested[-1:]]
+    replies = replied(ordinary, 1, options.ordinary_tokens, n_layers, _PACKED) * 2
+    with_replies = [Shape(options.ordinary_prompts, suffix + options.ordinary_tokens)]
+    cost = Amounts(logits=options.ordinary_prompts * options.ordinary_tokens) + passed(with_replies, n_layers)
+    alphas = answered(tried, n_dial) * 0.5 + replies + cost * n_dial
+    sweep = answered(tested, n_dial * options.swept_layers) + cost * (n_dial * options.swept_layers)
+    controls = answered(tested, options.random_directions + options.shuffled_directions)
+    in_use = sizes.weights + cache_bytes(sizes, 2 * _PACKED) + sketch.in_use(2 * _PACKED)
+    in_use += sizes.logits(max(options.ordinary_prompts * options.ordinary_tokens, _PACKED / suffix))
+    host = 4 * rows_of(learned) * suffix * n_sites * sizes.d_model
+    steps = {"learning": learning, "selection": trying, "alphas": alphas, "sweep": sweep, "controls": controls}
+    works = [Work(name, amounts, in_use, host) for name, amounts in steps.items()]
+    return [sketch.loading(), *works, Work("circuit", scored(tested, n_layers), in_use, host, kept=_FILES)]

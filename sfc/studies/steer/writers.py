@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, ttest_ind
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from sfc.core.errors import UserError
@@ -30,6 +30,7 @@ from sfc.models.positions import steered_tokens
 from sfc.models.running import CachedResidual, last_logits
 from sfc.models.score import Score
 from sfc.saes.dictionary import Dictionary
+from sfc.stats import welch
 from sfc.studies.logits.measure import MOST_ERROR
 from sfc.studies.steer.directions import Vector
 from sfc.studies.steer.learning import last_tokens
@@ -96,14 +97,13 @@ def writers_table(
             f"what writes the direction cannot be said for {model.config.source!r}: the parts' outputs do not sum to"
             " the residual stream; perhaps its blocks norm or scale what they write"
         )
-    p_values = np.nan_to_num(np.asarray(ttest_ind(written[toxic], written[~toxic], equal_var=False)[1]), nan=1.0)
     table = pd.DataFrame(parts).rename(columns={"name": "component"}).astype({"head": "Int64"})
     table = table.assign(
         toxic=written[toxic].mean(0),
         safe=written[~toxic].mean(0),
         difference=differences,
         share=differences / difference,
-        q_value=false_discovery_control(p_values),
+        q_value=false_discovery_control(welch(written[toxic], written[~toxic])),
     )
     table = table.sort_values("share", key=lambda values: -values.abs(), kind="stable")
     strongest = [parts[i] for i in table.index[:n_ablated]]

@@ -16,7 +16,7 @@ from sfc.pages.blocks import Page
 from sfc.run import Run
 from sfc.session import Session
 from sfc.studies.collect import COLLECT
-from sfc.studies.sample.study import SAMPLE
+from sfc.studies.sample import SAMPLE
 from sfc.studies.study import STUDIES, Finished, Made, Need, Study
 
 

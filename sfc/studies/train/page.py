@@ -249,7 +249,7 @@ def quality_page(finished: Finished) -> Page:
     """The page of a run's dictionaries."""
     quality, density = finished.table("quality.csv"), finished.table("density.csv")
     quality = quality[quality["role"] != _IN_SERIES].astype({"rows": int})
-    score = finished.words.score
+    words, score = finished.words, finished.words.score
     rows = {role: [row for row in finished.result["quality"] if row["role"] == role] for role in (_ALL, _IN_SERIES)}
     of_all, restored = rows[_ALL], [*rows[_ALL], *({**row, "site": _IN_SERIES} for row in rows[_IN_SERIES])]
     came_back = any(row.get("matched") is not None for row in of_all)
@@ -259,7 +259,10 @@ def quality_page(finished: Finished) -> Page:
         sentence=_sentence(quality, density),
         summary=[
             records_table("SAEs on held-out rows (loss, score: share recovered)", _SUMMARY, of_all),
-            records_table("What all features restore, errors ablated", _restored_columns(finished), restored),
+            records_table("What all features restore, errors ablated", {
+                "site": "site", words.positive: "restored_toxic", words.negative: "restored_safe",
+                "agreement": "agreement",
+            }, restored),
             records_table("What features tell of test prompts (AUROC)", _PROBED, of_all),
             *([records_table("Features that came back", _MATCHED, of_all)] if came_back else []),
         ],
@@ -302,13 +305,6 @@ _PROBED = {
     },
 }  # fmt: skip
 _MATCHED = {"site": "site", "in the other half": "matched", "by chance": "matched_chance"}
-
-
-def _restored_columns(finished: Finished) -> dict[str, str]:
-    words = finished.words
-    return {
-        "site": "site", words.positive: "restored_toxic", words.negative: "restored_safe", "agreement": "agreement",
-    }  # fmt: skip
 
 
 _LOSSES = {

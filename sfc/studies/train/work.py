@@ -33,7 +33,7 @@ def work(study: Train, sketch: Sketch) -> list[Work]:
     Where the activations are stored already the model is loaded no earlier than it measures.
 
     Raises:
-        UserError: as `sfc.studies.collect.work.work`, or the dictionaries' sizes cannot be found out.
+        UserError: as `sfc.studies.collect.fill.work`, or the dictionaries' sizes cannot be found out.
     """
     run, saes, rows = sketch.run, sketch.run.experiment.saes, training_rows(sketch)
     widths, measuring = list(sketch.widths.values()), _measuring(sketch, rows)
