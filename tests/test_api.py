@@ -28,13 +28,13 @@ NOTEBOOK = REPOSITORY / "notebooks" / "quickstart.ipynb"
 
 @pytest.fixture(scope="module")
 def circuit(tmp_path_factory: pytest.TempPathFactory) -> Discovered:
-    run = sfc.load_preset("tiny", ["evaluation.sizes=[16, 64]"], root=tmp_path_factory.mktemp("root"))
-    return sfc.discover(run, "violence")
+    """The circuit that the notebook finds as well."""
+    return sfc.discover(sfc.load_preset("tiny", root=tmp_path_factory.mktemp("root")), "violence")
 
 
 def command(circuit: Discovered, *arguments: str) -> dict:
     """What `sfc …` with `--json` prints for this circuit's run."""
-    shared = ["--preset", "tiny", "--root", str(circuit.run.root), "--set", "evaluation.sizes=[16, 64]", "--json"]
+    shared = ["--preset", "tiny", "--root", str(circuit.run.root), "--json"]
     finished = CliRunner().invoke(command_line(), [*arguments, *shared], catch_exceptions=False)
     assert finished.exit_code == 0
     return json.loads(finished.stdout)
