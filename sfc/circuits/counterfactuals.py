@@ -49,7 +49,10 @@ class Pairs(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What some tokens have at a site, and what of it was read where that is another one."""
+    """What some tokens have at a site, and what of it was read where that is another one.
+
+    It is kept of every counterfactual at once: in the model's own dtype, and with numbers of four bytes.
+    """
 
     x: Float[Tensor, "tokens d_in"]
     read: Float[Tensor, "tokens d_read"]
@@ -102,9 +105,9 @@ class Counterfactuals:
             ends[numbers] = n_tokens + touchable.sum(1).cumsum(0)
             n_tokens += int(touchable.sum())
             for site, space in spaces.items():
-                x = seen[site][touchable].float()
-                read = x if space.reads == site else seen[space.reads][touchable].float()
-                parts[site].append(Recorded(x, read, *space.encode_sparse(read)))
+                x = seen[site][touchable]
+                read = x if space.reads == site else seen[space.reads][touchable]
+                parts[site].append(_recorded(space, x, read))
         return cls(layout, pairs, {site: _joined(of_site) for site, of_site in parts.items()}, ends)
 
     def batches(
@@ -124,14 +127,13 @@ class Counterfactuals:
         recorded = {}
         for site, space in spaces.items():
             x, read, *_ = self.recorded[site]
-            sparse = [space.encode_sparse(block) for block in read.split(_BLOCK_ROWS)]
-            blocks = [Recorded(x[:0], read[:0], *each) for each in sparse]
+            blocks = [_recorded(space, x[:0], block)._replace(read=read[:0]) for block in read.split(_BLOCK_ROWS)]
             recorded[site] = _joined(blocks)._replace(x=x, read=read)
         return replace(self, recorded=recorded)
 
     def activations(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_in"]:
         """What the counterfactuals have at the site."""
-        return self.recorded[space.site].x[self._rows(batch)]
+        return self.recorded[space.site].x[self._rows(batch)].float()
 
     def errors_at(self, space: Dictionary, batch: Batch) -> Float[Tensor, "tokens d_parts"]:
         """What dictionaries miss of it."""
@@ -181,9 +183,9 @@ class Counterfactuals:
 
     def _at(self, space: Dictionary, batch: Batch) -> Recorded:
         rows, all_of_them = self._rows(batch), self.recorded[space.site]
-        x = all_of_them.x[rows]
-        read = x if all_of_them.read is all_of_them.x else all_of_them.read[rows]
-        return Recorded(x, read, all_of_them.values[rows], all_of_them.indices[rows])
+        x = all_of_them.x[rows].float()
+        read = x if all_of_them.read is all_of_them.x else all_of_them.read[rows].float()
+        return Recorded(x, read, all_of_them.values[rows], all_of_them.indices[rows].long())
 
     def _rows(self, batch: Batch) -> Int[Tensor, " tokens"]:
         """Where the counterpart of each touchable token is recorded: as far from the end of its prompt."""
@@ -193,6 +195,11 @@ class Counterfactuals:
         from_the_end = touchable.flip(1).cumsum(1).flip(1)
         ends = self.ends[self.pairs.counterfactual[batch.pair]]
         return (ends[:, None] - from_the_end)[touchable]
+
+
+def _recorded(space: Dictionary, x: Float[Tensor, "tokens d_in"], read: Float[Tensor, "tokens d_read"]) -> Recorded:
+    values, indices = space.encode_sparse(read.float())
+    return Recorded(x, read, values, indices.int())
 
 
 def _joined(parts: Sequence[Recorded]) -> Recorded:

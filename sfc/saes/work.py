@@ -39,12 +39,11 @@ class Width(NamedTuple):
     @property
     def recorded_features(self) -> int:
         """Bytes that are kept of the features of a token: values and numbers of the active ones."""
-        return 12 * self.k
+        return 8 * self.k
 
-    @property
-    def recorded(self) -> int:
-        """Bytes that are kept of a token: its activation, and its features."""
-        return 4 * self.d_in + self.recorded_features
+    def recorded(self, itemsize: int) -> int:
+        """Bytes that are kept of a token: its activation, in numbers of so many bytes, and its features."""
+        return itemsize * self.d_in + self.recorded_features
 
 
 _USUAL_ACTIVE = 100

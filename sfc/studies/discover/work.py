@@ -199,7 +199,7 @@ def held(sketch: Sketch, asks: Question) -> int:
     """
     cached = sum(map(tokens_of, (asks.asked.discovery, asks.test, asks.by_means)))
     streams = cached * sketch.sizes.d_model * sketch.sizes.itemsize * (sketch.first_block > 0)
-    recorded = asks.recorded * sum(width.recorded for width in sketch.widths.values())
+    recorded = asks.recorded * sum(width.recorded(sketch.sizes.itemsize) for width in sketch.widths.values())
     return sketch.sizes.weights + sketch.dictionaries + recorded + streams
 
 

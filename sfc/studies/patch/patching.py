@@ -349,7 +349,8 @@ def patch_pairs(
     patched, attribution = np.empty((len(patches), len(order))), np.empty((len(patches), len(order)))
     done = 0
     for group in groups:
-        both = [pairs[number] if direction == "noise" else pairs[number][::-1] for number in group]
+        some = [pairs[number] for number in group]
+        both = [pair if direction == "noise" else (pair.corrupted, pair.clean) for pair in some]
         transplant = make_transplant(model, score, both, positions, sites)
         columns = slice(done, done := done + len(group))
         base[columns] = transplant.base_score.cpu().numpy()
