@@ -30,7 +30,7 @@ NAME = f"<u>[red]{MARK}"
 
 LABELS = {"Bake": "safe", "Break": "toxic"}
 SETTINGS = (
-    "prompts.limit=20", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
+    "prompts.limit=30", "prompts.max_tokens=400", "saes.steps=4", "saes.batch_size=64", "evaluation.sizes=[4,16]",
     "evaluation.random_draws=2", "evaluation.replies=2", "evaluation.reply_tokens=3",
     "discovery.method=attribution", "discovery.checked_nodes=2", "discovery.checked_prompts=4", "comparison.size=8",
     "comparison.shuffles=1", "comparison.replies=2", "comparison.reply_tokens=3", "steering.min_induced=-99",
