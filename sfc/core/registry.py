@@ -44,6 +44,7 @@ BUILT_IN = (
     "sfc.studies.repair",
     "sfc.studies.report",
 )
+_PLACES = {module: place for place, module in enumerate(BUILT_IN)}
 ENTRY_POINTS, VARIABLE = "sfc.plugins", "SFC_PLUGINS"
 
 
@@ -51,7 +52,11 @@ Item = TypeVar("Item")
 
 
 class Registry(Generic[Item]):
-    """Things of one kind by their attribute `name`, in the order in which they were registered."""
+    """Things of one kind by their attribute `name`.
+
+    Those of modules in `BUILT_IN` come first, in its order, whichever was imported first; the others in the order in
+    which they were registered.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -81,17 +86,16 @@ class Registry(Generic[Item]):
         return self._items[name]
 
     def __iter__(self) -> Iterator[Item]:
-        load_plugins()
-        return iter(list(self._items.values()))
+        return iter([self._items[name] for name in self.names()])
 
     def __contains__(self, name: object) -> bool:
         load_plugins()
         return name in self._items
 
     def names(self) -> list[str]:
-        """All names, in the order in which they were registered."""
+        """All names, in order."""
         load_plugins()
-        return list(self._items)
+        return sorted(self._items, key=lambda name: _PLACES.get(type(self._items[name]).__module__, len(BUILT_IN)))
 
 
 class KnownTo:
