@@ -29,7 +29,7 @@ from sfc.models.batches import Batch, TemplateLayout, make_batches
 from sfc.models.loading import Model
 from sfc.models.running import activations_at
 from sfc.saes.dictionary import Dictionary
-from sfc.saes.kernels import row_dots, values_of
+from sfc.saes.kernels import Sparse, row_dots, values_of
 
 _BLOCK_ROWS = 4096
 
@@ -107,7 +107,7 @@ class Counterfactuals:
             for site, space in spaces.items():
                 x = seen[site][touchable]
                 read = x if space.reads == site else seen[space.reads][touchable]
-                parts[site].append(_recorded(space, x, read))
+                parts[site].append(Recorded(x, read, *_features(space, read)))
         return cls(layout, pairs, {site: _joined(of_site) for site, of_site in parts.items()}, ends)
 
     def batches(
@@ -127,7 +127,7 @@ class Counterfactuals:
         recorded = {}
         for site, space in spaces.items():
             x, read, *_ = self.recorded[site]
-            blocks = [_recorded(space, x[:0], block)._replace(read=read[:0]) for block in read.split(_BLOCK_ROWS)]
+            blocks = [Recorded(x[:0], read[:0], *_features(space, block)) for block in read.split(_BLOCK_ROWS)]
             recorded[site] = _joined(blocks)._replace(x=x, read=read)
         return replace(self, recorded=recorded)
 
@@ -144,7 +144,7 @@ class Counterfactuals:
         self, space: Dictionary, batch: Batch, features: Int[Tensor, " features"]
     ) -> Float[Tensor, "tokens features"]:
         """The values of some features on the counterfactuals."""
-        *_, values, indices = self._at(space, batch)
+        values, indices = self._features_in(space, self._rows(batch))
         return values_of(features, values, indices, space.d_sae)
 
     def ablated_part(
@@ -175,7 +175,7 @@ class Counterfactuals:
         n_places: int,
     ) -> Float[Tensor, "places d_sae"]:
         """`sum_t (g_t . d_i) f_ti(c)` over the tokens of each place, from the active features alone."""
-        *_, values, indices = self._at(space, batch)
+        values, indices = self._features_in(space, self._rows(batch))
         total = g.new_zeros(n_places, space.d_sae)
         entry = (place_of_token[:, None] * space.d_sae + indices).flatten()
         total.view(-1).index_add_(0, entry, (row_dots(g, indices, space.W_dec) * values).flatten())
@@ -185,7 +185,11 @@ class Counterfactuals:
         rows, all_of_them = self._rows(batch), self.recorded[space.site]
         x = all_of_them.x[rows].float()
         read = x if all_of_them.read is all_of_them.x else all_of_them.read[rows].float()
-        return Recorded(x, read, all_of_them.values[rows], all_of_them.indices[rows].long())
+        return Recorded(x, read, *self._features_in(space, rows))
+
+    def _features_in(self, space: Dictionary, rows: Int[Tensor, " tokens"]) -> Sparse:
+        all_of_them = self.recorded[space.site]
+        return Sparse(all_of_them.values[rows], all_of_them.indices[rows].long())
 
     def _rows(self, batch: Batch) -> Int[Tensor, " tokens"]:
         """Where the counterpart of each touchable token is recorded: as far from the end of its prompt."""
@@ -197,9 +201,10 @@ class Counterfactuals:
         return (ends[:, None] - from_the_end)[touchable]
 
 
-def _recorded(space: Dictionary, x: Float[Tensor, "tokens d_in"], read: Float[Tensor, "tokens d_read"]) -> Recorded:
+def _features(space: Dictionary, read: Float[Tensor, "tokens d_read"]) -> Sparse:
+    """As they are kept: with numbers of four bytes."""
     values, indices = space.encode_sparse(read.float())
-    return Recorded(x, read, values, indices.int())
+    return Sparse(values, indices.int())
 
 
 def _joined(parts: Sequence[Recorded]) -> Recorded:
