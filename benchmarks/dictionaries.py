@@ -27,14 +27,15 @@ _HELD_OUT = 0.06
 NOTES = """\
 matched: of the features that fire on held-out rows, the share with a partner of cosine 0.7 in the dictionary of the
 other half, each the other's nearest; any: with some partner; chance: matched where the other dictionary is random.
-- sfc: the defaults of SaeConfig with learning rate 1e-3; "anchored" with saes.anchor_weight=0.3, "random" with
-  saes.start=random and learning rate 2e-3.
+- sfc: the defaults of SaeConfig with learning rate 1e-3; "plain" with saes.matryoshka=[], "anchored" with
+  saes.anchor_weight=0.3, "random" plain with saes.start=random and learning rate 2e-3.
 - SAELens: SAETrainer's defaults; "SAELens, tuned" has the learning rate, warm-up and decay of sfc's defaults."""
 
 CONTENDERS: dict[str, Builder] = {
     "sfc": partial(ours, learning_rate=1e-3),
+    "sfc, plain": partial(ours, learning_rate=1e-3, matryoshka=[]),
     "sfc, anchored": partial(ours, learning_rate=1e-3, anchor_weight=0.3),
-    "sfc, random": partial(ours, start="random"),
+    "sfc, random": partial(ours, start="random", matryoshka=[]),
     "SAELens": saelens,
     "SAELens, tuned": saelens_tuned,
 }

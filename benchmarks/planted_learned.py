@@ -6,7 +6,7 @@ How many of the true features are among the learned ones, and is the circuit tha
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ MIXED = 0.5
 PROMPTS, HELD_OUT_PROMPTS = 24, 200
 """of each side in each split, and for the variance explained"""
 METHOD = "learned-mask"
-ABOUT = (*Superposition._fields, "width", "k", "start", "dictionaries")
+ABOUT = (*Superposition._fields, "width", "k", "training", "dictionaries")
 """the columns that say what a row is of"""
 _BLOCK_ROWS = 2048
 
@@ -114,7 +114,12 @@ def _cosines(
     return superposed.directions(features) @ normalize(dictionary.W_dec).T
 
 
-STARTS: tuple[str, ...] = get_args(SaeConfig.model_fields["start"].annotation)
+TRAININGS: dict[str, dict[str, Any]] = {
+    "kmeans": {"matryoshka": []},
+    "random": {"matryoshka": [], "start": "random"},
+    "kmeans, Matryoshka": {},
+}
+"""how dictionaries are trained; the last one is the trainer's default"""
 
 
 class Setting(NamedTuple):
@@ -128,10 +133,10 @@ class Setting(NamedTuple):
     """to learn from"""
     mask_steps: int = 120
 
-    def saes(self, start: str) -> SaeConfig:
-        """The trainer's options."""
-        options = {"expansion": self.expansion, "k": self.k, "steps": self.steps, "start": start}
-        return SaeConfig.model_validate(options | {"learning_rate": 1e-2})
+    def saes(self, training: str) -> SaeConfig:
+        """The trainer's options for one of the `TRAININGS`."""
+        options = {"expansion": self.expansion, "k": self.k, "steps": self.steps, "learning_rate": 1e-2}
+        return SaeConfig.model_validate(options | TRAININGS[training])
 
 
 SETTINGS = [
@@ -146,7 +151,7 @@ QUICK_SETTINGS = [Setting(Superposition(128, 2), expansion=4, k=8, steps=100, pr
 
 
 def measure(settings: Sequence[Setting], kinds: Sequence[str]) -> pd.DataFrame:
-    """A row for each setting, start, kind of circuit, and learned or random dictionaries.
+    """A row for each setting, training, kind of circuit, and learned or random dictionaries.
 
     Columns: the setting; `Recovery`; `nodes`, `precision` and `recall` of the circuit; its figures; and the agreement
     of all features at once, which is what the dictionaries allow. Learned and random dictionaries have circuits of one
@@ -159,13 +164,13 @@ def measure(settings: Sequence[Setting], kinds: Sequence[str]) -> pd.DataFrame:
         for seed, kind in enumerate(kinds):
             with tempfile.TemporaryDirectory() as folder:
                 superposed = superpose(kind, setting.superposition, PROMPTS, seed, Path(folder))
-                for start in STARTS:
-                    learned = learn(superposed, setting.prompts, setting.saes(start), seed)
+                for training in TRAININGS:
+                    learned = learn(superposed, setting.prompts, setting.saes(training), seed)
                     about = {
                         **setting.superposition._asdict(),
                         "width": learned[ACTIVATIONS.sites[0]].d_sae,
                         "k": setting.k,
-                        "start": start,
+                        "training": training,
                     }
                     rows += [about | {"seed": seed} | row for row in _found(superposed, learned, setting.mask_steps)]
         say(f"{setting.superposition.features} features: done")

@@ -28,7 +28,7 @@ QUICK = {"rounds": 5, "burst": 2, "steps": 30, "seeds": 1, "threads": 2}
 NOTES = """\
 Everyone has the same rows, batch, dtype and threads, and an auxiliary loss. While steps are timed no feature is dead.
 "times ours" is the median over rounds of the ratio within the round.
-- sfc: the defaults of SaeConfig.
+- sfc: the defaults of SaeConfig, without the prefixes of Matryoshka SAEs, which the others do not have.
 - SAELens: SAETrainer's defaults (Adam, learning rate 3e-4, constant), expected_average_only_in. "SAELens, tuned" has
   the learning rate, the warm-up and the decay of ours, and starts with the mean row as b_dec, where SAELens has 0.
 - dictionary_learning: TopKTrainer's defaults (Adam, learning rate by d_sae), rows of unit mean squared norm.
@@ -67,7 +67,7 @@ def speed(problem: Problem, rounds: int, burst: int) -> dict[str, Any]:
     """What a training step of each contender takes, and what the floor does."""
     batches = list(itertools.islice(residual_rows(problem, seed=0), 8))
     peers = installed_peers(problem.device)
-    builders: dict[str, Builder | None] = {"sfc": partial(ours, dead_after=10_000_000), **peers}
+    builders: dict[str, Builder | None] = {"sfc": partial(ours, dead_after=10_000_000, matryoshka=[]), **peers}
     steps = (rounds + 1) * (burst + 1)
     calls = {
         name: _on_each(build(problem, batches[0], steps, 0).step, batches)
@@ -98,7 +98,11 @@ def speed(problem: Problem, rounds: int, burst: int) -> dict[str, Any]:
 def quality(problem: Problem, steps: int, seeds: int) -> dict[str, Any]:
     """Variance unexplained on held-out rows after equal tokens, by seed; `fvu_ratio` is ours to the better SAELens."""
     held_out = torch.cat(list(itertools.islice(residual_rows(problem, seed=-1), 8)))
-    builders: dict[str, Builder] = {"sfc": ours, "SAELens": saelens, "SAELens, tuned": saelens_tuned}
+    builders: dict[str, Builder] = {
+        "sfc": partial(ours, matryoshka=[]),
+        "SAELens": saelens,
+        "SAELens, tuned": saelens_tuned,
+    }
     fvu: dict[str, list[float]] = {name: [] for name in builders}
     seconds: dict[str, list[float]] = {name: [] for name in builders}
     for seed, (name, build) in itertools.product(range(seeds), builders.items()):

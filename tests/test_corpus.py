@@ -21,13 +21,14 @@ from sfc.models.batches import TemplateLayout, flush_right, pad
 from sfc.models.generation import continue_tails, end_tokens, sampled
 from sfc.models.loading import Model
 from sfc.run import Run
+from sfc.saes.plan import TokenTable
 from sfc.session import Session
 from sfc.studies.sample import SAMPLE
 from sfc.studies.sample.conversations import Start, Writer, first_words, is_plain_request
 from sfc.studies.sample.write import EVERYDAY, Starts, read_sample
 from sfc.studies.study import ensure
 from sfc.studies.train import TRAIN
-from sfc.studies.train.rows import sae_corpus
+from sfc.studies.train.rows import is_deciding, sae_corpus, training_rows
 
 SMALL = ("prompts.limit=8", "sample.unfiltered=true", "sample.batch=6", "sample.tokens=400")
 
@@ -310,3 +311,35 @@ def test_the_embedded_model_writes_plain_requests_and_answers_them(tmp_path: Pat
     assert np.mean([len(each["reply"].split()) for each in made]) > 5
     fates = ensure(SAMPLE, run).result["fates"]
     assert fates["kept"] > 0.4 * sum(fates.values())
+
+
+# --- deciding tokens
+
+
+def test_the_tokens_after_which_replies_begin_by_hand() -> None:
+    content, suffix, reply = Role.CONTENT, Role.SUFFIX, Role.REPLY
+    rows = [
+        (0, content), (0, content), (0, suffix), (0, suffix),  # a prompt: its last token
+        (1, content), (1, suffix), (1, reply), (1, reply),  # a chat: the template's last one
+        (2, content), (2, content),  # a text
+        (3, suffix),
+    ]  # fmt: skip
+
+    def deciding(rows: list[tuple[int, Role]]) -> list[int]:
+        prompt, role = np.array(rows).T
+        return np.flatnonzero(is_deciding(TokenTable(prompt, 0 * prompt, 0 * prompt, role))).tolist()
+
+    assert deciding(rows) == [3, 5, 10]
+    assert deciding([(0, content), (0, content), (1, content), (1, reply)]) == []  # no template
+
+
+def test_deciding_tokens_are_the_share_of_the_training_that_is_wanted(tmp_path: Path) -> None:
+    run = tiny(tmp_path)
+    rows = training_rows(Session(run))
+    deciding = is_deciding(rows.tokens)
+    assert deciding.sum() == len(rows.table)
+    for share in (0.3, 0.6):
+        weights = rows.weights(share)
+        assert (weights[~rows.trained] == 0).all() and (weights[rows.trained & ~deciding] == 1).all()
+        assert weights[deciding].sum() / weights.sum() == pytest.approx(share)
+    assert (rows.weights(0) == rows.trained).all()

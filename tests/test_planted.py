@@ -16,7 +16,7 @@ import pytest
 import torch
 from planted import BY_CORRELATION, MINIMAL, measure, report, summary
 from planted_circuits import AGAINST, FOR, KINDS, N_LAYERS, OUTPUT, OUTPUT_LOGITS, Circuit, Node, planted_graph
-from planted_learned import Setting, corpus, likeness, recovery
+from planted_learned import TRAININGS, Setting, corpus, likeness, recovery
 from planted_models import CONSTANT, D_MODEL
 from planted_problems import ACTIVATIONS, MARGIN, Planted, exact_margin, load_planted_model, plant
 from planted_superposed import Superposed, Superposition, superpose
@@ -229,7 +229,7 @@ def _true_dictionary(superposed: Superposed, site: str) -> TopKDictionary:
 def test_learned_dictionaries_hold_more_of_the_truth_than_random_ones_and_so_do_their_circuits() -> None:
     setting = Setting(Superposition(96, 2), expansion=2, k=8, steps=40, prompts=400, mask_steps=20)
     measured = planted_learned.measure([setting], ["chain"])
-    assert measured["start"].tolist() == ["kmeans", "kmeans", "random", "random"]
+    assert measured["training"].tolist() == [name for name in TRAININGS for _ in range(2)]
     assert set(measured["width"]) == {2 * D_MODEL}
     kmeans, null = measured.iloc[0], measured.iloc[1]
     assert kmeans["nodes"] == null["nodes"]

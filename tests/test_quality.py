@@ -29,7 +29,7 @@ from sfc.session import Session
 from sfc.studies.study import Finished, ensure
 from sfc.studies.train import TRAIN
 from sfc.studies.train.probing import COLUMNS, pooled, pooled_features, sparse_probe
-from sfc.studies.train.rows import training_rows
+from sfc.studies.train.rows import is_deciding, training_rows
 
 SITE = "blocks.0.hook_resid_post"
 C, S = Role.CONTENT, Role.SUFFIX
@@ -170,7 +170,7 @@ def test_a_run_writes_a_row_per_site_and_role(run: Run) -> None:
     quality = pd.read_csv(run.saes.folder / "quality.csv")
     sites = run.experiment.activations.sites
     assert list(zip(quality["site"], quality["role"], strict=True)) == [
-        *((site, role) for site in sites for role in ("all", "content", "suffix")),
+        *((site, role) for site in sites for role in ("all", "content", "suffix", "deciding")),
         ("all", "in series"),
     ]
     of_all = quality[quality["role"] == "all"]
@@ -185,10 +185,14 @@ def test_a_runs_figures_are_those_of_the_rows_held_out(run: Run) -> None:
     quality = pd.read_csv(run.saes.folder / "quality.csv").set_index(["site", "role"])
     density = pd.read_csv(run.saes.folder / "density.csv").set_index(["site", "feature"])
     held_out = rows.table["held_out"].to_numpy()[store.tokens.prompt]
+    deciding = is_deciding(store.tokens)
+    in_suffix = (store.tokens.role == S) & ~deciding
     assert 0 < held_out.sum() == (~rows.trained).sum() < 0.1 * store.n_tokens
     for site, dictionary in Dictionaries(run.saes.folder, run.experiment.activations.sites).items():
         x = torch.cat([store.read(site, *block) for block in store.blocks(10_000)])
-        for name, of_role in (("all", True), ("content", store.tokens.role == C), ("suffix", store.tokens.role == S)):
+        for name, of_role in (
+            ("all", True), ("content", store.tokens.role == C), ("suffix", in_suffix), ("deciding", deciding)
+        ):  # fmt: skip
             wanted = x[torch.from_numpy(held_out & of_role)]
             found = quality.loc[(site, name), list(Quality._fields)].tolist()
             assert found == pytest.approx(list(_definition(dictionary, wanted)), rel=1e-4)
@@ -232,7 +236,7 @@ def test_a_corpus_of_texts_is_cut_into_pieces_and_spliced_into_prompts(
 
 def test_a_corpus_of_replies_has_their_rows_and_is_measured_by_their_role(corpus_run: Callable[..., Run]) -> None:
     run = corpus_run("corpus.replies=true")
-    check_quality(run, ["all", "content", "suffix", "reply"])
+    check_quality(run, ["all", "content", "suffix", "reply", "deciding"])
     tokens = Store(run.corpus.folder).tokens
     replies = np.bincount(tokens.prompt[tokens.role == Role.REPLY])
     assert replies.max() == 5 and (replies > 0).all()

@@ -60,6 +60,23 @@ def test_every_gradient_of_the_loss_equals_dense_autograd(dead: list[int]) -> No
     torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(oracle, parameters))
 
 
+@given(prefixes=st.lists(st.integers(1, 15), min_size=1, max_size=4, unique=True).map(sorted))
+def test_the_matryoshka_loss_is_the_mean_over_what_each_prefix_reconstructs(prefixes: list[int]) -> None:
+    x = normal(11, 8, seed=5)
+    parameters = Parameters(normal(16, 8), normal(16, seed=1), normal(16, 8, seed=2), normal(8, seed=3))
+    for parameter in parameters:
+        parameter.requires_grad_()
+    loss = sae_loss(parameters, x, 3, torch.tensor([], dtype=torch.long), 0.0, prefixes=prefixes)
+    encoder, b_enc, W_dec, b_dec = parameters
+    active = dense_top_k((x - b_dec) @ encoder.T + b_enc, 3)
+    variance = (x - x.mean(0)).pow(2).sum()
+    fvu = [(x - b_dec - active[:, :end] @ W_dec[:end]).pow(2).sum() / variance for end in [*prefixes, 16]]
+    torch.testing.assert_close(loss.fvu, fvu[-1].detach())
+    oracle = sum(fvu) / len(fvu)
+    torch.testing.assert_close(loss.total, oracle)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, parameters), torch.autograd.grad(oracle, parameters))
+
+
 def test_the_auxiliary_loss_reaches_the_encoder_of_dead_features() -> None:
     x = normal(11, 8, seed=5)
     parameters = Parameters(normal(16, 8), normal(16, seed=1), normal(16, 8, seed=2), normal(8, seed=3))

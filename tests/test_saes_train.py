@@ -15,6 +15,7 @@ from sfc.core.config import SaeConfig
 from sfc.core.errors import UserError
 from sfc.core.ranks import Peers
 from sfc.saes.checkpoint import steps_done
+from sfc.saes.dictionary import TopKDictionary
 from sfc.saes.logs import LOG_FILE, json_lines
 from sfc.saes.quality import reconstruction_quality
 from sfc.saes.start import geometric_median, spherical_kmeans, start
@@ -22,7 +23,15 @@ from sfc.saes.train import Progress, SiteStats, dead_features, finish, sae_loss,
 
 D_IN, PLANTED = 32, 48
 CONFIG = SaeConfig.model_validate(
-    {"expansion": 2, "k": 4, "steps": 400, "batch_size": 256, "learning_rate": 1e-2, "dead_after": 5_000}
+    {
+        "expansion": 2,
+        "k": 4,
+        "steps": 400,
+        "batch_size": 256,
+        "learning_rate": 1e-2,
+        "dead_after": 5_000,
+        "matryoshka": [],
+    }
 )
 
 
@@ -232,6 +241,25 @@ def test_a_log_that_is_continued_drops_steps_to_be_done_again_and_is_checked(tmp
     log.write_text('{"step": 10}\n{"step": "many"}\n')
     with pytest.raises(UserError, match=rf"{LOG_FILE} is damaged \(step: .*\); delete it"):
         json_lines(tmp_path, ["a"], first_step=20)
+
+
+def test_the_first_features_of_a_matryoshka_sae_reconstruct_by_themselves() -> None:
+    x = rows(500, 5)
+
+    def missed_by_first(sae: TopKDictionary) -> float:
+        values, indices = sae.encode_sparse(x)
+        x_hat = sae.decode_sparse(values * (indices < sae.d_sae // 4), indices)
+        return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+
+    plain, nested = train(short(steps=100, matryoshka=[])), train(short(steps=100, matryoshka=[0.25]))
+    assert missed_by_first(nested) < 0.8 * missed_by_first(plain)
+
+
+@pytest.mark.parametrize(("shares", "prefixes"), [([0.5, 0.1], [4, 16]), ([0.99], []), ([], []), ([0.1, 0.12], [4])])
+def test_shares_of_the_features_are_rounded_up_and_those_that_are_alike_count_once(
+    shares: list[float], prefixes: list[int]
+) -> None:
+    assert short(matryoshka=shares).prefixes(32) == prefixes
 
 
 def test_the_l1_norm_makes_features_smaller() -> None:

@@ -51,6 +51,29 @@ def test_an_epoch_has_every_wanted_row_at_most_once_and_nearly_all(
     assert len(epoch) > wanted.sum() - 8 * (n_buffers + 1)
 
 
+@given(
+    wanted=st.lists(st.integers(0, 5), min_size=40, max_size=200),
+    block_rows=st.integers(1, 50), buffer_rows=st.integers(1, 100), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_a_row_comes_in_each_epoch_as_often_as_it_is_wanted(
+    wanted: list[int], block_rows: int, buffer_rows: int, seed: int
+) -> None:
+    often = np.array([*wanted, 1])
+    stream = shuffled_batches(counted(len(often), block_rows), often, 1, seed, buffer_rows)
+    for _ in range(2):
+        rows = [int(next(stream)[0, 0, 0]) for _ in range(often.sum())]
+        assert np.array_equal(np.bincount(rows, minlength=len(often)), often)
+
+
+def test_a_row_that_is_wanted_two_and_a_half_times_comes_twice_or_three_times() -> None:
+    often = np.full(400, 2.5)
+    stream = shuffled_batches(counted(400, 20), often, 1, 0, 100)
+    rows = [int(next(stream)[0, 0, 0]) for _ in range(800)]  # an epoch has about a thousand
+    assert np.bincount(rows).max() <= 3
+    rows += [int(next(stream)[0, 0, 0]) for _ in range(20_000 - 800)]
+    assert np.bincount(rows, minlength=400) / 20 == pytest.approx(often, abs=0.6)
+
+
 @given(first=st.integers(0, 60), seed=st.integers(0, 3))
 def test_it_can_begin_at_any_step(first: int, seed: int) -> None:
     wanted = np.arange(300) % 3 != 0

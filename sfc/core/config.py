@@ -4,6 +4,7 @@
 works as well.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -194,6 +195,18 @@ class SaeConfig(Section):
     l1_weight: float = Field(
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
     )
+    matryoshka: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [1 / 9, 1 / 3],
+        description="Bussmann et al. 2025: each of these shares of the features, the first ones, reconstructs by itself"
+        " as well, so that what is general comes first, and circuits are small; []: only all of them together",
+    )
+    deciding_share: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of every batch that is of tokens after which the model begins its reply, the last ones of"
+        " prompts; they are few, and what is to be explained happens there. 0: as many as there are",
+    )
     decoder_bias: Literal["median", "mean"] = Field(
         "median", description="where b_dec starts: the geometric median or the mean of a sample"
     )
@@ -216,6 +229,11 @@ class SaeConfig(Section):
         without |= set() if self.finetune_steps else {"finetune_steps", "finetune_rate"}
         without |= {"dtype"} if self.dtype == "float32" else set()
         return self.model_dump(exclude=without if self.seed is not None else without | {"seed"})
+
+    def prefixes(self, d_sae: int) -> list[int]:
+        """How many features each share of `matryoshka` is, of `d_sae`; rising, and fewer than all."""
+        sizes = {math.ceil(share * d_sae) for share in self.matryoshka}
+        return sorted(size for size in sizes if size < d_sae)
 
     def active_features(self, d_sae: int) -> int:
         """The k of top-k for a dictionary of `d_sae` features.

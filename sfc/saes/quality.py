@@ -18,6 +18,9 @@ from sfc.data.render import Role
 from sfc.saes.dictionary import Dictionary, reconstruction
 
 ALL = "all"
+DECIDING = len(Role)
+"""in place of the role of a token after which the model begins a reply: such tokens are measured by themselves"""
+_NAMES = {role.value: role.name.lower() for role in Role} | {DECIDING: "deciding"}
 DENSE_RATE = 0.1
 """a feature that is active on more than this share of the rows is dense: it says little about any one of them"""
 ROWS_AT_ONCE = 4096
@@ -64,8 +67,8 @@ def quality_by_role(
     """Measure a dictionary in one pass over blocks of rows, in float32 with sums in float64.
 
     Args:
-        blocks: rows in the model's units, on any device, each block with the `Role` of each row's token, and for a
-            transcoder the rows that it reads.
+        blocks: rows in the model's units, on any device, each block with the `Role` of each row's token, or `DECIDING`,
+            and for a transcoder the rows that it reads.
 
     Returns:
         `ALL` first, then each role that occurs, by its name in lower case.
@@ -78,7 +81,7 @@ def quality_by_role(
             sums = _sums_of(dictionary, rows[of_role], read[of_role])
             by_role[role] = by_role[role] + sums if role in by_role else sums
     total = sum(by_role.values(), start=_no_rows(dictionary))
-    named = {Role(role).name.lower(): by_role[role] for role in sorted(by_role)}
+    named = {_NAMES[role]: by_role[role] for role in sorted(by_role)}
     return {name: sums.measured() for name, sums in ({ALL: total} | named).items()}
 
 

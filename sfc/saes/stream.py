@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from sfc.core.errors import UserError
@@ -65,13 +65,13 @@ def live_source(
 
 def shuffled_batches(
     source: RowSource,
-    wanted: Bool[np.ndarray, " rows"],
+    wanted: Real[np.ndarray, " rows"] | Bool[np.ndarray, " rows"],
     batch_size: int,
     seed: int,
     buffer_rows: int,
     first_step: int = 0,
 ) -> Iterator[Float[Tensor, "sites batch d"]]:
-    """Random batches of the wanted rows, epoch after epoch, without end.
+    """Random batches of the wanted rows, each as often as it is wanted, epoch after epoch, without end.
 
     An epoch goes through the blocks in random order, `buffer_rows` rows at a time, and shuffles each such buffer: with
     blocks of a sixteenth of it, batches mix many prompts. What does not fill a batch is left out of that epoch. Memory,
@@ -79,14 +79,15 @@ def shuffled_batches(
     in an epoch, each has up to 1 + 1/n times `buffer_rows` rows and a block.
 
     Args:
+        wanted: how often each row comes in an epoch: 1 is once, 0 never, and 2.5 twice or three times.
         first_step: the stream begins with this batch of it, as if those before had been taken.
 
     Raises:
         UserError: there are fewer wanted rows than a batch has.
     """
-    if wanted.sum() < batch_size:
+    if np.floor(wanted).sum() < batch_size:
         raise UserError(
-            f"{wanted.sum()} rows to train on are fewer than a batch of {batch_size}: --set saes.batch_size=…"
+            f"{int(wanted.sum())} rows to train on are fewer than a batch of {batch_size}: --set saes.batch_size=…"
         )
     buffers = _from_step(_endless_buffers(source, wanted, batch_size, seed, buffer_rows), first_step)
     with ThreadPoolExecutor(1) as reader:
@@ -103,11 +104,17 @@ def _endless_buffers(
     source: RowSource, wanted: np.ndarray, batch_size: int, seed: int, buffer_rows: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each buffer its blocks, and the rows of each batch from it: a function of the arguments alone."""
-    counts = np.add.reduceat(wanted, source.starts[:-1], dtype=np.int64)
+    borders, is_wanted = source.starts[1:-1], wanted > 0
     for epoch in range(np.iinfo(np.int64).max):
-        random = np.random.default_rng([seed, epoch])
+        random, chances = np.random.default_rng([seed, epoch]), np.random.default_rng([seed, epoch, 1])
+        times = np.floor(wanted + chances.random(len(wanted))).astype(np.int64)
+        often = [
+            rows[kept] for rows, kept in zip(*(np.split(each, borders) for each in (times, is_wanted)), strict=True)
+        ]
+        counts = np.array([rows.sum() for rows in often])
         for blocks in _groups(random.permutation(len(counts)), counts, batch_size, buffer_rows):
-            rows = random.permutation(counts[blocks].sum())
+            in_buffer = np.concatenate([often[block] for block in blocks])
+            rows = np.repeat(np.arange(len(in_buffer)), in_buffer)[random.permutation(counts[blocks].sum())]
             whole = rows[: len(rows) - len(rows) % batch_size]
             yield blocks, rearrange(whole, "(batches rows) -> batches rows", rows=batch_size)
 
@@ -135,7 +142,7 @@ def _from_step(buffers: Iterator[tuple[np.ndarray, np.ndarray]], step: int) -> I
 
 def _read(source: RowSource, wanted: np.ndarray, blocks: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
     """The wanted rows of the blocks in one tensor, which is filled block by block so that none is held twice."""
-    keep = [torch.from_numpy(wanted[source.starts[block] : source.starts[block + 1]]) for block in blocks]
+    keep = [torch.from_numpy(wanted[source.starts[block] : source.starts[block + 1]] > 0) for block in blocks]
     ends = np.cumsum([int(rows.sum()) for rows in keep])
     buffer = torch.empty(0)
     for block, rows, end in zip(blocks, keep, ends, strict=True):

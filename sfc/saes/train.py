@@ -9,12 +9,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
@@ -157,7 +157,7 @@ def train_step(
     with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
         loss = sae_loss(
             training.parameters, x * training.scale, k, dead, config.auxiliary_weight, config.l1_weight,
-            peers.share(len(x)),
+            peers.share(len(x)), config.prefixes(len(training.tokens_since_fired)),
         )  # fmt: skip
     loss = loss._replace(total=loss.total + config.anchor_weight / peers.size * turned(training))
     training.optimizer.zero_grad()
@@ -187,8 +187,12 @@ def sae_loss(
     auxiliary_weight: float,
     l1_weight: float = 0.0,
     own: slice = _ALL_ROWS,
+    prefixes: Sequence[int] = (),
 ) -> Loss:
     """Squared error over the batch's variance, plus the auxiliary loss of Gao et al. 2024 where features are dead.
+
+    Of Matryoshka SAEs (Bussmann et al. 2025) it is the mean over what the first features of each prefix reconstruct by
+    themselves, and what all of them do.
 
     The auxiliary loss asks the d_in / 2 most active dead features to explain what the live ones missed; its weight
     falls in proportion when fewer than that are dead. The L1 norm of the features, where it has a weight, is a mean
@@ -196,6 +200,7 @@ def sae_loss(
 
     Args:
         own: the rows whose part of the loss is wanted. The parts of all rows sum to the loss.
+        prefixes: numbers of features, rising.
     """
     encoder, b_enc, W_dec, b_dec = parameters
     variance = (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
@@ -205,9 +210,14 @@ def sae_loss(
         active, revived = sparse_encode(x - b_dec, encoder, b_enc, k), None
     else:
         active, revived = sparse_encode_with_dead(x - b_dec, encoder, b_enc, k, dead, k_dead)
-    error = x - (weighted_row_sums(*active, W_dec) + b_dec)
-    fvu = error.square().sum() / variance
-    total = fvu
+    ends = [*prefixes, len(W_dec)]
+    squares, error = [], x - b_dec
+    for first, end in pairwise([0, *ends]):
+        inside = active.values if not prefixes else active.values * _between(active.indices, first, end)
+        error = error - weighted_row_sums(inside, active.indices, W_dec)
+        squares.append(error.square().sum())
+    fvu = squares[-1] / variance
+    total = torch.stack(squares).mean() / variance
     if revived is not None:
         missed = error.detach() - revived @ W_dec[dead]
         share = k_dead / (x.shape[1] // 2)
@@ -215,6 +225,10 @@ def sae_loss(
     if l1_weight > 0:
         total = total + l1_weight * active.values.sum() / (n_rows * math.sqrt(x.shape[1]))
     return Loss(total, fvu.detach(), active)
+
+
+def _between(indices: Int[Tensor, "rows k"], first: int, end: int) -> Bool[Tensor, "rows k"]:
+    return (indices >= first) & (indices < end)
 
 
 def finish(training: Training, k: int) -> TopKDictionary:

@@ -354,8 +354,8 @@ def _guide(dense_rate: float) -> tuple[str, ...]:
         "them, or of those of one role around that role's own mean. 0 is perfect, 1 no better than the mean. The "
         "figure of all rows counts the variance between the roles as well, and is no average of the roles'.",
         "**Roles.** Content is the user's text; the suffix is the template after it, a handful of tokens that are "
-        "the same in every prompt, at whose end the model decides; a reply is what the model wrote after that. The "
-        "fewer kinds of rows, the fewer features fire.",
+        "the same in every prompt; deciding are the last of them, one in each prompt, after which the model begins its "
+        "reply; a reply is what the model wrote after that. The fewer kinds of rows, the fewer features fire.",
         "**L0** is the mean number of active features in a row. **Dead** features are active in none of these "
         f"rows, **dense** ones in more than {100 * dense_rate:g} % of them. The histograms count features by the "
         "share of rows in which they are active; move the slider to change the site.",

@@ -24,7 +24,7 @@ from sfc.core.errors import UserError
 from sfc.core.progress import progress_bar, say
 from sfc.core.ranks import told
 from sfc.data.corpus import PROMPTS, SAMPLED, holds_prompt, is_chat, pieces, read_chats, read_texts
-from sfc.data.render import answered, plain_ids
+from sfc.data.render import Role, answered, plain_ids
 from sfc.data.schema import keyed_numbers, keyed_ranks, with_ids
 from sfc.models.generation import with_replies
 from sfc.models.loading import Model, choose_device
@@ -34,7 +34,7 @@ from sfc.saes.dictionary import Dictionary
 from sfc.saes.format import load_dictionary
 from sfc.saes.plan import TokenTable, joined, plan_batches
 from sfc.saes.published import in_saelens_format
-from sfc.saes.quality import ALL, quality_by_role
+from sfc.saes.quality import ALL, DECIDING, quality_by_role
 from sfc.saes.source import check_site, local_dictionaries, source_of
 from sfc.saes.store import Store, read_prompts, stored_sites
 from sfc.saes.stream import BLOCKS_PER_BUFFER, RowSource, live_source, stored_source
@@ -63,9 +63,30 @@ class TrainingRows:
         """Which rows are trained on."""
         return self.table["trained"].to_numpy()[self.tokens.prompt]
 
+    def weights(self, deciding_share: float) -> Float[np.ndarray, " rows"]:
+        """How often each row is trained on in an epoch.
+
+        Args:
+            deciding_share: of all that are trained on, so many are deciding tokens, if there are fewer by themselves
+                and any at all; those are trained on more than once.
+        """
+        weights = self.trained.astype(float)
+        deciding = self.trained & is_deciding(self.tokens)
+        others, n_deciding = int(self.trained.sum() - deciding.sum()), int(deciding.sum())
+        if n_deciding and others:
+            weights[deciding] = max(deciding_share / (1 - deciding_share) * others / n_deciding, 1)
+        return weights
+
+
+def is_deciding(tokens: TokenTable) -> Bool[np.ndarray, " rows"]:
+    """The tokens after which the model begins a reply: the last one of the template after each prompt."""
+    in_suffix = tokens.role == Role.SUFFIX
+    goes_on = np.append((tokens.prompt[1:] == tokens.prompt[:-1]) & in_suffix[1:], False)
+    return in_suffix & ~goes_on
+
 
 class HeldOutBlock(NamedTuple):
-    """A block of held-out rows in float32, and their roles; for a transcoder with the rows that it reads."""
+    """A block of held-out rows in float32, and their roles or `DECIDING`; for a transcoder with the rows it reads."""
 
     rows: Float[Tensor, "rows d"]
     roles: Int[np.ndarray, " rows"]
@@ -110,14 +131,14 @@ def training_rows(session: Session) -> TrainingRows:
 def _stored_rows(run: Run) -> TrainingRows:
     store = Store(run.corpus.folder)
     table = _with_held_out(read_prompts(run.corpus.folder), run.experiment)
-    is_held_out = table["held_out"].to_numpy()[store.tokens.prompt]
+    is_held_out, roles = table["held_out"].to_numpy()[store.tokens.prompt], _roles(store.tokens)
 
     def held_out(site: str) -> Iterator[HeldOutBlock]:
         for start, stop in store.blocks(_block_rows(run)):
             wanted = is_held_out[start:stop]
             if wanted.any():
                 rows = store.read(site, start, stop)[torch.from_numpy(wanted)]
-                yield HeldOutBlock(rows, store.tokens.role[start:stop][wanted])
+                yield HeldOutBlock(rows, roles[start:stop][wanted])
 
     return TrainingRows(table, store.tokens, lambda sites: stored_source(store, sites, _block_rows(run)), held_out)
 
@@ -129,7 +150,7 @@ def _live_rows(run: Run, model: Model, corpus: Corpus) -> TrainingRows:
     batches = plan_batches(corpus.sequences, config, model.device)
     held_out_sequences = [sequence for sequence, out in zip(corpus.sequences, table["held_out"], strict=True) if out]
     held_out_batches = plan_batches(held_out_sequences, config, model.device)
-    roles = joined([batch.tokens for batch in held_out_batches]).role
+    roles = _roles(joined([batch.tokens for batch in held_out_batches]))
 
     def held_out(site: str) -> Iterator[HeldOutBlock]:
         source = live_source(model, held_out_batches, [site], dtype, _block_rows(run))
@@ -142,6 +163,10 @@ def _live_rows(run: Run, model: Model, corpus: Corpus) -> TrainingRows:
         lambda sites: live_source(model, batches, sites, dtype, _block_rows(run)),
         held_out,
     )
+
+
+def _roles(tokens: TokenTable) -> Int[np.ndarray, " rows"]:
+    return np.where(is_deciding(tokens), DECIDING, tokens.role)
 
 
 def _block_rows(run: Run) -> int:

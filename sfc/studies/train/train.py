@@ -175,12 +175,12 @@ def _train_group(
     report: Callable[[Progress], None],
     together: Peers,
 ) -> list[TopKDictionary]:
-    config, seed, trained = run.experiment.saes, run.experiment.sae_seed, rows.trained
-    source = rows.source(sites)
-    n_sample = min(config.start_rows, int(trained.sum()))
-    sample = next(shuffled_batches(source, trained, n_sample, seed, n_sample))
+    config, seed = run.experiment.saes, run.experiment.sae_seed
+    source, wanted = rows.source(sites), rows.weights(config.deciding_share)
+    n_sample = min(config.start_rows, int(rows.trained.sum()))
+    sample = next(shuffled_batches(source, wanted, n_sample, seed, n_sample))
     return train_saes(
-        lambda first: shuffled_batches(source, trained, config.batch_size, seed, config.buffer_rows, first),
+        lambda first: shuffled_batches(source, wanted, config.batch_size, seed, config.buffer_rows, first),
         sample,
         config,
         sites=sites,
@@ -234,7 +234,8 @@ _MATCHED = ("matched", "matched_chance")
 def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[dict[str, Any]]:
     """Measure the run's dictionaries; write `quality.csv` and `density.csv`.
 
-    `quality.csv` has a row for all held-out rows of each site and one for each role among them; what splicing the
+    `quality.csv` has a row for all held-out rows of each site and one for each role among them, deciding tokens by
+    themselves; what splicing the
     dictionary in costs the model, what its features restore (see `restored`), what they tell of prompts (see
     `probing_quality`) and whether they came back (see `_matched`) are in the row of all. The last row,
     of role `IN_SERIES`, has what the features of all sites together restore. `density.csv` has a row for each feature
