@@ -196,7 +196,7 @@ class SaeConfig(Section):
         0.0, ge=0, description="weight of the features' mean L1 norm over sqrt(d_in), beside the variance unexplained"
     )
     matryoshka: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [1 / 9, 1 / 3],
+        [0.027, 0.111, 0.333],
         description="Bussmann et al. 2025: each of these shares of the features, the first ones, reconstructs by itself"
         " as well, so that what is general comes first, and circuits are small; []: only all of them together",
     )
