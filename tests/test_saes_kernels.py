@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from sfc.core.errors import UserError
 from sfc.saes import sums
 from sfc.saes.dictionary import Dictionary, TopKDictionary
-from sfc.saes.kernels import feature_sums, largest, row_dots, sparse_encode, weighted_row_sums
+from sfc.saes.kernels import feature_sums, largest, row_dots, sparse_encode, weighted_group_sums, weighted_row_sums
 from sfc.saes.sums import VARIABLE
 from sfc.saes.train import Parameters, sae_loss
 
@@ -101,10 +101,15 @@ def test_the_three_sums_pass_gradcheck_twice() -> None:
         assert check(lambda w, t: weighted_row_sums(w, indices, t), (weights, table))
         assert check(lambda v, t: row_dots(v, indices, t), (vectors, table))
         assert check(lambda w, v: feature_sums(w, indices, v, 6), (weights, vectors))
+    for borders in ([0, 6], [0, 1, 4, 6], [0, 2, 3, 6]):  # a group without entries
+        assert gradcheck(lambda w, t, b=borders: weighted_group_sums(w, indices, b, t), (weights, table))
 
 
+@pytest.mark.parametrize("prefixes", [(), (40, 130)], ids=["plain", "Matryoshka"])
 @pytest.mark.parametrize("share", [0.01, 0.02, 0.05, 0.1])
-def test_dense_and_sparse_sums_have_the_same_gradients(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_and_sparse_sums_have_the_same_gradients(
+    share: float, prefixes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     d_in, d_sae = 24, 400
     x = normal(30, d_in, seed=5)
     parameters = Parameters(
@@ -115,7 +120,8 @@ def test_dense_and_sparse_sums_have_the_same_gradients(share: float, monkeypatch
     found = {}
     for way in ("sparse", "dense"):
         monkeypatch.setenv(VARIABLE, way)
-        loss = sae_loss(parameters, x, round(share * d_sae), torch.tensor([3, 5]), 0.7).total
+        dead = torch.tensor([3, 5])
+        loss = sae_loss(parameters, x, round(share * d_sae), dead, 0.7, prefixes=prefixes).total
         found[way] = (loss, *torch.autograd.grad(loss, parameters))
     torch.testing.assert_close(found["dense"], found["sparse"])
 

@@ -17,15 +17,17 @@ A table may be kept in half precision. Products are in the precision of what it 
 and not kept so, neither after it nor for the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.amp.autocast_mode import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
 
 from sfc.models.linear import linear
-from sfc.saes.sums import dots, row_sums, sums_by_feature
+from sfc.saes.sums import dots, group_dots, group_sums, grouped_sums_by_feature, row_sums, sums_by_feature
 
 _GROUP = 8
 
@@ -118,6 +120,22 @@ def feature_sums(
     Differentiable with respect to weights and vectors.
     """
     return _FeatureSums.apply(weights, indices, vectors, d_sae)
+
+
+def weighted_group_sums(
+    weights: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+    borders: Sequence[int],
+    table: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "rows groups d_in"]:
+    """`weighted_row_sums`, taken apart into what groups of features give.
+
+    Differentiable, once, with respect to weights and table.
+
+    Args:
+        borders: 0, the first feature of each further group, and d_sae.
+    """
+    return _WeightedGroupSums.apply(weights, indices, borders, table)
 
 
 class _SparseEncode(torch.autograd.Function):
@@ -226,3 +244,24 @@ class _FeatureSums(torch.autograd.Function):
         grad_weights = row_dots(vectors, indices, grads[0]) if ctx.needs_input_grad[0] else None
         grad_vectors = weighted_row_sums(weights, indices, grads[0]) if ctx.needs_input_grad[2] else None
         return grad_weights, None, grad_vectors, None
+
+
+class _WeightedGroupSums(torch.autograd.Function):
+    @staticmethod
+    @custom_fwd(device_type="cuda")
+    def forward(ctx, weights, indices, borders, table):
+        ctx.save_for_backward(weights, indices, table)
+        ctx.borders = borders
+        return group_sums(weights, indices, borders, table.to(weights.dtype))
+
+    @staticmethod
+    @once_differentiable
+    @custom_bwd(device_type="cuda")
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        weights, indices, table = ctx.saved_tensors
+        grad_weights = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = group_dots(grads[0].contiguous(), indices, ctx.borders, table.to(grads[0].dtype))
+        if ctx.needs_input_grad[3]:
+            grad_table = grouped_sums_by_feature(weights, indices, ctx.borders, grads[0].contiguous())
+        return grad_weights, None, None, grad_table

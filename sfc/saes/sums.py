@@ -1,5 +1,7 @@
 """The three sums behind sparse dictionaries, each computed in two ways, and which way is the quicker.
 
+The same sums by groups of features are what the loss of a Matryoshka SAE is made of; no entry is read twice for them.
+
 Only k of d_sae features are active in a row. *Sparse*, a sum reads the table's rows of the active features and nothing
 else; *dense*, the values are spread over all features, and it is one matrix product. On a CPU sparse sums win even
 where 5 % of the features are active; a GPU multiplies so much faster than it gathers that dense products can win there.
@@ -13,6 +15,7 @@ well (`measured`).
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +99,91 @@ def sums_by_feature(
         return (_spread(weights, indices, d_sae).t() @ vectors).to(vectors.dtype)
 
     return _quicker("sums by feature", sparse, dense, indices, (d_sae, vectors.shape[1]))
+
+
+def group_sums(
+    weights: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+    borders: Sequence[int],
+    table: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "rows groups d_in"]:
+    """`row_sums`, taken apart into sums over groups of features: group g is from `borders[g]` to `borders[g + 1]`."""
+
+    def sparse() -> Tensor:
+        features, order = indices.sort(dim=1)
+        rows, entries = features.shape
+        firsts = torch.tensor(borders[:-1], device=features.device).expand(rows, -1).contiguous()
+        before = entries * torch.arange(rows, device=features.device)[:, None]
+        starts = (before + torch.searchsorted(features, firsts)).flatten()
+        values = weights.detach().gather(1, order).flatten()
+        sums = F.embedding_bag(features.flatten(), table.detach(), starts, per_sample_weights=values, mode="sum")
+        return sums.view(rows, len(borders) - 1, table.shape[1])
+
+    def dense() -> Tensor:
+        spread = _spread(weights, indices, len(table))
+        sums = [spread[:, first:end] @ table[first:end] for first, end in pairwise(borders)]
+        return torch.stack(sums, dim=1).to(table.dtype)
+
+    return _quicker(f"sums of {len(borders) - 1} groups", sparse, dense, indices, table.shape)
+
+
+def group_dots(
+    vectors: Float[Tensor, "rows groups d_in"],
+    indices: Int[Tensor, "rows entries"],
+    borders: Sequence[int],
+    table: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "rows entries"]:
+    """`out[n, e] = vectors[n, g] . table[indices[n, e]]`, g the group of the feature; arguments as `group_sums`."""
+
+    def sparse() -> Tensor:
+        owners = _owners(indices, borders)
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            vectors.flatten(0, 1), table, indices.flatten(), torch.zeros_like(owners[:1]), owners, 0, -1
+        )
+        return products.view(indices.shape)
+
+    def dense() -> Tensor:
+        parts = [vectors[:, g] @ table[first:end].t() for g, (first, end) in enumerate(pairwise(borders))]
+        return torch.cat(parts, dim=1).gather(1, indices).to(vectors.dtype)
+
+    return _quicker(f"products of {len(borders) - 1} groups", sparse, dense, indices, table.shape)
+
+
+def grouped_sums_by_feature(
+    weights: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+    borders: Sequence[int],
+    vectors: Float[Tensor, "rows groups d_in"],
+) -> Float[Tensor, "d_sae d_in"]:
+    """`out[i] = sum over indices[n, e] = i of weights[n, e] * vectors[n, g]`, g the group of i."""
+
+    def sparse() -> Tensor:
+        features, order = indices.flatten().sort(stable=True)
+        starts = torch.searchsorted(features, torch.arange(borders[-1] + 1, device=features.device))
+        return F.embedding_bag(
+            _owners(indices, borders)[order],
+            vectors.detach().flatten(0, 1),
+            starts,
+            per_sample_weights=weights.detach().flatten()[order],
+            mode="sum",
+            include_last_offset=True,
+        )
+
+    def dense() -> Tensor:
+        spread = _spread(weights, indices, borders[-1])
+        parts = [spread[:, first:end].t() @ vectors[:, g] for g, (first, end) in enumerate(pairwise(borders))]
+        return torch.cat(parts).to(vectors.dtype)
+
+    return _quicker(
+        f"sums by feature of {len(borders) - 1} groups", sparse, dense, indices, (borders[-1], vectors.shape[2])
+    )
+
+
+def _owners(indices: Int[Tensor, "rows entries"], borders: Sequence[int]) -> Int[Tensor, " entries_of_all_rows"]:
+    """Which row and group each entry is of, numbered row by row."""
+    inner = torch.tensor(borders[1:-1], device=indices.device)
+    rows = torch.arange(len(indices), device=indices.device)[:, None]
+    return (rows * (len(borders) - 1) + torch.bucketize(indices, inner, right=True)).flatten()
 
 
 def _spread(weights: Tensor, indices: Tensor, d_sae: int) -> Float[Tensor, "rows d_sae"]:

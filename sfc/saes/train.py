@@ -9,12 +9,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfc.core.config import SaeConfig
@@ -22,7 +22,7 @@ from sfc.core.errors import UserError
 from sfc.core.ranks import Peers
 from sfc.saes.checkpoint import Parameters, Training, restore, save
 from sfc.saes.dictionary import TopKDictionary
-from sfc.saes.kernels import Sparse, sparse_encode, sparse_encode_with_dead, weighted_row_sums
+from sfc.saes.kernels import Sparse, sparse_encode, sparse_encode_with_dead, weighted_group_sums, weighted_row_sums
 from sfc.saes.start import start
 
 ALONE = Peers()
@@ -210,14 +210,13 @@ def sae_loss(
         active, revived = sparse_encode(x - b_dec, encoder, b_enc, k), None
     else:
         active, revived = sparse_encode_with_dead(x - b_dec, encoder, b_enc, k, dead, k_dead)
-    ends = [*prefixes, len(W_dec)]
-    squares, error = [], x - b_dec
-    for first, end in pairwise([0, *ends]):
-        inside = active.values if not prefixes else active.values * _between(active.indices, first, end)
-        error = error - weighted_row_sums(inside, active.indices, W_dec)
-        squares.append(error.square().sum())
-    fvu = squares[-1] / variance
-    total = torch.stack(squares).mean() / variance
+    if prefixes:
+        parts = weighted_group_sums(*active, [0, *prefixes, len(W_dec)], W_dec)
+    else:
+        parts = weighted_row_sums(*active, W_dec)[:, None]
+    errors = (x - b_dec)[:, None] - parts.cumsum(dim=1)
+    error, missed_by_prefix = errors[:, -1], errors.square().sum(dim=(0, 2)) / variance
+    fvu, total = missed_by_prefix[-1], missed_by_prefix.mean()
     if revived is not None:
         missed = error.detach() - revived @ W_dec[dead]
         share = k_dead / (x.shape[1] // 2)
@@ -225,10 +224,6 @@ def sae_loss(
     if l1_weight > 0:
         total = total + l1_weight * active.values.sum() / (n_rows * math.sqrt(x.shape[1]))
     return Loss(total, fvu.detach(), active)
-
-
-def _between(indices: Int[Tensor, "rows k"], first: int, end: int) -> Bool[Tensor, "rows k"]:
-    return (indices >= first) & (indices < end)
 
 
 def finish(training: Training, k: int) -> TopKDictionary:
