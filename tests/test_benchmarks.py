@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_rows_are_like_a_residual_stream() -> None:
     assert spectrum[:6].sum() > 0.4 * spectrum.sum()  # of 64
 
 
-@pytest.mark.parametrize("build", [ours, saelens_tuned])
+@pytest.mark.parametrize("build", [partial(ours, matryoshka=[]), saelens_tuned], ids=["ours", "SAELens"])
 def test_a_contender_learns_and_reconstructs_in_the_units_of_its_rows(build) -> None:
     stream = sae_training.residual_rows(PROBLEM, seed=0)
     contender = build(PROBLEM, next(stream), 100, 0)
@@ -199,9 +200,11 @@ def test_planted_prints_a_table_and_ratios_of_each_part(
     assert figures["learned-mask"]["node_recall_min"] == 1 and set(figures["hard"]) == {"or"}
     by_method = [row["method"] for row in figures["cheats"]]
     assert by_method == ["attribution", "magnitude", "attribution"], "what is not causal is asked once"
-    assert [(row["start"], row["dictionaries"]) for row in figures["learned"]] == [
-        ("kmeans", "learned"), ("kmeans", "random"), ("random", "learned"), ("random", "random"),
-    ]  # fmt: skip
+    assert [(row["training"], row["dictionaries"]) for row in figures["learned"]] == [
+        (training, dictionaries)
+        for training in ("kmeans", "random", "kmeans, Matryoshka")
+        for dictionaries in ("learned", "random")
+    ]
     for row in [*figures["cheats"], *figures["learned"]]:
         assert 0 <= row["precision"] <= 1 and 0 <= row["separation"] <= 1 and row["prompt_free"] is not None
     for title in ("Nodes: precision / recall, means", "Cheats", "Learned dictionaries"):

@@ -185,7 +185,8 @@ def test_train_gives_figures_by_role_and_a_page(discovered: dict, root: Path) ->
         "result.json",
     }
     *of_sites, in_series = result["quality"]
-    assert [row["role"] for row in of_sites] == ["all", "content", "suffix"] * 2 and in_series["role"] == "in series"
+    assert [row["role"] for row in of_sites] == ["all", "content", "suffix", "deciding"] * 2
+    assert in_series["role"] == "in series"
     assert all(row["fvu"] > 0 and (row["score_recovered"] is None) == (row["role"] != "all") for row in of_sites)
 
 

@@ -19,7 +19,10 @@ from sfc.run import Run
 from sfc.saes.logs import loggers
 from sfc.saes.train import Progress, SiteStats
 
-SMALL = ("--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40", "--set", "saes.batch_size=32")
+SMALL = (
+    "--preset", "tiny", "--set", "prompts.limit=8", "--set", "saes.steps=40", "--set", "saes.batch_size=32",
+    "--set", "saes.matryoshka=[0.1,0.4]", "--set", "saes.deciding_share=0.3",
+)  # fmt: skip
 
 
 def start(root: Path, *options: str) -> Forked:
