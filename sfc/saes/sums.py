@@ -112,9 +112,9 @@ def group_sums(
     def sparse() -> Tensor:
         features, order = indices.sort(dim=1)
         rows, entries = features.shape
-        firsts = torch.tensor(borders[:-1], device=features.device).expand(rows, -1).contiguous()
-        before = entries * torch.arange(rows, device=features.device)[:, None]
-        starts = (before + torch.searchsorted(features, firsts)).flatten()
+        row_starts = entries * torch.arange(rows, device=features.device)[:, None]
+        in_earlier = torch.stack([(indices < first).sum(dim=1) for first in borders[:-1]], dim=1)
+        starts = (row_starts + in_earlier).flatten()
         values = weights.detach().gather(1, order).flatten()
         sums = F.embedding_bag(features.flatten(), table.detach(), starts, per_sample_weights=values, mode="sum")
         return sums.view(rows, len(borders) - 1, table.shape[1])
@@ -181,9 +181,11 @@ def grouped_sums_by_feature(
 
 def _owners(indices: Int[Tensor, "rows entries"], borders: Sequence[int]) -> Int[Tensor, " entries_of_all_rows"]:
     """Which row and group each entry is of, numbered row by row."""
-    inner = torch.tensor(borders[1:-1], device=indices.device)
-    rows = torch.arange(len(indices), device=indices.device)[:, None]
-    return (rows * (len(borders) - 1) + torch.bucketize(indices, inner, right=True)).flatten()
+    owners = (len(borders) - 1) * torch.arange(len(indices), device=indices.device)[:, None]
+    # Borders are compared one by one: a tensor of them would have to be copied to the device, which waits for that.
+    for first in borders[1:-1]:
+        owners = owners + (indices >= first)
+    return owners.expand_as(indices).flatten()
 
 
 def _spread(weights: Tensor, indices: Tensor, d_sae: int) -> Float[Tensor, "rows d_sae"]:

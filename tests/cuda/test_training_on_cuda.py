@@ -45,9 +45,12 @@ def test_nothing_in_a_step_waits(k: int | str, way: str, device: str, monkeypatc
             train_step(training, rows, config, active, 1e-3, dead)
 
 
+@pytest.mark.parametrize("prefixes", [(), (40, 130)], ids=["plain", "Matryoshka"])
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.1])
 @pytest.mark.parametrize("way", ["sparse", "dense"])
-def test_gradients_are_those_of_the_cpu(share: float, way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_the_cpu(
+    share: float, way: str, prefixes: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, way)
     d_in, d_sae = 48, 400
     drawn = torch.Generator().manual_seed(0)
@@ -58,7 +61,7 @@ def test_gradients_are_those_of_the_cpu(share: float, way: str, device: str, mon
     for where in ("cpu", device):
         parameters = Parameters(*(each.to(where).requires_grad_() for each in weights))
         dead = torch.tensor([3, 5], device=where)
-        loss = sae_loss(parameters, x.to(where), round(share * d_sae), dead, 0.7).total
+        loss = sae_loss(parameters, x.to(where), round(share * d_sae), dead, 0.7, prefixes=prefixes).total
         found.append([each.cpu() for each in (loss.detach(), *torch.autograd.grad(loss, parameters))])
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
 
