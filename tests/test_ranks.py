@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -134,7 +135,9 @@ def test_where_one_is_gone_the_others_end_and_the_work_goes_on_later(
         if number != gone:
             assert process.returncode == 2, errors
             assert f"error: {told.format(host=os.uname().nodename)}; what is finished is kept: run the same" in errors
-            assert "Traceback" not in errors and "frame #" not in errors
+            # An interrupt that meets Python in a destructor is lost, and said by Python itself; the next one is not.
+            own = re.sub(r"Exception ignored in.*?KeyboardInterrupt:? *\n", "", errors, flags=re.DOTALL)
+            assert "Traceback" not in own and "frame #" not in own
     assert time.monotonic() - began < 60
     assert not list(tmp_path.rglob("manifest.json"))
     assert sfc(*train[0], root=tmp_path).status == 0

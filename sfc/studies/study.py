@@ -179,7 +179,9 @@ def made_in_parts(
             write_json(path, make(name))
         progress(1)
     wait_for_all()
-    return {name: read_json(folder / f"{name}.json") for name in names}
+    parts = {name: read_json(folder / f"{name}.json") for name in names}
+    wait_for_all()  # the leader may delete them next
+    return parts
 
 
 class Need(NamedTuple):
