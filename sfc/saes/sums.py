@@ -60,14 +60,7 @@ def dots(
     """`out[n, e] = vectors[n] . table[indices[n, e]]`; there is at least one entry in a row."""
 
     def sparse() -> Tensor:
-        rows, entries = indices.shape
-        starts = torch.arange(0, rows * entries, entries, device=indices.device)
-        row_of = torch.arange(rows, device=indices.device).repeat_interleave(entries)
-        # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long.
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.contiguous(), table, indices.flatten().contiguous(), starts, row_of, 0, -1
-        )
-        return products.view(rows, entries)
+        return _dots_with_owners(vectors, indices, _rows(indices), table)
 
     def dense() -> Tensor:
         return (vectors @ table.t()).gather(1, indices).to(vectors.dtype)
@@ -84,16 +77,7 @@ def sums_by_feature(
     """`out[i] = sum of weights[n, e] * vectors[n]` over the entries with `indices[n, e] = i`."""
 
     def sparse() -> Tensor:
-        features, order = indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device))
-        return F.embedding_bag(
-            order // indices.shape[1],
-            vectors.detach().contiguous(),
-            starts,
-            per_sample_weights=weights.detach().flatten()[order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        return _sums_of_owners(weights, indices, _rows(indices), vectors, d_sae)
 
     def dense() -> Tensor:
         return (_spread(weights, indices, d_sae).t() @ vectors).to(vectors.dtype)
@@ -136,11 +120,7 @@ def group_dots(
     """`out[n, e] = vectors[n, g] . table[indices[n, e]]`, g the group of the feature; arguments as `group_sums`."""
 
     def sparse() -> Tensor:
-        owners = _owners(indices, borders)
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors.flatten(0, 1), table, indices.flatten(), torch.zeros_like(owners[:1]), owners, 0, -1
-        )
-        return products.view(indices.shape)
+        return _dots_with_owners(vectors.flatten(0, 1), indices, _rows_and_groups(indices, borders), table)
 
     def dense() -> Tensor:
         parts = [vectors[:, g] @ table[first:end].t() for g, (first, end) in enumerate(pairwise(borders))]
@@ -158,16 +138,8 @@ def grouped_sums_by_feature(
     """`out[i] = sum over indices[n, e] = i of weights[n, e] * vectors[n, g]`, g the group of i."""
 
     def sparse() -> Tensor:
-        features, order = indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(features, torch.arange(borders[-1] + 1, device=features.device))
-        return F.embedding_bag(
-            _owners(indices, borders)[order],
-            vectors.detach().flatten(0, 1),
-            starts,
-            per_sample_weights=weights.detach().flatten()[order],
-            mode="sum",
-            include_last_offset=True,
-        )
+        owners = _rows_and_groups(indices, borders)
+        return _sums_of_owners(weights, indices, owners, vectors.flatten(0, 1), borders[-1])
 
     def dense() -> Tensor:
         spread = _spread(weights, indices, borders[-1])
@@ -179,13 +151,56 @@ def grouped_sums_by_feature(
     )
 
 
-def _owners(indices: Int[Tensor, "rows entries"], borders: Sequence[int]) -> Int[Tensor, " entries_of_all_rows"]:
+def _rows(indices: Int[Tensor, "rows entries"]) -> Int[Tensor, " entries_of_all_rows"]:
+    """Which row each entry is of."""
+    return torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
+
+
+def _rows_and_groups(
+    indices: Int[Tensor, "rows entries"], borders: Sequence[int]
+) -> Int[Tensor, " entries_of_all_rows"]:
     """Which row and group each entry is of, numbered row by row."""
     owners = (len(borders) - 1) * torch.arange(len(indices), device=indices.device)[:, None]
     # Borders are compared one by one: a tensor of them would have to be copied to the device, which waits for that.
     for first in borders[1:-1]:
         owners = owners + (indices >= first)
     return owners.expand_as(indices).flatten()
+
+
+def _dots_with_owners(
+    vectors: Float[Tensor, "owners d_in"],
+    indices: Int[Tensor, "rows entries"],
+    owners: Int[Tensor, " entries_of_all_rows"],
+    table: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, "rows entries"]:
+    """Of each entry, the product of its owner's vector and its feature's row of the table."""
+    # What autograd calls for embedding_bag. Gathering table[indices] first takes 75 MB and 100 times as long. Where the
+    # owners are given, it does not look at the starts of bags.
+    no_starts = torch.zeros_like(owners[:1])
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors.contiguous(), table, indices.flatten().contiguous(), no_starts, owners, 0, -1
+    )
+    return products.view(indices.shape)
+
+
+def _sums_of_owners(
+    weights: Float[Tensor, "rows entries"],
+    indices: Int[Tensor, "rows entries"],
+    owners: Int[Tensor, " entries_of_all_rows"],
+    vectors: Float[Tensor, "owners d_in"],
+    d_sae: int,
+) -> Float[Tensor, "d_sae d_in"]:
+    """Of each feature, the sum of the vectors of its entries' owners, by the entries' weights."""
+    features, order = indices.flatten().sort(stable=True)
+    starts = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device))
+    return F.embedding_bag(
+        owners[order],
+        vectors.detach().contiguous(),
+        starts,
+        per_sample_weights=weights.detach().flatten()[order],
+        mode="sum",
+        include_last_offset=True,
+    )
 
 
 def _spread(weights: Tensor, indices: Tensor, d_sae: int) -> Float[Tensor, "rows d_sae"]:

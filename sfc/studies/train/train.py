@@ -235,11 +235,10 @@ def write_quality(session: Session, rows: TrainingRows, folder: Path) -> list[di
     """Measure the run's dictionaries; write `quality.csv` and `density.csv`.
 
     `quality.csv` has a row for all held-out rows of each site and one for each role among them, deciding tokens by
-    themselves; what splicing the
-    dictionary in costs the model, what its features restore (see `restored`), what they tell of prompts (see
-    `probing_quality`) and whether they came back (see `_matched`) are in the row of all. The last row,
-    of role `IN_SERIES`, has what the features of all sites together restore. `density.csv` has a row for each feature
-    of each site, with the share of rows in which it is active, a column each for all rows and each role.
+    themselves; what splicing the dictionary in costs the model, what its features restore (see `restored`), what they
+    tell of prompts (see `probing_quality`) and whether they came back (see `_matched`) are in the row of all. The last
+    row, of role `IN_SERIES`, has what the features of all sites together restore. `density.csv` has a row for each
+    feature of each site, with the share of rows in which it is active, a column each for all rows and each role.
 
     Returns:
         The rows of `quality.csv`; what is not measurable is None.
